@@ -1,0 +1,29 @@
+"""Owns the one exception type that the package raises for bad input; imports nothing of ours."""
+
+from __future__ import annotations
+
+
+class SkvError(Exception):
+    """Bad input or an unmet requirement, said so that the reader can act on it.
+
+    Args:
+        what: What is wrong, naming the file, tensor, option or node.
+        got: What was found there.
+        expected: What would have been right.
+        fix: What to do about it.
+    """
+
+    def __init__(
+        self, what: str, *, got: object = None, expected: object = None, fix: str | None = None
+    ) -> None:
+        self.what = what
+        self.got = got
+        self.expected = expected
+        self.fix = fix
+        details = [what]
+        if got is not None:
+            details.append(f"got {got}")
+        if expected is not None:
+            details.append(f"expected {expected}")
+        message = "; ".join(details)
+        super().__init__(f"{message}. {fix}" if fix else message)
