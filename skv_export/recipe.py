@@ -109,7 +109,7 @@ class Recipe:
         description: One line on what the recipe is for.
     """
 
-    default: LayerConfig = LayerConfig()
+    default: LayerConfig = dataclasses.field(default_factory=LayerConfig)
     overrides: tuple[LayerOverride, ...] = ()
     dtype: str = "fp32"
     description: str = ""
