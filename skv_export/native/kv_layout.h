@@ -1,0 +1,84 @@
+// Owns the cache's bytes on the native side: the mirror of skv_export/layout.py (design: section 4, layout_version 1).
+// Change both or a test fails. Plain C structs and constexpr functions: included by the CPU kernels, the CUDA kernels and
+// the ONNX Runtime side.
+#pragma once
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#define SKV_HD __host__ __device__ constexpr
+#else
+#define SKV_HD constexpr
+#endif
+
+#define SKV_LAYOUT_VERSION 1
+
+enum SkvGranularity { SKV_CHANNEL = 0, SKV_TOKEN = 1 };
+enum SkvRotation { SKV_ROTATION_NONE = 0, SKV_HADAMARD = 1 };
+enum SkvType { SKV_FLOAT16 = 0, SKV_FLOAT = 1, SKV_BFLOAT16 = 2 };
+
+// One cache tensor, all keys or all values of a layer; fields as CacheLayout's, in its order.
+typedef struct SkvLayout {
+  int32_t head_dim;
+  int32_t bits;
+  int32_t granularity;  // SkvGranularity
+  int32_t rotation;     // SkvRotation
+  int32_t group_size;
+  int32_t num_sink_tokens;
+  int32_t recent_tokens;
+  int32_t tile_tokens;
+  int32_t recent_type;  // SkvType
+  int32_t is_value;
+  int32_t local_window_size;
+} SkvLayout;
+
+#ifdef __cplusplus
+static_assert(sizeof(SkvLayout) == 44, "SkvLayout is read through ctypes: keep it and layout.py in step");
+
+namespace skv {
+
+SKV_HD int type_bytes(int type) { return type == SKV_FLOAT ? 4 : 2; }
+SKV_HD int padded_dim(const SkvLayout& l) { return (l.head_dim + 31) / 32 * 32; }
+SKV_HD int rotation_dim(const SkvLayout& l) { return padded_dim(l) & -padded_dim(l); }
+SKV_HD int num_groups(const SkvLayout& l) { return padded_dim(l) / l.group_size; }
+SKV_HD int64_t row_bytes(const SkvLayout& l) { return int64_t{padded_dim(l)} * type_bytes(l.recent_type); }
+
+SKV_HD int64_t code_bytes(const SkvLayout& l) {
+  return l.bits == 16 ? l.tile_tokens * row_bytes(l) : int64_t{l.tile_tokens} * padded_dim(l) * l.bits / 8;
+}
+SKV_HD int64_t parameter_bytes(const SkvLayout& l) {
+  if (l.bits == 16) return 0;
+  return l.granularity == SKV_CHANNEL ? int64_t{4} * padded_dim(l) : int64_t{2} * num_groups(l) * l.tile_tokens;
+}
+SKV_HD int64_t tile_bytes(const SkvLayout& l) { return code_bytes(l) + parameter_bytes(l); }
+
+SKV_HD int ring_tokens(const SkvLayout& l) { return l.recent_tokens + l.tile_tokens; }
+SKV_HD int full_rows(const SkvLayout& l) { return l.num_sink_tokens + ring_tokens(l); }
+SKV_HD int64_t full_bytes(const SkvLayout& l) { return full_rows(l) * row_bytes(l); }
+SKV_HD int64_t window_tiles(const SkvLayout& l) {
+  return l.local_window_size > 0 ? (int64_t{l.local_window_size} + l.tile_tokens - 1) / l.tile_tokens + 1 : 0;
+}
+
+// Tiles in a block of this size; negative when the block can't hold the full-precision rows.
+SKV_HD int64_t tiles_in(const SkvLayout& l, int64_t block_bytes) {
+  return block_bytes < full_bytes(l) ? -1 : (block_bytes - full_bytes(l)) / tile_bytes(l);
+}
+// Tokens that a block holds; -1 = any number (a sliding window whose ring is complete).
+SKV_HD int64_t capacity(const SkvLayout& l, int64_t block_bytes) {
+  const int64_t tiles = tiles_in(l, block_bytes);
+  if (l.local_window_size > 0 && tiles >= window_tiles(l)) return -1;
+  return tiles * l.tile_tokens + full_rows(l) - 1;
+}
+// n_q: tokens held in tiles once `length` tokens have been appended.
+SKV_HD int64_t quantized_tokens(const SkvLayout& l, int64_t length) {
+  const int64_t past_recent = length - l.num_sink_tokens - l.recent_tokens;
+  return past_recent > 0 ? past_recent / l.tile_tokens * l.tile_tokens : 0;
+}
+// Full-precision row of a position, while it is a sink or recent.
+SKV_HD int64_t full_row(const SkvLayout& l, int64_t position) {
+  return position < l.num_sink_tokens
+             ? position
+             : l.num_sink_tokens + (position - l.num_sink_tokens) % ring_tokens(l);
+}
+
+}  // namespace skv
+#endif
