@@ -1,0 +1,254 @@
+"""Owns reading tensors out of files without loading them: local memory maps, HTTP ranges, and safetensors headers.
+
+A header is untrusted input: every offset, shape and dtype in it is checked against the file before a byte of data is read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import mmap
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from skv_export.errors import SkvError
+
+MAX_HEADER_BYTES = 100_000_000
+"""Largest header that safetensors allows."""
+MAX_TENSORS = 1_000_000
+ATTEMPTS = 5
+"""Requests for one byte range before giving up; each resumes where the last one broke off."""
+TIMEOUT_S = 30.0
+_FIRST_READ = 1 << 17
+
+DTYPES: Mapping[str, npt.DTypeLike] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+class ByteSource(Protocol):
+    """Random access to the bytes of one file, near or far."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> memoryview: ...
+
+    def release(self, start: int, stop: int) -> None: ...
+
+
+class LocalFile:
+    """A file on disk behind a memory map."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self.size = path.stat().st_size
+        if self.size == 0:
+            raise SkvError(f"{path}: the file is empty", expected="a safetensors file", fix="Download it again.")
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Returns bytes ``start ... stop - 1`` without copying them."""
+        return memoryview(self._map)[start:stop]
+
+    def release(self, start: int, stop: int) -> None:
+        """Tells the system that these pages are not needed any more, so that reading a large file keeps memory small."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, first, stop - first)
+
+
+class RemoteFile:
+    """A file behind HTTP, read by byte ranges through huggingface_hub's session (its proxies, tokens and redirects).
+
+    Raises:
+        SkvError: The server has no such file, ignores ranges, or keeps dropping the connection.
+        FileNotFoundError: The server answers 404.
+    """
+
+    def __init__(self, url: str, headers: Mapping[str, str], name: str) -> None:
+        self.name = name
+        self._url = url
+        self._headers = dict(headers)
+        self.size = -1
+        self._head = bytes(self._fetch(0, _FIRST_READ))
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Returns bytes ``start ... stop - 1``; the file's first bytes, fetched with its size, are not fetched again."""
+        if stop <= len(self._head):
+            return memoryview(self._head)[start:stop]
+        return memoryview(self._fetch(start, stop))
+
+    def release(self, start: int, stop: int) -> None:
+        """Nothing is kept."""
+
+    def _fetch(self, start: int, stop: int) -> bytearray:
+        from huggingface_hub.utils import get_session
+
+        # Which HTTP library the session comes from depends on huggingface_hub's version (httpx, httpx2).
+        transport_error = importlib.import_module(type(get_session()).__module__.partition(".")[0]).TransportError
+        data = bytearray()
+        reason = ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(min(0.1 * 4.0**attempt, 8.0))
+            try:
+                reason = self._stream(get_session(), start, stop, data)
+            except transport_error as error:
+                reason = f"{type(error).__name__}: {error}"
+            if not reason and len(data) >= min(stop, self.size) - start:
+                return data
+            reason = reason or f"{len(data)} of {stop - start} bytes"
+        raise SkvError(
+            f"{self.name}: reading bytes {start}-{stop - 1} failed {ATTEMPTS} times",
+            got=reason,
+            expected="an answer with these bytes",
+            fix="Check the connection and HF_ENDPOINT, or download the checkpoint and pass its folder.",
+        )
+
+    def _stream(self, session: Any, start: int, stop: int, data: bytearray) -> str:
+        """Appends what the server sends to ``data``; returns why it is worth another try, or nothing."""
+        headers = {**self._headers, "Range": f"bytes={start + len(data)}-{stop - 1}", "Accept-Encoding": "identity"}
+        with session.stream("GET", self._url, headers=headers, timeout=TIMEOUT_S) as response:
+            status = response.status_code
+            if status == 404:
+                raise FileNotFoundError(self.name)
+            if status in (408, 429) or status >= 500:
+                return f"HTTP status {status}"
+            if status == 200:
+                raise SkvError(
+                    f"{self.name}: the server ignores byte ranges",
+                    got="HTTP status 200 with the whole file",
+                    expected="206 with the bytes asked for",
+                    fix="Download the checkpoint and pass its folder.",
+                )
+            if status != 206:
+                fix = "Check the name and the access token (`hf auth login`)." if status in (401, 403) else "Check HF_ENDPOINT."
+                raise SkvError(f"{self.name}: the server refuses", got=f"HTTP status {status}", expected="206", fix=fix)
+            match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
+            if match is None or int(match[1]) != start + len(data):
+                raise SkvError(
+                    f"{self.name}: the server sent another range",
+                    got=response.headers.get("Content-Range"),
+                    expected=f"bytes {start + len(data)}-{stop - 1}",
+                    fix="Download the checkpoint and pass its folder.",
+                )
+            self.size = int(match[3])
+            for chunk in response.iter_raw():
+                data += chunk
+                if len(data) > stop - start:
+                    raise SkvError(f"{self.name}: the server sent too much", got=len(data), expected=stop - start)
+        return ""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor stands: ``file[start:stop]`` holds ``shape`` elements of ``dtype`` (safetensors' name), row by row."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: ByteSource
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    def array(self) -> npt.NDArray[Any]:
+        """Returns the tensor, read-only, without a copy where the file is local."""
+        return np.frombuffer(self.file.read(self.start, self.stop), dtype=DTYPES[self.dtype]).reshape(self.shape)
+
+
+def read_header(file: ByteSource) -> dict[str, TensorEntry]:
+    """Parses and checks the header of one safetensors file.
+
+    Raises:
+        SkvError: Truncated, not JSON, or an entry that contradicts itself, another one or the file's size.
+    """
+    length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else -1
+    if not 2 <= length <= min(MAX_HEADER_BYTES, file.size - 8):
+        raise _bad(file, "the header's length is wrong", length, f"2 ... {min(MAX_HEADER_BYTES, max(file.size - 8, 0))}")
+    text = bytes(file.read(8, 8 + length))
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise _bad(file, "the header is not valid JSON", str(error)[:200], "a JSON object") from error
+    if not isinstance(header, dict) or len(header) > MAX_TENSORS:
+        raise _bad(file, "the header is no table of tensors", type(header).__name__, "a JSON object")
+    header.pop("__metadata__", None)
+    entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
+    _check_coverage(file, entries, 8 + length)
+    return entries
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return table
+
+
+def _entry(file: ByteSource, name: str, value: object, base: int) -> TensorEntry:
+    what = f"tensor {name!r}"
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise _bad(file, what, repr(value)[:100], "dtype, shape, data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _bad(file, f"{what}: dtype", repr(dtype)[:50], f"one of {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
+        raise _bad(file, f"{what}: shape", repr(shape)[:100], "at most 8 sizes of at least 0")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
+        raise _bad(file, f"{what}: data_offsets", repr(offsets)[:100], "two integers")
+    start, stop = base + offsets[0], base + offsets[1]
+    if not base <= start <= stop <= file.size:
+        raise _bad(file, f"{what}: data_offsets", offsets, f"0 <= start <= stop <= {file.size - base}, the bytes in the file")
+    nbytes = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+    if stop - start != nbytes:
+        raise _bad(file, f"{what}: {dtype} {shape} takes {nbytes} bytes", f"data_offsets of {stop - start}", nbytes)
+    return TensorEntry(name, dtype, tuple(shape), file, start, stop)
+
+
+def _check_coverage(file: ByteSource, entries: Mapping[str, TensorEntry], base: int) -> None:
+    position, before = base, "the header"
+    for entry in sorted(entries.values(), key=lambda e: (e.start, e.stop)):
+        if entry.start != position:
+            how = "overlaps" if entry.start < position else "leaves a gap after"
+            raise _bad(file, f"tensor {entry.name!r} {how} {before}", f"offset {entry.start - base}", position - base)
+        position, before = entry.stop, repr(entry.name)
+    if position != file.size:
+        raise _bad(file, "bytes after the last tensor", file.size - position, 0)
+
+
+def _bad(file: ByteSource, what: str, got: object, expected: object) -> SkvError:
+    fix = "The file is damaged or not safetensors: download it again."
+    return SkvError(f"{file.name}: {what}", got=got, expected=expected, fix=fix)
