@@ -11,6 +11,7 @@ import itertools
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -103,7 +104,7 @@ def make_inputs(case: Case) -> Inputs:
     # A few loud channels and a loud first token, as real keys have.
     channels = np.exp(rng.standard_normal((case.kv_num_heads, 1, d)))
 
-    def tokens(heads: int, count: int, gain: object = 1.0) -> Float:
+    def tokens(heads: int, count: int, gain: Any = 1.0) -> Float:
         x = rng.standard_normal((heads, count, d)) * gain
         return x.astype(dtype).astype(np.float32)
 
@@ -117,7 +118,7 @@ def make_inputs(case: Case) -> Inputs:
             append(layout, block, 0, tokens(case.kv_num_heads, past, gain))
         caches.append(cache)
 
-    def flat(heads: int, gain: object = 1.0) -> Float:
+    def flat(heads: int, gain: Any = 1.0) -> Float:
         rows = [tokens(heads, case.new_tokens, gain).swapaxes(0, 1).reshape(case.new_tokens, -1) for _ in range(batch)]
         return np.stack(rows)
 

@@ -13,9 +13,7 @@ class SkvError(Exception):
         fix: What to do about it.
     """
 
-    def __init__(
-        self, what: str, *, got: object = None, expected: object = None, fix: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, got: object = None, expected: object = None, fix: str | None = None) -> None:
         self.what = what
         self.got = got
         self.expected = expected

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -26,7 +27,11 @@ WIDTH_MULTIPLE = 16
 """Blocks, planes and parameters start on a boundary of this many bytes."""
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 """Bit width -> widths of the planes a code is split into, high bits first, so that no code straddles a byte."""
-RECENT_DTYPES = {"float16": np.dtype(np.float16), "float": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+RECENT_DTYPES = {
+    "float16": np.dtype(np.float16),
+    "float": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 
 Bytes = NDArray[np.uint8]
 Half = NDArray[np.float16]
@@ -72,7 +77,7 @@ class CacheLayout:
         if self.group_size < 1 or self.padded_dim % self.group_size:
             sizes = [g for g in (32, 64, 96, 128, 256) if self.padded_dim % g == 0]
             raise SkvError(
-                f"{tensor} cache: head_dim {self.head_dim} (padded to {self.padded_dim}) is not a multiple of the group size",
+                f"{tensor} cache: head_dim {self.head_dim}, padded to {self.padded_dim}, is no multiple of the group size",
                 got=self.group_size,
                 expected=" or ".join(map(str, sizes)),
                 fix=f"Set --{tensor[0]}-group-size to one of these, or leave it out.",
@@ -83,21 +88,21 @@ class CacheLayout:
         """Returns the layouts of a layer's keys and values."""
         padded = -(-head_dim // CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE
         default_group = 64 if padded % 64 == 0 else 32
-        common = dict(
-            head_dim=head_dim,
-            num_sink_tokens=config.num_sink_tokens,
-            recent_tokens=config.recent_tokens,
-            tile_tokens=config.tile_tokens,
-            recent_type=config.recent_type,
-            local_window_size=local_window_size,
-        )
+        common: dict[str, Any] = {
+            "head_dim": head_dim,
+            "num_sink_tokens": config.num_sink_tokens,
+            "recent_tokens": config.recent_tokens,
+            "tile_tokens": config.tile_tokens,
+            "recent_type": config.recent_type,
+            "local_window_size": local_window_size,
+        }
         key = cls(
             bits=config.k_bits,
             granularity=config.k_granularity,
             rotation=config.k_rotation,
             group_size=config.k_group_size or default_group,
             is_value=False,
-            **common,  # type: ignore[arg-type]
+            **common,
         )
         value = cls(
             bits=config.v_bits,
@@ -105,7 +110,7 @@ class CacheLayout:
             rotation=config.v_rotation,
             group_size=config.v_group_size or default_group,
             is_value=True,
-            **common,  # type: ignore[arg-type]
+            **common,
         )
         return key, value
 
@@ -217,7 +222,7 @@ class CacheLayout:
         return tiles * self.tile_tokens + self.full_rows - 1
 
     def effective_bits(self, context_length: int) -> float:
-        """Bits per element at this length: codes, parameters and full-precision rows over ``context_length * head_dim``."""
+        """Bits per element at this length: codes, parameters and full-precision rows, all counted."""
         return 8 * self.block_bytes(context_length) / (context_length * self.head_dim)
 
     # Which token is where.

@@ -51,11 +51,11 @@ class LayerConfig:
     Attributes:
         k_bits: Bits of a key's code; 16 = not quantized.
         v_bits: Bits of a value's code; 16 = not quantized.
-        k_granularity: ``channel`` (a scale and an offset per channel and tile) or ``token`` (a scale per token and group).
+        k_granularity: ``channel`` (scale and offset per channel and tile) or ``token`` (scale per token and group).
         v_granularity: The same for values.
         k_rotation: ``none`` or ``hadamard``, on queries and keys after RoPE.
         v_rotation: ``none`` or ``hadamard``, on values; the output is rotated back.
-        k_group_size: Channels that share a scale; used by ``token`` only. 0 = 64 where it divides the padded head_dim, else 32.
+        k_group_size: Channels that share a scale, ``token`` only; 0 = 64 where it divides the padded head_dim, or 32.
         v_group_size: The same for values.
         num_sink_tokens: First tokens kept in full precision.
         recent_tokens: Last tokens kept in full precision, at least.
@@ -170,7 +170,7 @@ class Recipe:
 
     @classmethod
     def per_layer(cls, bits: list[tuple[int, int]], base: Recipe | None = None) -> Recipe:
-        """Returns ``base`` with ``(k_bits, v_bits)`` set layer by layer: the most frequent pair as default, the rest as overrides."""
+        """Returns ``base`` with ``(k_bits, v_bits)`` set layer by layer; the most frequent pair becomes the default."""
         base = base or cls()
         common = max(sorted(set(bits)), key=bits.count)
         rest = sorted(set(bits) - {common})
@@ -216,9 +216,10 @@ class Recipe:
         """
         path = Path(path)
         if not path.is_file():
-            raise SkvError(f"recipe {path}: no such file", fix="`skv-export recipes` lists those that ship with the package.")
-        if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise SkvError(f"recipe {path}: too large", got=f"{path.stat().st_size} bytes", expected=f"at most {MAX_RECIPE_BYTES}")
+            raise SkvError(f"recipe {path}: no such file", fix="`skv-export recipes` lists those of the package.")
+        size = path.stat().st_size
+        if size > MAX_RECIPE_BYTES:
+            raise SkvError(f"recipe {path}: too large", got=f"{size} bytes", expected=f"at most {MAX_RECIPE_BYTES}")
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -272,7 +273,7 @@ def _reject_unknown(values: Mapping[str, Any], known: Any, source: str) -> None:
 def _check(name: str, value: object) -> None:
     choices = _CHOICES.get(name)
     if choices is not None:
-        if value not in choices or isinstance(value, bool) or (isinstance(value, float)):
+        if value not in choices or isinstance(value, (bool, float)):
             raise SkvError(
                 name,
                 got=repr(value),
@@ -282,6 +283,10 @@ def _check(name: str, value: object) -> None:
         return
     low, high = _RANGES[name]
     if type(value) is not int or not low <= value <= high:
-        raise SkvError(name, got=repr(value), expected=f"an integer from {low} to {high}", fix=f"Set {name} within this range.")
+        raise SkvError(
+            name, got=repr(value), expected=f"an integer from {low} to {high}", fix=f"Set {name} within this range."
+        )
     if name.endswith("group_size") and value % 32:
-        raise SkvError(name, got=value, expected="a multiple of 32 (or 0 for the default)", fix=f"Set {name} to 32, 64 or 128.")
+        raise SkvError(
+            name, got=value, expected="a multiple of 32 (or 0 for the default)", fix=f"Set {name} to 32, 64 or 128."
+        )

