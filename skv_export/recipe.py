@@ -290,3 +290,11 @@ def _check(name: str, value: object) -> None:
         raise SkvError(
             name, got=value, expected="a multiple of 32 (or 0 for the default)", fix=f"Set {name} to 32, 64 or 128."
         )
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that ship with the package, by name."""
+    import skv_export
+
+    roots = [Path(root) / "recipes" for root in skv_export.__path__] + [Path(__file__).parent.parent / "recipes"]
+    return {path.stem: path for root in reversed(roots) for path in root.glob("*.toml")}

@@ -1,0 +1,261 @@
+"""Owns the command line: parse, call, print. A flag, a parameter and a recipe key have one name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from skv_export import __version__
+from skv_export.errors import SkvError
+from skv_export.recipe import (
+    BITS,
+    DTYPES,
+    GRANULARITIES,
+    RECENT_TYPES,
+    ROTATIONS,
+    TILE_TOKENS,
+    LayerConfig,
+    Recipe,
+    shipped_recipes,
+)
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+_LAZY = {"analyze": "skv_export.cli_analyze:analyze_command"}
+
+
+class _Group(click.Group):
+    """Loads a subcommand's module when it is asked for; takes `skv-export DIR ...` for `skv-export model DIR ...`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_LAZY])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _LAZY:
+            module, _, attribute = _LAZY[cmd_name].partition(":")
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+            return command
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        first = args[0]
+        if self.get_command(ctx, first) is None and (Path(first).exists() or "/" in first):
+            args = ["model", *args]
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SkvError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings=_CONTEXT)
+@click.version_option(__version__, prog_name="skv-export")
+def main() -> None:
+    """Export language models to ONNX Runtime with a KV cache quantized separately for keys and values.
+
+    \b
+    skv-export model meta-llama/Llama-3.2-1B --k-bits 4 --v-bits 2 --out llama
+    skv-export verify llama --checkpoint meta-llama/Llama-3.2-1B
+    skv-export generate llama --prompt "The capital of France is"
+
+    `skv-export CHECKPOINT ...` is short for `skv-export model CHECKPOINT ...`.
+    """
+
+
+_RECIPE_OPTIONS: dict[str, tuple[Any, str]] = {
+    "k_bits": (BITS, "Bits of a key; 16 = not quantized."),
+    "v_bits": (BITS, "Bits of a value; 16 = not quantized."),
+    "k_granularity": (
+        GRANULARITIES,
+        "Who shares a key's scale: a channel of a tile, or a group of a token's channels.",
+    ),
+    "v_granularity": (GRANULARITIES, "The same for values."),
+    "k_rotation": (ROTATIONS, "Rotate queries and keys after RoPE."),
+    "v_rotation": (ROTATIONS, "Rotate values, and the output back."),
+    "k_group_size": (int, "Channels that share a scale with granularity token; 0 = 64, or 32 for odd head sizes."),
+    "v_group_size": (int, "The same for values."),
+    "num_sink_tokens": (int, "First tokens kept in full precision."),
+    "recent_tokens": (int, "Last tokens kept in full precision, at least."),
+    "tile_tokens": (TILE_TOKENS, "Tokens quantized together."),
+    "recent_type": (RECENT_TYPES, "Number format of the tokens kept in full precision."),
+    "dtype": (DTYPES, "Number format of weights and activations."),
+}
+
+
+def _recipe_options(command: _Command) -> _Command:
+    """Adds --recipe and one flag per recipe key; the defaults shown are the recipe's."""
+    defaults = {**dataclasses.asdict(LayerConfig()), "dtype": Recipe().dtype}
+    for key, (choices, text) in reversed(_RECIPE_OPTIONS.items()):
+        kind = choices if choices is int else click.Choice(choices)
+        help_text = f"{text}  [default: {defaults[key]}]"
+        command = click.option("--" + key.replace("_", "-"), key, type=kind, default=None, help=help_text)(command)
+    option = click.option(
+        "--recipe", metavar="FILE", help="TOML file, or the name of one that ships with the package; flags win over it."
+    )
+    return option(command)
+
+
+def _resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
+    """The recipe of --recipe (a file, or a shipped name) with the flags on top."""
+    if recipe is None:
+        base = Recipe()
+    else:
+        path = Path(recipe)
+        base = Recipe.load(path if path.exists() else shipped_recipes().get(recipe, path))
+    return base.with_options(**options)
+
+
+@main.command()
+@click.argument("checkpoint", required=False)
+@_recipe_options
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: NAME-k4v2]")
+@click.option("--force", is_flag=True, help="Replace the folder if it exists.")
+@click.option(
+    "--all-logits", is_flag=True, help="Logits of every position, for evaluation; default: of the last token."
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+def model(
+    checkpoint: str | None,
+    recipe: str | None,
+    out: Path | None,
+    force: bool,
+    all_logits: bool,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Export CHECKPOINT to a folder that ONNX Runtime runs with a quantized KV cache.
+
+    CHECKPOINT is a folder with safetensors, a GGUF file, or a hub id; without it, the demo model (extra `demo`).
+
+    \b
+    skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --out qwen3
+    skv-export model ./Qwen3-0.6B --recipe qwen3 --dry-run
+    skv-export model model.gguf --k-bits 8 --v-bits 4 --dtype fp16
+    """
+    from skv_export import export
+
+    resolved = _resolve_recipe(recipe, options)
+    source = _checkpoint_or_demo(checkpoint)
+    plan = export.plan(source, resolved)
+    click.echo(plan.table())
+    if dry_run:
+        return
+    target = out or Path(f"{Path(source).stem.lower()}-{resolved.default.name.lower()}")
+    folder = export.export_model(source, out=target, recipe=resolved, force=force, all_logits=all_logits)
+    click.echo(
+        f"\nWritten to {folder}. Next:\n  skv-export verify {folder}\n  skv-export generate {folder} --prompt ..."
+    )
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--checkpoint", help="What the folder was exported from.  [default: as recorded in it]")
+@click.option(
+    "--level",
+    "levels",
+    multiple=True,
+    type=click.Choice(["op", "graph", "quality"]),
+    help="Only this level; may be given several times.  [default: all three]",
+)
+@click.option("--text", type=click.Path(path_type=Path), help="Text for the quality level.  [default: shipped prose]")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report as JSON.")
+@click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
+def verify(
+    folder: Path, checkpoint: str | None, json_file: Path | None, levels: tuple[str, ...], **options: Any
+) -> None:
+    """Prove that FOLDER computes what PyTorch computes, and measure what quantization costs.
+
+    \b
+    op       the library against the reference: bytes equal, attention within tolerance
+    graph    decode step by step against PyTorch with the same quantized cache
+    quality  perplexity, KL divergence, top-1 agreement against the unquantized model
+
+    Exits with 1 when a level fails.
+    """
+    from skv_export import verify as runner
+
+    report = runner.run(folder, checkpoint=checkpoint, levels=levels or ("op", "graph", "quality"), **options)
+    click.echo(report.table())
+    if json_file:
+        json_file.write_text(report.to_json(), encoding="utf-8")
+    if not report.passed:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="Text to continue; - reads standard input.")
+@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0 = greedy.")
+@click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0 = all.")
+@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1))
+@click.option("--seed", default=0, show_default=True, type=int)
+@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
+def generate(folder: Path, prompt: str, **options: Any) -> None:
+    """Continue a prompt with the exported model, streaming; no torch involved.
+
+    \b
+    skv-export generate smollm2 --prompt "The capital of France is"
+    skv-export generate smollm2 --chat --prompt "Why is the sky blue?" --temperature 0.7 --top-p 0.9
+    """
+    from skv_export import runtime
+
+    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    result = runtime.generate_text(folder, text, on_text=lambda piece: click.echo(piece, nl=False), **options)
+    click.echo(f"\n{result.summary()}", err=True)
+
+
+@main.command()
+@click.option("--library-path", is_flag=True, help="Print only where the native library is.")
+def doctor(library_path: bool) -> None:
+    """Say what is installed, which kernels will run, what is missing and how to fix it."""
+    from skv_export import doctor as checks
+
+    if library_path:
+        from skv_export.runtime import library_path as find
+
+        click.echo(find())
+        return
+    report = checks.diagnose()
+    click.echo(report.table())
+    if not report.passed:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """List the recipes that ship with the package, or print one."""
+    found = shipped_recipes()
+    if name is None:
+        width = max(map(len, found), default=0)
+        for key, path in sorted(found.items()):
+            click.echo(f"{key:{width}}  {Recipe.load(path).description}")
+        return
+    if name not in found:
+        raise SkvError(f"recipe {name}: not shipped", expected=", ".join(sorted(found)))
+    click.echo(found[name].read_text(encoding="utf-8"), nl=False)
+
+
+def _checkpoint_or_demo(checkpoint: str | None) -> str:
+    """The given checkpoint, or the demo model's GGUF file, saying so."""
+    if checkpoint is not None:
+        return checkpoint
+    from skv_export.checkpoint import demo_checkpoint
+
+    path = demo_checkpoint()
+    click.echo(f"No CHECKPOINT given: the demo model, {path.name}\n")
+    return str(path)
