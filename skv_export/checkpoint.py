@@ -1,6 +1,6 @@
 """Owns checkpoints as files: what a path or hub id names, its configuration, and its tensors, read lazily.
 
-Safetensors (one file or shards), GGUF, and hub ids over HTTP byte ranges. Pickles are refused: loading one runs its code.
+Safetensors (one file or shards), GGUF, and hub ids over HTTP byte ranges. Pickles are refused: loading one runs code.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Source:
 
     Attributes:
         kind: ``safetensors`` (a local folder), ``gguf`` (a local file) or ``hub``.
-        path: The folder; for ``gguf`` the folder that holds the file; for ``hub`` its folder in the local cache, or None.
+        path: The folder; for ``gguf`` the one that holds the file; for ``hub`` its folder in the local cache, or None.
         repo_id: Hub id, for ``hub``.
         revision: Branch, tag or commit, for ``hub``.
         gguf_file: File name inside ``path``, for ``gguf`` (as transformers' ``gguf_file=`` wants it).
@@ -131,7 +131,11 @@ def _classify_folder(path: Path) -> Source:
 
 
 def _pickle(name: str) -> SkvError:
-    return SkvError(f"{name}: a pickle; loading one runs any code in it, so it is never read", expected="safetensors or GGUF", fix=_PICKLE_FIX)
+    return SkvError(
+        f"{name}: a pickle; loading one runs any code in it, so it is never read",
+        expected="safetensors or GGUF",
+        fix=_PICKLE_FIX,
+    )
 
 
 class Checkpoint:
@@ -172,12 +176,16 @@ class Checkpoint:
         for table in tables:
             twice = merged.keys() & table.keys()
             if twice:
-                raise SkvError(f"{self.source}: tensor {min(twice)!r} stands in two shards", fix="Download the checkpoint again.")
+                raise SkvError(
+                    f"{self.source}: tensor {min(twice)!r} stands in two shards", fix="Download the checkpoint again."
+                )
             merged |= table
         missing = sorted(name for name, shard in self._weight_map.items() if name not in merged)
         if missing:
             raise SkvError(
-                f"{self.source}: {INDEX} lists tensors that are in no shard", got=", ".join(missing[:3]), fix="Download it again."
+                f"{self.source}: {INDEX} lists tensors that are in no shard",
+                got=", ".join(missing[:3]),
+                fix="Download it again.",
             )
         return merged
 
@@ -211,7 +219,11 @@ class Checkpoint:
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.entries:
-            raise SkvError(f"{self.source}: no tensor {name!r}", got=f"{len(self.entries)} others", fix="Check config.json's model_type.")
+            raise SkvError(
+                f"{self.source}: no tensor {name!r}",
+                got=f"{len(self.entries)} others",
+                fix="Check config.json's model_type.",
+            )
         return self.entries[name]
 
     @cached_property
@@ -231,14 +243,18 @@ class Checkpoint:
         table = index.get("weight_map")
         safe = re.compile(r"[\w.-]+\.safetensors")
         if not isinstance(table, dict) or not all(isinstance(v, str) and safe.fullmatch(v) for v in table.values()):
-            raise SkvError(f"{self.source}: {INDEX}: weight_map", expected="tensor names to names of .safetensors files beside it")
+            raise SkvError(
+                f"{self.source}: {INDEX}: weight_map", expected="tensor names to names of .safetensors files beside it"
+            )
         return table
 
     def shards(self) -> list[str]:
         """Returns the names of the safetensors files, from the index if there is one."""
         shards = sorted(set(self._weight_map.values())) or [self._single()]
         if len(shards) > MAX_SHARDS:
-            raise SkvError(f"{self.source}: {INDEX}: too many shards", got=len(shards), expected=f"at most {MAX_SHARDS}")
+            raise SkvError(
+                f"{self.source}: {INDEX}: too many shards", got=len(shards), expected=f"at most {MAX_SHARDS}"
+            )
         return shards
 
     def _single(self) -> str:

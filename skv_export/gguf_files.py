@@ -1,7 +1,7 @@
-"""Owns reading GGUF files: metadata as a Hugging Face configuration, and tensors, dequantized to float32 when asked for.
+"""Owns reading GGUF files: metadata as a Hugging Face configuration, and tensors dequantized to float32.
 
-The layout is ggml's: magic, version, counts, key-value pairs, tensor table, aligned data. Everything read is bounds-checked; the
-quantized blocks themselves are decoded by the ``gguf`` package.
+The layout is ggml's: magic, version, counts, key-value pairs, tensor table, aligned data. Everything read is
+bounds-checked; the quantized blocks themselves are decoded by the ``gguf`` package.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from skv_export.tensor_files import MAX_TENSORS, LocalFile, TensorEntry
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_ARRAY = 1 << 24
-_MODEL_TYPES = {"gptneox": "gpt_neox", "gemma3": "gemma3_text", "phi3": "phi3", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
+_MODEL_TYPES = {
+    "gptneox": "gpt_neox",
+    "gemma3": "gemma3_text",
+    "phi3": "phi3",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+}
 _CONFIG_KEYS = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -118,7 +124,9 @@ class _Reader:
             raise self.error("type of a metadata value", kind, f"0 ... {max(_SCALARS)}")
         item, count = self.scalar("I"), self.scalar("Q")
         if count > _MAX_ARRAY or (item not in _SCALARS and item != _STRING):
-            raise self.error("a metadata array", f"{count} items of type {item}", f"at most {_MAX_ARRAY} scalars or strings")
+            raise self.error(
+                "a metadata array", f"{count} items of type {item}", f"at most {_MAX_ARRAY} scalars or strings"
+            )
         if item == _STRING:
             for _ in range(count):
                 self.take(self.scalar("Q"))
@@ -151,13 +159,18 @@ def _entry(reader: _Reader, name: str, shape: tuple[int, ...], kind: int, offset
     start = base + offset
     stop = start + math.prod(shape) // block * size
     if stop > reader.file.size:
-        raise reader.error(f"tensor {name!r}: bytes {start}-{stop}", f"a file of {reader.file.size} bytes", "data within the file")
+        raise reader.error(
+            f"tensor {name!r}: bytes {start}-{stop}", f"a file of {reader.file.size} bytes", "data within the file"
+        )
     return GgufEntry(name, dtype.name, shape, reader.file, start, stop)
 
 
 def _config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     arch = str(metadata.get("general.architecture", ""))
-    config: dict[str, Any] = {"model_type": _MODEL_TYPES.get(arch, arch), "_name_or_path": metadata.get("general.name", "")}
+    config: dict[str, Any] = {
+        "model_type": _MODEL_TYPES.get(arch, arch),
+        "_name_or_path": metadata.get("general.name", ""),
+    }
     for key, name in _CONFIG_KEYS.items():
         value = metadata.get(f"{arch}.{key}")
         if isinstance(value, list):  # one per layer; they must agree for a single number

@@ -1,6 +1,6 @@
 """Owns reading tensors out of files without loading them: local memory maps, HTTP ranges, and safetensors headers.
 
-A header is untrusted input: every offset, shape and dtype in it is checked against the file before a byte of data is read.
+A header is untrusted input: its offsets, shapes and dtypes are checked against the file before any data is read.
 """
 
 from __future__ import annotations
@@ -53,15 +53,14 @@ DTYPES: Mapping[str, npt.DTypeLike] = {
 class ByteSource(Protocol):
     """Random access to the bytes of one file, near or far."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    size: int
 
-    @property
-    def size(self) -> int: ...
+    def read(self, start: int, stop: int) -> memoryview:
+        """Returns bytes ``start ... stop - 1``."""
 
-    def read(self, start: int, stop: int) -> memoryview: ...
-
-    def release(self, start: int, stop: int) -> None: ...
+    def release(self, start: int, stop: int) -> None:
+        """Says that these bytes are not needed any more."""
 
 
 class LocalFile:
@@ -80,7 +79,7 @@ class LocalFile:
         return memoryview(self._map)[start:stop]
 
     def release(self, start: int, stop: int) -> None:
-        """Tells the system that these pages are not needed any more, so that reading a large file keeps memory small."""
+        """Tells the system that these pages are not needed any more, so that memory stays small."""
         if hasattr(mmap, "MADV_DONTNEED"):
             first = start // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_DONTNEED, first, stop - first)
@@ -102,7 +101,7 @@ class RemoteFile:
         self._head = bytes(self._fetch(0, _FIRST_READ))
 
     def read(self, start: int, stop: int) -> memoryview:
-        """Returns bytes ``start ... stop - 1``; the file's first bytes, fetched with its size, are not fetched again."""
+        """Returns bytes ``start ... stop - 1``; the first ones, fetched with the size, are not fetched again."""
         if stop <= len(self._head):
             return memoryview(self._head)[start:stop]
         return memoryview(self._fetch(start, stop))
@@ -111,7 +110,7 @@ class RemoteFile:
         """Nothing is kept."""
 
     def _fetch(self, start: int, stop: int) -> bytearray:
-        from huggingface_hub.utils import get_session
+        from huggingface_hub import get_session
 
         # Which HTTP library the session comes from depends on huggingface_hub's version (httpx, httpx2).
         transport_error = importlib.import_module(type(get_session()).__module__.partition(".")[0]).TransportError
@@ -151,7 +150,11 @@ class RemoteFile:
                     fix="Download the checkpoint and pass its folder.",
                 )
             if status != 206:
-                fix = "Check the name and the access token (`hf auth login`)." if status in (401, 403) else "Check HF_ENDPOINT."
+                fix = (
+                    "Check the name and the access token (`hf auth login`)."
+                    if status in (401, 403)
+                    else "Check HF_ENDPOINT."
+                )
                 raise SkvError(f"{self.name}: the server refuses", got=f"HTTP status {status}", expected="206", fix=fix)
             match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
             if match is None or int(match[1]) != start + len(data):
@@ -171,7 +174,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor stands: ``file[start:stop]`` holds ``shape`` elements of ``dtype`` (safetensors' name), row by row."""
+    """Where one tensor stands: ``file[start:stop]`` holds ``shape`` elements of ``dtype`` (its safetensors name)."""
 
     name: str
     dtype: str
@@ -182,6 +185,7 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the file."""
         return self.stop - self.start
 
     def array(self) -> npt.NDArray[Any]:
@@ -197,7 +201,9 @@ def read_header(file: ByteSource) -> dict[str, TensorEntry]:
     """
     length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else -1
     if not 2 <= length <= min(MAX_HEADER_BYTES, file.size - 8):
-        raise _bad(file, "the header's length is wrong", length, f"2 ... {min(MAX_HEADER_BYTES, max(file.size - 8, 0))}")
+        raise _bad(
+            file, "the header's length is wrong", length, f"2 ... {min(MAX_HEADER_BYTES, max(file.size - 8, 0))}"
+        )
     text = bytes(file.read(8, 8 + length))
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
@@ -231,7 +237,9 @@ def _entry(file: ByteSource, name: str, value: object, base: int) -> TensorEntry
         raise _bad(file, f"{what}: data_offsets", repr(offsets)[:100], "two integers")
     start, stop = base + offsets[0], base + offsets[1]
     if not base <= start <= stop <= file.size:
-        raise _bad(file, f"{what}: data_offsets", offsets, f"0 <= start <= stop <= {file.size - base}, the bytes in the file")
+        raise _bad(
+            file, f"{what}: data_offsets", offsets, f"0 <= start <= stop <= {file.size - base}, the bytes in the file"
+        )
     nbytes = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     if stop - start != nbytes:
         raise _bad(file, f"{what}: {dtype} {shape} takes {nbytes} bytes", f"data_offsets of {stop - start}", nbytes)

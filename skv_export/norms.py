@@ -1,0 +1,134 @@
+"""Owns the norms of projections: Frobenius, spectral, stable rank and the top of the spectrum, whole and per head.
+
+Nothing here decomposes a whole matrix. A wide matrix (keys and values under grouped-query attention) has a small Gram
+matrix, whose diagonal blocks are the heads' Gram matrices; a large square one (queries) gets Lanczos steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from skv_export.errors import SkvError
+
+Float = npt.NDArray[np.float32]
+Double = npt.NDArray[np.float64]
+
+SPECTRUM = 16
+"""Singular values kept of each projection."""
+GRAM_LIMIT = 1280
+"""Rows up to which the Gram matrix is formed; above, its product with vectors is enough."""
+LANCZOS_STEPS = 160
+LANCZOS_TOLERANCE = 2e-7
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Norms of one projection ``[heads * head_dim, hidden]``.
+
+    Attributes:
+        frobenius: Of the whole matrix.
+        spectral: Its largest singular value.
+        spectrum: Its largest singular values, descending, at most ``SPECTRUM``.
+        head_frobenius: ``[heads]``.
+        head_spectral: ``[heads]``.
+    """
+
+    frobenius: float
+    spectral: float
+    spectrum: tuple[float, ...]
+    head_frobenius: tuple[float, ...]
+    head_spectral: tuple[float, ...]
+
+    @property
+    def stable_rank(self) -> float:
+        """``frobenius^2 / spectral^2``: how many directions carry the matrix."""
+        return (self.frobenius / self.spectral) ** 2 if self.spectral else 0.0
+
+    @property
+    def head_stable_rank(self) -> tuple[float, ...]:
+        """``[heads]``."""
+        return tuple((f / s) ** 2 if s else 0.0 for f, s in zip(self.head_frobenius, self.head_spectral, strict=True))
+
+
+def norms(weight: Float, heads: int, name: str) -> Norms:
+    """Computes the norms of one projection.
+
+    Args:
+        weight: ``[heads * head_dim, hidden]``.
+        heads: Heads that the rows belong to.
+        name: For the message.
+
+    Raises:
+        SkvError: NaN or infinite weights.
+    """
+    rows = weight.shape[0]
+    if rows <= GRAM_LIMIT:
+        gram = weight @ weight.T
+        blocks = _diagonal_blocks(gram, heads)
+        squares = top_eigenvalues(gram) if np.isfinite(gram.trace()) else np.zeros(0)
+    else:
+        by_head = weight.reshape(heads, rows // heads, -1)
+        blocks = np.stack([head @ head.T for head in by_head])
+        squares = lanczos(weight) if np.isfinite(blocks).all() else np.zeros(0)
+    energy = blocks.trace(axis1=1, axis2=2, dtype=np.float64)
+    if not np.isfinite(energy).all():
+        bad = int(np.count_nonzero(~np.isfinite(weight)))
+        raise SkvError(
+            f"{name}: NaN or infinite weights",
+            got=f"{bad} of {weight.size} elements",
+            expected="finite weights",
+            fix="The checkpoint is damaged: download or save it again.",
+        )
+    head_top = np.linalg.eigvalsh(blocks.astype(np.float64))[:, -1]
+    return Norms(
+        frobenius=float(np.sqrt(energy.sum())),
+        spectral=float(np.sqrt(squares[0])),
+        spectrum=tuple(np.sqrt(squares[:SPECTRUM]).tolist()),
+        head_frobenius=tuple(np.sqrt(energy).tolist()),
+        head_spectral=tuple(np.sqrt(np.maximum(head_top, 0)).tolist()),
+    )
+
+
+def _diagonal_blocks(gram: Float, heads: int) -> Float:
+    d = gram.shape[0] // heads
+    i = np.arange(heads)
+    return gram.reshape(heads, d, heads, d)[i, :, i, :]
+
+
+def top_eigenvalues(gram: Float) -> Double:
+    """Returns all eigenvalues of a Gram matrix, descending, negative rounding errors cut off."""
+    return np.maximum(np.linalg.eigvalsh(gram), 0)[::-1].astype(np.float64)
+
+
+def lanczos(weight: Float) -> Double:
+    """Returns the largest eigenvalues of ``weight @ weight.T``, descending, from products with vectors only.
+
+    Lanczos with full reorthogonalization (Golub and Van Loan, Matrix Computations, 10.1 and 10.3), stopped when the
+    largest Ritz value stands still; it converges from below, so the others are lower bounds.
+    """
+    rows = weight.shape[0]
+    steps = min(LANCZOS_STEPS, rows)
+    basis = np.zeros((steps, rows), np.float32)
+    alpha, beta = np.zeros(steps), np.zeros(steps)
+    start = np.random.default_rng(0).standard_normal(rows).astype(np.float32)
+    basis[0] = start / np.linalg.norm(start)
+    ritz, still = np.zeros(1), 0
+    for j in range(steps):
+        product = weight @ (basis[j] @ weight)
+        alpha[j] = product @ basis[j]
+        for _ in range(2):
+            product -= (basis[: j + 1] @ product) @ basis[: j + 1]
+        beta[j] = float(np.linalg.norm(product))
+        if j + 1 < min(8, steps) and beta[j] > 1e-6 * abs(alpha[0]):
+            basis[j + 1] = product / np.float32(beta[j])
+            continue
+        before = ritz[-1]
+        ritz = np.linalg.eigvalsh(np.diag(alpha[: j + 1]) + np.diag(beta[:j], 1) + np.diag(beta[:j], -1))
+        still = still + 1 if ritz[-1] - before <= LANCZOS_TOLERANCE * ritz[-1] else 0
+        if still == 3 or j + 1 == steps or beta[j] <= 1e-6 * ritz[-1]:
+            break
+        basis[j + 1] = product / np.float32(beta[j])
+    return np.asarray(np.maximum(ritz, 0)[::-1], np.float64)
