@@ -1,9 +1,10 @@
-// Owns the C interface of the kernels: append, dequantize, rewind and decode attention over the quantized cache, with no
-// framework in sight. Tests call it through ctypes; ort_ops.cc calls it from ONNX Runtime. The CUDA kernels have the same
-// functions with `skv_cuda_` in front and a stream behind (cuda/kernels_cuda.h).
+// Owns the C interface of the kernels: append, dequantize, rewind and decode attention over the quantized cache, with
+// no framework in sight. Tests call it through ctypes; ort_ops.cc calls it from ONNX Runtime. The CUDA kernels have the
+// same functions with `skv_cuda_` in front and a stream behind (cuda/kernels_cuda.h).
 //
 // Every function checks its arguments before it writes anything, returns SKV_OK or an SkvStatus, and leaves the reason
-// (what, got, expected) in skv_last_error() of the calling thread. Nothing outside the given buffers is read or written.
+// (what, got, expected) in skv_last_error() of the calling thread. Nothing outside the given buffers is read or
+// written.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -61,6 +62,8 @@ typedef struct SkvAttention {
   int32_t num_heads, kv_num_heads;
   float scale;    // 0 = 1 / sqrt(head_dim)
   float softcap;  // 0 = none
+  int32_t*
+      not_finite;  // out: 1 if a number of the new keys or values was not finite and stored as 0, else 0; may be null
 } SkvAttention;
 
 // Attention of the new tokens to each other, exactly, and to the past through the caches; then appends them.
@@ -70,10 +73,10 @@ SKV_API int skv_attention(const SkvAttention* call, const SkvThreads* threads);
 // Appends keys and values only (query, output, head_sink are not looked at).
 SKV_API int skv_append(const SkvAttention* call, const SkvThreads* threads);
 
-// Writes the first `length` tokens of sequence b, head h as rows [length][row_stride] of `type`, in the model's basis (rotated back,
-// head_dim channels); positions that a sliding window's ring has forgotten are written as zeros.
-SKV_API int skv_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int32_t h, int64_t length, int32_t type,
-                           void* out, int64_t row_stride);
+// Writes the first `length` tokens of sequence b, head h as rows [length][row_stride] of `type`, in the model's basis
+// (rotated back, head_dim channels); positions that a sliding window's ring has forgotten are written as zeros.
+SKV_API int skv_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int32_t h, int64_t length,
+                           int32_t type, void* out, int64_t row_stride);
 
 // The op's own view of the tiles: T rows [T][D] in float32 from one tile's bytes, in the cache's basis.
 SKV_API int skv_decode_tile(const SkvLayout* layout, const uint8_t* tile, float* out);
@@ -85,8 +88,8 @@ SKV_API int skv_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, i
 // block_bytes, capacity (-1 = any), quantized tokens at `length`.
 SKV_API int skv_layout_sizes(const SkvLayout* layout, int64_t block_bytes, int64_t length, int64_t out[6]);
 
-// The instruction set that was chosen: "scalar", "avx2", "avx512vnni", "neon". SKV_CPU_ISA=name in the environment picks a
-// lesser one.
+// The instruction set that was chosen: "scalar", "avx2", "avx512vnni", "neon". SKV_CPU_ISA=name in the environment
+// picks a lesser one.
 SKV_API const char* skv_cpu_isa(void);
 
 // "", or the CUDA version and architectures that this library was built with.

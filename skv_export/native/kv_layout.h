@@ -1,6 +1,6 @@
 // Owns the cache's bytes on the native side: the mirror of skv_export/layout.py (design: section 4, layout_version 1).
-// Change both or a test fails. Plain C structs and constexpr functions: included by the CPU kernels, the CUDA kernels and
-// the ONNX Runtime side.
+// Change both or a test fails. Plain C structs and constexpr functions: included by the CPU kernels, the CUDA kernels
+// and the ONNX Runtime side.
 #pragma once
 #include <stdint.h>
 
@@ -75,9 +75,7 @@ SKV_HD int64_t quantized_tokens(const SkvLayout& l, int64_t length) {
 }
 // Full-precision row of a position, while it is a sink or recent.
 SKV_HD int64_t full_row(const SkvLayout& l, int64_t position) {
-  return position < l.num_sink_tokens
-             ? position
-             : l.num_sink_tokens + (position - l.num_sink_tokens) % ring_tokens(l);
+  return position < l.num_sink_tokens ? position : l.num_sink_tokens + (position - l.num_sink_tokens) % ring_tokens(l);
 }
 
 }  // namespace skv

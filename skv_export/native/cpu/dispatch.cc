@@ -1,0 +1,50 @@
+// Owns the choice of the unit: the best instruction set that the processor and the system have, or a lesser one named
+// by SKV_CPU_ISA.
+#include <stdlib.h>
+#include <string.h>
+
+#include "cpu/isa.h"
+#include "kernels.h"
+
+#ifndef SKV_CUDA_BUILD
+#define SKV_CUDA_BUILD ""
+#endif
+
+namespace skv {
+namespace {
+
+struct Candidate {
+  const Unit* unit;
+  bool (*runs_here)();
+};
+
+// Best first.
+const Candidate kCandidates[] = {
+    {&kUnitScalar, [] { return true; }},
+};
+
+const Unit& choose() {
+  const char* wanted = getenv("SKV_CPU_ISA");
+  for (const Candidate& candidate : kCandidates) {
+    if (wanted && *wanted && strcmp(wanted, candidate.unit->name) != 0) continue;
+    if (candidate.runs_here()) return *candidate.unit;
+  }
+  // What was named is not known or not here: the best there is, as if nothing had been named.
+  for (const Candidate& candidate : kCandidates) {
+    if (candidate.runs_here()) return *candidate.unit;
+  }
+  return kUnitScalar;
+}
+
+}  // namespace
+
+const Unit& unit() {
+  static const Unit& chosen = choose();
+  return chosen;
+}
+
+}  // namespace skv
+
+extern "C" const char* skv_cpu_isa(void) { return skv::unit().name; }
+extern "C" const char* skv_version(void) { return SKV_VERSION; }
+extern "C" const char* skv_cuda_build(void) { return SKV_CUDA_BUILD; }

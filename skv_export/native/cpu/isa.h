@@ -1,0 +1,80 @@
+// Owns the seam between the portable code (attention.cc, cache.cc) and the units, one translation unit per instruction
+// set: plain structs and a table of functions. Nothing here has code: an inline function that a unit shared with the
+// rest could be kept by the linker in its AVX-512 form.
+#pragma once
+#include <stdint.h>
+
+namespace skv {
+
+// Most query rows that one call of Unit::attend takes, and most tokens of a run.
+enum { kMaxQueryRows = 4, kMaxRunTokens = 128, kMaxDim = 1024 };
+
+// A tile of one cache tensor, spelled out so that units need not compute it.
+struct TileShape {
+  int32_t dim;  // D, padded
+  int32_t rotation_dim;
+  int32_t bits;
+  int32_t group_size;   // channels that share a scale; D with one scale per channel
+  int32_t tile_tokens;  // T
+  int32_t row_type;     // SkvType of full-precision rows
+  bool channel;         // scale and offset per channel; else a scale per token and group
+  bool is_value;
+  int32_t num_planes;
+  struct Plane {
+    int32_t width;  // bits
+    int32_t shift;  // of these bits in the code
+    int64_t offset;
+  } planes[2];
+  int64_t parameters;  // offset in the tile
+  int64_t tile_bytes;
+};
+
+// How the keys or values of a run are stored.
+enum Form { kCodes = -1 };  // a tile; else an SkvType: rows [count][D] of it
+
+// Consecutive tokens: one tile, or full-precision rows.
+struct Run {
+  const void* key;
+  const void* value;
+  int64_t position;  // of the first token
+  int32_t count;
+  int32_t key_form;
+  int32_t value_form;
+};
+
+// Up to kMaxQueryRows query rows of one KV head against some runs. All keys of the runs have one form, all values too.
+struct AttendJob {
+  const TileShape* key_shape;
+  const TileShape* value_shape;
+  const Run* runs;
+  int32_t num_runs;
+  int32_t rows;
+  const float* queries;  // [rows][D], in the cache's basis, scaled, finite
+  const int64_t* first;  // [rows], first position that the row sees
+  const int64_t* last;   // [rows], last position that the row sees
+  float softcap;         // 0 = none
+  // Out, [rows] of {peak, total, weighted values [D]}: sums of exp(score - peak) and of exp(score - peak) * value.
+  // A row that sees nothing has peak = -infinity, total = 0 and values 0.
+  float* partials;
+};
+
+struct Unit {
+  const char* name;
+  void (*attend)(const AttendJob* job);
+  // One tile's bytes from content [T][D], finite, of row_type's precision.
+  void (*encode_tile)(const TileShape* shape, const float* content, uint8_t* tile);
+  // Content [T][D] from one tile's bytes.
+  void (*decode_tile)(const TileShape* shape, const uint8_t* tile, float* content);
+  // Normalized Walsh-Hadamard transform of each block of a row [n], in place.
+  void (*rotate)(float* row, int32_t n, int32_t block);
+  // n numbers of an SkvType to float, and back: to nearest even, float16 saturates.
+  void (*load_row)(int32_t type, const void* source, float* row, int32_t n);
+  void (*store_row)(int32_t type, const float* row, void* target, int32_t n);
+};
+
+extern const Unit kUnitScalar;
+
+// The unit that this process uses (dispatch.cc).
+const Unit& unit();
+
+}  // namespace skv

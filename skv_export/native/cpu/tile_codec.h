@@ -1,0 +1,385 @@
+// Owns the quantizer's arithmetic and the packing of tiles (design: sections 4 and 5; reference.py is the oracle).
+//
+// Included once by each unit_*.cc and compiled with its instruction set: everything is in an unnamed namespace, nothing
+// is shared. Plain loops whose inner index is the token, so that any compiler turns them into vectors of tokens, and
+// every operation is a single IEEE one, so that every instruction set gives the same bytes.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/isa.h"
+#include "kv_layout.h"
+
+namespace {
+
+using skv::TileShape;
+
+// Tokens handled together: a strip of a tile, channel by channel [D][kStrip].
+constexpr int kStrip = 32;
+constexpr float kHalfMax = 65504.0f;
+
+float bits_to_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+// Number formats.
+
+#if defined(__F16C__)
+float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
+#else
+float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t{h & 0x8000u} << 16, exponent = h >> 10 & 31, mantissa = h & 0x3ff;
+  if (exponent == 31) return bits_to_float(sign | 0x7f800000u | mantissa << 13);
+  if (exponent == 0) {  // a subnormal: by arithmetic, as a shift would give a float that the processor may flush
+    const float magnitude = static_cast<float>(mantissa) * (1.0f / 16777216.0f);
+    return sign ? -magnitude : magnitude;
+  }
+  return bits_to_float(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+#endif
+
+// To nearest even; saturates; not-a-number stays one.
+uint16_t float_to_half(float x) {
+  if (x != x) return 0x7e00u;
+  x = x > kHalfMax ? kHalfMax : x < -kHalfMax ? -kHalfMax : x;
+  const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude < 0x38800000u) {  // subnormal: adding 1/2 leaves the rounded multiple of 2^-24 in the low bits
+    return static_cast<uint16_t>(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u));
+  }
+  const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23);
+  return static_cast<uint16_t>(sign | rounded >> 13);
+}
+
+uint16_t float_to_bfloat(float x) {
+  const uint32_t bits = float_to_bits(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+uint16_t load16(const void* source, int64_t index) {
+  uint16_t bits;
+  memcpy(&bits, static_cast<const uint8_t*>(source) + 2 * index, 2);
+  return bits;
+}
+
+void store16(void* target, int64_t index, uint16_t bits) {
+  memcpy(static_cast<uint8_t*>(target) + 2 * index, &bits, 2);
+}
+
+void load_row(int32_t type, const void* source, float* row, int32_t n) {
+  if (type == SKV_FLOAT) {
+    memcpy(row, source, sizeof(float) * n);
+    return;
+  }
+  int i = 0;
+  if (type == SKV_BFLOAT16) {
+    for (; i < n; i++) row[i] = bits_to_float(uint32_t{load16(source, i)} << 16);
+    return;
+  }
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    const auto* halfs = reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(source) + 2 * i);
+    _mm256_storeu_ps(row + i, _mm256_cvtph_ps(_mm_loadu_si128(halfs)));
+  }
+#endif
+  for (; i < n; i++) row[i] = half_to_float(load16(source, i));
+}
+
+void store_row(int32_t type, const float* row, void* target, int32_t n) {
+  if (type == SKV_FLOAT) {
+    memcpy(target, row, sizeof(float) * n);
+  } else if (type == SKV_BFLOAT16) {
+    for (int i = 0; i < n; i++) store16(target, i, float_to_bfloat(row[i]));
+  } else {
+    int i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= n; i += 8) {
+      // In this order of operands, not-a-number stays one.
+      const __m256 low = _mm256_max_ps(_mm256_set1_ps(-kHalfMax), _mm256_loadu_ps(row + i));
+      const __m256 x = _mm256_min_ps(_mm256_set1_ps(kHalfMax), low);
+      auto* halfs = reinterpret_cast<__m128i*>(static_cast<uint8_t*>(target) + 2 * i);
+      _mm_storeu_si128(halfs, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    }
+#endif
+    for (; i < n; i++) store16(target, i, float_to_half(row[i]));
+  }
+}
+
+// Butterflies of stride 1, 2, 4, ... and one multiplication, in the reference's order.
+void rotate(float* row, int32_t n, int32_t block) {
+  for (int stride = 1; stride < block; stride *= 2) {
+    for (int start = 0; start < n; start += 2 * stride) {
+      float *low = row + start, *high = row + start + stride;
+      for (int i = 0; i < stride; i++) {
+        const float a = low[i], b = high[i];
+        low[i] = a + b;
+        high[i] = a - b;
+      }
+    }
+  }
+  const float norm = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(block)));
+  for (int i = 0; i < n; i++) row[i] *= norm;
+}
+
+// Quantizing.
+
+// rint(x) clipped to [0, levels]; adding 1.5 * 2^23 rounds to nearest even, as levels are far below 2^22.
+float round_clip(float x, float levels) {
+  x = x > 0.0f ? x : 0.0f;
+  x = x < levels ? x : levels;
+  return (x + 12582912.0f) - 12582912.0f;
+}
+
+// a / b, and 0 where b is not above 0.
+float divide(float a, float b) {
+  const float quotient = a / (b > 0.0f ? b : 1.0f);
+  return b > 0.0f ? quotient : 0.0f;
+}
+
+// Channel by channel [D][kStrip] from the strip's rows [kStrip][D], and back.
+void transpose_in(const float* rows, int dim, float* strip) {
+  for (int d = 0; d < dim; d++) {
+    for (int t = 0; t < kStrip; t++) strip[d * kStrip + t] = rows[static_cast<int64_t>(t) * dim + d];
+  }
+}
+
+void transpose_out(const float* strip, int dim, float* rows) {
+  for (int t = 0; t < kStrip; t++) {
+    for (int d = 0; d < dim; d++) rows[static_cast<int64_t>(t) * dim + d] = strip[d * kStrip + t];
+  }
+}
+
+// Sum over `count` channels [count][kStrip] as a halving tree, count rounded up to a power of two by zeros; overwrites
+// x.
+void tree_sum(float* x, int count, float* sum) {
+  int size = 1;
+  while (size < count) size *= 2;
+  for (int half = size / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; i++) {
+      float* low = x + i * kStrip;
+      if (i + half < count) {
+        const float* high = x + (i + half) * kStrip;
+        for (int t = 0; t < kStrip; t++) low[t] += high[t];
+      } else {
+        for (int t = 0; t < kStrip; t++) low[t] += 0.0f;  // -0 + 0 is 0: the padding's only trace
+      }
+    }
+    count = count < half ? count : half;
+  }
+  memcpy(sum, x, sizeof(float) * kStrip);
+}
+
+float midrise_step(int bits) {
+  constexpr float kSteps[9] = {0, 1.596f, 0.9957f, 0.5860f, 0.3352f, 0.1881f, 0.1041f, 0, 0.0308f};
+  return kSteps[bits];
+}
+
+// Codes and the unbiased scales [kStrip] of one group [group][kStrip] (reference: _quantize_midrise).
+void quantize_midrise(const float* x, int group, int bits, uint8_t* codes, float* scales, float* work) {
+  const float levels = static_cast<float>((1 << bits) - 1), middle = levels / 2;
+  float energy[kStrip], scale[kStrip], numerator[kStrip], denominator[kStrip];
+  float* squares = work + static_cast<int64_t>(group) * kStrip;
+  for (int i = 0; i < group * kStrip; i++) work[i] = x[i] * x[i];
+  tree_sum(work, group, energy);
+  for (int t = 0; t < kStrip; t++) {
+    scale[t] = __builtin_sqrtf(energy[t] / static_cast<float>(group)) * midrise_step(bits);
+  }
+  for (int round = 0; round < 2; round++) {
+    for (int i = 0; i < group; i++) {
+      for (int t = 0; t < kStrip; t++) {
+        const int at = i * kStrip + t;
+        const float q = round_clip(divide(x[at], scale[t]) + middle, levels) - middle;
+        work[at] = x[at] * q;
+        squares[at] = q * q;
+      }
+    }
+    tree_sum(work, group, numerator);
+    tree_sum(squares, group, denominator);
+    for (int t = 0; t < kStrip; t++) scale[t] = divide(numerator[t], denominator[t]);
+  }
+  for (int i = 0; i < group; i++) {
+    for (int t = 0; t < kStrip; t++) {
+      const int at = i * kStrip + t;
+      const float code = round_clip(divide(x[at], scale[t]) + middle, levels);
+      work[at] = x[at] * (code - middle);
+      codes[at] = static_cast<uint8_t>(code);
+    }
+  }
+  tree_sum(work, group, numerator);
+  uint8_t empty[kStrip];
+  bool any_empty = false;
+  for (int t = 0; t < kStrip; t++) {
+    scales[t] = divide(energy[t], numerator[t]);
+    empty[t] = !(scales[t] > 0.0f);
+    any_empty |= empty[t] != 0;
+    scales[t] = empty[t] ? 0.0f : scales[t];
+  }
+  if (!any_empty) return;
+  for (int i = 0; i < group; i++) {
+    for (int t = 0; t < kStrip; t++) {
+      if (empty[t]) codes[i * kStrip + t] = static_cast<uint8_t>(1 << (bits - 1));
+    }
+  }
+}
+
+// Packing a strip's codes [D][kStrip] into its tile, and back (design: section 4).
+
+void pack_strip(const TileShape& s, const uint8_t* codes, int first, uint8_t* tile) {
+  for (int p = 0; p < s.num_planes; p++) {
+    const int width = s.planes[p].width, shift = s.planes[p].shift, mask = (1 << width) - 1;
+    const int per_unit = (s.is_value ? 8 : 32) / width, units = s.dim / per_unit;
+    uint8_t* plane = tile + s.planes[p].offset;
+    for (int u = 0; u < units; u++) {
+      uint32_t words[kStrip] = {};
+      for (int i = 0; i < per_unit; i++) {
+        const uint8_t* channel = codes + (u * per_unit + i) * kStrip;
+        for (int t = 0; t < kStrip; t++) words[t] |= static_cast<uint32_t>(channel[t] >> shift & mask) << (width * i);
+      }
+      if (!s.is_value) {
+        memcpy(plane + (static_cast<int64_t>(u) * s.tile_tokens + first) * 4, words, sizeof(words));
+        continue;
+      }
+      uint8_t bytes[kStrip];
+      for (int t = 0; t < kStrip; t++) bytes[t] = static_cast<uint8_t>(words[t]);
+      for (int t = 0; t < kStrip; t += 4) {
+        memcpy(plane + (static_cast<int64_t>((first + t) / 4) * units + u) * 4, bytes + t, 4);
+      }
+    }
+  }
+}
+
+void unpack_strip(const TileShape& s, const uint8_t* tile, int first, uint8_t* codes) {
+  memset(codes, 0, static_cast<size_t>(s.dim) * kStrip);
+  for (int p = 0; p < s.num_planes; p++) {
+    const int width = s.planes[p].width, shift = s.planes[p].shift, mask = (1 << width) - 1;
+    const int per_unit = (s.is_value ? 8 : 32) / width, units = s.dim / per_unit;
+    const uint8_t* plane = tile + s.planes[p].offset;
+    for (int u = 0; u < units; u++) {
+      uint32_t words[kStrip];
+      if (s.is_value) {
+        uint8_t bytes[kStrip];
+        for (int t = 0; t < kStrip; t += 4) {
+          memcpy(bytes + t, plane + (static_cast<int64_t>((first + t) / 4) * units + u) * 4, 4);
+        }
+        for (int t = 0; t < kStrip; t++) words[t] = bytes[t];
+      } else {
+        memcpy(words, plane + (static_cast<int64_t>(u) * s.tile_tokens + first) * 4, sizeof(words));
+      }
+      for (int i = 0; i < per_unit; i++) {
+        uint8_t* channel = codes + (u * per_unit + i) * kStrip;
+        for (int t = 0; t < kStrip; t++) {
+          channel[t] |= static_cast<uint8_t>((words[t] >> (width * i) & static_cast<uint32_t>(mask)) << shift);
+        }
+      }
+    }
+  }
+}
+
+// Tiles.
+
+void encode_channel_parameters(const TileShape& s, const float* content, float* scale, float* offset, uint8_t* tile) {
+  const float levels = static_cast<float>((1 << s.bits) - 1);
+  float low[skv::kMaxDim], high[skv::kMaxDim];
+  memcpy(low, content, sizeof(float) * s.dim);
+  memcpy(high, content, sizeof(float) * s.dim);
+  for (int t = 1; t < s.tile_tokens; t++) {
+    const float* row = content + static_cast<int64_t>(t) * s.dim;
+    for (int d = 0; d < s.dim; d++) {
+      low[d] = row[d] < low[d] ? row[d] : low[d];
+      high[d] = row[d] > high[d] ? row[d] : high[d];
+    }
+  }
+  uint8_t* parameters = tile + s.parameters;
+  for (int d = 0; d < s.dim; d++) {
+    const uint16_t stored_scale = float_to_half((high[d] - low[d]) / levels);
+    const uint16_t stored_offset = float_to_half(low[d] + 0.0f);  // a minimum of -0 and 0 is 0
+    store16(parameters, d, stored_scale);
+    store16(parameters, s.dim + d, stored_offset);
+    scale[d] = half_to_float(stored_scale);
+    offset[d] = half_to_float(stored_offset);
+  }
+}
+
+void encode_tile(const TileShape* shape, const float* content, uint8_t* tile) {
+  const TileShape& s = *shape;
+  if (s.bits == 16) {
+    store_row(s.row_type, content, tile, s.tile_tokens * s.dim);
+    return;
+  }
+  const float levels = static_cast<float>((1 << s.bits) - 1);
+  float strip[skv::kMaxDim * kStrip], work[2 * skv::kMaxDim * kStrip];
+  float scale[skv::kMaxDim], offset[skv::kMaxDim];
+  uint8_t codes[skv::kMaxDim * kStrip];
+  if (s.channel) encode_channel_parameters(s, content, scale, offset, tile);
+  for (int first = 0; first < s.tile_tokens; first += kStrip) {
+    transpose_in(content + static_cast<int64_t>(first) * s.dim, s.dim, strip);
+    if (s.channel) {
+      for (int d = 0; d < s.dim; d++) {
+        for (int t = 0; t < kStrip; t++) {
+          const float x = divide(strip[d * kStrip + t] - offset[d], scale[d]);
+          codes[d * kStrip + t] = static_cast<uint8_t>(round_clip(x, levels));
+        }
+      }
+    } else {
+      for (int group = 0; group < s.dim / s.group_size; group++) {
+        float scales[kStrip];
+        const int64_t start = static_cast<int64_t>(group) * s.group_size * kStrip;
+        quantize_midrise(strip + start, s.group_size, s.bits, codes + start, scales, work);
+        for (int t = 0; t < kStrip; t++) {
+          store16(tile + s.parameters, group * s.tile_tokens + first + t, float_to_half(scales[t]));
+        }
+      }
+    }
+    pack_strip(s, codes, first, tile);
+  }
+}
+
+// Tokens first ... first + kStrip - 1 of a tile of codes as rows [kStrip][D].
+void decode_strip(const TileShape& s, const uint8_t* tile, int first, float* rows) {
+  uint8_t codes[skv::kMaxDim * kStrip];
+  float strip[skv::kMaxDim * kStrip];
+  unpack_strip(s, tile, first, codes);
+  const uint8_t* parameters = tile + s.parameters;
+  const float middle = static_cast<float>((1 << s.bits) - 1) / 2;
+  float scale[kStrip];
+  for (int d = 0; d < s.dim; d++) {
+    const uint8_t* channel = codes + d * kStrip;
+    float* out = strip + d * kStrip;
+    if (s.channel) {
+      const float step = half_to_float(load16(parameters, d)), offset = half_to_float(load16(parameters, s.dim + d));
+      for (int t = 0; t < kStrip; t++) out[t] = static_cast<float>(channel[t]) * step + offset;
+      continue;
+    }
+    if (d % s.group_size == 0) {
+      const int64_t start = static_cast<int64_t>(d / s.group_size) * s.tile_tokens + first;
+      load_row(SKV_FLOAT16, parameters + 2 * start, scale, kStrip);
+    }
+    for (int t = 0; t < kStrip; t++) out[t] = (static_cast<float>(channel[t]) - middle) * scale[t];
+  }
+  transpose_out(strip, s.dim, rows);
+}
+
+void decode_tile(const TileShape* shape, const uint8_t* tile, float* content) {
+  const TileShape& s = *shape;
+  if (s.bits == 16) {
+    load_row(s.row_type, tile, content, s.tile_tokens * s.dim);
+    return;
+  }
+  for (int first = 0; first < s.tile_tokens; first += kStrip) {
+    decode_strip(s, tile, first, content + static_cast<int64_t>(first) * s.dim);
+  }
+}
+
+}  // namespace
