@@ -434,7 +434,7 @@ def _heads(x: Float, head_dim: int) -> Float:
 
 
 def _rms_norm(x: Float, weight: Float, epsilon: float) -> Float:
-    mean_square = (x * x).mean(axis=-1, keepdims=True)
+    mean_square = tree_sum(x * x)[..., None] / np.float32(x.shape[-1])
     return x / np.sqrt(mean_square + np.float32(epsilon)) * weight.astype(np.float32)
 
 
