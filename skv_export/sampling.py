@@ -1,0 +1,70 @@
+"""Owns how the next token is chosen from logits: greedy, temperature, top-k and top-p, in numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skv_export.errors import SkvError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen; applied in this order, as transformers does.
+
+    Attributes:
+        temperature: Divides the logits; 0 = greedy.
+        top_k: Only the k most likely tokens; 0 = all.
+        top_p: Only the most likely tokens that together reach this probability; 1 = all.
+        seed: Same seed, same tokens.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise SkvError("temperature", got=self.temperature, expected="at least 0 (0 = greedy)")
+        if self.top_k < 0:
+            raise SkvError("top_k", got=self.top_k, expected="at least 0 (0 = all)")
+        if not 0 < self.top_p <= 1:
+            raise SkvError("top_p", got=self.top_p, expected="above 0, at most 1")
+
+
+class Sampler:
+    """Chooses tokens; holds the random state."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._rng = np.random.default_rng(sampling.seed)
+
+    def __call__(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Returns a token per row of ``[B, vocab_size]``, as ``[B]``."""
+        if self.sampling.temperature == 0:
+            return logits.argmax(axis=-1)
+        probabilities = self.probabilities(logits)
+        cumulative = probabilities.cumsum(axis=-1)
+        draws = self._rng.random((len(logits), 1)) * cumulative[:, -1:]
+        # The first token whose cumulative probability passes the draw: never one of probability 0.
+        return (cumulative > draws).argmax(axis=-1)
+
+    def probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Returns the distribution that a token is drawn from, ``[B, vocab_size]``; unnormalized where top-p cuts."""
+        scores = logits.astype(np.float64) / self.sampling.temperature
+        k = self.sampling.top_k
+        if 0 < k < scores.shape[-1]:
+            threshold = np.partition(scores, -k, axis=-1)[:, -k, None]
+            scores = np.where(scores < threshold, -np.inf, scores)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        if self.sampling.top_p < 1:
+            order = np.argsort(-weights, axis=-1, kind="stable")
+            ordered = np.take_along_axis(weights, order, axis=-1)
+            # A token stays if those before it have not reached top_p: the first always does.
+            kept = ordered.cumsum(axis=-1) - ordered < self.sampling.top_p
+            np.put_along_axis(weights, order, np.where(kept, ordered, 0.0), axis=-1)
+        return weights

@@ -1,0 +1,101 @@
+"""Owns the variants of an exported graph that verification runs, made in memory; their weights stay the folder's.
+
+The twins are the exported graph but for one thing: which logits it returns, or how many bits its cache has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from pathlib import Path
+
+import onnx
+
+from skv_export.errors import SkvError
+from skv_export.layout import CacheLayout
+from skv_export.model_config import LayerCache, ModelConfig
+from skv_export.runtime import MODEL_FILE, Session
+
+_GATHERS = ("GatherElements", "GatherND", "Gather")
+
+
+def all_logits(folder: Path, *, execution_provider: str = "cpu") -> Session:
+    """Returns a session that gives every position's logits, for calls without padding.
+
+    The exported graph picks the hidden states of each sequence's last token before the output embedding; the twin
+    leaves that out. Without padding the tokens are already in their order, so nothing has to be unpacked.
+
+    Raises:
+        SkvError: The graph does not pick hidden states where it is expected to.
+    """
+    config = ModelConfig.load(folder)
+    if config.all_logits:
+        return Session(folder, execution_provider=execution_provider)
+    model = _load(folder)
+    gather = _last_token_gather(model.graph, folder)
+    hidden, picked = gather.input[0], gather.output[0]
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            if name == picked:
+                node.input[i] = hidden
+    model.graph.node.remove(gather)
+    del model.graph.value_info[:]  # the shapes behind the gather are others now
+    for output in model.graph.output:
+        if output.name == "logits":
+            output.type.tensor_type.shape.dim[1].Clear()
+            output.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
+    config = dataclasses.replace(config, all_logits=True)
+    return Session(folder, execution_provider=execution_provider, model=model.SerializeToString(), config=config)
+
+
+def unquantized(folder: Path, *, execution_provider: str = "cpu") -> Session:
+    """Returns a session whose cache has 16 bits for keys and values; all else is the exported graph.
+
+    With it a difference to PyTorch can come from the graph alone, and no code can flip.
+    """
+    config = ModelConfig.load(folder)
+    layers = tuple(_sixteen(layer) for layer in config.layers)
+    model = _load(folder)
+    for node in model.graph.node:
+        for attribute in node.attribute if node.domain == "skv" else ():
+            if attribute.name in ("k_bits", "v_bits"):
+                attribute.i = 16
+    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
+        parts = value.name.split(".")
+        if parts[0] in ("past_key_values", "present") and parts[-1] in ("key", "value"):
+            layout: CacheLayout = getattr(layers[int(parts[1])], parts[-1])
+            value.type.tensor_type.shape.dim[3].dim_value = layout.width
+    config = dataclasses.replace(config, layers=layers)
+    return Session(folder, execution_provider=execution_provider, model=model.SerializeToString(), config=config)
+
+
+def _sixteen(layer: LayerCache) -> LayerCache:
+    return dataclasses.replace(
+        layer, key=dataclasses.replace(layer.key, bits=16), value=dataclasses.replace(layer.value, bits=16)
+    )
+
+
+def _load(folder: Path) -> onnx.ModelProto:
+    if not (folder / MODEL_FILE).is_file():
+        raise SkvError(f"{folder / MODEL_FILE}: no such file", fix="Export the model with `skv-export model`.")
+    return onnx.load(folder / MODEL_FILE, load_external_data=False)
+
+
+def _last_token_gather(graph: onnx.GraphProto, folder: Path) -> onnx.NodeProto:
+    """The node nearest to the logits that picks hidden states, searching backwards up to the attention ops."""
+    makers = {name: node for node in graph.node for name in node.output}
+    weights = {tensor.name for tensor in graph.initializer}
+    queue, seen = deque(["logits"]), {"logits"}
+    while queue:
+        node = makers.get(queue.popleft())
+        if node is None or node.domain == "skv":
+            continue
+        if node.op_type in _GATHERS and node.input[0] not in weights:
+            return node
+        queue.extend(name for name in node.input if name not in seen)
+        seen.update(node.input)
+    raise SkvError(
+        f"{folder / MODEL_FILE}: no node picks the last token's hidden states",
+        expected=" or ".join(_GATHERS),
+        fix="Export with --all-logits for this measurement.",
+    )
