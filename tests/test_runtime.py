@@ -21,7 +21,8 @@ from skv_export.sampling import Sampler
 
 RNG = np.random.default_rng(3)
 TOKENS = RNG.integers(3, VOCAB, 200).tolist()
-TOLERANCE = 2e-4  # float32 sums in another order than numpy's, through two layers; logits are about 2
+TOLERANCE = 2e-4  # of logits of about 3: float32 sums in another order than numpy's
+FLIPPED = 2e-2  # with codes: such a sum can also turn a code of the second layer
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +53,11 @@ def test_decoding_over_every_boundary_gives_the_references_logits(tmp_path: Path
     session = Session(tiny.write(tmp_path))
     chunks = [5] + [1] * 145  # sinks, recent tokens, the first flush at 50 tokens and three more
     expected = tiny.logits(TOKENS[:150], chunks)[4:]
-    assert np.abs(steps(session, TOKENS, chunks) - expected).max() < TOLERANCE
+    assert np.abs(steps(session, TOKENS, chunks) - expected).max() < (TOLERANCE if config is EXACT else FLIPPED)
 
 
 def test_sliding_window_runs_past_its_ring(tmp_path: Path) -> None:
-    tiny = Tiny(windows=(40, 0))
+    tiny = Tiny(EXACT, windows=(40, 0))
     session = Session(tiny.write(tmp_path))
     chunks = [100] + [1] * 90
     assert np.abs(steps(session, TOKENS, chunks) - tiny.logits(TOKENS[:190], chunks)[99:]).max() < TOLERANCE
@@ -76,7 +77,7 @@ def test_prompt_in_one_call_in_chunks_and_token_by_token_agree_when_nothing_is_r
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("all_logits", [False, True])
 def test_padded_batch_equals_one_by_one(tmp_path: Path, side: str, all_logits: bool) -> None:
-    tiny = Tiny(all_logits=all_logits)
+    tiny = Tiny(EXACT, all_logits=all_logits)
     session = Session(tiny.write(tmp_path))
     lengths = [60, 1, 33]
     prompts = [TOKENS[i : i + n] for i, n in enumerate(lengths)]
@@ -201,7 +202,7 @@ def test_reorder_makes_copies(quantized: Session) -> None:
     logits = quantized.run([[5], [5], [5]], None, None, cache)[:, 0]
     assert cache.pointers() == before
     for row, source in enumerate([2, 2, 0]):
-        assert np.abs(logits[row] - Tiny().logits([*prompts[source], 5], [70, 1])[-1]).max() < TOLERANCE
+        assert np.abs(logits[row] - Tiny().logits([*prompts[source], 5], [70, 1])[-1]).max() < FLIPPED
 
 
 # The token loop.
