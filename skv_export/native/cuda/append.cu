@@ -1,0 +1,242 @@
+// Owns append on the device: new tokens are rotated and rounded, tiles that the ring can spare are quantized, the rest
+// stands in the full-precision rows. Byte for byte what reference.append writes.
+#include "launchers.h"
+
+#include "quantizer.cuh"
+
+namespace skv::cuda {
+namespace {
+
+struct Append {
+  Cache key, value;
+  Tokens new_key, new_value;
+  Lengths lengths;
+  int32_t kv_num_heads;
+  int32_t* not_finite;
+  bool tiles, rows;
+};
+
+// One tensor, sequence and head.
+template <int E>
+struct Target {
+  const Cache& cache;
+  const Tokens& tokens;
+  const Sequence& sequence;
+  uint8_t* block;
+  int b, head, max_tokens;
+  int32_t* not_finite;
+
+  // A new token as the cache holds it: reference.stored.
+  SKV_DEVICE void stored(int position, float (&x)[E]) const {
+    load_token(tokens, int64_t{b} * max_tokens + (position - sequence.past), head, x);
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      if (is_finite(x[e])) continue;
+      x[e] = 0;
+      if (not_finite) *not_finite = 1;
+    }
+    rotate(x, cache);
+#pragma unroll
+    for (int e = 0; e < E; e++) x[e] = rounded_to(cache.layout.recent_type, x[e]);
+  }
+  SKV_DEVICE void content(int position, float (&x)[E]) const {
+    if (position < sequence.past) {
+      load_row(cache, block, position, x);
+    } else {
+      stored(position, x);
+    }
+  }
+};
+
+// Shared memory: four tokens' codes, and each warp's range of each channel.
+template <int E>
+struct Shared {
+  uint8_t codes[4][32 * E];
+  float low[kWarps][32 * E], high[kWarps][32 * E];
+};
+
+// Packs four tokens' codes into the planes of a tile; all threads.
+template <int E>
+SKV_DEVICE void pack(const Cache& c, const uint8_t (&codes)[4][32 * E], uint8_t* tile, int quad) {
+  const int tokens = c.layout.tile_tokens;
+  for (int left = c.layout.bits, width = 8; left > 0; width /= 2) {
+    if (left < width) continue;
+    left -= width;
+    const uint32_t mask = (1u << width) - 1;
+    const int row_bytes = c.dim * width / 8, per_byte = 8 / width;
+    for (int i = threadIdx.x; i < row_bytes; i += kThreads) {
+      uint32_t word = 0;
+      if (c.layout.is_value) {  // byte i of four tokens
+        for (int t = 0; t < 4; t++) {
+          for (int f = 0; f < per_byte; f++) {
+            word |= (codes[t][i * per_byte + f] >> left & mask) << (8 * t + f * width);
+          }
+        }
+        reinterpret_cast<uint32_t*>(tile)[quad * row_bytes + i] = word;
+      } else {  // word i / 4 of token i % 4
+        for (int f = 0; f < 4 * per_byte; f++) {
+          word |= (codes[i % 4][i / 4 * 4 * per_byte + f] >> left & mask) << (f * width);
+        }
+        reinterpret_cast<uint32_t*>(tile)[i / 4 * tokens + 4 * quad + i % 4] = word;
+      }
+    }
+    tile += tokens * row_bytes;
+  }
+}
+
+// Codes of one token per warp to shared memory, for four tokens at a time.
+template <int E, class CodesOf>
+SKV_DEVICE void encode_codes(const Target<E>& target, Shared<E>& shared, uint8_t* tile, int first, CodesOf codes_of) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int quad = 0; quad < target.cache.layout.tile_tokens / 4; quad++) {
+    float x[E], codes[E] = {};
+    target.content(first + 4 * quad + warp, x);
+    codes_of(x, 4 * quad + warp, codes);
+#pragma unroll
+    for (int e = 0; e < E; e++) shared.codes[warp][lane + 32 * e] = uint8_t(codes[e]);
+    __syncthreads();
+    pack<E>(target.cache, shared.codes, tile, quad);
+    __syncthreads();
+  }
+}
+
+template <int E>
+SKV_DEVICE void encode_per_channel(const Target<E>& target, Shared<E>& shared, uint8_t* tile, int first) {
+  const Cache& c = target.cache;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float low[E], high[E];
+#pragma unroll
+  for (int e = 0; e < E; e++) {
+    low[e] = INFINITY;
+    high[e] = -INFINITY;
+  }
+  for (int t = warp; t < c.layout.tile_tokens; t += kWarps) {
+    float x[E];
+    target.content(first + t, x);
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      low[e] = fminf(low[e], x[e]);
+      high[e] = fmaxf(high[e], x[e]);
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < E; e++) {
+    shared.low[warp][lane + 32 * e] = low[e];
+    shared.high[warp][lane + 32 * e] = high[e];
+  }
+  __syncthreads();
+  half* parameters = reinterpret_cast<half*>(tile + c.code_bytes);
+#pragma unroll
+  for (int e = 0; e < E; e++) {
+    const int d = lane + 32 * e;
+    low[e] = shared.low[0][d];
+    high[e] = shared.high[0][d];
+    for (int w = 1; w < kWarps; w++) {
+      low[e] = fminf(low[e], shared.low[w][d]);
+      high[e] = fmaxf(high[e], shared.high[w][d]);
+    }
+    if (warp == 0) {
+      const ChannelGrid grid(low[e], high[e], c.layout.bits);
+      parameters[d] = grid.scale;
+      parameters[c.dim + d] = grid.offset;
+    }
+  }
+  encode_codes<E>(target, shared, tile, first, [&](const float(&x)[E], int, float(&codes)[E]) {
+#pragma unroll
+    for (int e = 0; e < E; e++) codes[e] = ChannelGrid(low[e], high[e], c.layout.bits).code(x[e]);
+  });
+}
+
+template <int E>
+SKV_DEVICE void encode_per_token(const Target<E>& target, Shared<E>& shared, uint8_t* tile, int first) {
+  const Cache& c = target.cache;
+  half* scales = reinterpret_cast<half*>(tile + c.code_bytes);
+  encode_codes<E>(target, shared, tile, first, [&](const float(&x)[E], int t, float(&codes)[E]) {
+    const int per_group = c.layout.group_size / 32;
+    for (int group = 0; group < c.groups; group++) {
+      const half scale = quantize_group(x, group * per_group, per_group, c.layout.bits, codes);
+      if (threadIdx.x % 32 == 0) scales[group * c.layout.tile_tokens + t] = scale;
+    }
+  });
+}
+
+template <int E>
+SKV_DEVICE void write_row(const Cache& c, uint8_t* row, const float (&x)[E]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int e = 0; e < E; e++) store(row, lane + 32 * e, c.layout.recent_type, x[e]);
+}
+
+template <int E>
+SKV_DEVICE void encode(const Target<E>& target, Shared<E>& shared, uint8_t* tile, int first) {
+  const Cache& c = target.cache;
+  if (c.layout.bits != 16) {
+    if (c.layout.granularity == SKV_CHANNEL) return encode_per_channel(target, shared, tile, first);
+    return encode_per_token(target, shared, tile, first);
+  }
+  for (int t = threadIdx.x / 32; t < c.layout.tile_tokens; t += kWarps) {
+    float x[E];
+    target.content(first + t, x);
+    write_row(c, tile + int64_t{t} * c.dim * type_bytes(c.layout.recent_type), x);
+  }
+}
+
+// Grid: tiles that the call may fill (or a share of its rows), sequence and head, keys or values.
+template <int E>
+__global__ void __launch_bounds__(kThreads) append_kernel(Append a) {
+  SKV_DYNAMIC_SHARED(memory);
+  const int b = blockIdx.y / a.kv_num_heads, warp = threadIdx.x / 32;
+  const Sequence s = sequence(a.lengths, b, a.key, a.value);
+  if (!s.valid || s.fresh == 0) return;
+  const bool is_value = blockIdx.z != 0;
+  const Cache& c = is_value ? a.value : a.key;
+  const SkvLayout& l = c.layout;
+  uint8_t* block = block_of(c, blockIdx.y);
+  const Target<E> target{c, is_value ? a.new_value : a.new_key, s, block, b, int(blockIdx.y % a.kv_num_heads), a.lengths.tokens,
+                         a.not_finite};
+  if (a.tiles) {
+    const int last = quantized(l, s.total) / l.tile_tokens, tile = quantized(l, s.past) / l.tile_tokens + blockIdx.x;
+    if (tile < last && tile >= last - c.tiles) {
+      encode(target, *reinterpret_cast<Shared<E>*>(memory), block + tile_start(c, tile),
+             l.num_sink_tokens + tile * l.tile_tokens);
+    }
+  }
+  if (!a.rows) return;
+  __syncthreads();  // the tile has been read from rows that are now overwritten
+  for (int position = s.past + blockIdx.x * kWarps + warp; position < s.total; position += gridDim.x * kWarps) {
+    if (position >= l.num_sink_tokens && position < s.total - c.ring) continue;
+    float x[E];
+    target.stored(position, x);
+    write_row(c, block + row_start(c, position), x);
+  }
+}
+
+}  // namespace
+
+cudaError_t append(const SkvAttention& call, int32_t* not_finite, void* stream) {
+  Append a{};
+  a.key = make_cache(call.key_cache);
+  a.value = make_cache(call.value_cache);
+  const int32_t head_dim = call.key_cache.layout.head_dim;
+  a.new_key = {call.key.data, call.key.token_stride, call.type, head_dim};
+  a.new_value = {call.value.data, call.value.token_stride, call.type, head_dim};
+  a.lengths = {call.seqlens_k, call.query_seqlens, call.tokens};
+  a.kv_num_heads = call.kv_num_heads;
+  a.not_finite = not_finite;
+  const int tile_tokens = a.key.layout.tile_tokens;
+  const unsigned tiles = (call.tokens + tile_tokens - 1) / tile_tokens;
+  const unsigned heads = call.batch * call.kv_num_heads;
+  return with_channels(a.key, [&](auto channels) {
+    constexpr int E = decltype(channels)::value;
+    // Where several blocks quantize, all have read the rows before any is overwritten.
+    a.tiles = true;
+    a.rows = tiles == 1;
+    cudaError_t error = launch(append_kernel<E>, dim3(tiles, heads, 2), kThreads, sizeof(Shared<E>), stream, a);
+    if (error != cudaSuccess || a.rows) return error;
+    a.tiles = false;
+    a.rows = true;
+    return launch(append_kernel<E>, dim3(tiles, heads, 2), kThreads, sizeof(Shared<E>), stream, a);
+  });
+}
+
+}  // namespace skv::cuda

@@ -1,0 +1,250 @@
+// Owns the calls of kernels_cuda.h: their checks, which kernels they take, their scratch, and the order of launches.
+#include <cstdarg>
+#include <cstdio>
+
+#include "launchers.h"
+
+namespace skv::cuda {
+namespace {
+
+constexpr int kMaxSplits = 256;
+constexpr int kMaxDecodeTokens = 8;
+constexpr int64_t kMaxGrid = 65535;
+
+thread_local char last_error[512];
+thread_local char path_text[256];
+
+int fail(int status, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(last_error, sizeof last_error, format, arguments);
+  va_end(arguments);
+  return status;
+}
+int wrong(const char* what, int64_t got, const char* expected) {
+  return fail(SKV_INVALID_ARGUMENT, "%s; got %lld; expected %s", what, static_cast<long long>(got), expected);
+}
+int finished(cudaError_t error, const char* kernel) {
+  if (error == cudaSuccess) return SKV_OK;
+  return fail(SKV_RUNTIME_ERROR, "CUDA kernel %s: launch failed; got %s", kernel, cudaGetErrorString(error));
+}
+
+int check_layout(const SkvLayout& l) {
+  const char* tensor = l.is_value ? "value" : "key";
+  const auto bad = [&](const char* field, int64_t got, const char* expected) {
+    char what[64];
+    snprintf(what, sizeof what, "%s cache: %s", tensor, field);
+    return wrong(what, got, expected);
+  };
+  if (l.head_dim < 1 || l.head_dim > 1024) return bad("head_dim", l.head_dim, "1 ... 1024");
+  const bool known_bits = (l.bits >= 1 && l.bits <= 6) || l.bits == 8 || l.bits == 16;
+  if (!known_bits) return bad("bits", l.bits, "1 2 3 4 5 6 8 or 16");
+  if (l.granularity != SKV_CHANNEL && l.granularity != SKV_TOKEN) return bad("granularity", l.granularity, "0 or 1");
+  if (l.rotation != SKV_ROTATION_NONE && l.rotation != SKV_HADAMARD) return bad("rotation", l.rotation, "0 or 1");
+  if (l.group_size < 1 || padded_dim(l) % l.group_size) return bad("group_size", l.group_size, "a divisor of head_dim");
+  if (l.num_sink_tokens < 0 || l.num_sink_tokens > 4096) return bad("num_sink_tokens", l.num_sink_tokens, "0 ... 4096");
+  if (l.recent_tokens < 0 || l.recent_tokens > 4096) return bad("recent_tokens", l.recent_tokens, "0 ... 4096");
+  if (l.tile_tokens != 32 && l.tile_tokens != 64 && l.tile_tokens != 128) {
+    return bad("tile_tokens", l.tile_tokens, "32, 64 or 128");
+  }
+  if (l.recent_type < SKV_FLOAT16 || l.recent_type > SKV_BFLOAT16) return bad("recent_type", l.recent_type, "0, 1 or 2");
+  if (l.local_window_size < 0 || l.local_window_size > (1 << 30)) {
+    return bad("local_window_size", l.local_window_size, "0 ... 2^30");
+  }
+  if (padded_dim(l) > kMaxDim) {
+    return fail(SKV_NOT_SUPPORTED, "%s cache: head_dim; got %d; expected at most %d on CUDA", tensor, l.head_dim, kMaxDim);
+  }
+  if (l.granularity == SKV_TOKEN && l.bits != 16 && l.group_size % 32) {
+    return fail(SKV_NOT_SUPPORTED, "%s cache: group_size; got %d; expected a multiple of 32 on CUDA", tensor, l.group_size);
+  }
+  return SKV_OK;
+}
+
+int check_cache(const SkvCache& c) {
+  if (const int status = check_layout(c.layout)) return status;
+  const char* tensor = c.layout.is_value ? "value" : "key";
+  if (c.block_bytes % 16 || tiles_in(c.layout, c.block_bytes) < 0 || c.block_bytes > (int64_t{1} << 40)) {
+    return fail(SKV_INVALID_ARGUMENT, "%s cache: block bytes; got %lld; expected a multiple of 16, at least %lld", tensor,
+                static_cast<long long>(c.block_bytes), static_cast<long long>(full_bytes(c.layout)));
+  }
+  if (capacity(c.layout, c.block_bytes) >= (1 << 30)) return wrong("cache: capacity", c.block_bytes, "below 2^30 tokens");
+  if (!c.data) return fail(SKV_INVALID_ARGUMENT, "%s cache: data; got null; expected a device pointer", tensor);
+  if (reinterpret_cast<uintptr_t>(c.data) % 16) return wrong("cache: address", int64_t(uintptr_t(c.data)), "16-byte aligned");
+  return SKV_OK;
+}
+
+int check_length(const SkvCache& c, int64_t length) {
+  const int64_t most = capacity(c.layout, c.block_bytes);
+  if (length < 0 || length >= (1 << 30)) return wrong("total length", length, "0 or more, below 2^30");
+  if (most >= 0 && length > most) {
+    return fail(SKV_INVALID_ARGUMENT, "%s cache: total length; got %lld tokens; expected at most its capacity of %lld",
+                c.layout.is_value ? "value" : "key", static_cast<long long>(length), static_cast<long long>(most));
+  }
+  return SKV_OK;
+}
+
+bool same_tokens(const SkvLayout& k, const SkvLayout& v) {
+  return k.head_dim == v.head_dim && k.num_sink_tokens == v.num_sink_tokens && k.recent_tokens == v.recent_tokens &&
+         k.tile_tokens == v.tile_tokens && k.recent_type == v.recent_type && k.local_window_size == v.local_window_size;
+}
+
+int check_call(const SkvAttention& call, const SkvCudaContext& context, bool attends) {
+  for (const SkvCache* cache : {&call.key_cache, &call.value_cache}) {
+    if (const int status = check_cache(*cache)) return status;
+    if (const int status = check_length(*cache, context.max_length)) return status;
+  }
+  if (call.key_cache.layout.is_value || !call.value_cache.layout.is_value) {
+    return fail(SKV_INVALID_ARGUMENT, "caches; got key and value exchanged; expected key_cache, value_cache");
+  }
+  if (!same_tokens(call.key_cache.layout, call.value_cache.layout)) {
+    return fail(SKV_INVALID_ARGUMENT, "caches; got layouts that differ in head_dim, sinks, recent tokens, tile, type or window; "
+                                      "expected one for keys and values");
+  }
+  if (call.type < SKV_FLOAT16 || call.type > SKV_BFLOAT16) return wrong("type", call.type, "0, 1 or 2");
+  if (context.output_type < -1 || context.output_type > SKV_BFLOAT16) return wrong("output_type", context.output_type, "-1 ... 2");
+  if (call.batch < 0 || call.tokens < 0 || call.tokens >= (1 << 24)) return wrong("tokens", call.tokens, "0 ... 2^24");
+  if (call.kv_num_heads < 1 || call.num_heads < 1 || call.num_heads % call.kv_num_heads) {
+    return wrong("num_heads", call.num_heads, "a multiple of kv_num_heads");
+  }
+  if (int64_t{call.batch} * call.kv_num_heads > kMaxGrid) {
+    return wrong("batch * kv_num_heads", int64_t{call.batch} * call.kv_num_heads, "at most 65535 on CUDA");
+  }
+  const int64_t queries = int64_t{call.tokens} * (call.num_heads / call.kv_num_heads);
+  if (attends && queries > 4 * kMaxGrid) return wrong("tokens * num_heads / kv_num_heads", queries, "at most 262140 on CUDA");
+  if (!call.seqlens_k || !call.key.data || !call.value.data || (attends && (!call.query.data || !call.output))) {
+    return fail(SKV_INVALID_ARGUMENT, "query, key, value, output or seqlens_k; got null; expected device pointers");
+  }
+  if (attends && !(call.softcap >= 0)) return fail(SKV_INVALID_ARGUMENT, "softcap; got a negative number; expected 0 or more");
+  if (context.path < SKV_CUDA_AUTO || context.path > SKV_CUDA_PREFILL) return wrong("path", context.path, "0 ... 3");
+  return SKV_OK;
+}
+
+Attention describe(const SkvAttention& call, const SkvCudaContext& context) {
+  Attention a{};
+  a.key = make_cache(call.key_cache);
+  a.value = make_cache(call.value_cache);
+  const int32_t head_dim = call.key_cache.layout.head_dim;
+  a.query = {call.query.data, call.query.token_stride, call.type, head_dim};
+  a.new_key = {call.key.data, call.key.token_stride, call.type, head_dim};
+  a.new_value = {call.value.data, call.value.token_stride, call.type, head_dim};
+  a.lengths = {call.seqlens_k, call.query_seqlens, call.tokens};
+  a.batch = call.batch;
+  a.num_heads = call.num_heads;
+  a.kv_num_heads = call.kv_num_heads;
+  a.columns = call.tokens * a.group();
+  a.window = call.key_cache.layout.local_window_size;
+  a.scale = call.scale != 0 ? call.scale : float(1.0 / std::sqrt(double(head_dim)));
+  a.softcap = call.softcap;
+  a.output = call.output;
+  a.head_sink = call.head_sink;
+  a.output_type = context.output_type >= 0 ? context.output_type : call.type;
+  return a;
+}
+
+// Which kernels a call takes.
+struct Plan {
+  int path;
+  int64_t partial_bytes, scratch_bytes;
+};
+
+// Splits of the context, from shapes alone: four blocks per multiprocessor, and no more than there are pieces of work.
+int splits_for(const Attention& a, int multiprocessors, int columns_per_block) {
+  const int64_t blocks = int64_t{a.batch} * a.kv_num_heads * ((a.columns + columns_per_block - 1) / columns_per_block);
+  const int64_t pieces = a.key.tiles + (full_rows(a.key.layout) + a.lengths.tokens + 31) / 32;
+  const int64_t wanted = 4 * int64_t{multiprocessors < 1 ? 1 : multiprocessors} / (blocks < 1 ? 1 : blocks);
+  const int64_t most = pieces < kMaxSplits ? pieces : kMaxSplits;
+  return int(wanted < 1 ? 1 : wanted < most ? wanted : most);
+}
+
+int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+Plan plan(Attention& a, const SkvCudaContext& context) {
+  Plan p{};
+  p.path = SKV_CUDA_SIMPLE;
+  snprintf(path_text, sizeof path_text, "decode_simple");
+  a.splits = splits_for(a, context.multiprocessors, 4);
+  const int64_t rows = int64_t{a.batch} * a.kv_num_heads * a.splits * a.columns;
+  p.partial_bytes = aligned(rows * a.key.dim * sizeof(float));
+  p.scratch_bytes = p.partial_bytes + aligned(rows * sizeof(float2));
+  return p;
+}
+
+int attend(Attention& a, const Plan& p, const SkvCudaContext& context) {
+  uint8_t* scratch = static_cast<uint8_t*>(context.scratch);
+  a.partial = reinterpret_cast<float*>(scratch);
+  a.peaks = reinterpret_cast<float2*>(scratch + p.partial_bytes);
+  if (const int status = finished(decode_simple(a, context.stream), "decode_simple")) return status;
+  return finished(combine(a, context.stream), "combine");
+}
+
+}  // namespace
+}  // namespace skv::cuda
+
+using namespace skv::cuda;
+using skv::quantized_tokens;
+
+int skv_cuda_attention(const SkvAttention* call, const SkvCudaContext* context) {
+  if (const int status = check_call(*call, *context, true)) return status;
+  if (call->batch == 0 || call->tokens == 0) return SKV_OK;
+  Attention a = describe(*call, *context);
+  const Plan p = plan(a, *context);
+  if (!context->scratch || context->scratch_bytes < p.scratch_bytes) {
+    return fail(SKV_INVALID_ARGUMENT, "scratch; got %lld bytes; expected %lld", static_cast<long long>(context->scratch_bytes),
+                static_cast<long long>(p.scratch_bytes));
+  }
+  if (const int status = attend(a, p, *context)) return status;
+  return finished(append(*call, context->not_finite, context->stream), "append");
+}
+
+int skv_cuda_append(const SkvAttention* call, const SkvCudaContext* context) {
+  if (const int status = check_call(*call, *context, false)) return status;
+  if (call->batch == 0 || call->tokens == 0) return SKV_OK;
+  return finished(append(*call, context->not_finite, context->stream), "append");
+}
+
+int64_t skv_cuda_scratch_bytes(const SkvAttention* call, const SkvCudaContext* context) {
+  if (const int status = check_call(*call, *context, true)) return -status;
+  Attention a = describe(*call, *context);
+  return plan(a, *context).scratch_bytes;
+}
+
+const char* skv_cuda_path(const SkvAttention* call, const SkvCudaContext* context) {
+  if (check_call(*call, *context, true)) return nullptr;
+  Attention a = describe(*call, *context);
+  plan(a, *context);
+  return path_text;
+}
+
+int skv_cuda_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int32_t h, int64_t length, int32_t type, void* out,
+                        int64_t row_stride, void* stream) {
+  if (const int status = check_cache(*cache)) return status;
+  if (const int status = check_length(*cache, length)) return status;
+  if (b < 0 || h < 0 || h >= kv_num_heads) return wrong("head", h, "a head of the cache");
+  if (type < SKV_FLOAT16 || type > SKV_BFLOAT16) return wrong("type", type, "0, 1 or 2");
+  if (row_stride < cache->layout.head_dim) return wrong("row_stride", row_stride, "head_dim or more");
+  if (length == 0) return SKV_OK;
+  if (!out) return fail(SKV_INVALID_ARGUMENT, "out; got null; expected a device pointer");
+  const Rows rows{out, 0, row_stride, type};
+  return finished(dequantize(make_cache(*cache), rows, int64_t{b} * kv_num_heads + h, int32_t(length), stream), "dequantize");
+}
+
+int skv_cuda_decode_tile(const SkvLayout* layout, const uint8_t* tile, float* out, void* stream) {
+  if (const int status = check_layout(*layout)) return status;
+  if (!tile || !out) return fail(SKV_INVALID_ARGUMENT, "tile or out; got null; expected device pointers");
+  return finished(decode_tile(*layout, tile, out, stream), "decode_tile");
+}
+
+int skv_cuda_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length, int64_t new_length, void* stream) {
+  if (const int status = check_cache(*cache)) return status;
+  if (const int status = check_length(*cache, length)) return status;
+  const SkvLayout& l = cache->layout;
+  const int64_t floor = quantized_tokens(l, length) == 0 ? 0 : length - l.recent_tokens;
+  if (new_length < floor || new_length > length) {
+    return fail(SKV_INVALID_ARGUMENT, "rewind from %lld tokens; got %lld; expected %lld ... %lld (recent_tokens = %d)",
+                static_cast<long long>(length), static_cast<long long>(new_length), static_cast<long long>(floor),
+                static_cast<long long>(length), l.recent_tokens);
+  }
+  return finished(rewind(make_cache(*cache), kv_num_heads, b, int32_t(length), int32_t(new_length), stream), "rewind");
+}
+
+const char* skv_cuda_last_error(void) { return last_error; }

@@ -1,0 +1,117 @@
+// Owns the way back from the cache on the device: rows of a sequence, one tile, and rewind. Exact, as reference.load is.
+#include "launchers.h"
+
+namespace skv::cuda {
+namespace {
+
+template <int E>
+SKV_DEVICE void write(const Rows& rows, int64_t sequence_and_head, int position, int head_dim, const float (&x)[E]) {
+  const int lane = threadIdx.x % 32;
+  const int64_t start = (sequence_and_head * rows.head_stride + position) * rows.row_stride;
+#pragma unroll
+  for (int e = 0; e < E; e++) {
+    const int d = lane + 32 * e;
+    if (d < head_dim) store(rows.data, start + d, rows.type, rows.type == SKV_FLOAT16 ? saturated(x[e]) : x[e]);
+  }
+}
+
+// Grid: groups of kWarps positions.
+template <int E>
+__global__ void __launch_bounds__(kThreads) dequantize_kernel(Cache c, Rows rows, int64_t sequence_and_head, int length) {
+  const uint8_t* block = block_of(c, sequence_and_head);
+  for (int position = blockIdx.x * kWarps + threadIdx.x / 32; position < length; position += gridDim.x * kWarps) {
+    float x[E];
+    load_position(c, block, length, position, x);
+    rotate(x, c);
+    write(rows, 0, position, c.layout.head_dim, x);
+  }
+}
+
+// Grid: groups of kWarps positions, sequence and head, keys or values.
+template <int E>
+__global__ void __launch_bounds__(kThreads) dequantize_all_kernel(Attention a, Rows keys, Rows values) {
+  const bool is_value = blockIdx.z != 0;
+  const Cache& c = is_value ? a.value : a.key;
+  const int b = blockIdx.y / a.kv_num_heads, head = blockIdx.y % a.kv_num_heads;
+  const Sequence s = sequence(a.lengths, b, a.key, a.value);
+  if (!s.valid || s.fresh == 0) return;
+  const uint8_t* block = block_of(c, blockIdx.y);
+  for (int position = blockIdx.x * kWarps + threadIdx.x / 32; position < s.total; position += gridDim.x * kWarps) {
+    float x[E];
+    if (position < s.past) {
+      load_position(c, block, s.past, position, x);
+      rotate(x, c);
+    } else {
+      load_token(is_value ? a.new_value : a.new_key, int64_t{b} * a.lengths.tokens + position - s.past, head, x);
+    }
+    write(is_value ? values : keys, blockIdx.y, position, c.layout.head_dim, x);
+  }
+}
+
+// Grid: groups of kWarps tokens of the tile.
+template <int E>
+__global__ void __launch_bounds__(kThreads) decode_tile_kernel(Cache c, const uint8_t* tile, float* out) {
+  const int t = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
+  float x[E];
+  decode_token(c, tile, t, x);
+#pragma unroll
+  for (int e = 0; e < E; e++) out[t * c.dim + lane + 32 * e] = x[e];
+}
+
+// Grid: groups of kWarps tokens that leave their tiles, heads.
+template <int E>
+__global__ void __launch_bounds__(kThreads) rewind_kernel(Cache c, int first_block, int length, int from, int to) {
+  uint8_t* block = block_of(c, first_block + blockIdx.y);
+  const int lane = threadIdx.x % 32, sinks = c.layout.num_sink_tokens, tokens = c.layout.tile_tokens;
+  const int end = to < length - c.ring ? to : length - c.ring;  // later ones still have their rows
+  for (int position = from + blockIdx.x * kWarps + threadIdx.x / 32; position < end; position += gridDim.x * kWarps) {
+    const int tile = (position - sinks) / tokens;
+    float x[E];
+    decode_token(c, block + tile_start(c, tile), (position - sinks) % tokens, x);
+    uint8_t* row = block + row_start(c, position);
+#pragma unroll
+    for (int e = 0; e < E; e++) store(row, lane + 32 * e, c.layout.recent_type, x[e]);
+  }
+}
+
+unsigned groups_of_warps(int64_t tokens) {
+  const int64_t groups = (tokens + kWarps - 1) / kWarps;
+  return unsigned(groups < 1 ? 1 : groups < 4096 ? groups : 4096);
+}
+
+}  // namespace
+
+cudaError_t dequantize(const Cache& cache, const Rows& rows, int64_t sequence_and_head, int32_t length, void* stream) {
+  return with_channels(cache, [&](auto channels) {
+    return launch(dequantize_kernel<decltype(channels)::value>, dim3(groups_of_warps(length)), kThreads, 0, stream, cache,
+                  rows, sequence_and_head, length);
+  });
+}
+
+cudaError_t dequantize_all(const Attention& a, const Rows& keys, const Rows& values, int32_t max_length, void* stream) {
+  return with_channels(a.key, [&](auto channels) {
+    const dim3 grid(groups_of_warps(max_length), a.batch * a.kv_num_heads, 2);
+    return launch(dequantize_all_kernel<decltype(channels)::value>, grid, kThreads, 0, stream, a, keys, values);
+  });
+}
+
+cudaError_t decode_tile(const SkvLayout& layout, const uint8_t* tile, float* out, void* stream) {
+  const Cache cache = make_cache({layout, nullptr, full_bytes(layout) + tile_bytes(layout)});
+  return with_channels(cache, [&](auto channels) {
+    return launch(decode_tile_kernel<decltype(channels)::value>, dim3(layout.tile_tokens / kWarps), kThreads, 0, stream, cache,
+                  tile, out);
+  });
+}
+
+cudaError_t rewind(const Cache& cache, int32_t kv_num_heads, int32_t b, int32_t length, int32_t new_length, void* stream) {
+  const SkvLayout& l = cache.layout;
+  const int32_t from = l.num_sink_tokens + int32_t(quantized_tokens(l, new_length));
+  const int32_t to = l.num_sink_tokens + int32_t(quantized_tokens(l, length));
+  if (from == to) return cudaSuccess;
+  return with_channels(cache, [&](auto channels) {
+    return launch(rewind_kernel<decltype(channels)::value>, dim3(groups_of_warps(to - from), kv_num_heads), kThreads, 0, stream,
+                  cache, b * kv_num_heads, length, from, to);
+  });
+}
+
+}  // namespace skv::cuda

@@ -1,0 +1,224 @@
+// Owns what the kernels share: a cache as the device sees it, the lengths of a sequence, and rows of channels held by a warp.
+//
+// A row of D channels lies in a warp as x[E], E = D / 32: lane l holds channels l, l + 32, ... Sums and rotations over such
+// a row take their operands in the order of reference.py, with every operation rounded on its own.
+#pragma once
+#include "kernels_cuda.h"
+#include "portable.cuh"
+
+namespace skv::cuda {
+
+constexpr int kThreads = 128;  // of every kernel but decode_mma
+constexpr int kWarps = kThreads / 32;
+constexpr int kMaxDim = 256;
+
+// One cache tensor with the numbers that kernels would otherwise divide for.
+struct Cache {
+  SkvLayout layout;
+  uint8_t* data;
+  int64_t block_bytes, tile_bytes, code_bytes, rows_start;
+  int32_t dim, tiles, capacity;  // capacity: -1 = any length
+  int32_t ring, groups;
+  int32_t rotation_dim;  // 0 = not rotated
+  float rotation_scale;
+};
+
+inline Cache make_cache(const SkvCache& c) {
+  const SkvLayout& l = c.layout;
+  Cache r{};
+  r.layout = l;
+  r.data = c.data;
+  r.block_bytes = c.block_bytes;
+  r.tile_bytes = tile_bytes(l);
+  r.code_bytes = code_bytes(l);
+  r.rows_start = c.block_bytes - full_bytes(l);
+  r.dim = padded_dim(l);
+  r.tiles = int32_t(tiles_in(l, c.block_bytes));
+  r.capacity = int32_t(capacity(l, c.block_bytes));
+  r.ring = ring_tokens(l);
+  r.groups = num_groups(l);
+  r.rotation_dim = l.rotation == SKV_HADAMARD ? rotation_dim(l) : 0;
+  r.rotation_scale = float(1.0 / std::sqrt(double(rotation_dim(l))));
+  return r;
+}
+
+SKV_DEVICE int quantized(const SkvLayout& l, int length) {
+  const int past_recent = length - l.num_sink_tokens - l.recent_tokens;
+  return past_recent > 0 ? past_recent / l.tile_tokens * l.tile_tokens : 0;
+}
+SKV_DEVICE int row_of(const Cache& c, int position) {
+  const int sinks = c.layout.num_sink_tokens;
+  return position < sinks ? position : sinks + (position - sinks) % c.ring;
+}
+SKV_DEVICE int64_t row_start(const Cache& c, int position) {
+  return c.rows_start + int64_t{row_of(c, position)} * c.dim * type_bytes(c.layout.recent_type);
+}
+SKV_DEVICE uint8_t* block_of(const Cache& c, int64_t sequence_and_head) { return c.data + sequence_and_head * c.block_bytes; }
+SKV_DEVICE int64_t tile_start(const Cache& c, int tile) { return tile % c.tiles * c.tile_bytes; }
+
+// The lengths of one sequence, read on the device.
+struct Lengths {
+  const int32_t* seqlens_k;
+  const int32_t* query_seqlens;
+  int32_t tokens;
+};
+struct Sequence {
+  int past, total, fresh;
+  bool valid;
+};
+SKV_DEVICE Sequence sequence(const Lengths& l, int b, const Cache& k, const Cache& v) {
+  const int64_t total = int64_t{l.seqlens_k[b]} + 1;
+  const int most = total < l.tokens ? int(total) : l.tokens;
+  const int fresh = l.query_seqlens ? l.query_seqlens[b] : most;
+  const bool fits = (k.capacity < 0 || total <= k.capacity) && (v.capacity < 0 || total <= v.capacity);
+  const bool valid = total >= 0 && total < (1 << 30) && fresh >= 0 && fresh <= most && fits;
+  return {int(total) - fresh, int(total), fresh, valid};
+}
+
+// Elements of a type as floats.
+SKV_DEVICE float load(const void* data, int64_t i, int type) {
+  if (type == SKV_FLOAT) return static_cast<const float*>(data)[i];
+  if (type == SKV_FLOAT16) return __half2float(static_cast<const half*>(data)[i]);
+  return __uint_as_float(uint32_t{static_cast<const uint16_t*>(data)[i]} << 16);
+}
+SKV_DEVICE uint16_t bfloat16_bits(float x) {
+  const uint32_t u = __float_as_uint(x);
+  if ((u & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+  return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+SKV_DEVICE void store(void* data, int64_t i, int type, float x) {
+  if (type == SKV_FLOAT) {
+    static_cast<float*>(data)[i] = x;
+  } else if (type == SKV_FLOAT16) {
+    static_cast<half*>(data)[i] = __float2half_rn(x);
+  } else {
+    static_cast<uint16_t*>(data)[i] = bfloat16_bits(x);
+  }
+}
+// float16 with the largest finite values instead of infinity: reference.to_half.
+SKV_DEVICE float saturated(float x) { return fminf(fmaxf(x, -65504.f), 65504.f); }
+SKV_DEVICE float rounded_to(int type, float x) {
+  if (type == SKV_FLOAT) return x;
+  if (type == SKV_FLOAT16) return __half2float(__float2half_rn(saturated(x)));
+  return __uint_as_float(uint32_t{bfloat16_bits(x)} << 16);
+}
+SKV_DEVICE bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000) != 0x7f800000; }
+
+// Normalized Walsh-Hadamard transform of each `block` channels of a row: reference.rotate.
+template <int E>
+SKV_DEVICE void rotate(float (&x)[E], int block, float scale) {
+  const int lane = threadIdx.x % 32;
+  for (int stride = 1; stride < 32 && stride < block; stride *= 2) {
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      const float other = __shfl_xor_sync(kWarp, x[e], stride);
+      x[e] = lane & stride ? __fsub_rn(other, x[e]) : __fadd_rn(x[e], other);
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < E; step *= 2) {
+    if (32 * step >= block) break;
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      if (e & step || (e | step) >= E) continue;
+      const float a = x[e], b = x[e | step];
+      x[e] = __fadd_rn(a, b);
+      x[e | step] = __fsub_rn(a, b);
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < E; e++) x[e] = __fmul_rn(x[e], scale);
+}
+template <int E>
+SKV_DEVICE void rotate(float (&x)[E], const Cache& c) {
+  if (c.rotation_dim) rotate(x, c.rotation_dim, c.rotation_scale);
+}
+
+// New tokens [batch][tokens][heads][head_dim].
+struct Tokens {
+  const void* data;
+  int64_t token_stride;
+  int32_t type, head_dim;
+};
+template <int E>
+SKV_DEVICE void load_token(const Tokens& t, int64_t token, int head, float (&x)[E]) {
+  const int lane = threadIdx.x % 32;
+  const int64_t start = token * t.token_stride + int64_t{head} * t.head_dim;
+#pragma unroll
+  for (int e = 0; e < E; e++) x[e] = lane + 32 * e < t.head_dim ? load(t.data, start + lane + 32 * e, t.type) : 0.f;
+}
+
+// Token t of a tile, as reference.decode_tile.
+template <int E>
+SKV_DEVICE void decode_token(const Cache& c, const uint8_t* tile, int t, float (&x)[E]) {
+  const SkvLayout& l = c.layout;
+  const int lane = threadIdx.x % 32, tokens = l.tile_tokens;
+  if (l.bits == 16) {
+    for (int e = 0; e < E; e++) x[e] = load(tile, int64_t{t} * c.dim + lane + 32 * e, l.recent_type);
+    return;
+  }
+  const half* parameters = reinterpret_cast<const half*>(tile + c.code_bytes);
+#pragma unroll
+  for (int e = 0; e < E; e++) {
+    const int d = lane + 32 * e;
+    const uint8_t* plane = tile;
+    uint32_t code = 0;
+    for (int left = l.bits, width = 8; left > 0; width /= 2) {
+      if (left < width) continue;
+      const int bit = d * width;
+      const uint32_t field = l.is_value ? plane[(t / 4 * (c.dim * width / 8) + bit / 8) * 4 + t % 4] >> (bit % 8)
+                                        : reinterpret_cast<const uint32_t*>(plane)[bit / 32 * tokens + t] >> (bit % 32);
+      left -= width;
+      code |= (field & ((1u << width) - 1)) << left;
+      plane += tokens * (c.dim * width / 8);
+    }
+    if (l.granularity == SKV_CHANNEL) {
+      x[e] = __fadd_rn(__fmul_rn(float(code), __half2float(parameters[d])), __half2float(parameters[c.dim + d]));
+    } else {
+      const float middle = float((1 << l.bits) - 1) / 2;
+      x[e] = __fmul_rn(__fsub_rn(float(code), middle), __half2float(parameters[d / l.group_size * tokens + t]));
+    }
+  }
+}
+
+template <int E>
+SKV_DEVICE void load_row(const Cache& c, const uint8_t* block, int position, float (&x)[E]) {
+  const uint8_t* row = block + row_start(c, position);
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int e = 0; e < E; e++) x[e] = load(row, lane + 32 * e, c.layout.recent_type);
+}
+
+// The token at a position of a cache of `length` tokens; false, and zeros, where a sliding window's ring has forgotten it.
+template <int E>
+SKV_DEVICE bool load_position(const Cache& c, const uint8_t* block, int length, int position, float (&x)[E]) {
+  const int sinks = c.layout.num_sink_tokens, in_tiles = quantized(c.layout, length);
+  if (position < sinks || position >= sinks + in_tiles) {
+    load_row(c, block, position, x);
+    return true;
+  }
+  const int tile = (position - sinks) / c.layout.tile_tokens;
+  if (tile < in_tiles / c.layout.tile_tokens - c.tiles) {
+    for (int e = 0; e < E; e++) x[e] = 0;
+    return false;
+  }
+  decode_token(c, block + tile_start(c, tile), (position - sinks) % c.layout.tile_tokens, x);
+  return true;
+}
+
+// Calls body(std::integral_constant<int, E>) for the number of channels per lane of a cache.
+template <class Body>
+auto with_channels(const Cache& c, Body body) {
+  switch (c.dim / 32) {
+    case 1: return body(std::integral_constant<int, 1>());
+    case 2: return body(std::integral_constant<int, 2>());
+    case 3: return body(std::integral_constant<int, 3>());
+    case 4: return body(std::integral_constant<int, 4>());
+    case 5: return body(std::integral_constant<int, 5>());
+    case 6: return body(std::integral_constant<int, 6>());
+    case 7: return body(std::integral_constant<int, 7>());
+    default: return body(std::integral_constant<int, 8>());
+  }
+}
+
+}  // namespace skv::cuda

@@ -1,0 +1,58 @@
+// Owns the C interface of the CUDA kernels: kernels.h's functions with `skv_cuda_` in front, on device pointers and a stream.
+//
+// Nothing here waits for the device, allocates, or reads device memory on the host; grids depend on shapes only. So every
+// call can be captured in a CUDA graph. Arguments are checked before anything is launched; what only the device knows (the
+// lengths in seqlens_k and query_seqlens) the kernels check themselves: a sequence whose lengths can't be is not touched, and its
+// output is NaN. Each function returns an SkvStatus and leaves the reason in skv_cuda_last_error() of the calling thread.
+#pragma once
+#include "../kernels.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Which kernels attend. All agree with the reference within the cases' tolerances.
+typedef enum SkvCudaPath {
+  SKV_CUDA_AUTO = 0,     // the fastest that covers the call: skv_cuda_path names it
+  SKV_CUDA_SIMPLE = 1,   // one warp per token, CUDA cores: every layout, every type
+  SKV_CUDA_MMA = 2,      // tensor cores straight from the codes: few new tokens, curated layouts
+  SKV_CUDA_PREFILL = 3,  // dequantize the past into scratch, then attention on tensor cores: many new tokens
+} SkvCudaPath;
+
+// What a call on the device needs beside its tensors.
+typedef struct SkvCudaContext {
+  void* stream;              // cudaStream_t
+  void* scratch;             // device memory, 256-byte aligned, skv_cuda_scratch_bytes of it; may be used by one call at a time
+  int64_t scratch_bytes;
+  int64_t max_length;        // no sequence's total length is larger (total_sequence_length); checked against the capacity
+  int32_t* not_finite;       // set to 1 where an appended key or value is not finite; device-visible, or null
+  int32_t path;              // SkvCudaPath
+  int32_t output_type;       // SkvType of the output and of head_sink; -1 = the call's type
+  int32_t multiprocessors;   // of the device: how far the context is split
+} SkvCudaContext;
+
+// Attention of the new tokens and append; as skv_attention.
+SKV_API int skv_cuda_attention(const SkvAttention* call, const SkvCudaContext* context);
+
+// Appends keys and values only.
+SKV_API int skv_cuda_append(const SkvAttention* call, const SkvCudaContext* context);
+
+// Bytes of scratch that skv_cuda_attention needs for this call; negative = an SkvStatus, negated.
+SKV_API int64_t skv_cuda_scratch_bytes(const SkvAttention* call, const SkvCudaContext* context);
+
+// The kernels that such a call takes and why, such as "decode_mma K4V2 D128" or "decode_simple: 5-bit keys"; the calling
+// thread's, until its next call. Null = an argument is wrong.
+SKV_API const char* skv_cuda_path(const SkvAttention* call, const SkvCudaContext* context);
+
+// As skv_dequantize, skv_decode_tile and skv_rewind, on a stream.
+SKV_API int skv_cuda_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int32_t h, int64_t length, int32_t type,
+                                void* out, int64_t row_stride, void* stream);
+SKV_API int skv_cuda_decode_tile(const SkvLayout* layout, const uint8_t* tile, float* out, void* stream);
+SKV_API int skv_cuda_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length, int64_t new_length,
+                            void* stream);
+
+SKV_API const char* skv_cuda_last_error(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,45 @@
+// Owns the list of kernels: one function each that launches it, with arguments already checked (calls.cu).
+#pragma once
+#include "device.cuh"
+
+namespace skv::cuda {
+
+// One call's attention as its kernels take it, by value.
+struct Attention {
+  Cache key, value;
+  Tokens query, new_key, new_value;
+  Lengths lengths;
+  int32_t batch, num_heads, kv_num_heads;
+  int32_t columns;  // rows of queries per KV head: tokens * num_heads / kv_num_heads; column = token * group + head
+  int32_t window;   // 0 = none
+  float scale, softcap;
+  // Per KV head of a sequence, split and column: the unnormalized output [D], and (largest score, sum of weights).
+  float* partial;
+  float2* peaks;
+  int32_t splits;
+  void* output;
+  const void* head_sink;
+  int32_t output_type;
+
+  __host__ __device__ int group() const { return num_heads / kv_num_heads; }
+};
+
+cudaError_t append(const SkvAttention& call, int32_t* not_finite, void* stream);
+
+cudaError_t decode_simple(const Attention& attention, void* stream);
+// Merges the splits, adds the head sink, rotates back, writes the output.
+cudaError_t combine(const Attention& attention, void* stream);
+
+// Rows of all sequences and heads, or of one: positions [0, length) of the cache, in the model's basis.
+struct Rows {
+  void* data;  // (b, h, position) at ((b * kv_num_heads + h) * head_stride + position) * row_stride
+  int64_t head_stride, row_stride;
+  int32_t type;
+};
+cudaError_t dequantize(const Cache& cache, const Rows& rows, int64_t sequence_and_head, int32_t length, void* stream);
+// The past of every sequence, and behind it the new tokens as they are.
+cudaError_t dequantize_all(const Attention& attention, const Rows& keys, const Rows& values, int32_t max_length, void* stream);
+cudaError_t decode_tile(const SkvLayout& layout, const uint8_t* tile, float* out, void* stream);
+cudaError_t rewind(const Cache& cache, int32_t kv_num_heads, int32_t b, int32_t length, int32_t new_length, void* stream);
+
+}  // namespace skv::cuda

@@ -1,0 +1,237 @@
+"""The CUDA kernels against the reference, on the CPU through the shim: every case, byte for byte where bytes are written."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from skv_export.cases import Case, attention_cases, layout_cases, make_inputs
+from skv_export.layout import CacheLayout
+from skv_export.recipe import LayerConfig
+from skv_export.reference import append, decode_tile, load, quantized_kv_attention, rewind, rewind_floor, rotate
+
+sys.path.insert(0, str(Path(__file__).parent / "cuda"))
+from harness import (  # noqa: E402
+    AUTO,
+    INVALID_ARGUMENT,
+    ROOT,
+    SIMPLE,
+    HostMemory,
+    KernelError,
+    Library,
+    build_shim,
+)
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Library:
+    return Library(build_shim(ROOT / "build" / "cuda_shim"), HostMemory())
+
+
+def check(case: Case, kernels: Library, path: int) -> str:
+    """Runs a case and compares output and bytes with the reference; returns the path taken."""
+    inputs = make_inputs(case)
+    if case.dtype == "float16" and inputs.head_sink is not None:
+        inputs = dataclasses.replace(inputs, head_sink=inputs.head_sink.astype(np.float16).astype(np.float32))
+    expected, key, value = quantized_kv_attention(
+        case.params,
+        case.layouts,
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.past_key,
+        inputs.past_value,
+        inputs.seqlens_k,
+        head_sink=inputs.head_sink,
+        query_seqlens=inputs.query_seqlens,
+    )
+    result = kernels.attention(case, inputs, path)
+    assert np.array_equal(result.key, key), "bytes of the keys"
+    assert np.array_equal(result.value, value), "bytes of the values"
+    largest = np.abs(expected).max()
+    assert np.abs(result.output - expected).max() <= case.tolerance * largest
+    return result.path
+
+
+@pytest.mark.parametrize("case", attention_cases(), ids=lambda c: c.name)
+def test_simple_kernels_equal_the_reference(case: Case, kernels: Library) -> None:
+    assert check(case, kernels, SIMPLE).startswith("decode_simple")
+
+
+LAYOUTS = [layout for i, layout in enumerate(layout_cases()) if i % 7 == 0]
+
+
+def test_tiles_of_every_layout(kernels: Library) -> None:
+    """Append fills one tile and more, byte for byte; the tile is read back exactly."""
+    for layout in LAYOUTS:
+        other = dataclasses.replace(layout, is_value=not layout.is_value)
+        length = layout.full_rows + 5
+        rng = np.random.default_rng(layout.bits)
+        x = rng.standard_normal((1, length, layout.head_dim)).astype(np.float32)
+        block = np.full((1, np.prod(layout.shape(length + 1))), 0xFF, np.uint8)
+        appended = append_on_device(kernels, layout, other, block, x)
+        append(layout, block, 0, x)
+        assert np.array_equal(appended, block), layout
+        tile = block[0, : layout.tile_bytes]
+        assert np.array_equal(kernels.decode_tile(layout, tile), decode_tile(layout, tile)), layout
+
+
+def append_on_device(
+    kernels: Library, layout: CacheLayout, other: CacheLayout, block: np.ndarray, x: np.ndarray
+) -> np.ndarray:
+    """Appends ``x`` [1, S, head_dim] to one empty block through skv_cuda_append; the other tensor gets the same tokens."""
+    tokens = x.shape[1]
+    pair = (other, layout) if layout.is_value else (layout, other)
+    case = Pair(pair, tokens)
+    blocks = [
+        block if held is layout else np.full((1, np.prod(held.shape(tokens + 1))), 0xFF, np.uint8) for held in pair
+    ]
+    inputs = dataclasses.replace(
+        make_inputs(Case("append", LayerConfig(), layout.head_dim, 1, 1, past_lengths=(0,), new_tokens=tokens)),
+        key=x,
+        value=x,
+        past_key=blocks[0].reshape(1, 1, 1, -1),
+        past_value=blocks[1].reshape(1, 1, 1, -1),
+    )
+    result = kernels.attention(case, inputs, append_only=True)  # type: ignore[arg-type]
+    return (result.value if layout.is_value else result.key).reshape(1, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """As much of a Case as an append of any two layouts needs."""
+
+    layouts: tuple[CacheLayout, CacheLayout]
+    new_tokens: int
+    num_heads: int = 1
+    kv_num_heads: int = 1
+    softcap: float = 0.0
+    dtype: str = "float32"
+
+    @property
+    def head_dim(self) -> int:
+        return self.layouts[0].head_dim
+
+    @property
+    def total_lengths(self) -> tuple[int, ...]:
+        return (self.new_tokens,)
+
+
+SMALL = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
+READ_BACK = [
+    {"k_bits": bits, "v_bits": bits, "v_rotation": rotation, "recent_type": recent}
+    for bits, rotation, recent in [
+        (2, "hadamard", "float16"),
+        (3, "none", "float"),
+        (5, "hadamard", "bfloat16"),
+        (16, "none", "float16"),
+    ]
+]
+
+
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize("changes", READ_BACK, ids=lambda c: f"{c['v_bits']} bits")
+def test_dequantize_and_rewind(changes: dict[str, object], window: int, kernels: Library) -> None:
+    for layout in CacheLayout.pair(dataclasses.replace(SMALL, **changes), 64, window):  # type: ignore[arg-type]
+        length = 210
+        block = np.full((2, np.prod(layout.shape(300))), 0xFF, np.uint8)
+        append(layout, block, 0, np.random.default_rng(0).standard_normal((2, length, 64)).astype(np.float32))
+        expected, _ = load(layout, block, length)
+        if layout.rotation == "hadamard":
+            expected = rotate(expected, layout.rotation_dim)
+        assert np.array_equal(kernels.dequantize(layout, block, 1, length), expected[1])
+        for new_length in (length, length - 1, length - 17, rewind_floor(layout, length)):
+            back = kernels.rewind(layout, block, length, new_length)
+            taken = block.copy()
+            rewind(layout, taken, length, new_length)
+            assert np.array_equal(back, taken)
+        with pytest.raises(KernelError, match="rewind"):
+            kernels.rewind(layout, block, length, rewind_floor(layout, length) - 1)
+
+
+def test_random_bytes_are_dequantized(kernels: Library) -> None:
+    rng = np.random.default_rng(1)
+    for layout in LAYOUTS[::3]:
+        tile = rng.integers(0, 256, layout.tile_bytes, np.uint8)
+        with np.errstate(all="ignore"):
+            expected = decode_tile(layout, tile)
+        assert np.array_equal(kernels.decode_tile(layout, tile), expected, equal_nan=True), layout
+
+
+def test_lengths_that_cannot_be_touch_nothing(kernels: Library) -> None:
+    """Only the device knows them: the output is NaN, the cache as before, the other sequences are right."""
+    case = Case("lengths", SMALL, past_lengths=(100, 100, 100, 100))
+    inputs = make_inputs(case)
+    good = kernels.attention(case, inputs)
+    for bad, fresh in ((10**6, 1), (-2, 1), (100, 2), (100, -1)):
+        seqlens = inputs.seqlens_k.copy()
+        seqlens[1] = bad
+        query_seqlens = np.array([1, fresh, 1, 1], np.int32)
+        result = kernels.attention(case, dataclasses.replace(inputs, seqlens_k=seqlens, query_seqlens=query_seqlens))
+        assert np.isnan(result.output[1]).all()
+        assert np.array_equal(result.key[1], inputs.past_key[1]) and np.array_equal(
+            result.value[1], inputs.past_value[1]
+        )
+        others = [0, 2, 3]
+        assert np.array_equal(result.output[others], good.output[others])
+        assert np.array_equal(result.key[others], good.key[others])
+
+
+def test_bad_arguments_are_refused_before_anything_is_launched(kernels: Library) -> None:
+    case = Case("refused", SMALL)
+    inputs = make_inputs(case)
+
+    def refused(match: str, **changes: object) -> None:
+        buffers, call, context = kernels.prepare(case, inputs)
+        for name, value in changes.items():
+            target: object = context if hasattr(context, name) else call
+            *parents, field = name.split("__")
+            for parent in parents:
+                target = getattr(target, parent)
+            setattr(target, field, value)
+        with pytest.raises(KernelError, match=match) as error:
+            kernels.check(kernels.lib.skv_cuda_attention(ctypes.byref(call), ctypes.byref(context)))
+        assert error.value.status == INVALID_ARGUMENT
+        assert np.array_equal(kernels.memory.get(buffers["past_key"]), inputs.past_key)
+
+    refused("capacity of", max_length=10**5)
+    refused("total length; got -1", max_length=-1)
+    refused("bits; got 7", key_cache__layout__bits=7)
+    refused("group_size", value_cache__layout__group_size=48)
+    refused("layouts that differ", value_cache__layout__num_sink_tokens=5)
+    refused("block bytes", key_cache__block_bytes=64)
+    refused("key cache: data; got null", key_cache__data=None)
+    refused("num_heads", num_heads=3)
+    refused("got null", seqlens_k=None)
+    refused("scratch; got", scratch_bytes=0)
+    refused("type; got 9", type=9)
+    refused("exchanged", key_cache__layout__is_value=1)
+
+
+def test_not_finite_input_is_stored_as_zero_and_reported(kernels: Library) -> None:
+    case = Case("not finite", SMALL, past_lengths=(67,))
+    inputs = make_inputs(case)
+    inputs.key[0, 0, 3] = np.nan
+    inputs.value[0, 0, 5] = np.inf
+    buffers, call, context = kernels.prepare(case, inputs)
+    kernels.check(kernels.lib.skv_cuda_append(ctypes.byref(call), ctypes.byref(context)))
+    key, value = (np.array(x) for x in (inputs.past_key, inputs.past_value))
+    for layout, cache, x in zip(case.layouts, (key, value), (inputs.key, inputs.value), strict=True):
+        append(layout, cache[0].reshape(2, -1), 67, x[0].reshape(1, 2, -1).swapaxes(0, 1))
+    assert np.array_equal(kernels.memory.get(buffers["past_key"]), key)
+    assert np.array_equal(kernels.memory.get(buffers["past_value"]), value)
+    assert kernels.memory.get(buffers["not_finite"])[0] == 1
+
+
+def test_an_idle_call_launches_nothing(kernels: Library) -> None:
+    case = Case("idle", SMALL)
+    inputs = make_inputs(case)
+    buffers, call, context = kernels.prepare(case, inputs, AUTO)
+    call.tokens = 0
+    kernels.check(kernels.lib.skv_cuda_attention(ctypes.byref(call), ctypes.byref(context)))
+    assert np.array_equal(kernels.memory.get(buffers["past_key"]), inputs.past_key)
