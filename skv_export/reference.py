@@ -85,7 +85,7 @@ def dequantize(layout: CacheLayout, codes: Bytes, scale: Half, offset: Half | No
 def _quantize_channel(x: Float, bits: int) -> tuple[Bytes, Half, Half]:
     """Asymmetric min-max over the tile's tokens, per channel; codes from the stored scale and offset."""
     levels = np.float32(2**bits - 1)
-    low, high = x.min(axis=-2), x.max(axis=-2)
+    low, high = x.min(axis=-2) + np.float32(0), x.max(axis=-2)  # a minimum of -0 and 0 is 0
     offset, scale = to_half(low), to_half((high - low) / levels)
     scale32, offset32 = scale.astype(np.float32)[..., None, :], offset.astype(np.float32)[..., None, :]
     codes = np.rint(_divide(x - offset32, scale32))
@@ -129,10 +129,7 @@ def prepare(layout: CacheLayout, x: Float) -> Float:
 
 def stored(layout: CacheLayout, x: Float) -> NDArray[np.generic]:
     """New tokens ``[..., head_dim]`` as the cache holds them: not-finite as 0, padded, rotated, in ``recent_type``."""
-    y = prepare(layout, np.where(np.isfinite(x), x, np.float32(0)))
-    if layout.recent_type == "float16":
-        return to_half(y)
-    return y.astype(layout.recent_dtype)
+    return _to_recent(layout, prepare(layout, np.where(np.isfinite(x), x, np.float32(0))))
 
 
 def append(layout: CacheLayout, block: Bytes, past_length: int, x: Float) -> None:
@@ -221,7 +218,7 @@ def rewind(layout: CacheLayout, block: Bytes, length: int, new_length: int) -> N
         content = decode_tile(layout, block[:, start : start + layout.tile_bytes])
         for i, position in enumerate(range(sinks + tile * t, sinks + (tile + 1) * t)):
             if position < length - layout.ring_tokens:
-                rows[:, layout.full_row(position)] = content[:, i].astype(layout.recent_dtype)
+                rows[:, layout.full_row(position)] = _to_recent(layout, content[:, i])
     _write_rows(layout, block, rows)
 
 
@@ -244,6 +241,10 @@ def decode_tile(layout: CacheLayout, tile: Bytes) -> Float:
         rows = np.ascontiguousarray(tile).view(layout.recent_dtype)
         return rows.reshape(*tile.shape[:-1], layout.tile_tokens, layout.padded_dim).astype(np.float32)
     return dequantize(layout, *layout.unpack_tile(tile))
+
+
+def _to_recent(layout: CacheLayout, x: Float) -> NDArray[np.generic]:
+    return to_half(x) if layout.recent_type == "float16" else x.astype(layout.recent_dtype)
 
 
 def _full_rows(layout: CacheLayout, block: Bytes) -> NDArray[np.generic]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from skv_export.library import SkvAttention, SkvCache, SkvLayout, SkvTokens, lib
 TYPE = {"float16": 0, "float": 1, "float32": 1, "bfloat16": 2}
 SENTINEL = 0xA5
 GUARD = 256
+SANITIZED = "SKV_TESTS_SANITIZED" in os.environ
+"""Set by test_sanitized.py, which runs these tests again on a library built with sanitizers."""
 
 
 BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)
@@ -60,12 +63,16 @@ def check(status: int) -> None:
 
 
 class Guarded:
-    """A copy of an array between guards of SENTINEL bytes, on a 64-byte boundary."""
+    """A copy of an array between guards of SENTINEL bytes, on a 16-byte boundary that is no 32-byte boundary.
+
+    Under a sanitizer there are no guards: it sees the end of the allocation itself, and reads past it too.
+    """
 
     def __init__(self, array: np.ndarray) -> None:
         array = np.ascontiguousarray(array)
-        self.memory = np.full(array.nbytes + 2 * GUARD + 64, SENTINEL, np.uint8)
-        self.start = GUARD + (-(self.memory.ctypes.data + GUARD)) % 64
+        guard = 0 if SANITIZED else GUARD
+        self.memory = np.full(array.nbytes + 2 * guard, SENTINEL, np.uint8)
+        self.start = 0 if SANITIZED else guard // 2 + (16 - self.memory.ctypes.data - guard // 2) % 32
         self.end = self.start + array.nbytes
         self.array = self.memory[self.start : self.end].view(array.dtype).reshape(array.shape)
         self.array[...] = array
@@ -151,7 +158,7 @@ class Call:
 
 
 def append(layout: CacheLayout, block: np.ndarray, past: int, x: np.ndarray, chunks: Sequence[int]) -> None:
-    """reference.append through skv_append, in chunks: ``block`` [N_kv, C] and ``x`` [N_kv, S, head_dim], as keys or values.
+    """reference.append through skv_append, in chunks, in place: ``block`` [N_kv, C], ``x`` [N_kv, S, head_dim].
 
     The other tensor's cache is a scratch copy of the same shape.
     """
