@@ -150,6 +150,24 @@ void set_head_dim(SkvLayout& layout, int32_t head_dim) {
   }
 }
 
+// Size of an input's last dimension as far as the graph tells; -1 = absent or not known.
+int64_t known_last_dimension(const OrtKernelInfo* info, Input input) {
+  OrtTypeInfo* type = nullptr;
+  if (OrtStatus* status = api().KernelInfo_GetInputTypeInfo(info, input, &type)) {
+    api().ReleaseStatus(status);
+    return -1;
+  }
+  const Handle<OrtTypeInfo> owner(type);
+  const OrtTensorTypeAndShapeInfo* shape = nullptr;
+  check(api().CastTypeInfoToTensorInfo(type, &shape));
+  if (shape == nullptr) return -1;
+  size_t rank = 0;
+  check(api().GetDimensionsCount(shape, &rank));
+  std::vector<int64_t> sizes(rank);
+  check(api().GetDimensions(shape, sizes.data(), rank));
+  return rank > 0 ? sizes.back() : -1;
+}
+
 }  // namespace
 
 Attributes Attributes::read(const OrtKernelInfo* info) {
@@ -169,7 +187,25 @@ Attributes Attributes::read(const OrtKernelInfo* info) {
   a.rotary_interleaved = reader.integer("rotary_interleaved", 0, 0, 1) != 0;
   a.key_layout = read_layout(reader, false);
   a.value_layout = read_layout(reader, true);
+  a.check_known_shapes(info);
   return a;
+}
+
+// Finds what the graph's own shapes rule out while the session is made, not at the first call.
+void Attributes::check_known_shapes(const OrtKernelInfo* info) const {
+  const int64_t hidden = known_last_dimension(info, kQuery), kv_hidden = known_last_dimension(info, kKey);
+  if (hidden <= 0 || kv_hidden <= 0) return;  // packed, or not known
+  if (hidden % num_heads != 0 || hidden / num_heads * kv_num_heads != kv_hidden) {
+    fail("node '" + node_name(info) + "': last dimensions of query and key",
+         std::to_string(hidden) + " and " + std::to_string(kv_hidden),
+         "num_heads * head_dim and kv_num_heads * head_dim, with " + std::to_string(num_heads) + " and " +
+             std::to_string(kv_num_heads) + " heads");
+  }
+  try {
+    Attributes(*this).set_head_dim(hidden / num_heads);
+  } catch (const Error& error) {
+    throw Error(error.code, "node '" + node_name(info) + "': " + error.what());
+  }
 }
 
 void Attributes::set_head_dim(int64_t head_dim) {

@@ -189,6 +189,78 @@ void release_indices(int* inputs, int* outputs) {
   delete[] outputs;
 }
 
+// A tensor's type and shape while the graph is being resolved; unknown and unnamed sizes are -1.
+struct InferredShape {
+  std::vector<int64_t> sizes;
+  std::vector<const char*> names;
+  OrtTensorTypeAndShapeInfo* info = nullptr;  // the context's
+
+  InferredShape(OrtShapeInferContext* context, Input input) {
+    check(api().ShapeInferContext_GetInputTypeShape(context, input, &info));
+    size_t rank = 0;
+    check(api().GetDimensionsCount(info, &rank));
+    sizes.resize(rank);
+    names.resize(rank);
+    check(api().GetDimensions(info, sizes.data(), rank));
+    check(api().GetSymbolicDimensions(info, names.data(), rank));
+  }
+
+  // Absent inputs and those of unknown shape have rank 0, and a size that is neither known nor named can't be passed
+  // on.
+  bool known(size_t rank) const {
+    if (sizes.size() != rank) return false;
+    for (size_t i = 0; i < rank; ++i) {
+      if (sizes[i] < 0 && *names[i] == '\0') return false;
+    }
+    return true;
+  }
+};
+
+int64_t inferred_attribute(OrtShapeInferContext* context, const char* name) {
+  const OrtOpAttr* attribute = nullptr;
+  int64_t value = 0;
+  size_t bytes = 0;
+  check(api().ShapeInferContext_GetAttribute(context, name, &attribute));
+  check(api().ReadOpAttr(attribute, AttributeType::kInt, &value, sizeof(value), &bytes));
+  return value;
+}
+
+// The output of packed QKV: the query's shape with the queries' share of its last dimension.
+void infer_unpacked(OrtShapeInferContext* context, const InferredShape& query) {
+  const int64_t heads = inferred_attribute(context, "num_heads");
+  const int64_t all_heads = heads + 2 * inferred_attribute(context, "kv_num_heads");
+  if (query.sizes[2] < 0 || heads < 1 || all_heads <= heads) return;
+  const int64_t sizes[] = {query.sizes[0], query.sizes[1], query.sizes[2] / all_heads * heads};
+  const char* names[] = {query.names[0], query.names[1], ""};
+  ElementType type = ElementType::kUndefined;
+  check(api().GetTensorElementType(query.info, &type));
+  OrtTensorTypeAndShapeInfo* made = nullptr;
+  check(api().CreateTensorTypeAndShapeInfo(&made));
+  const Handle<OrtTensorTypeAndShapeInfo> output(made);
+  check(api().SetTensorElementType(made, type));
+  check(api().SetDimensions(made, sizes, 3));
+  check(api().SetSymbolicDimensions(made, names, 3));
+  check(api().ShapeInferContext_SetOutputTypeShape(context, kOutput, made));
+}
+
+OrtStatus* infer_shapes(const CustomOp*, OrtShapeInferContext* context) {
+  return guarded([&] {
+    const auto pass_on = [&](const InferredShape& from, Output output, size_t rank) {
+      if (from.known(rank)) check(api().ShapeInferContext_SetOutputTypeShape(context, output, from.info));
+    };
+    const InferredShape query(context, kQuery), key(context, kKey);
+    ElementType key_type = ElementType::kUndefined;
+    check(api().GetTensorElementType(key.info, &key_type));
+    if (key_type != ElementType::kUndefined) {
+      pass_on(query, kOutput, 3);
+    } else if (query.known(3)) {
+      infer_unpacked(context, query);
+    }
+    pass_on(InferredShape(context, kPastKey), kPresentKey, 4);
+    pass_on(InferredShape(context, kPastValue), kPresentValue, 4);
+  });
+}
+
 OrtStatus* create_kernel(const CustomOp* op, const void*, const OrtKernelInfo* info, void** kernel) {
   return guarded([&] { *kernel = self(op).make(info, self(op).type).release(); });
 }
@@ -224,6 +296,7 @@ Definition::Definition(const char* provider, ElementType type, Make make)
   CreateKernelV2 = create_kernel;
   KernelComputeV2 = compute;
   KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  InferOutputShapeFn = infer_shapes;
   GetMayInplace = may_inplace;
   ReleaseMayInplace = release_indices;
 }

@@ -44,6 +44,9 @@ struct Attributes {
 
   // Sets head_dim and the group sizes that follow from it. Throws Error where they don't fit each other.
   void set_head_dim(int64_t head_dim);
+
+ private:
+  void check_known_shapes(const OrtKernelInfo* info) const;
 };
 
 // One call's tensors, shapes and types checked; nothing behind a data pointer has been read, so it may be any device's.

@@ -35,8 +35,15 @@ OrtStatus* create_gqa(const OrtKernelInfo* info, const Attributes& a, OrtOp** op
   for (const auto& handle : attributes) pointers.push_back(handle.get());
   const char* type_names[] = {"T", "M", "T_CACHE", "T_KV_SCALE"};
   const ElementType types[] = {ElementType::kFloat, ElementType::kInt32, ElementType::kFloat, ElementType::kFloat};
-  return api().CreateOp(info, "GroupQueryAttention", "com.microsoft", 1, type_names, types, 4, pointers.data(),
-                        static_cast<int>(pointers.size()), kGqaInputs, kGqaOutputs, op);
+  // The cache's types are constraints of their own since it can be quantized; before (1.24) there are the first two.
+  OrtStatus* status = nullptr;
+  for (const int num_types : {4, 2}) {
+    if (status != nullptr) api().ReleaseStatus(status);
+    status = api().CreateOp(info, "GroupQueryAttention", "com.microsoft", 1, type_names, types, num_types,
+                            pointers.data(), static_cast<int>(pointers.size()), kGqaInputs, kGqaOutputs, op);
+    if (status == nullptr) break;
+  }
+  return status;
 }
 
 // One sequence's keys and values [1, N_kv, length, head_dim] in float, in the model's basis: its past now, its new
