@@ -78,6 +78,15 @@ class QualityResult:
         """Perplexity over the original's, minus 1."""
         return self.ppl_exported / self.ppl_reference - 1
 
+    def rows(self) -> list[str]:
+        """The report's lines."""
+        return [
+            f"perplexity {self.ppl_reference:.3f} -> {self.ppl_exported:.3f} ({self.ppl_increase:+.2%}), "
+            f"top-1 agreement {self.top1_agreement:.2%}",
+            f"KL divergence {self.kld_mean:.4f} in the mean, {self.kld_p99:.4f} at the 99th percentile",
+            f"{self.effective_bits:.2f} bits per element at {self.window} tokens; {self.positions} predictions scored",
+        ]
+
     def against(self, limits: Thresholds) -> tuple[str, ...]:
         """Returns what misses its threshold."""
         checks = [

@@ -23,7 +23,7 @@ from skv_export.sampling import Sampler, Sampling
 
 __all__ = [
     "Cache", "Generation", "Library", "ModelConfig", "Sampling", "Session", "generate_text", "last_logits",
-    "library_path", "load_library",
+    "library_path", "load_library", "load_tokenizer",
 ]  # fmt: skip
 
 MODEL_FILE = "model.onnx"
@@ -307,17 +307,8 @@ class Session:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The folder's ``tokenizer.json``, as tokenizers' Tokenizer.
-
-        Raises:
-            SkvError: There is none.
-        """
-        from tokenizers import Tokenizer
-
-        path = self.folder / "tokenizer.json"
-        if not path.is_file():
-            raise SkvError(f"{path}: no such file", fix="Pass token ids, or export with the checkpoint's tokenizer.")
-        return Tokenizer.from_file(str(path))
+        """The folder's ``tokenizer.json``, as tokenizers' Tokenizer; see ``load_tokenizer``."""
+        return load_tokenizer(self.folder)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Puts messages (``role``, ``content``) into the model's chat template.
@@ -336,6 +327,20 @@ class Session:
         special = {name: x["content"] if isinstance(x, dict) else x for name, x in special.items()}
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **special)
+
+
+def load_tokenizer(folder: Path | str) -> Any:
+    """Reads the ``tokenizer.json`` of an exported folder into tokenizers' Tokenizer.
+
+    Raises:
+        SkvError: There is none.
+    """
+    from tokenizers import Tokenizer
+
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise SkvError(f"{path}: no such file", fix="Pass token ids, or export with the checkpoint's tokenizer.")
+    return Tokenizer.from_file(str(path))
 
 
 def last_logits(logits: Logits, new: NDArray[np.bool_]) -> Logits:

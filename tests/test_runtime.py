@@ -16,7 +16,15 @@ from tiny_graph import CONTEXT, EXACT, KV_HEADS, SMALL, VOCAB, Tiny
 from skv_export import library
 from skv_export.errors import SkvError
 from skv_export.recipe import LayerConfig
-from skv_export.runtime import ModelConfig, Sampling, Session, last_logits, library_path
+from skv_export.runtime import (
+    ModelConfig,
+    Sampling,
+    Session,
+    generate_text,
+    last_logits,
+    library_path,
+    load_tokenizer,
+)
 from skv_export.sampling import Sampler
 
 RNG = np.random.default_rng(3)
@@ -209,7 +217,7 @@ def test_reorder_makes_copies(quantized: Session) -> None:
 
 
 def test_greedy_generation_is_the_references(quantized: Session) -> None:
-    assert quantized.generate([TOKENS[:40]], max_new_tokens=30) == [_until_eos(Tiny().greedy(TOKENS[:40], 30))]
+    assert quantized.generate([TOKENS[:40]], max_new_tokens=15) == [_until_eos(Tiny().greedy(TOKENS[:40], 15))]
 
 
 def _until_eos(tokens: list[int]) -> list[int]:
@@ -282,6 +290,33 @@ def test_bad_sampling_options_are_refused(options: dict[str, float]) -> None:
 def test_empty_prompt_is_refused(quantized: Session) -> None:
     with pytest.raises(SkvError, match="prompts"):
         quantized.generate([[5], []])
+
+
+# Text.
+
+
+def test_text_streams_piece_by_piece(tmp_path: Path) -> None:
+    folder, pieces = Tiny().write_all(tmp_path, eos_token_id=[]), []
+    result = generate_text(folder, "Anne Elliot", max_new_tokens=12, on_text=pieces.append)
+    assert "".join(pieces) == result.text == load_tokenizer(folder).decode(result.tokens)
+    assert len(result.tokens) == 12 and result.prompt_tokens == 11
+    assert "11 prompt tokens" in result.summary() and "12 new" in result.summary()
+    sampled = [generate_text(folder, "Anne", max_new_tokens=12, temperature=1.0, seed=s).tokens for s in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_chat_prompts_go_through_the_models_template(tmp_path: Path) -> None:
+    folder = Tiny().write_all(tmp_path)
+    with pytest.raises(SkvError, match="no chat template"):
+        generate_text(folder, "hello", chat=True)
+    template = (
+        "{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    assert Session(folder).chat_prompt([{"role": "user", "content": "hello"}]) == "[user: hello]>"
+    assert generate_text(folder, "hello", chat=True, max_new_tokens=1).prompt_tokens == len("[user: hello]>")
+    with pytest.raises(SkvError, match="prompt: no tokens"):
+        generate_text(folder, "")
 
 
 # The folder.

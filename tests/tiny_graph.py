@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from skv_export.layout import CacheLayout
 from skv_export.recipe import LayerConfig
@@ -93,6 +95,20 @@ class Tiny:
             "source": {"kind": "test", "name": "tiny", "revision": None, "sha256": ""}, "layers": layers,
         }  # fmt: skip
         (folder / "skv_config.json").write_text(json.dumps(values | config))
+        return folder
+
+    def write_all(self, folder: Path, **config: object) -> Path:
+        """``write``, and what transformers reads: a configuration and a tokenizer of printable characters."""
+        self.write(folder, **config)
+        LlamaConfig(
+            vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=len(self.windows), num_attention_heads=HEADS,
+            num_key_value_heads=KV_HEADS, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        ).save_pretrained(folder)  # fmt: skip
+        vocabulary = {"<pad>": 0} | {chr(31 + i): i for i in range(1, VOCAB)}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)
         return folder
 
     def graph(self) -> onnx.ModelProto:
