@@ -1,0 +1,256 @@
+"""verify: each level passes on what is right, and fails, saying where, on what is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_graph import EXACT, SMALL, VOCAB, Tiny
+
+from skv_export import quality, twins, verify
+from skv_export.cases import Case, attention_cases
+from skv_export.errors import SkvError
+from skv_export.layout import CacheLayout
+from skv_export.library import Library, load_library
+from skv_export.parity import Comparison, GraphResult, Tolerance, judge
+from skv_export.quality import QualityResult, Thresholds, flush_edges
+from skv_export.recipe import LayerConfig
+from skv_export.runtime import Session
+
+TOKENS = np.random.default_rng(3).integers(3, VOCAB, 300).tolist()
+
+
+# op.
+
+
+def test_every_case_passes() -> None:
+    result = verify.check_op()
+    assert result.failures == ()
+    assert result.cases == len(attention_cases()) > 100
+    assert 0 < result.worst < 1 and result.worst_case
+
+
+class _Wrong(Library):
+    """The library, with one thing wrong in what it returns."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(load_library().path)
+        self.fault = fault
+
+    def attention(self, *args: object, **options: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        output, key, value = super().attention(*args, **options)  # type: ignore[arg-type]
+        if self.fault == "byte":
+            value[0, 1, 3, 5] ^= 1
+        elif self.fault == "attention":
+            output[0, 0, 7] += 1e-2
+        else:
+            output[0, 0, 7] = np.nan
+        return output, key, value
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            "byte",
+            r"op, kernels, default: 1 bytes of the value cache differ, the first in sequence 0, head 1, byte 101 of",
+        ),
+        ("attention", r"op, kernels, default: attention is off by [\d.e-]+ of the largest output, expected 5e-04"),
+        ("nan", r"op, kernels, default: attention is off by nan"),
+    ],
+)
+def test_a_wrong_kernel_is_named_with_its_case(fault: str, message: str) -> None:
+    result = verify.check_op(attention_cases()[:1], _Wrong(fault))
+    (failure,) = result.failures
+    assert re.match(message, failure), failure
+
+
+# The twins.
+
+
+def test_all_logits_twin_gives_every_position(tmp_path: Path) -> None:
+    folder = Tiny(SMALL).write(tmp_path / "last")
+    twin = twins.all_logits(folder)
+    real = Session(Tiny(SMALL, all_logits=True).write(tmp_path / "all"))
+    got, expected = (s.run([TOKENS[:60]], None, None, s.cache(1)) for s in (twin, real))
+    assert got.shape == (1, 60, VOCAB) and np.array_equal(got, expected)
+    assert np.array_equal(got[:, -1:], (last := Session(folder)).run([TOKENS[:60]], None, None, last.cache(1)))
+    assert twins.all_logits(tmp_path / "all").config.all_logits
+
+
+def test_graph_without_a_gather_is_refused(tmp_path: Path) -> None:
+    folder = Tiny(SMALL, all_logits=True).write(tmp_path)
+    model = twins.onnx.load(folder / "model.onnx", load_external_data=False)
+    (gather,) = (node for node in model.graph.node if node.op_type == "GatherElements")
+    gather.op_type = "Identity"
+    del gather.input[1:], gather.attribute[:]
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    config = folder / "skv_config.json"
+    config.write_text(config.read_text().replace('"logits": "all"', '"logits": "last"'))
+    with pytest.raises(SkvError, match=r"no node picks the last token.*--all-logits"):
+        twins.all_logits(folder)
+
+
+def test_unquantized_twin_is_the_same_model_with_a_16_bit_cache(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, recent_type="float")
+    twin = twins.unquantized(Tiny(config).write(tmp_path))
+    expected = Tiny(EXACT).logits(TOKENS[:120], [120])[-1]
+    cache = twin.cache(1)
+    for start, end in ((0, 70), (70, 119), (119, 120)):
+        logits = twin.run([TOKENS[start:end]], None, None, cache)
+    assert np.abs(logits[0, -1] - expected).max() < 2e-4
+
+
+# quality.
+
+
+def test_chunks_that_end_at_flushes_are_token_by_token(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, recent_type="float")
+    tiny = Tiny(config, windows=(40, 0), all_logits=True)
+    session = Session(tiny.write(tmp_path))
+    edges = flush_edges(tiny.layouts(0)[0], 200)
+    assert edges == [50, 82, 114, 146, 178, 200]
+    one_by_one, chunked, shifted = session.cache(1), session.cache(1), session.cache(1)
+    expected = np.concatenate([session.run([[t]], None, None, one_by_one) for t in TOKENS[:200]], axis=1)
+    got = _chunks(session, chunked, edges)
+    assert np.abs(got - expected).max() < 2e-4
+    for name, layout in zip(("key", "value"), tiny.layouts(0), strict=True):  # layer 0: its inputs are the same bits
+        used = layout.tiles_in(chunked.data(0, name)[0, 0].size) * layout.tile_bytes
+        tiles = [c.data(0, name).reshape(2, -1)[:, :used] for c in (one_by_one, chunked)]
+        assert (tiles[0] != tiles[1]).mean() < 1e-3
+    other = _chunks(session, shifted, [60, 92, 124, 156, 188, 200])
+    assert np.abs(other - expected).max() > 1e-2  # ten tokens later is another cache
+
+
+def _chunks(session: Session, cache: object, edges: list[int]) -> np.ndarray:
+    spans = zip([0, *edges], edges, strict=False)
+    return np.concatenate([session.run([TOKENS[a:b]], None, None, cache) for a, b in spans], axis=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "config", [LayerConfig(), SMALL, LayerConfig(num_sink_tokens=0, recent_tokens=0, tile_tokens=128)]
+)
+@pytest.mark.parametrize("length", [20, 132, 133, 700])
+def test_no_tile_is_flushed_inside_a_chunk(config: LayerConfig, length: int) -> None:
+    layout = CacheLayout.pair(config, 64)[0]
+    edges = flush_edges(layout, length)
+    assert edges[-1] == length and sorted(set(edges)) == edges
+    for start, end in zip([0, *edges], edges, strict=False):
+        # Every token of the chunk, decoded alone, would have found the tiles that the chunk found.
+        assert {layout.quantized_tokens(past) for past in range(start, end)} == {layout.quantized_tokens(start)}
+
+
+def test_shipped_text_is_there() -> None:
+    text = quality.read_text(None)
+    assert text.startswith("Chapter 1") and 100_000 < len(text.encode()) < 300_000
+
+
+def test_unusable_text_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(SkvError, match="no such file"):
+        quality.read_text(tmp_path / "nothing.txt")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SkvError, match="not UTF-8"):
+        quality.read_text(tmp_path / "bytes.txt")
+    tokenizer = Session(Tiny().write_all(tmp_path / "model")).tokenizer
+    with pytest.raises(SkvError, match=r"too short; got 5 tokens; expected at least 100"):
+        quality.text_windows(tokenizer, "Anne.", 8, 100)
+
+
+def test_windows_do_not_overlap_and_cover_the_text(tmp_path: Path) -> None:
+    tokenizer = Session(Tiny().write_all(tmp_path)).tokenizer
+    text = quality.read_text(None)[:2050]
+    windows = quality.text_windows(tokenizer, text, 100, 500)
+    assert windows.shape == (4, 500)
+    assert tokenizer.decode(windows[0].tolist()) == text[:500].replace("\n", "")
+    assert tokenizer.decode(windows[3].tolist()) == text[-500:].replace("\n", "")
+
+
+# The report.
+
+
+GOOD = QualityResult(20.0, 20.2, 0.01, 0.1, 0.95, 4.5, 1024, 8000)
+
+
+@pytest.mark.parametrize(
+    ("limits", "failing"),
+    [
+        (Thresholds(), 0),
+        (Thresholds(max_ppl_increase=0.005), 1),
+        (Thresholds(max_kld_mean=0.001, max_kld_p99=0.01, min_top1_agreement=0.99), 3),
+        (Thresholds(max_ppl_increase=None), 0),
+    ],
+)
+def test_thresholds_decide(limits: Thresholds, failing: int) -> None:
+    assert len(GOOD.against(limits)) == failing
+
+
+def test_not_a_number_meets_no_threshold() -> None:
+    assert dataclasses.replace(GOOD, ppl_exported=float("nan")).against(Thresholds())
+
+
+def _comparison(**changes: object) -> Comparison:
+    good = Comparison(131, 192, 1e-3, 1e-5, 7, 1.0, (), (0, 3), 1000)
+    return dataclasses.replace(good, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("quantized", "exact", "message"),
+    [
+        (
+            {},
+            {"max_abs": 2e-3, "origin": "step 3: layer 2"},
+            "with 16 bits: the largest logit difference is 2.00e-03 at step 7",
+        ),
+        ({"max_abs": 0.06}, {}, "recipe's bits: the largest logit difference is 6.00e-02"),
+        ({"max_abs": float("inf")}, {}, "difference is inf"),
+        ({"median_abs": 3e-4}, {}, "the median logit difference is 3.00e-04"),
+        (
+            {"contradictions": (5, 6)},
+            {},
+            "another most likely token, though the reference's lead exceeds the difference: steps 5, 6",
+        ),
+        ({"max_abs": 2e-3}, None, "expected at most 1e-03"),
+    ],
+)
+def test_graph_level_fails_beyond_its_tolerance(quantized: dict, exact: dict | None, message: str) -> None:
+    result = judge(_comparison(**quantized), None if exact is None else _comparison(**exact), Tolerance())
+    (failure,) = result.failures
+    assert message in failure
+    assert not judge(_comparison(), _comparison(), Tolerance()).failures
+
+
+def test_report_has_the_promised_keys(tmp_path: Path) -> None:
+    op = verify.OpResult(106, 0.1, "default, kernels", ())
+    graph = GraphResult(_comparison(), _comparison(), ())
+    full = verify.Report(tmp_path, "model", op, graph, GOOD)
+    assert json.loads(full.to_json()) == {
+        "passed": True,
+        "op": True,
+        "graph": {"max_abs_logit_diff": 1e-3, "steps": 192, "argmax_agreement": 1.0},
+        "quality": {
+            "ppl_reference": 20.0, "ppl_exported": 20.2, "kld_mean": 0.01, "kld_p99": 0.1, "top1_agreement": 0.95,
+            "effective_bits": 4.5,
+        },
+    }  # fmt: skip
+    failed = dataclasses.replace(full, op=dataclasses.replace(op, failures=("op, kernels, default: wrong",)))
+    assert not failed.passed and json.loads(failed.to_json())["op"] is False
+    assert "FAIL  op" in failed.table() and failed.table().endswith("op, kernels, default: wrong")
+    assert "+1.00%" in full.table() and "FAIL" not in full.table()
+    alone = json.loads(verify.Report(tmp_path, op=op).to_json())
+    assert alone["op"] is True and alone["graph"]["steps"] is None
+
+
+def test_a_level_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    for levels in (["speed"], []):
+        with pytest.raises(SkvError, match="verify: level"):
+            verify.run(Tiny().write(tmp_path), levels=levels)
+
+
+def test_op_level_needs_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "attention_cases", lambda: (Case("small", SMALL),))
+    report = verify.run(Tiny().write(tmp_path), levels=["op"])
+    assert report.passed and report.op is not None and report.op.cases == 1
