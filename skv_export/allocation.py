@@ -161,7 +161,7 @@ def _ladder(sensitivities: Sequence[float], total_bits: int, choices: Sequence[i
         raise SkvError(
             "bit budget: too small",
             got=total_bits,
-            expected=f"at least {ladder[0] * len(sensitivities)}, {ladder[0]} bits each for {len(sensitivities)} tensors",
+            expected=f"at least {ladder[0] * len(sensitivities)}, {ladder[0]} for each tensor",
             fix="Raise the budget or allow smaller bit widths.",
         )
     return ladder

@@ -1,6 +1,6 @@
 """Owns where each architecture keeps its attention weights: one row each, and layers cut out of a checkpoint.
 
-Everything comes back in one form: ``[heads * head_dim, hidden]`` matrices, heads in order, RoPE pairs half a head apart.
+Everything comes back in one form: ``[heads * head_dim, hidden]`` matrices, heads in order, RoPE pairs half a head apart
 """
 
 from __future__ import annotations
@@ -383,7 +383,7 @@ class AttentionReader:
             raise SkvError(
                 f"{name}.weight: shape",
                 got=tensor.shape,
-                expected=f"{rows} rows: heads {c.num_attention_heads}, KV {c.num_key_value_heads}, head_dim {c.head_dim}",
+                expected=f"{rows} rows: {c.num_attention_heads} + 2 * {c.num_key_value_heads} heads of {c.head_dim}",
                 fix="config.json and the weights disagree, or the weights are packed by another quantizer.",
             )
         if matrix.dtype.kind in "iub":

@@ -112,12 +112,14 @@ def lanczos(weight: Float) -> Double:
     rows = weight.shape[0]
     steps = min(LANCZOS_STEPS, rows)
     basis = np.zeros((steps, rows), np.float32)
-    alpha, beta = np.zeros(steps), np.zeros(steps)
+    alpha: Double = np.zeros(steps)
+    beta: Double = np.zeros(steps)
     start = np.random.default_rng(0).standard_normal(rows).astype(np.float32)
     basis[0] = start / np.linalg.norm(start)
-    ritz, still = np.zeros(1), 0
+    ritz: Double = np.zeros(1)
+    still = 0
     for j in range(steps):
-        product = weight @ (basis[j] @ weight)
+        product = np.asarray(weight @ (basis[j] @ weight), np.float32)
         alpha[j] = product @ basis[j]
         for _ in range(2):
             product -= (basis[: j + 1] @ product) @ basis[: j + 1]
@@ -126,7 +128,9 @@ def lanczos(weight: Float) -> Double:
             basis[j + 1] = product / np.float32(beta[j])
             continue
         before = ritz[-1]
-        ritz = np.linalg.eigvalsh(np.diag(alpha[: j + 1]) + np.diag(beta[:j], 1) + np.diag(beta[:j], -1))
+        ritz = np.asarray(
+            np.linalg.eigvalsh(np.diag(alpha[: j + 1]) + np.diag(beta[:j], 1) + np.diag(beta[:j], -1)), np.float64
+        )
         still = still + 1 if ritz[-1] - before <= LANCZOS_TOLERANCE * ritz[-1] else 0
         if still == 3 or j + 1 == steps or beta[j] <= 1e-6 * ritz[-1]:
             break
