@@ -1,10 +1,10 @@
-"""Which score allocates best? Decode-style perplexity and KL divergence of each score's allocation, on a text it never saw.
+"""Which score allocates best? Perplexity and KL divergence of each score's allocation, decode style, on unseen text.
 
     python benchmarks/allocation_truth.py CHECKPOINT --calibration FILE --text FILE [--budgets 2.5,3.25,4.25]
         [--context 32768] [--windows 3] [--state FILE]
 
-For every budget: the allocation by each score, every uniform pair that fits and that no other fitting pair exceeds in both
-widths, and the largest K = V. Prints a Markdown table. Resumable through --state.
+For every budget: the allocation by each score, every uniform pair that fits and that no other fitting pair reaches in
+both widths, and the largest K = V. Prints a Markdown table. Resumable through --state.
 """
 
 from __future__ import annotations

@@ -134,10 +134,10 @@ class Analysis:
     recommendation: Recommendation
     measurement: Measurement | None = None
 
-    def to_recipe(self) -> Recipe:
-        """Returns the recommendation as a recipe that `model` takes."""
+    def to_recipe(self, recipe: Recipe | None = None) -> Recipe:
+        """Returns the recommendation as a recipe that `model` takes; ``recipe`` gives what has nothing to do with bits."""
         plan = self.recommendation.plan
-        recipe = Recipe.per_layer(list(plan.bits), Recipe(default=self.budget.base))
+        recipe = Recipe.per_layer(list(plan.bits), recipe or Recipe(default=self.budget.base))
         description = f"{self.model}: {plan.effective_bits:.2f} effective bits at {self.budget.context} tokens"
         return replace(recipe, description=f"{description}, by {self.recommendation.score}")
 

@@ -114,7 +114,7 @@ def lanczos(weight: Float) -> Double:
     basis = np.zeros((steps, rows), np.float32)
     alpha: Double = np.zeros(steps)
     beta: Double = np.zeros(steps)
-    start = np.random.default_rng(0).standard_normal(rows).astype(np.float32)
+    start = np.random.default_rng(0).standard_normal((rows,), dtype=np.float32)
     basis[0] = start / np.linalg.norm(start)
     ritz: Double = np.zeros(1)
     still = 0
