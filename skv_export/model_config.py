@@ -49,6 +49,7 @@ class ModelConfig:
         eos_token_id: Tokens that end a sequence.
         pad_token_id: Token that fills finished sequences.
         all_logits: The graph returns every position's logits, not only the last one's.
+        right_padded: The graph takes padding on the right only (a rewritten one); else on either side.
         source: What the folder was exported from: ``kind``, ``name``, ``revision``, ``sha256``.
         layers: Each layer's cache.
     """
@@ -63,6 +64,7 @@ class ModelConfig:
     all_logits: bool
     source: Mapping[str, Any]
     layers: tuple[LayerCache, ...]
+    right_padded: bool = False
 
     @classmethod
     def load(cls, folder: Path | str) -> ModelConfig:
@@ -87,6 +89,8 @@ class ModelConfig:
                 raise ValueError(f"{len(layers)} layers listed, num_hidden_layers is {values['num_hidden_layers']}")
             if values["logits"] not in ("last", "all"):
                 raise ValueError(f"logits is {values['logits']!r}, neither 'last' nor 'all'")
+            if values.get("padding", "any") not in ("any", "right"):
+                raise ValueError(f"padding is {values['padding']!r}, neither 'any' nor 'right'")
             eos = values["eos_token_id"]
             return cls(
                 model_type=str(values["model_type"]),
@@ -99,6 +103,7 @@ class ModelConfig:
                 all_logits=values["logits"] == "all",
                 source=dict(values["source"]),
                 layers=layers,
+                right_padded=values.get("padding") == "right",
             )
         except (KeyError, TypeError, ValueError, SkvError) as error:
             got = f"no key {error}" if isinstance(error, KeyError) else str(error)

@@ -27,6 +27,8 @@ __all__ = [
 ]  # fmt: skip
 
 MODEL_FILE = "model.onnx"
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+"""A graph's inputs beside the caches; one that counts positions itself does without the last."""
 EXECUTION_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 Int64 = NDArray[np.int64]
@@ -108,18 +110,21 @@ class Session:
         for i, layer in enumerate(self.config.layers):
             for name, layout in (("key", layer.key), ("value", layer.value)):
                 shape = inputs.pop(f"past_key_values.{i}.{name}", None)
-                if shape is None or shape[1] != layer.num_key_value_heads or shape[3] != layout.width:
+                # A width may be open, for runtimes that allocate keys and values alike: then it has no number.
+                width = layout.width if shape is None or not isinstance(shape[3], int) else shape[3]
+                if shape is None or shape[1] != layer.num_key_value_heads or width != layout.width:
                     raise SkvError(
                         f"{self.folder}: {MODEL_FILE} and {CONFIG_FILE} do not belong together: layer {i}, {name}",
                         got=shape and shape[1:],
                         expected=[layer.num_key_value_heads, "rows", layout.width],
                         fix="Export the model again.",
                     )
-        if set(inputs) != {"input_ids", "attention_mask", "position_ids"}:
+        self._inputs = tuple(name for name in INPUTS if name in inputs)
+        if set(inputs) - set(INPUTS) or not set(INPUTS[:2]) <= set(inputs):
             raise SkvError(
                 f"{self.folder}: {MODEL_FILE}: inputs",
                 got=sorted(inputs),
-                expected="input_ids, attention_mask, position_ids and the caches",
+                expected=f"{', '.join(INPUTS)} and the caches",
                 fix="Export the model again.",
             )
 
@@ -174,19 +179,38 @@ class Session:
                 expected=f"at most its capacity of {cache.capacity}",
                 fix="Allocate the cache for a larger max_length, or make the prompt shorter.",
             )
-        # The graph takes lengths from the mask's sums: the shortest mask that has them says the same as the caller's.
-        mask = self._mask(cache, new).astype(np.int64)
         if position_ids is None:
             positions = np.where(new, cache.lengths[:, None] + new.cumsum(axis=1) - 1, 0)
         else:
             positions = np.broadcast_to(np.asarray(position_ids, np.int64), ids.shape)
+        place = None
+        if self.config.right_padded:
+            self._check_last(new)
+            place = np.argsort(~new, axis=1, kind="stable")
+            ids, positions, new = (np.take_along_axis(x, place, axis=1) for x in (ids, positions, new))
+        # The graph takes lengths from the mask's sums: the shortest mask that has them says the same as the caller's.
+        mask = self._mask(cache, new).astype(np.int64)
         logits = np.empty((*ids.shape, self.config.vocab_size), np.float32)
         if not self.config.all_logits:
             logits = logits[:, :1]
         logits = np.ascontiguousarray(logits)
-        self._run_bound(cache, {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, logits)
+        inputs = dict(zip(INPUTS, (ids, mask, positions), strict=True))
+        self._run_bound(cache, {name: inputs[name] for name in self._inputs}, logits)
         cache.lengths[:] = lengths
+        if place is not None and self.config.all_logits and not np.array_equal(place, np.sort(place, axis=1)):
+            logits = np.take_along_axis(logits, np.argsort(place, axis=1)[:, :, None], axis=1)
         return logits
+
+    def _check_last(self, new: NDArray[np.bool_]) -> None:
+        """A graph that returns the logits of its last column alone has none for a shorter sequence of the batch."""
+        tokens = new.sum(axis=1)
+        if not self.config.all_logits and ((tokens > 0) & (tokens < new.shape[1])).any():
+            raise SkvError(
+                f"{self.folder}: it returns the logits of the last column only, so its batches can't be padded",
+                got=f"{tokens.tolist()} new tokens",
+                expected="as many for each sequence",
+                fix="Run the sequences one by one, or rewrite a model that returns all logits.",
+            )
 
     def _new_tokens(self, ids: Int64, attention_mask: ArrayLike | None, cache: Cache) -> NDArray[np.bool_]:
         """Which of the new columns hold tokens, ``[B, S]``, after checking the mask against the cache."""
