@@ -135,7 +135,7 @@ class Analysis:
     measurement: Measurement | None = None
 
     def to_recipe(self, recipe: Recipe | None = None) -> Recipe:
-        """Returns the recommendation as a recipe that `model` takes; ``recipe`` gives what has nothing to do with bits."""
+        """Returns the recommendation as a recipe for `model`; ``recipe`` gives what has nothing to do with bits."""
         plan = self.recommendation.plan
         recipe = Recipe.per_layer(list(plan.bits), recipe or Recipe(default=self.budget.base))
         description = f"{self.model}: {plan.effective_bits:.2f} effective bits at {self.budget.context} tokens"
@@ -269,6 +269,7 @@ def run(
     cache = CacheBudget.of(
         reader.config, base or LayerConfig(), choices=choices, pairs=pairs, context=context, batch=batch
     ).limited(budget, memory)
+    cache.check()
     layers = _read(reader, cache.base, progress)
     measurement = _measure(source, str(text), cache, kl, windows, window, state, progress) if measure else None
     scores = _scores(layers, cache, optimal, measurement)

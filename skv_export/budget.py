@@ -144,7 +144,7 @@ class CacheBudget:
         Raises:
             SkvError: Nothing fits; the message says what would.
         """
-        self._check()
+        self.check()
         picks = allocate_options(losses.tolist(), self.costs.tolist(), self.limit)
         return tuple(self.pairs[p] for p in picks)
 
@@ -154,7 +154,7 @@ class CacheBudget:
         Raises:
             SkvError: Nothing fits.
         """
-        self._check()
+        self.check()
         low = 2 * self.choices[0] * self.config.num_hidden_layers
         high = 2 * self.choices[-1] * self.config.num_hidden_layers
         while low < high:
@@ -162,7 +162,8 @@ class CacheBudget:
             low, high = (middle, high) if self.fits(allocate(middle)) else (low, middle - 1)
         return allocate(low)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises SkvError if no allocation is within the limit; the message says what would be."""
         if self.feasible:
             return
         least = 8 * self.costs.min(axis=1).sum() / self.elements

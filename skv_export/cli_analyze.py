@@ -14,7 +14,7 @@ _PATH = click.Path(path_type=Path, dir_okay=False)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[Any]):
     """A number with a binary unit: 32k, 2GiB, 512M."""
 
     name = "size"
@@ -29,7 +29,7 @@ class Size(click.ParamType):
         return int(float(match[1]) * _UNITS[match[2]])
 
 
-class Numbers(click.ParamType):
+class Numbers(click.ParamType[Any]):
     """Integers separated by commas."""
 
     name = "list"
@@ -43,7 +43,7 @@ class Numbers(click.ParamType):
         return [int(x) for x in str(value).split(",")]
 
 
-class Pairs(click.ParamType):
+class Pairs(click.ParamType[Any]):
     """Pairs of bits such as K4V2, separated by commas."""
 
     name = "pairs"
@@ -143,7 +143,8 @@ def summary(found: Any) -> str:
     names = [score.name for score in found.scores]
     lines = [
         f"{found.model}: {len(found.layers)} layers, {found.config.num_attention_heads} heads, "
-        f"{found.config.num_key_value_heads} KV heads of {found.config.head_dim}; read {read:.1f} of {all_bytes:.1f} MiB",
+        f"{found.config.num_key_value_heads} KV heads of {found.config.head_dim}; "
+        f"read {read:.1f} of {all_bytes:.1f} MiB",
         "",
         f"{'layer':>5} {'|K| F':>8} {'|V| F':>8} {'|K| 2':>8} {'|V| 2':>8}  "
         + "  ".join(f"{n[:10]:>10}" for n in names),
@@ -151,7 +152,7 @@ def summary(found: Any) -> str:
     disagree = {flag["layer"] for flag in found.flags if flag["flag"] == "scores_disagree"}
     for i, layer in enumerate(found.layers):
         norms = (layer.k.frobenius, layer.v.frobenius, layer.k.spectral, layer.v.spectral)
-        bits = "  ".join(f"{'K%dV%d' % s.bits[i]:>10}" for s in found.scores)
+        bits = "  ".join(f"{f'K{s.bits[i][0]}V{s.bits[i][1]}':>10}" for s in found.scores)
         mark = "  <- scores disagree" if i in disagree else ""
         lines.append(f"{i:>5} " + " ".join(f"{x:>8.2f}" for x in norms) + f"  {bits}{mark}")
     r = found.recommendation
