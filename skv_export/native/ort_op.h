@@ -60,7 +60,7 @@ struct Call {
 
   Call(OrtKernelContext* context, const Attributes& node_attributes, ElementType node_type);
 
-  bool prepared() const { return !attributes.do_rotary && !q_norm_weight && !k_norm_weight; }
+  bool needs_preparation() const { return attributes.do_rotary || q_norm_weight || k_norm_weight; }
   int64_t hidden_size() const { return int64_t{attributes.num_heads} * head_dim; }
   int64_t kv_hidden_size() const { return int64_t{attributes.kv_num_heads} * head_dim; }
 };

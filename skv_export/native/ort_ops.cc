@@ -78,7 +78,8 @@ class CpuKernel : public Kernel {
 
   void compute(OrtKernelContext* context) override {
     const Call call(context, attributes_, type_);
-    void* output = output_tensor(context, kOutput, output_shape(call).data(), 3).data;
+    const int64_t output_shape[] = {call.batch, call.tokens, call.hidden_size()};
+    void* output = output_tensor(context, kOutput, output_shape, 3).data;
     SkvAttention attention = describe(context, call, output);
     if (output_size(call) == 0) return copy_past(call, attention);
     check_kernel(check_call(attention, false));
@@ -86,7 +87,7 @@ class CpuKernel : public Kernel {
 
     Scratch scratch(context);
     const bool many = longest(attention) > kFewTokens && prefill_.can_run(call);
-    const bool in_float = !call.prepared() || (many && type_ == ElementType::kFloat16);
+    const bool in_float = call.needs_preparation() || (many && type_ == ElementType::kFloat16);
     const NewTokens tokens = in_float ? to_float(context, call, scratch, attention) : tokens_in_place(call);
     copy_past(call, attention);
     if (many) {
@@ -101,7 +102,6 @@ class CpuKernel : public Kernel {
   }
 
  private:
-  static std::vector<int64_t> output_shape(const Call& call) { return {call.batch, call.tokens, call.hidden_size()}; }
   static int64_t output_size(const Call& call) { return int64_t{call.batch} * call.tokens * call.hidden_size(); }
 
   // The call as the kernels take it, on the inputs as they are; the caches are the presents.

@@ -11,7 +11,7 @@ struct NewTokens {
   bool packed;  // query, key and value are parts of one row
 };
 
-// The inputs as they are. Call::prepared() must hold.
+// The inputs as they are, before any preparation.
 NewTokens tokens_in_place(const Call& call);
 
 // A float copy of the inputs, packed [batch][tokens][(N + 2 N_kv) * head_dim], after QK norm and RoPE; rows of padding
