@@ -1,0 +1,361 @@
+"""Owns the export: a checkpoint becomes a folder with the graph, its weights, and everything a runtime reads beside it.
+
+``plan`` says what would be written, from the configuration alone: it runs the model on torch's meta device, so what it
+knows of each layer is what the traced graph will have. ``export_model`` loads the weights and writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from skv_export import __version__, genai
+from skv_export.attention import LayerAttention, SkvDecoder
+from skv_export.checkpoint import Source, resolve
+from skv_export.errors import SkvError
+from skv_export.folder import (
+    check_target,
+    digest,
+    generation_config,
+    output_folder,
+    pretrained_arguments,
+    write_configs,
+    write_json,
+    write_tokenizer,
+)
+from skv_export.graph import INPUT_NAMES, build, save
+from skv_export.layout import cache_bytes
+from skv_export.model_config import CONFIG_FILE, FORMAT_VERSION, LayerCache, ModelConfig
+from skv_export.recipe import Recipe
+from skv_export.supported import check_config, check_windows, context_length, prepare_model
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PHASES = {
+    "reading the configuration": 0.0,
+    "loading the weights": 0.1,
+    "tracing": 0.35,
+    "translating": 0.6,
+    "writing": 0.85,
+}
+"""Phases of an export, and the fraction of its time that has passed when each starts."""
+PLAN_LENGTHS = (4096, 32768, 131072)
+"""Lengths at which a plan compares the cache with an fp16 one."""
+
+Progress = Callable[[str, float], None]
+"""Called with a phase's name and the fraction of the whole that is done."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export would write.
+
+    Attributes:
+        source: The checkpoint.
+        recipe: The options.
+        model_type: Hugging Face's name of the architecture.
+        layers: Attention of each layer, as the graph will have it.
+        weight_bytes: Size of the weights in the recipe's ``dtype``, tied ones once.
+        context_length: Tokens that the model can attend to.
+    """
+
+    source: Source
+    recipe: Recipe
+    model_type: str
+    layers: tuple[LayerAttention, ...]
+    weight_bytes: int
+    context_length: int
+
+    def cache_bytes(self, length: int) -> int:
+        """Returns the bytes that the cache of one sequence of ``length`` tokens takes."""
+        return cache_bytes(
+            [layer.layouts for layer in self.layers], [layer.params.kv_num_heads for layer in self.layers], length
+        )
+
+    def half_cache_bytes(self, length: int) -> int:
+        """Returns what an fp16 cache takes that keeps every token in every layer."""
+        return sum(2 * 2 * length * layer.params.kv_num_heads * layer.layouts[0].head_dim for layer in self.layers)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes by which one more token makes the cache larger, sliding windows aside."""
+        full = [layer for layer in self.layers if not layer.params.local_window_size] or self.layers
+        return sum(
+            layer.params.kv_num_heads * layout.tile_bytes / layout.tile_tokens
+            for layer in full
+            for layout in layer.layouts
+        )
+
+    def table(self) -> str:
+        """Returns the plan as text."""
+        lines = [
+            f"{self.source}: {self.model_type}, {len(self.layers)} layers, context {self.context_length:,}",
+            f"weights: {self.recipe.dtype}, {_size(self.weight_bytes)}",
+            "",
+        ]
+        lines += [f"  {row}" for row in self._layer_rows()]
+        lines += ["", f"cache: {self.bytes_per_token:,.0f} bytes per token and sequence"]
+        for length in PLAN_LENGTHS:
+            ours, half = self.cache_bytes(length), self.half_cache_bytes(length)
+            ratio = f"{half / ours:.1f}x smaller"
+            lines.append(f"  {length:>7,} tokens: {_size(ours):>9} instead of {_size(half):>9} in fp16, {ratio}")
+        return "\n".join(lines)
+
+    def _layer_rows(self) -> list[str]:
+        """One line for each run of equal layers."""
+        rows: list[tuple[int, int, str]] = []
+        for i, layer in enumerate(self.layers):
+            key, value = layer.layouts
+            params = layer.params
+            window = f", window {params.local_window_size}" if params.local_window_size else ""
+            text = (
+                f"K{key.bits}V{value.bits}, {params.num_heads} query and {params.kv_num_heads} KV heads of {key.head_dim}"
+                f"{window}, keys per {key.granularity}, values per {value.granularity}, "
+                f"first {key.num_sink_tokens} and last {key.recent_tokens} tokens exact"
+            )
+            if rows and rows[-1][2] == text:
+                rows[-1] = (rows[-1][0], i, text)
+            else:
+                rows.append((i, i, text))
+        return [f"layer{'s' if a < b else ''} {a if a == b else f'{a}-{b}'}: {text}" for a, b, text in rows]
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def plan(source: str | Path | Source, recipe: Recipe | None = None) -> Plan:
+    """Says what an export would write; reads the configuration and no weights.
+
+    Raises:
+        SkvError: The checkpoint, its architecture or the recipe can't be used; the message says why.
+    """
+    resolved = resolve(source)
+    return _plan(resolved, recipe or Recipe(), _load_config(resolved))
+
+
+def _load_config(source: Source) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source.pretrained, **pretrained_arguments(source))
+    except (OSError, ValueError, KeyError) as error:
+        raise SkvError(f"{source}: transformers can't read its configuration", got=str(error)[:500]) from error
+
+
+def _plan(source: Source, recipe: Recipe, config: PreTrainedConfig) -> Plan:
+    check_config(config)
+    count = int(config.num_hidden_layers)
+    with torch.device("meta"), torch.no_grad():
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[recipe.dtype])  # type: ignore[no-untyped-call]
+        prepare_model(model)
+        decoder = SkvDecoder(model, recipe.layers(count))
+        cache = [torch.empty(2, 1, 1, 1, dtype=torch.uint8)] * count  # its bytes don't matter to shapes
+        decoder(*_example_inputs(cache, cache))
+    check_windows(config, [layer.params.local_window_size for layer in decoder.layers])
+    parameters = {id(p): p for p in model.parameters()}
+    return Plan(
+        source=source,
+        recipe=recipe,
+        model_type=config.model_type,
+        layers=decoder.layers,
+        weight_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
+        context_length=context_length(config),
+    )
+
+
+def _example_inputs(past_keys: list[torch.Tensor], past_values: list[torch.Tensor]) -> tuple[Any, ...]:
+    """Inputs to trace with: two sequences of three tokens after four, so that no length is 0 or 1 or equals another."""
+    ids, mask = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64)
+    return ids, mask, torch.zeros_like(ids), past_keys, past_values
+
+
+def export_model(
+    source: str | Path | Source,
+    *,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    force: bool = False,
+    all_logits: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Exports a checkpoint.
+
+    Args:
+        source: A folder with safetensors, a GGUF file, or a hub id.
+        out: Folder to write; it appears complete or not at all.
+        recipe: The options; the defaults if not given.
+        force: Replace ``out`` if it exists.
+        all_logits: Return the logits of every position, for evaluation.
+        progress: Told of each phase; a bar on standard error if not given.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        SkvError: The checkpoint, its architecture, the recipe or ``out`` can't be used, or the disk is full.
+    """
+    resolved, target = resolve(source), Path(out)
+    check_target(target, 0, force=force)
+    with _Phases(progress) as phases:
+        phases.start("reading the configuration")
+        config = _load_config(resolved)
+        planned = _plan(resolved, recipe or Recipe(), config)
+        with output_folder(target, planned.weight_bytes, force=force) as folder:
+            phases.start("loading the weights")
+            model = _load_model(planned, config)
+            phases.start("tracing")
+            program = _trace(model, planned, all_logits)
+            phases.start("translating")
+            graph = build(program, planned.layers)
+            phases.start("writing")
+            save(graph, folder, phases.advance)
+            _write_beside(folder, planned, model, all_logits)
+    return target
+
+
+class _Phases:
+    """Tells a progress callback what is being done, or draws a bar."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._bar = None if progress else tqdm(total=1.0, bar_format="{desc}: {percentage:3.0f}% |{bar}|", leave=False)
+        self._progress, self._name = progress, ""
+
+    def __enter__(self) -> _Phases:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._tell("done", 1.0)
+        if self._bar is not None:
+            self._bar.close()
+
+    def start(self, name: str) -> None:
+        """Starts a phase."""
+        self._name = name
+        self._tell(name, PHASES[name])
+
+    def advance(self, fraction: float) -> None:
+        """Says how much of the phase is done; of the last one."""
+        begin = PHASES[self._name]
+        self._tell(self._name, begin + (1 - begin) * fraction)
+
+    def _tell(self, name: str, done: float) -> None:
+        if self._progress is not None:
+            self._progress(name, done)
+        elif self._bar is not None:
+            self._bar.set_description(name)
+            self._bar.update(done - self._bar.n)
+
+
+def _load_model(planned: Plan, config: PreTrainedConfig) -> PreTrainedModel:
+    """Loads the weights; a tensor that is missing or does not fit is an error, never a random number."""
+    source = planned.source
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.pretrained,
+            config=config,
+            dtype=DTYPES[planned.recipe.dtype],
+            output_loading_info=True,
+            use_safetensors=True,
+            **pretrained_arguments(source),
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise SkvError(f"{source}: transformers can't load its weights", got=str(error)[:500]) from error
+    model: PreTrainedModel = loaded[0]
+    wrong = [*loaded[1]["missing_keys"], *(key for key, *_ in loaded[1]["mismatched_keys"])]
+    if wrong:
+        raise SkvError(
+            f"{source}: tensors are missing or have another shape",
+            got=", ".join(sorted(wrong)[:4]),
+            fix="Download the checkpoint again.",
+        )
+    prepare_model(model)
+    return model
+
+
+def _trace(model: PreTrainedModel, planned: Plan, all_logits: bool) -> torch.export.ExportedProgram:
+    decoder = SkvDecoder(model, planned.recipe.layers(len(planned.layers)), all_logits=all_logits).eval()
+    keys, values = (
+        [
+            torch.zeros(2, layer.params.kv_num_heads, rows, layer.layouts[which].width, dtype=torch.uint8)
+            for layer in planned.layers
+        ]
+        for which, rows in ((0, 2), (1, 3))
+    )
+    dim = torch.export.Dim
+    batch, tokens, columns = dim("batch_size"), dim("sequence_length"), dim("total_sequence_length")
+    ids = {0: batch, 1: tokens}
+    caches = [{0: batch, 2: dim.DYNAMIC}] * len(planned.layers)
+    shapes = (ids, {0: batch, 1: columns}, ids, caches, caches)
+    with torch.no_grad():
+        program = torch.export.export(decoder, _example_inputs(keys, values), dynamic_shapes=shapes, strict=False)
+    if decoder.layers != planned.layers:
+        raise SkvError(f"{planned.model_type}: the loaded model's attention is not what its configuration says")
+    return program
+
+
+def _write_beside(folder: Path, planned: Plan, model: PreTrainedModel, all_logits: bool) -> None:
+    """Writes every file but the graph and its weights."""
+    write_configs(folder, model)
+    write_tokenizer(planned.source, folder)
+    (folder / "recipe.toml").write_text(planned.recipe.to_toml(), encoding="utf-8")
+    config = _model_config(planned, model, all_logits)
+    hidden_size = int(model.config.hidden_size)
+    values = dataclasses.asdict(config)
+    del values["all_logits"], values["right_padded"]
+    values |= {
+        "format_version": FORMAT_VERSION,
+        "skv_version": __version__,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": len(config.layers),
+        "logits": "all" if all_logits else "last",
+    }
+    write_json(folder / CONFIG_FILE, values)
+    generation = generation_config(model)
+    given = {
+        name: getattr(generation, name) for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+    }
+    search = {name: value for name, value in given.items() if value is not None}
+    base = {"search": search}
+    write_json(folder / genai.CONFIG_FILE, genai.genai_config(config, hidden_size, INPUT_NAMES, base))
+
+
+def _model_config(planned: Plan, model: PreTrainedModel, all_logits: bool) -> ModelConfig:
+    generation, source = generation_config(model), planned.source
+
+    def token(name: str) -> Any:
+        given = getattr(generation, name, None)
+        return getattr(model.config, name, None) if given is None else given
+
+    eos = token("eos_token_id")
+    ends = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
+    pad = token("pad_token_id")
+    return ModelConfig(
+        model_type=planned.model_type,
+        dtype=planned.recipe.dtype,
+        vocab_size=int(model.config.vocab_size),
+        context_length=planned.context_length,
+        bos_token_id=token("bos_token_id"),
+        eos_token_id=ends,
+        pad_token_id=ends[0] if pad is None and ends else pad,
+        all_logits=all_logits,
+        source={
+            "kind": source.kind,
+            "name": source.repo_id or source.gguf_file or (source.path.resolve().name if source.path else ""),
+            "revision": source.revision,
+            "sha256": digest(source, model.config),
+        },
+        layers=tuple(
+            LayerCache(x.params.num_heads, x.params.kv_num_heads, x.params.local_window_size, *x.layouts)
+            for x in planned.layers
+        ),
+    )

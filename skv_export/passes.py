@@ -1,0 +1,431 @@
+"""Owns the passes that make a translated decoder lean: each replaces a pattern by something equal and cheaper.
+
+They know ONNX's operators, not architectures, and leave alone what they do not recognize. A rewrite looks at one node
+at a time, in the graph's order; what it makes unused is removed afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from numpy.typing import NDArray
+from onnx_ir.passes import common
+
+SMALL_BYTES = 1 << 16
+"""Constants up to this size are folded while the graph is built; larger ones are weights, computed when written."""
+
+
+def simplify(model: ir.Model) -> None:
+    """Runs all passes on a translated decoder, in place."""
+    common.InlinePass()(model)
+    _share_tied_weights(model.graph)
+    _fold_constants(model)
+    builder = _Builder(model.graph)
+    for rewrite in _REWRITES:
+        for node in tuple(model.graph):
+            if node.graph is model.graph and node.domain == "":
+                rewrite(builder, node)
+        common.RemoveUnusedNodesPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    for cleanup in (common.RemoveUnusedNodesPass, common.RemoveUnusedFunctionsPass, common.RemoveUnusedOpsetsPass):
+        cleanup()(model)
+    common.ClearMetadataAndDocStringPass()(model)
+
+
+def _share_tied_weights(graph: ir.Graph) -> None:
+    """Makes one initializer of those that are views of the same memory: tied embeddings are stored once."""
+    first: dict[tuple[object, ...], ir.Value] = {}
+    for name, value in tuple(graph.initializers.items()):
+        tensor = getattr(value.const_value, "raw", None)
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        same = first.setdefault((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()), value)
+        if same is not value and tensor.numel():
+            value.replace_all_uses_with(same)
+            del graph.initializers[name]
+
+
+def _fold_constants(model: ir.Model) -> None:
+    def should_fold(node: ir.Node) -> bool | None:
+        sizes = [v.const_value.nbytes for v in node.inputs if v is not None and v.const_value is not None]
+        return False if max(sizes, default=0) > SMALL_BYTES else None
+
+    onnxscript.optimizer.fold_constants(
+        model,
+        onnx_shape_inference=True,
+        input_size_limit=SMALL_BYTES,
+        output_size_limit=SMALL_BYTES,
+        should_fold=should_fold,
+    )
+
+
+_SWAPPED = [0, 2, 1, 3]
+"""Permutation between ``[B, S, N, D]`` and ``[B, N, S, D]``."""
+
+
+class _Builder:
+    """Makes constants and nodes, and puts them into a graph in place of others."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self._constants: dict[tuple[int, ...], ir.Value] = {}
+        self._number = 0
+
+    def ints(self, *numbers: int) -> ir.Value:
+        """Returns an int64 vector as an initializer."""
+        if numbers not in self._constants or not self._constants[numbers].is_initializer():
+            name = "ints_" + "_".join(str(n).replace("-", "m") for n in numbers)
+            value = ir.Value(name=name, const_value=ir.tensor(np.array(numbers, np.int64), name=name))
+            value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([len(numbers)])
+            self.graph.register_initializer(value)
+            self._constants[numbers] = value
+        return self._constants[numbers]
+
+    def before(
+        self, anchor: ir.Node, op_type: str, *inputs: ir.Value | None, like: ir.Value | None = None, **attributes: Any
+    ) -> ir.Value:
+        """Inserts a node before ``anchor`` and returns its output, typed like ``like``."""
+        node = ir.node(op_type, inputs, attributes=attributes)
+        self._number += 1
+        output = node.outputs[0]
+        output.name = f"fused_{op_type.lower()}_{self._number}"
+        node.name = f"node_{output.name}"
+        if like is not None:
+            output.type, output.shape = like.type, like.shape
+        self.graph.insert_before(anchor, node)
+        return output
+
+    def replace(self, node: ir.Node, value: ir.Value) -> None:
+        """Puts ``value`` in place of a node's only output and removes the node."""
+        old = node.outputs[0]
+        if old.is_graph_output():
+            if value.is_graph_output() or value.producer() is None:
+                return  # an output has one name, and is computed
+            value.name, old.name = old.name, None
+        old.replace_all_uses_with(value, replace_graph_outputs=True)
+        self.graph.remove(node, safe=True)
+
+
+def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """Returns the node that computes ``value`` if it is an ``op_type`` of ONNX itself."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == op_type and node.domain == "" else None
+
+
+def _constant(value: ir.Value | None) -> NDArray[Any] | None:
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None or tensor.nbytes > SMALL_BYTES else tensor.numpy()
+
+
+def _numbers(value: ir.Value | None) -> list[float]:
+    """Returns a constant's numbers; an empty list where it is no constant."""
+    array = _constant(value)
+    return [] if array is None else [float(x) for x in array.reshape(-1)]
+
+
+def _permutation(node: ir.Node | None) -> list[int] | None:
+    return list(node.attributes.get_ints("perm")) if node is not None and "perm" in node.attributes else None
+
+
+def _attributes(node: ir.Node) -> dict[str, Any]:
+    return {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+def _only_user(value: ir.Value) -> ir.Node | None:
+    users = [use.node for use in value.uses()]
+    return users[0] if len(users) == 1 and not value.is_graph_output() else None
+
+
+def _static(value: ir.Value | None, axis: int) -> int | None:
+    """Returns a dimension where it is a number."""
+    if value is None or value.shape is None:
+        return None
+    dim = value.shape[axis]
+    return dim if isinstance(dim, int) else None
+
+
+def _reshape_target(source: ir.Value, result: ir.Value) -> list[int] | None:
+    """Returns constant dimensions for a Reshape from ``source`` to ``result``, or None where the shapes don't say."""
+    if source.shape is None or result.shape is None:
+        return None
+    target = []
+    for i, dim in enumerate(result.shape):
+        kept = i < len(source.shape) and source.shape[i] == dim and not _unknown(dim)
+        target.append(dim if isinstance(dim, int) else 0 if kept else -1)
+    return target if target.count(-1) <= 1 else None
+
+
+def _unknown(dim: int | ir.SymbolicDim) -> bool:
+    return not isinstance(dim, int) and dim.value is None
+
+
+def _reshape(builder: _Builder, node: ir.Node) -> None:
+    """Gives a Reshape a constant shape; skips the Reshapes before it; drops it where it changes nothing."""
+    if node.op_type != "Reshape" or node.inputs[0] is None:
+        return
+    source, result = node.inputs[0], node.outputs[0]
+    while (before := _made_by(source, "Reshape")) is not None and before.inputs[0] is not None:
+        if _reshape_target(before.inputs[0], result) is None:
+            break
+        source = before.inputs[0]
+    target = _reshape_target(source, result)
+    if target is None or source.shape is None or result.shape is None:
+        return
+    if len(target) == len(source.shape) and all(
+        a == b and not _unknown(a) for a, b in zip(source.shape, result.shape, strict=True)
+    ):
+        builder.replace(node, source)
+        return
+    node.replace_input_with(0, source)
+    node.replace_input_with(1, builder.ints(*target))
+    node.attributes.pop("allowzero", None)
+
+
+def _slice(builder: _Builder, node: ir.Node) -> None:
+    """Drops a Slice that keeps everything."""
+    if node.op_type != "Slice" or node.inputs[0] is None:
+        return
+    _, starts, ends, _, *steps = (*node.inputs, None)[:5]
+    keeps = _numbers(starts) == [0] and (_numbers(ends) or [0])[0] >= 2**31 - 1
+    if keeps and all(step is None or _numbers(step) == [1] for step in steps):
+        builder.replace(node, node.inputs[0])
+
+
+def _transpose(builder: _Builder, node: ir.Node) -> None:
+    """Cancels a Transpose against the one before it."""
+    before = _made_by(node.inputs[0] if node.op_type == "Transpose" else None, "Transpose")
+    first, second = _permutation(before), _permutation(node)
+    if before is None or before.inputs[0] is None or first is None or second is None:
+        return
+    if [first[i] for i in second] == list(range(len(first))):
+        builder.replace(node, before.inputs[0])
+
+
+def _rms_norm(builder: _Builder, node: ir.Node) -> None:
+    """``x * rsqrt(mean(x^2) + eps) * weight`` becomes RMSNormalization, which computes in float32 whatever the type."""
+    if node.op_type != "Mul":
+        return
+    found = _normalized(node)
+    user = _only_user(node.outputs[0])
+    if found is None or user is None:
+        return
+    x, epsilon = found
+    # Half precision: x was converted to float32, and the result is converted back before the weight comes in.
+    widened = _made_by(x, "Cast")
+    if user.op_type == "Cast" and widened is not None and widened.inputs[0] is not None:
+        if widened.inputs[0].dtype != user.outputs[0].dtype or (scaled := _only_user(user.outputs[0])) is None:
+            return
+        x, normalized, user = widened.inputs[0], user.outputs[0], scaled
+    else:
+        normalized = node.outputs[0]
+    if user.op_type != "Mul" or user.domain:
+        return
+    (weight,) = [v for v in user.inputs if v is not normalized] or [None]
+    if (
+        weight is None
+        or not weight.is_initializer()
+        or weight.dtype != x.dtype
+        or weight.shape is None
+        or len(weight.shape) != 1
+    ):
+        return
+    fused = builder.before(
+        user, "RMSNormalization", x, weight, like=user.outputs[0], axis=-1, epsilon=epsilon, stash_type=1
+    )
+    builder.replace(user, fused)
+
+
+def _normalized(node: ir.Node) -> tuple[ir.Value, float] | None:
+    """Matches ``x * rsqrt(mean(x^2, -1) + eps)``: x and eps."""
+    for x, factor in (node.inputs, node.inputs[::-1]):
+        inverse = _made_by(factor, "Reciprocal")
+        root = _made_by(inverse.inputs[0], "Sqrt") if inverse else None
+        shifted = _made_by(root.inputs[0], "Add") if root else None
+        if x is None or shifted is None:
+            continue
+        mean = _made_by(shifted.inputs[0], "ReduceMean")
+        square = _made_by(mean.inputs[0], "Pow") if mean else None
+        epsilon = _numbers(shifted.inputs[1])
+        if mean is None or square is None or square.inputs[0] is not x or len(epsilon) != 1:
+            continue
+        if (
+            _numbers(square.inputs[1]) == [2]
+            and _numbers(mean.inputs[1]) == [-1]
+            and mean.attributes.get_int("keepdims", True)
+        ):
+            return x, epsilon[0]
+    return None
+
+
+def _norm_first(builder: _Builder, node: ir.Node) -> None:
+    """A norm over the last axis goes before a Transpose of the others, which then meets what cancels it."""
+    before = _made_by(node.inputs[0] if node.op_type == "RMSNormalization" else None, "Transpose")
+    if before is None or _permutation(before) != _SWAPPED or _only_user(before.outputs[0]) is not node:
+        return
+    x = before.inputs[0]
+    normed = builder.before(node, "RMSNormalization", x, *node.inputs[1:], like=x, **_attributes(node))
+    builder.replace(node, builder.before(node, "Transpose", normed, like=node.outputs[0], perm=_SWAPPED))
+
+
+def _rotary(builder: _Builder, node: ir.Node) -> None:
+    """RoPE of ``[B, N, S, D]``, written in halves, becomes RotaryEmbedding."""
+    if node.op_type == "Add":
+        found = _rotated_half(node)
+    elif node.op_type == "Concat":
+        found = _rotated_chunks(node)
+    else:
+        return
+    if found is None:
+        return
+    x, cos, sin = (found[0], *(_half_table(builder, node, table) for table in found[1:]))
+    if cos is not None and sin is not None and x.dtype == cos.dtype:
+        builder.replace(node, builder.before(node, "RotaryEmbedding", x, cos, sin, like=node.outputs[0]))
+
+
+def _rotated_half(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
+    """Matches ``x * cos + concat(-x[D/2:], x[:D/2]) * sin``."""
+    plain, turned = (_made_by(v, "Mul") for v in node.inputs)
+    if plain is None or turned is None:
+        return None
+    (x, cos), (half, sin) = plain.inputs, turned.inputs
+    concat = _made_by(half, "Concat")
+    if (
+        x is None
+        or cos is None
+        or sin is None
+        or concat is None
+        or len(concat.inputs) != 2
+        or (size := _static(x, -1)) is None
+    ):
+        return None
+    negated = _made_by(concat.inputs[0], "Neg")
+    high, low = _slice_of(negated.inputs[0] if negated else None, x), _slice_of(concat.inputs[1], x)
+    if high is None or low is None or low != (0, size // 2) or high[0] != size // 2 or high[1] < size:
+        return None
+    return x, cos, sin
+
+
+def _slice_of(value: ir.Value | None, source: ir.Value) -> tuple[int, int] | None:
+    """Matches a slice of ``source`` along its last axis: start and end."""
+    node = _made_by(value, "Slice")
+    if node is None or node.inputs[0] is not source or source.shape is None:
+        return None
+    starts, ends, axes = (_numbers(v) for v in node.inputs[1:4])
+    if len(starts) != 1 or len(ends) != 1 or axes not in ([-1], [len(source.shape) - 1]):
+        return None
+    return int(starts[0]), int(ends[0])
+
+
+def _rotated_chunks(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
+    """Matches ``concat(a * cos - b * sin, b * cos + a * sin)`` with ``a, b = chunk(x, 2)``."""
+    if len(node.inputs) != 2:
+        return None
+    first, second = _made_by(node.inputs[0], "Sub"), _made_by(node.inputs[1], "Add")
+    products = [_made_by(v, "Mul") for part in (first, second) if part is not None for v in part.inputs]
+    if len(products) != 4 or any(p is None for p in products):
+        return None
+    (a1, c1), (b1, s1), (b2, c2), (a2, s2) = (p.inputs for p in products if p is not None)
+    split = a1.producer() if a1 is not None else None
+    if (
+        split is None
+        or split.op_type != "Split"
+        or len(split.outputs) != 2
+        or a1 is not split.outputs[0]
+        or b1 is not split.outputs[1]
+    ):
+        return None
+    if (a2, b2, c2, s2) != (a1, b1, c1, s1) or split.inputs[0] is None or c1 is None or s1 is None:
+        return None
+    return split.inputs[0], c1, s1
+
+
+def _half_table(builder: _Builder, anchor: ir.Node, table: ir.Value) -> ir.Value | None:
+    """Returns a table of cosines or sines, ``[B, S, D/2]``, from what is multiplied with x or with its halves."""
+    unsqueezed = _made_by(table, "Unsqueeze")
+    if unsqueezed is None or unsqueezed.inputs[0] is None or _numbers(unsqueezed.inputs[1]) != [1]:
+        return None
+    value = unsqueezed.inputs[0]
+    source: ir.Value | None = value
+    while (
+        source is not None and (node := source.producer()) is not None and node.op_type in ("Cast", "Cos", "Sin", "Mul")
+    ):
+        if node.op_type == "Mul" and len(_numbers(node.inputs[1])) != 1:
+            break
+        source = node.inputs[0]
+    doubled = _made_by(source, "Concat")
+    if doubled is None:
+        return value
+    size = _static(value, -1)
+    if size is None or len(doubled.inputs) != 2 or doubled.inputs[0] is not doubled.inputs[1]:
+        return None
+    half = builder.before(anchor, "Slice", value, builder.ints(0), builder.ints(size // 2), builder.ints(2))
+    half.type = value.type
+    return half
+
+
+def _flat_rotary(builder: _Builder, node: ir.Node) -> None:
+    """A RotaryEmbedding between two Transposes works on ``[B, S, N*D]`` without them."""
+    if node.op_type != "RotaryEmbedding" or node.outputs[0].is_graph_output():
+        return
+    before = _made_by(node.inputs[0], "Transpose")
+    users = [use.node for use in node.outputs[0].uses()]
+    if _permutation(before) != _SWAPPED or before is None or any(_permutation(user) != _SWAPPED for user in users):
+        return
+    x = before.inputs[0]
+    heads, size = _static(x, 2), _static(x, 3)
+    if x is None or heads is None or size is None or x.shape is None:
+        return
+    flat = builder.before(node, "Reshape", x, builder.ints(0, 0, heads * size))
+    flat.type, flat.shape = x.type, ir.Shape([*x.shape[:2], heads * size])  # type: ignore[list-item]
+    turned = builder.before(node, "RotaryEmbedding", flat, *node.inputs[1:], like=flat, num_heads=heads)
+    for user in users:
+        builder.replace(
+            user, builder.before(user, "Reshape", turned, builder.ints(0, 0, heads, size), like=user.outputs[0])
+        )
+
+
+def _weight(builder: _Builder, node: ir.Node) -> None:
+    """Stores a transposed weight transposed; a tied embedding, which is also read as it is, goes into a Gemm."""
+    transposed = _made_by(node.inputs[1] if node.op_type == "MatMul" else None, "Transpose")
+    weight = transposed.inputs[0] if transposed is not None else None
+    if transposed is None or weight is None or weight.const_value is None or _permutation(transposed) != [1, 0]:
+        return
+    x, graph = node.inputs[0], builder.graph
+    if all(use.node is transposed for use in weight.uses()) and _only_user(transposed.outputs[0]) is node:
+        tensor, name = weight.const_value, str(weight.name)
+        rows, columns = tensor.shape
+        lazy = ir.LazyTensor(lambda: ir.tensor(_transposed(tensor)), tensor.dtype, ir.Shape([columns, rows]), name=name)
+        stored = ir.Value(name=name, type=weight.type, shape=lazy.shape, const_value=lazy)
+        builder.replace(transposed, stored)
+        del graph.initializers[name]
+        graph.register_initializer(stored)
+    elif x is not None and (size := _static(weight, 1)) is not None and (rows_out := _static(weight, 0)) is not None:
+        flat = builder.before(node, "Reshape", x, builder.ints(-1, size))
+        product = builder.before(node, "Gemm", flat, weight, transB=1)
+        lead = builder.before(node, "Shape", x, start=0, end=-1)
+        shape = builder.before(node, "Concat", lead, builder.ints(rows_out), axis=0)
+        builder.replace(node, builder.before(node, "Reshape", product, shape, like=node.outputs[0]))
+
+
+def _transposed(tensor: ir.TensorProtocol) -> NDArray[Any]:
+    return np.ascontiguousarray(tensor.numpy().T)
+
+
+_REWRITES: tuple[Callable[[_Builder, ir.Node], None], ...] = (
+    _slice,
+    _reshape,
+    _transpose,
+    _rms_norm,
+    _norm_first,
+    _rotary,
+    _flat_rotary,
+    _reshape,
+    _weight,
+)

@@ -1,0 +1,130 @@
+"""Owns which models can be exported: refusals by name and reason, and what makes a model traceable.
+
+Anything that would compute something else than the checkpoint does is refused, here from the configuration or, where
+only the running model shows it, by the attention hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from skv_export.errors import SkvError
+
+TESTED = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "smollm3", "gpt_oss",
+    "gpt2", "gpt_neox",
+)  # fmt: skip
+"""Architectures with tests against PyTorch; others are exported if nothing about them is refused."""
+_PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+_OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "thinker_config")
+_STATE_SPACE = ("ssm_cfg", "state_size", "mamba_d_state", "time_step_rank", "rescale_every")
+_ALIBI_MODELS = ("bloom", "mpt")
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Refuses what the op can't compute.
+
+    Raises:
+        SkvError: Names the architecture and the reason.
+    """
+    reason = next(_reasons(config), None)
+    if reason is not None:
+        expected = f"a decoder such as {', '.join(TESTED)}"
+        raise SkvError(f"{config.model_type}: can't be exported: {reason}", expected=expected)
+
+
+def _reasons(config: PreTrainedConfig) -> Iterator[str]:
+    """Yields what speaks against an export, the most telling first."""
+
+    def has(*names: str) -> list[str]:
+        return [name for name in names if getattr(config, name, None)]
+
+    kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
+    if has("is_encoder_decoder"):
+        yield "an encoder-decoder model: its cross attention has a cache of another kind"
+    if has("add_cross_attention"):
+        yield "cross attention (add_cross_attention) has a cache of another kind"
+    if has("kv_lora_rank"):
+        yield "multi-head latent attention (kv_lora_rank) caches one compressed vector, not keys and values"
+    if other := sorted(kinds - _PLAIN_LAYERS):
+        yield f"layers without a cache of keys and values, such as linear attention ({', '.join(other)})"
+    if state := has(*_STATE_SPACE):
+        yield f"a state-space model ({', '.join(state)}) has a recurrent state, not keys and values"
+    if senses := has(*_OTHER_SENSES):
+        yield f"it reads more than text ({', '.join(senses)}): export its text model alone"
+    if has("num_kv_shared_layers"):
+        yield "layers share keys and values (num_kv_shared_layers)"
+    if has("attention_chunk_size"):
+        yield "attention within chunks (attention_chunk_size)"
+    if has("alibi") or config.model_type in _ALIBI_MODELS:
+        yield "positions are biases on the scores (ALiBi)"
+    if has("quantization_config") and not _is_gguf(config):
+        yield "the checkpoint's weights are quantized: use the full-precision checkpoint"
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        yield "transformers has no causal language model of this type"
+    if any("dynamic" in str(rope.get("rope_type")) for rope in _ropes(config)):
+        yield "RoPE frequencies that change with the length (dynamic NTK) would make the cached keys wrong"
+
+
+def _is_gguf(config: PreTrainedConfig) -> bool:
+    given = config.quantization_config
+    method = given.get("quant_method") if isinstance(given, Mapping) else getattr(given, "quant_method", "")
+    return str(getattr(method, "value", method)) == "gguf"
+
+
+def _ropes(config: PreTrainedConfig) -> list[Mapping[str, Any]]:
+    """Returns the RoPE parameters: one set, or one per kind of layer."""
+    given = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in given.values() if isinstance(value, Mapping)]
+    return nested or [given]
+
+
+def check_windows(config: PreTrainedConfig, windows: Sequence[int]) -> None:
+    """Compares the windows that attention asked for with the configuration.
+
+    Some models tell their window to the mask only, which the op never sees.
+
+    Raises:
+        SkvError: They differ.
+    """
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * len(windows)
+    expected = [int(window or 0) if kind == "sliding_attention" else 0 for kind in kinds]
+    if list(windows) != expected:
+        raise SkvError(
+            f"{config.model_type}: can't be exported: attention does not use the windows of the configuration",
+            got=list(windows),
+            expected=expected,
+        )
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Returns the tokens that the exported model can attend to.
+
+    A longrope model has two sets of frequencies, one beyond its original length; a cache can't hold keys of both, so
+    the export keeps the first set and ends where it does.
+    """
+    full = int(getattr(config, "max_position_embeddings", None) or 2048)
+    original = "original_max_position_embeddings"
+    longropes = [rope for rope in _ropes(config) if rope.get("rope_type") == "longrope"]
+    return min([full, *(int(rope.get(original) or getattr(config, original, full)) for rope in longropes)])
+
+
+def prepare_model(model: PreTrainedModel) -> None:
+    """Makes a model traceable: evaluation mode, no gradients, experts and RoPE without branches on the data."""
+    model.eval()  # type: ignore[no-untyped-call]
+    model.requires_grad_(False)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("batched_mm")
+    if hasattr(model.config, "quantization_config"):  # a GGUF file's weights are plain by now
+        vars(model).update(hf_quantizer=None, is_quantized=False)
+        del model.config.quantization_config
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "longrope":  # within context_length, it is plain RoPE
+            vars(module)["rope_type"] = "default"
+        if isinstance(module, PreTrainedModel):  # it looks at the tokens only to warn
+            vars(module)["warn_if_padding_and_no_attention_mask"] = lambda *_: None
