@@ -89,7 +89,7 @@ def test_every_byte_of_a_tile_means_something(layout: CacheLayout, seed: int) ->
     assert np.array_equal(layout.pack_tile(*layout.unpack_tile(tile)), tile)
 
 
-finite = st.floats(-60000, 60000, width=16)
+finite = st.floats(-30000, 30000, width=16)  # a range beyond 65504 saturates its scale
 
 
 @unhurried

@@ -25,7 +25,16 @@ PART = (
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    configure = ["cmake", "-S", str(ROOT), "-B", str(BUILD), "-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DSKV_CUDA=off"]
+    configure = [
+        "cmake",
+        "-S",
+        str(ROOT),
+        "-B",
+        str(BUILD),
+        "-DCMAKE_CXX_FLAGS=-O1",
+        "-DCMAKE_BUILD_TYPE=Debug",
+        "-DSKV_CUDA=off",
+    ]
     configure += ["-DSKV_SANITIZE=address,undefined", "-DSKV_ORT=OFF"]
     for command in (configure, ["cmake", "--build", str(BUILD), "--parallel", "2"]):
         subprocess.run(command, check=True, capture_output=True)

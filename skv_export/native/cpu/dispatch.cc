@@ -18,8 +18,21 @@ struct Candidate {
   bool (*runs_here)();
 };
 
+#if defined(__x86_64__)
+// The compiler's runtime asks cpuid, and the system (xgetbv) for the registers it keeps.
+bool has_avx512vnni() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+
 // Best first.
 const Candidate kCandidates[] = {
+#if defined(__x86_64__)
+    {&kUnitAvx512, has_avx512vnni},
+#endif
     {&kUnitScalar, [] { return true; }},
 };
 

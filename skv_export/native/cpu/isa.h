@@ -73,6 +73,7 @@ struct Unit {
 };
 
 extern const Unit kUnitScalar;
+extern const Unit kUnitAvx512;
 
 // The unit that this process uses (dispatch.cc).
 const Unit& unit();
