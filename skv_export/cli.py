@@ -29,7 +29,10 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-_LAZY = {"analyze": "skv_export.cli_analyze:analyze_command"}
+_LAZY = {
+    "analyze": "skv_export.cli_analyze:analyze_command",
+    "quality": "skv_export.cli_quality:quality_command",
+}
 
 
 class _Group(click.Group):
@@ -171,9 +174,23 @@ def model(
 )
 @click.option("--text", type=click.Path(path_type=Path), help="Text for the quality level.  [default: shipped prose]")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report as JSON.")
+@click.option("--windows", default=8, show_default=True, type=click.IntRange(1), help="Quality: windows of text.")
+@click.option("--window-tokens", default=1024, show_default=True, type=click.IntRange(16), help="Tokens of each.")
+@click.option("--max-ppl-increase", default=0.05, show_default=True, type=float, help="Quality: fails above it.")
+@click.option("--max-kld-mean", type=float, help="Quality: fails above it, in nats.")
+@click.option("--max-kld-p99", type=float, help="Quality: fails above it, in nats.")
+@click.option("--min-top1-agreement", type=click.FloatRange(0, 1), help="Quality: fails below it.")
 @click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 def verify(
-    folder: Path, checkpoint: str | None, json_file: Path | None, levels: tuple[str, ...], **options: Any
+    folder: Path,
+    checkpoint: str | None,
+    json_file: Path | None,
+    levels: tuple[str, ...],
+    max_ppl_increase: float,
+    max_kld_mean: float | None,
+    max_kld_p99: float | None,
+    min_top1_agreement: float | None,
+    **options: Any,
 ) -> None:
     """Prove that FOLDER computes what PyTorch computes, and measure what quantization costs.
 
@@ -185,8 +202,11 @@ def verify(
     Exits with 1 when a level fails.
     """
     from skv_export import verify as runner
+    from skv_export.quality import Thresholds
 
-    report = runner.run(folder, checkpoint=checkpoint, levels=levels or ("op", "graph", "quality"), **options)
+    thresholds = Thresholds(max_ppl_increase, max_kld_mean, max_kld_p99, min_top1_agreement)
+    levels = levels or runner.LEVELS
+    report = runner.run(folder, checkpoint=checkpoint, levels=levels, thresholds=thresholds, **options)
     click.echo(report.table())
     if json_file:
         json_file.write_text(report.to_json(), encoding="utf-8")
@@ -225,9 +245,9 @@ def doctor(library_path: bool) -> None:
     from skv_export import doctor as checks
 
     if library_path:
-        from skv_export.runtime import library_path as find
+        from skv_export import library
 
-        click.echo(find())
+        click.echo(library.library_path())
         return
     report = checks.diagnose()
     click.echo(report.table())

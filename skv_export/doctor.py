@@ -79,16 +79,15 @@ def _onnxruntime(cpu: str, gpu: str) -> Check:
 
 def _library() -> list[Check]:
     """The native library: where it is, what it was built for, which instruction set it chose."""
-    from skv_export import runtime
+    from skv_export.library import load_library
 
     try:
-        path = runtime.library_path()
-        library = runtime.load_library()
+        library = load_library()
     except SkvError as error:
         return [Check("native library", "missing", str(error))]
     cuda = library.cuda_build
     return [
-        Check("native library", f"{path} ({library.version})"),
+        Check("native library", f"{library.path} ({library.version})"),
         Check("CPU kernels", library.cpu_isa),
         Check(
             "CUDA kernels",
