@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -148,8 +149,8 @@ def _read_gqa(node: ir.Node, past: Pair, present: Pair, head_dim: int | None) ->
     heads = int(attributes.get("num_heads", 0)), int(attributes.get("kv_num_heads", 0))
     params = AttentionParams(
         *_check_heads(heads, past),
-        scale=float(attributes.get("scale", 0.0)),
-        softcap=float(attributes.get("softcap", 0.0)),
+        scale=_factor(attributes, "scale"),
+        softcap=_factor(attributes, "softcap"),
         local_window_size=max(window, 0),
         do_rotary=rotary,
         rotary_interleaved=bool(attributes.get("rotary_interleaved", 0)),
@@ -176,20 +177,20 @@ def _read_attention(node: ir.Node, past: Pair, present: Pair, head_dim: int | No
     _refuse_inputs(node, {6: "nonpad_kv_seqlen"})
     if len(node.outputs) > 3:
         raise Refusal("more than three outputs: it returns its scores")
-    rank = _rank(node.inputs[0])
-    if rank is None:
-        raise Refusal("the query has no shape; run ONNX shape inference first")
-    heads_first = rank == 4
+    # The standard wants the attributes with three dimensions, and with those only.
+    heads_first = "q_num_heads" not in attributes
     if heads_first:
         heads = tuple(_dim(value, 1) or 0 for value in node.inputs[:2])
+        if 0 in heads:
+            raise Refusal("neither its attributes nor shapes say how many heads there are")
         widths: dict[ir.Value | None, int] = {}
     else:
         heads = int(attributes.get("q_num_heads", 0)), int(attributes.get("kv_num_heads", 0))
         widths = {node.inputs[0]: heads[0], node.inputs[1]: heads[1], node.inputs[2]: heads[1]}
     params = AttentionParams(
         *_check_heads((heads[0], heads[1]), past),
-        scale=float(attributes.get("scale", 0.0)),
-        softcap=float(attributes.get("softcap", 0.0)),
+        scale=_factor(attributes, "scale"),
+        softcap=_factor(attributes, "softcap"),
     )
     found = _head_dim(past, widths, head_dim)
     if heads_first and any(_dim(value, 3) not in (None, found) for value in node.inputs[:3]):
@@ -211,6 +212,13 @@ def _attributes(node: ir.Node) -> Mapping[str, Any]:
         name: attribute.value.decode() if isinstance(attribute.value, bytes) else attribute.value
         for name, attribute in node.attributes.items()
     }
+
+
+def _factor(attributes: Mapping[str, Any], name: str) -> float:
+    value = float(attributes.get(name, 0.0))
+    if not 0 <= value < math.inf:
+        raise Refusal(f"{name} = {value}: expected 0 or more")
+    return value
 
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:

@@ -24,7 +24,7 @@ CONFIG_FILE = "genai_config.json"
 LIBRARY_FILE = "libskv_ops.so"
 """Its place in the folder; genai loads a custom-op library from there, the working directory or its own only."""
 MODEL_TYPE = "decoder"
-"""genai's type for any decoder; its others mean the same, or switch on what a model of that name needs in its graphs."""
+"""genai's type for any decoder. Its others mean the same, or switch on what models of that name need in graphs."""
 Layouts = tuple[CacheLayout, CacheLayout]
 
 
@@ -108,8 +108,8 @@ def advice(configs: Sequence[LayerConfig], layers: Sequence[Layouts], context_le
     config, pair = unequal[0]
     there, here = 2 * row_bytes(pair), pair[0].width + pair[1].width
     lines = [
-        f"onnxruntime-genai: runs this folder, but allocates keys and values alike: {there} instead of {here} bytes per "
-        f"token and head in {len(unequal)} of {len(layers)} layers; {short}."
+        f"onnxruntime-genai: runs this folder, but allocates keys and values alike: {there} instead of {here} bytes "
+        f"per token and head in {len(unequal)} of {len(layers)} layers; {short}."
     ]
     free, equal = free_pair(config, pair[0].head_dim), equal_pair(config, pair[0].head_dim)
     offers = [f"{free.name} takes no more there than {config.name}"] if free != config else []

@@ -14,6 +14,7 @@ from typing import Any
 import google.protobuf.message  # type: ignore[import-untyped]
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from skv_export.errors import SkvError
 from skv_export.model_config import read_json
@@ -77,6 +78,8 @@ class OnnxSource:
         except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RecursionError) as error:
             raise SkvError(f"{path}: a damaged graph", got=_brief(error), fix=_INCOMPLETE) from error
         _check_order(graph.graph, path)
+        if not proto.graph.value_info:
+            ShapeInferencePass()(graph)
         folders = [path.parent, path.parent.parent] if path.parent.name == "onnx" else [path.parent]
         found = {file.name: file for folder in reversed(folders) for file in _companions(folder)}
         genai = path.parent / "genai_config.json"

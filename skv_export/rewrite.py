@@ -1,12 +1,14 @@
 """Owns ONNX to ONNX: a model of another exporter becomes a folder like ours, its attention nodes rewritten in place.
 
-Weights are neither read nor copied: files of external data are hard-linked into the new folder where the file system
-can. Padding is the source's: GroupQueryAttention takes lengths from the mask's sums, so batches are padded on the right.
+Weights are neither read nor copied: files of external data are cloned or hard-linked into the new folder where the
+file system can. Padding is the source's: GroupQueryAttention takes lengths from the mask's sums, so tokens stand first
+and padding behind them; a graph that counts positions by the past's shape counts the mask's columns.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -40,6 +42,7 @@ INPUTS = ("input_ids", "attention_mask", "position_ids")
 """What a token loop gives to a graph, besides the caches; a source may do without the last two."""
 DTYPES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 MODEL_FILE, RECIPE_FILE = "model.onnx", "recipe.toml"
+_FICLONE = 0x40049409  # linux/fs.h
 _WRITTEN = {MODEL_FILE, RECIPE_FILE, CONFIG_FILE, GENAI_FILE, LIBRARY_FILE}
 
 
@@ -110,7 +113,14 @@ def plan(source: Path | str, recipe: Recipe | None = None) -> Plan:
     )
 
 
-def rewrite_model(source: Path | str, *, out: Path | str, recipe: Recipe | None = None, force: bool = False) -> Path:
+def rewrite_model(
+    source: Path | str,
+    *,
+    out: Path | str,
+    recipe: Recipe | None = None,
+    force: bool = False,
+    copy_weights: bool = False,
+) -> Path:
     """Rewrites an ONNX model into a folder that the runtime and onnxruntime-genai run; the source is only read.
 
     Args:
@@ -119,6 +129,8 @@ def rewrite_model(source: Path | str, *, out: Path | str, recipe: Recipe | None 
         out: Folder to write; it appears complete or not at all.
         recipe: What the caches become; the defaults if not given. Its ``dtype`` becomes the source's.
         force: Replace ``out`` if it exists.
+        copy_weights: Copy files of weights that could be shared. Python's ``onnx.load`` reads no external data from a
+            file with several hard links, the source's then included; ONNX Runtime does.
 
     Returns:
         ``out``.
@@ -132,11 +144,11 @@ def rewrite_model(source: Path | str, *, out: Path | str, recipe: Recipe | None 
     library = library_path()
     if target.resolve() == rewrite.source.path.parent.resolve():
         raise SkvError(f"{target}: the source's own folder", fix="Pass another --out: the source is never changed.")
-    with output_folder(target, _bytes_to_write(rewrite, target), force=force) as folder:
+    with output_folder(target, _bytes_to_write(rewrite, target, copy_weights), force=force) as folder:
         rewrite_graph(rewrite.source.graph, rewrite.layers)
         onnx.save(ir.to_proto(rewrite.source.graph), folder / MODEL_FILE)
         for location, file in rewrite.source.weights.items():
-            _link(file, folder / location)
+            _share(file, folder / location, copy=copy_weights)
         for file in rewrite.source.companions:
             shutil.copyfile(file, folder / file.name)
         shutil.copyfile(library, folder / LIBRARY_FILE)
@@ -314,21 +326,35 @@ def _in_order(nodes: Sequence[AttentionNode], source: OnnxSource) -> list[Attent
 # Writing.
 
 
-def _bytes_to_write(rewrite: Rewrite, out: Path) -> int:
-    """Bytes that the new folder adds to its disk: weights are only linked if they stand on the same one."""
+def _bytes_to_write(rewrite: Rewrite, out: Path, copy_weights: bool) -> int:
+    """Bytes that the new folder adds to its disk: weights add none if they stand on the same one."""
     files = [rewrite.source.path, *rewrite.source.companions]
-    parent = next(folder for folder in out.resolve().parents if folder.exists())
-    files += [file for file in rewrite.source.weights.values() if file.stat().st_dev != parent.stat().st_dev]
+    disk = next(folder for folder in out.resolve().parents if folder.exists()).stat().st_dev
+    files += [file for file in rewrite.source.weights.values() if copy_weights or file.stat().st_dev != disk]
     return sum(file.stat().st_size for file in files)
 
 
-def _link(file: Path, target: Path) -> None:
-    """Hard-links a file, or copies it where that can't be: across disks, or without the right to."""
+def _share(file: Path, target: Path, *, copy: bool) -> None:
+    """Puts a file into the new folder: cloned where the file system can, else hard-linked, else copied."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(file, target)
-    except OSError:
-        shutil.copyfile(file, target)
+    if not copy:
+        for way in (_clone, os.link):
+            try:
+                way(file, target)
+            except OSError:  # another disk, another file system, or no right to: the next way
+                continue
+            return
+    shutil.copyfile(file, target)
+
+
+def _clone(file: Path, target: Path) -> None:
+    """Makes a file that shares the other's blocks until one of them is written to (Btrfs, XFS)."""
+    with file.open("rb") as source, target.open("xb") as made:
+        try:
+            fcntl.ioctl(made, _FICLONE, source.fileno())
+        except OSError:
+            target.unlink()
+            raise
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -1,0 +1,694 @@
+"""ONNX to ONNX: what is carried over, what is refused, and that no graph can read what it should not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from source_graphs import CONTEXT, DIM, HEADS, KV_HEADS, VOCAB, WIDTH, SourceGraph, run_source
+
+from skv_export import genai, onnx_source, rewrite
+from skv_export.errors import SkvError
+from skv_export.layout import CacheLayout
+from skv_export.recipe import LayerConfig, Recipe
+from skv_export.rewrite import Rewrite, rewrite_model
+from skv_export.runtime import Session
+
+EXACT = Recipe(LayerConfig(16, 16, num_sink_tokens=2, recent_tokens=16, tile_tokens=32, recent_type="float"))
+"""Nothing is quantized: a rewritten graph must compute what its source does."""
+TOKENS = [int(t) for t in np.random.default_rng(3).integers(3, VOCAB, 120)]
+CHUNKS = [5, 1, 30, *[1] * 40, 44]
+
+
+def session(source: Path, out: Path, recipe: Recipe = EXACT) -> Session:
+    return Session(rewrite_model(source, out=out, recipe=recipe))
+
+
+def logits(model: Session, tokens: list[int], chunks: list[int]) -> np.ndarray[Any, Any]:
+    cache, rows, start = model.cache(1, CONTEXT), [], 0
+    for count in chunks:
+        rows.append(model.run([tokens[start : start + count]], None, None, cache)[0])
+        start += count
+    return np.concatenate(rows)
+
+
+def graph_of(path: Path) -> onnx.GraphProto:
+    return onnx.load(path, load_external_data=False).graph
+
+
+CARRIED: dict[str, SourceGraph] = {
+    "plain": SourceGraph(),
+    "packed": SourceGraph(packed=True),
+    "rotary": SourceGraph(rotary=DIM),
+    "packed rotary": SourceGraph(packed=True, rotary=DIM),
+    "partial rotary": SourceGraph(rotary=DIM // 2),
+    "interleaved": SourceGraph(rotary=DIM, attributes={"rotary_interleaved": 1}),
+    "position_ids": SourceGraph(rotary=DIM, positions=True),
+    "scale": SourceGraph(attributes={"scale": 0.3}),
+    "softcap": SourceGraph(attributes={"softcap": 2.0}),
+    "window": SourceGraph(attributes={"local_window_size": 40}),
+    "sinks": SourceGraph(sinks=True),
+    "smooth softmax": SourceGraph(attributes={"smooth_softmax": 1}),
+    "defaults spelled out": SourceGraph(
+        attributes={"causal": 1, "qk_output": 0, "k_quant_type": "NONE", "local_window_size": -1, "softcap": 0.0}
+    ),
+    "Attention": SourceGraph("attention"),
+    "Attention, 4-D": SourceGraph("attention", heads_first=True),
+    "Attention, scale and softcap": SourceGraph("attention", attributes={"scale": 0.3, "softcap": 2.0}),
+    "Attention, boolean mask": SourceGraph("attention", mask="bool"),
+    "Attention, float mask": SourceGraph("attention", mask="float", heads_first=True),
+    "Attention, window in the mask": SourceGraph("attention", mask=40),
+    "Attention, mask and is_causal": SourceGraph("attention", mask="bool", attributes={"is_causal": 1}),
+}
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_rewritten_graph_computes_what_its_source_does(name: str, tmp_path: Path) -> None:
+    source = CARRIED[name].write(tmp_path / "source")
+    expected = run_source(source, TOKENS, CHUNKS)
+    model = session(source, tmp_path / "out")
+    # Both compute in float32, in another order: 1e-4 of logits around 10.
+    np.testing.assert_allclose(logits(model, TOKENS, CHUNKS), expected, atol=1e-4)
+
+
+def test_fused_qk_norm(tmp_path: Path) -> None:
+    """ONNX Runtime's CPU kernel has no fused norms: the source that is run has them as nodes."""
+    nodes = SourceGraph(rotary=DIM, qk_norm="nodes").write(tmp_path / "nodes")
+    fused = SourceGraph(rotary=DIM, qk_norm="fused").write(tmp_path / "fused")
+    model = session(fused, tmp_path / "out")
+    np.testing.assert_allclose(logits(model, TOKENS, CHUNKS), run_source(nodes, TOKENS, CHUNKS), atol=1e-4)
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    source = SourceGraph(dtype=np.float16, rotary=DIM).write(tmp_path / "source")
+    model = session(source, tmp_path / "out", EXACT.with_options(recent_type="float16", dtype="fp32"))
+    assert model.config.dtype == "fp16"
+    assert 'dtype = "fp16"' in (tmp_path / "out" / "recipe.toml").read_text()
+    # Half precision everywhere: two units in the last place of logits around 10, after two layers.
+    np.testing.assert_allclose(logits(model, TOKENS, [120]), run_source(source, TOKENS, [120], np.float16), atol=3e-2)
+
+
+@pytest.mark.parametrize("name", ["packed rotary", "position_ids", "Attention"])
+def test_batches_padded_on_either_side_equal_one_by_one(name: str, tmp_path: Path) -> None:
+    """Also with chunks after a past, and with a sequence that gets no token in a call."""
+    # An Attention graph that takes positions from the past's shape counts columns, padded or not: so it gets them here.
+    graph = SourceGraph("attention", mask="bool", positions=True) if name == "Attention" else CARRIED[name]
+    model = session(graph.write(tmp_path / "source"), tmp_path / "out")
+    counts = [[7, 2, 0, 1], [3, 9, 0, 4], [11, 1, 1, 1]]
+    alone = [logits(model, TOKENS, [n for n in row if n]) for row in counts]
+    cache, past = model.cache(3, CONTEXT), np.zeros(3, int)
+    for step in range(4):
+        new = np.array([row[step] for row in counts])
+        width = max(new.max(), 1)
+        side = np.arange(width)[None, :]
+        real = side < new[:, None] if step % 2 else side >= width - new[:, None]
+        ids = np.zeros((3, width), np.int64)
+        for b, row in enumerate(real):
+            ids[b, row] = TOKENS[past[b] : past[b] + new[b]]
+        held = np.arange(past.max())[None, :] < past[:, None]
+        got = model.run(ids, np.concatenate([held, real], axis=1), None, cache)
+        for b, row in enumerate(real):
+            np.testing.assert_allclose(got[b, row], alone[b][past[b] : past[b] + new[b]], atol=1e-4)
+        past += new
+
+
+def test_only_the_last_logits_of_an_unpadded_batch(tmp_path: Path) -> None:
+    source = SourceGraph()
+    model = source.model()
+    head = next(node for node in model.graph.node if "logits" in node.output)
+    ends = [helper.make_node("Slice", [head.input[0], "last", "end", "axis"], ["hidden"])]
+    for name, value in (("last", -1), ("end", 2**31), ("axis", 1)):
+        model.graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, [1], [value]))
+    head.input[0] = "hidden"
+    model.graph.node.insert(len(model.graph.node) - 1, ends[0])
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
+    path = source.write(tmp_path / "source", external=False)
+    full = run_source(path, TOKENS[:9], [9])
+    onnx.save(model, path)
+    rewritten = session(path, tmp_path / "out")
+    assert not rewritten.config.all_logits
+    np.testing.assert_allclose(logits(rewritten, TOKENS[:9], [9]), full[-1:], atol=1e-4)
+    with pytest.raises(SkvError, match="batches can't be padded"):
+        rewritten.run([[5, 6], [7, 0]], [[1, 1], [1, 0]], None, rewritten.cache(2, 64))
+
+
+# The node and the folder.
+
+
+def test_recipe_is_applied_layer_by_layer(tmp_path: Path) -> None:
+    recipe = Recipe.per_layer([(8, 4), (4, 2)], Recipe().with_options(tile_tokens=32, recent_tokens=32))
+    source = SourceGraph(packed=True, rotary=DIM, attributes={"local_window_size": 100}).write(tmp_path / "source")
+    out = rewrite_model(source, out=tmp_path / "out", recipe=recipe)
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    inputs = {value.name: value for value in model.graph.input}
+    for index, node in enumerate(n for n in model.graph.node if n.domain == "skv"):
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        pair = CacheLayout.pair(recipe.layer(index), DIM, 100)
+        assert node.name == f"/layers.{index}/attn" and node.op_type == "QuantizedKVAttention"
+        assert (attributes["k_bits"], attributes["v_bits"]) == ((8, 4), (4, 2))[index]
+        assert attributes["num_heads"] == HEADS and attributes["kv_num_heads"] == KV_HEADS
+        assert attributes["local_window_size"] == 100 and attributes["layout_version"] == 1
+        assert attributes["tile_tokens"] == 32 and attributes["do_rotary"] == 1 and attributes["v_group_size"] == 32
+        for part, layout in zip(("key", "value"), pair, strict=True):
+            kind = inputs[f"past_key_values.{index}.{part}"].type.tensor_type
+            widths = genai.cache_widths(pair)[part == "value"]
+            assert kind.elem_type == TensorProto.UINT8 and kind.shape.dim[1].dim_value == KV_HEADS
+            assert kind.shape.dim[3].dim_value == (widths or 0) and widths in (layout.width, None)
+    assert {o.domain: o.version for o in model.opset_import}["skv"] == 1
+    assert Recipe.load(out / "recipe.toml") == recipe
+    assert Session(out).generate([TOKENS[:80]], max_new_tokens=4)
+
+
+def test_masks_that_nobody_reads_are_gone(tmp_path: Path) -> None:
+    source = SourceGraph("attention", mask="bool").write(tmp_path / "source")
+    before = {node.op_type for node in graph_of(source).node}
+    after = [node.op_type for node in graph_of(rewrite_model(source, out=tmp_path / "out") / "model.onnx").node]
+    assert {"LessOrEqual", "And"} <= before and not {"LessOrEqual", "And", "Attention"} & set(after)
+    assert "Range" in after  # the positions are still read
+
+
+def test_caches_get_the_names_of_the_ecosystem(tmp_path: Path) -> None:
+    graph = SourceGraph()
+    path = graph.write(tmp_path / "source", external=False)
+    model = onnx.load(path)
+    renamed = {f"past_key_values.{i}.{p}": f"past_{p}_{i}" for i in range(2) for p in ("key", "value")}
+    renamed |= {f"present.{i}.{p}": f"present_{p}_{i}" for i in range(2) for p in ("key", "value")}
+    for value in [*model.graph.input, *model.graph.output]:
+        value.name = renamed.get(value.name, value.name)
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [renamed.get(name, name) for name in names]
+    onnx.save(model, path)
+    expected = logits(session(graph.write(tmp_path / "same"), tmp_path / "a"), TOKENS, [120])
+    assert np.array_equal(logits(session(path, tmp_path / "b"), TOKENS, [120]), expected)
+
+
+def digests(folder: Path) -> dict[str, tuple[str, int]]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(p): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns) for p in files}
+
+
+def test_weights_are_shared_and_the_source_is_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[Path] = []
+    copy = shutil.copyfile
+    monkeypatch.setattr(shutil, "copyfile", lambda file, target: (copied.append(Path(file)), copy(file, target)))
+    source = SourceGraph(rotary=DIM).write(tmp_path / "source").parent
+    for name in ("tokenizer.json", "chat_template.jinja", "LICENSE"):
+        (source / name).write_text(name)
+    (source / "pytorch_model.bin").write_bytes(b"a pickle")
+    before = digests(source)
+    out = rewrite_model(source, out=tmp_path / "out", recipe=EXACT)
+    assert digests(source) == before
+    assert (source / "model.onnx.data").read_bytes() == (out / "model.onnx.data").read_bytes()
+    assert source / "model.onnx.data" not in copied and source / "tokenizer.json" in copied
+    assert {path.name for path in out.iterdir()} == {
+        "model.onnx", "model.onnx.data", "config.json", "tokenizer.json", "chat_template.jinja", "LICENSE",
+        "skv_config.json", "genai_config.json", "recipe.toml", "libskv_ops.so",
+    }  # fmt: skip
+    assert (out / "LICENSE").read_text() == "LICENSE"
+    assert (out / "model.onnx").stat().st_size < 32 << 10
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_weights_are_copied(asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they can't be linked, or the caller wants a copy."""
+
+    def refuse(*_: object) -> None:
+        raise OSError("cross-device link")
+
+    if not asked:
+        monkeypatch.setattr(os, "link", refuse)
+        monkeypatch.setattr(rewrite, "_clone", refuse)
+    source = SourceGraph(rotary=DIM).write(tmp_path / "source").parent
+    out = rewrite_model(source, out=tmp_path / "out", copy_weights=asked)
+    assert not os.path.samefile(source / "model.onnx.data", out / "model.onnx.data")
+    onnx.load(out / "model.onnx")  # it reads no weights that have several links
+    assert (source / "model.onnx.data").read_bytes() == (out / "model.onnx.data").read_bytes()
+
+
+def test_disk_full_while_copying_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    source = SourceGraph().write(tmp_path / "source")
+    before = digests(tmp_path)
+    monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(SkvError, match="No space left"):
+        rewrite_model(source, out=tmp_path / "out")
+    assert digests(tmp_path) == before and not [p for p in tmp_path.iterdir() if p.name != "source"]
+
+
+def test_target_is_checked(tmp_path: Path) -> None:
+    source = SourceGraph().write(tmp_path / "source")
+    out = rewrite_model(source, out=tmp_path / "out", recipe=EXACT)
+    before = digests(out)
+    with pytest.raises(SkvError, match="exists already"):
+        rewrite_model(source, out=out)
+    assert digests(out) == before
+    rewrite_model(source, out=out, force=True)
+    assert Session(out).config.layers[0].key.bits == 4
+    again = tmp_path / "again"
+    again.mkdir()
+    with pytest.raises(SkvError, match="no attention to rewrite"):  # ours is not theirs
+        rewrite_model(out, out=again, force=True)
+
+
+@pytest.mark.parametrize("place", ["hub snapshot", "community folder", "weights inside", "subfolder of weights"])
+def test_layouts_of_source_folders(place: str, tmp_path: Path) -> None:
+    graph = SourceGraph(packed=True)
+    source = tmp_path / "source"
+    if place == "hub snapshot":
+        graph.write(source / "blobs")
+        source = source / "snapshots" / "0123abcd"
+        source.mkdir(parents=True)
+        for file in (tmp_path / "source" / "blobs").iterdir():
+            (source / file.name).symlink_to(Path("../../blobs") / file.name)
+    elif place == "community folder":
+        graph.write(source / "onnx", name="model_q4.onnx")
+        (source / "onnx" / "config.json").rename(source / "config.json")
+    elif place == "weights inside":
+        graph.write(source, external=False)
+    else:
+        path = graph.write(source)
+        (source / "weights").mkdir()
+        (source / "model.onnx.data").rename(source / "weights" / "0.bin")
+        model = onnx.load(path, load_external_data=False)
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                entry.value = "weights/0.bin" if entry.key == "location" else entry.value
+        onnx.save(model, path)
+    out = rewrite_model(source, out=tmp_path / "out", recipe=EXACT)
+    expected = run_source(SourceGraph(packed=True).write(tmp_path / "plain"), TOKENS[:20], [20])
+    np.testing.assert_allclose(logits(Session(out), TOKENS[:20], [20]), expected, atol=1e-4)
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+
+
+def test_plan_says_what_will_be_written(tmp_path: Path) -> None:
+    source = SourceGraph(packed=True).write(tmp_path / "source")
+    before = digests(tmp_path)
+    plan = rewrite.plan(source, Recipe())
+    assert "K4V2" in plan.table() and f"{KV_HEADS} KV heads of {DIM}" in plan.table()
+    assert plan.weight_bytes == (source.parent / "model.onnx.data").stat().st_size
+    assert digests(tmp_path) == before
+    read = Rewrite.read(source, Recipe())
+    assert read.config.vocab_size == VOCAB and read.config.eos_token_id == (2,) and read.hidden_size == WIDTH
+
+
+def test_what_is_an_onnx_model(tmp_path: Path) -> None:
+    path = SourceGraph().write(tmp_path / "source")
+    assert onnx_source.is_onnx(path) and onnx_source.is_onnx(path.parent)
+    assert not onnx_source.is_onnx(tmp_path) and not onnx_source.is_onnx("org/name")
+    (path.parent / "model.safetensors").touch()
+    assert not onnx_source.is_onnx(path.parent) and onnx_source.is_onnx(path)
+
+
+# Refusals: each names its node.
+
+
+def edit(change: Callable[[onnx.ModelProto], object]) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        model = onnx.load(path, load_external_data=False)
+        change(model)
+        onnx.save(model, path)
+
+    return apply
+
+
+def attention_of(model: onnx.ModelProto, layer: int = 1) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if node.name == f"/layers.{layer}/attn")
+
+
+def set_input(index: int, name: str) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        node = attention_of(model)
+        node.input.extend([""] * (index + 1 - len(node.input)))
+        node.input[index] = name
+
+    return change
+
+
+def insert_before_cache(model: onnx.ModelProto) -> None:
+    node = attention_of(model)
+    model.graph.node.insert(0, helper.make_node("Identity", [node.input[3]], ["copied"], name="between"))
+    node.input[3] = "copied"
+
+
+def read_present(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("Identity", ["present.1.key"], ["again"], name="reader"))
+    model.graph.output.append(helper.make_tensor_value_info("again", TensorProto.FLOAT, None))
+
+
+def rename_op(model: onnx.ModelProto) -> None:
+    attention_of(model).op_type = "MultiHeadAttention"
+
+
+def forget_shape(model: onnx.ModelProto) -> None:
+    next(x for x in model.graph.input if x.name == "past_key_values.1.value").type.tensor_type.ClearField("shape")
+
+
+def int8_cache(model: onnx.ModelProto) -> None:
+    for value in [*model.graph.input, *model.graph.output]:
+        if value.name.split(".")[0] in ("past_key_values", "present"):
+            value.type.tensor_type.elem_type = TensorProto.INT8
+
+
+def into_subgraph(model: onnx.ModelProto) -> None:
+    node = attention_of(model)
+    body = helper.make_graph([node], "then", [], [helper.make_tensor_value_info(x, 1, None) for x in node.output])
+    branch = helper.make_node("If", ["flag"], list(node.output), name="branch", then_branch=body, else_branch=body)
+    model.graph.initializer.append(helper.make_tensor("flag", TensorProto.BOOL, [], [True]))
+    place = list(model.graph.node).index(node)
+    model.graph.node.remove(node)
+    model.graph.node.insert(place, branch)
+
+
+def gqa(**attributes: Any) -> SourceGraph:
+    return SourceGraph(attributes=attributes)
+
+
+bias = np.zeros((1, 1, 1, 1), np.float32)
+REFUSED: dict[str, tuple[SourceGraph, Callable[[onnx.ModelProto], object] | None, str]] = {
+    "attention_bias": (SourceGraph(extra={10: bias}), None, "input attention_bias"),
+    "k_scale": (SourceGraph(extra={12: bias}), None, "input k_scale"),
+    "v_scale": (SourceGraph(extra={13: bias}), None, "input v_scale"),
+    "bidirectional": (gqa(causal=0), None, "causal = 0"),
+    "scores": (gqa(qk_output=1), None, "qk_output = 1"),
+    "4-bit cache": (gqa(kv_cache_bit_width=4), None, "quantized already"),
+    "static scales": (gqa(k_quant_type="PER_TENSOR"), None, "k_quant_type = PER_TENSOR"),
+    "window of 0": (gqa(local_window_size=0), None, "local_window_size = 0"),
+    "new attribute": (gqa(sparsity=2), None, "unknown attribute sparsity"),
+    "negative scale": (gqa(scale=-1.0), None, "scale = -1"),
+    "heads": (gqa(num_heads=3), None, "3 query heads on 2"),
+    "cache heads": (gqa(num_heads=4, kv_num_heads=1), None, "has 2 heads, the node 1"),
+    "epsilons": (
+        SourceGraph(qk_norm="fused", attributes={"q_norm_epsilon": 1e-5, "k_norm_epsilon": 1e-6}),
+        None,
+        "q_norm_epsilon and k_norm_epsilon differ",
+    ),
+    "one norm": (SourceGraph(qk_norm="fused"), set_input(15, ""), "only one of q_norm_weight"),
+    "rotary without tables": (SourceGraph(rotary=DIM), set_input(8, ""), "do_rotary without"),
+    "no past": (SourceGraph(), set_input(3, ""), "no input past_key"),
+    "no lengths": (SourceGraph(), set_input(5, ""), "no input seqlens_k"),
+    "another layer's values": (SourceGraph(), set_input(2, ""), "only one of key and value"),
+    "another layer's cache": (SourceGraph(), set_input(3, "past_key_values.0.key"), "is read by node"),
+    "cache is computed": (SourceGraph(), insert_before_cache, "no input of the graph but comes from node 'between'"),
+    "present is read": (SourceGraph(), read_present, "present_key is read by node 'reader'"),
+    "no shape": (SourceGraph(), forget_shape, "has no shape of four dimensions"),
+    "int8 cache": (SourceGraph(), int8_cache, "is it quantized already"),
+    "multi-head": (SourceGraph(), rename_op, "MultiHeadAttention is no GroupQueryAttention"),
+    "branches": (SourceGraph(), into_subgraph, "stands in a subgraph"),
+    "Attention without mask": (SourceGraph("attention", attributes={"is_causal": 0}), None, "both directions"),
+    "Attention with lengths": (SourceGraph("attention"), set_input(6, "scalar"), "nonpad_kv_seqlen"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_rewritten_is_named(name: str, tmp_path: Path) -> None:
+    graph, change, message = REFUSED[name]
+    path = graph.write(tmp_path / "source")
+    if change is not None:
+        edit(change)(path)
+    before = digests(tmp_path)
+    with pytest.raises(SkvError, match="attention nodes can't be rewritten") as error:
+        rewrite_model(path, out=tmp_path / "out")
+    assert message in str(error.value) and "/layers.1/attn: " in str(error.value)
+    assert digests(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+def test_every_refused_node_is_named(tmp_path: Path) -> None:
+    path = SourceGraph(extra={10: bias}, layers=3).write(tmp_path / "source")
+    with pytest.raises(SkvError, match="3 of 3 attention nodes") as error:
+        rewrite_model(path, out=tmp_path / "out")
+    assert all(f"/layers.{i}/attn: has an input attention_bias" in str(error.value) for i in range(3))
+
+
+def alibi(model: onnx.ModelProto) -> None:
+    """A bias instead of a mask: -1 times the distance."""
+    node = next(n for n in model.graph.node if "attn_mask" in n.output)
+    node.output[0] = "seen_only"
+    far = next(n for n in model.graph.node if n.op_type == "LessOrEqual")
+    made = [
+        helper.make_node("Sub", list(far.input), ["distance"], name="distance"),
+        helper.make_node("Cast", ["distance"], ["slope"], name="slope", to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["slope", "axes01"], ["attn_mask"], name="alibi"),
+    ]
+    model.graph.initializer.append(helper.make_tensor("axes01", TensorProto.INT64, [2], [0, 1]))
+    place = list(model.graph.node).index(node)
+    for i, extra in enumerate(made):
+        model.graph.node.insert(place + 1 + i, extra)
+
+
+def bidirectional(model: onnx.ModelProto) -> None:
+    next(n for n in model.graph.node if n.op_type == "LessOrEqual").op_type = "GreaterOrEqual"
+
+
+def hidden_states(model: onnx.ModelProto) -> None:
+    node = next(n for n in model.graph.node if "attn_mask" in n.output)
+    node.input[1] = "embedding"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(alibi, "adds a bias"), (bidirectional, "neither causal nor"), (hidden_states, "depends on weights")],
+)
+def test_masks_that_mean_something_else(
+    change: Callable[[onnx.ModelProto], object], message: str, tmp_path: Path
+) -> None:
+    path = SourceGraph("attention", mask="bool").write(tmp_path / "source")
+    edit(change)(path)
+    with pytest.raises(SkvError, match="can't be rewritten") as error:
+        rewrite_model(path, out=tmp_path / "out")
+    assert message in str(error.value)
+
+
+# Graphs that are damaged, or want what is not theirs.
+
+
+def external(key: str, value: str | None, name: str = "head") -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        tensor = next(x for x in model.graph.initializer if x.name == name)
+        for entry in [e for e in tensor.external_data if e.key == key]:
+            tensor.external_data.remove(entry)
+        if value is not None:
+            tensor.external_data.add(key=key, value=value)
+
+    return change
+
+
+def cycle(model: onnx.ModelProto) -> None:
+    attention_of(model, 0).input[0] = "attended.1"
+
+
+def undefined(model: onnx.ModelProto) -> None:
+    attention_of(model).input[0] = "nowhere"
+
+
+def negative_shape(model: onnx.ModelProto) -> None:
+    next(x for x in model.graph.initializer if x.name == "head").dims[0] = -4
+
+
+def huge_shape(model: onnx.ModelProto) -> None:
+    next(x for x in model.graph.initializer if x.name == "head").dims[:] = [1 << 62, 1 << 62]
+
+
+def hidden_in_a_branch(model: onnx.ModelProto) -> None:
+    """External data of a constant in a subgraph."""
+    tensor = TensorProto(name="secret", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="../secret")
+    constant = helper.make_node("Constant", [], ["secret"], value=tensor)
+    body = helper.make_graph([constant], "then", [], [helper.make_tensor_value_info("secret", 1, [1])])
+    model.graph.initializer.append(helper.make_tensor("flag", TensorProto.BOOL, [], [True]))
+    model.graph.node.append(helper.make_node("If", ["flag"], ["x"], name="if", then_branch=body, else_branch=body))
+
+
+def other_input(model: onnx.ModelProto) -> None:
+    model.graph.input.append(helper.make_tensor_value_info("use_cache_branch", TensorProto.BOOL, [1]))
+
+
+def other_state(model: onnx.ModelProto) -> None:
+    model.graph.input.append(helper.make_tensor_value_info("past_conv.0", TensorProto.FLOAT, [1, 2, 3, 4]))
+
+
+def skip_a_layer(model: onnx.ModelProto) -> None:
+    for value in [*model.graph.input, *model.graph.output]:
+        value.name = value.name.replace(".1.", ".5.")
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [x.replace(".1.", ".5.") if x.startswith(("past_", "present")) else x for x in names]
+
+
+def no_attention(model: onnx.ModelProto) -> None:
+    for layer in range(2):
+        attention_of(model, layer).domain = "custom"
+
+
+def no_logits(model: onnx.ModelProto) -> None:
+    model.graph.output[0].name = "scores"
+    next(n for n in model.graph.node if "logits" in n.output).output[0] = "scores"
+
+
+def remove_weights(path: Path) -> None:
+    (path.parent / "model.onnx.data").unlink()
+
+
+def cut_weights(path: Path) -> None:
+    data = path.parent / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1])
+
+
+def link_outside(path: Path) -> None:
+    data = path.parent / "model.onnx.data"
+    outside = data.rename(path.parent.parent / "elsewhere")
+    data.symlink_to(outside)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-77])
+
+
+def several(path: Path) -> None:
+    path.rename(path.parent / "a.onnx")
+    (path.parent / "b.onnx").write_bytes(b"")
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "path traversal": (edit(external("location", "../../etc/passwd")), "outside the model's folder"),
+    "traversal inside": (edit(external("location", "weights/../../secret")), "outside the model's folder"),
+    "absolute path": (edit(external("location", "/etc/passwd")), "outside the model's folder"),
+    "drive letter": (edit(external("location", "C:/secret")), "outside the model's folder"),
+    "backslashes": (edit(external("location", "..\\secret")), "outside the model's folder"),
+    "no location": (edit(external("location", None)), "outside the model's folder"),
+    "memory address": (edit(external("location", "*/_ORT_MEM_ADDR_/*")), "the file is missing"),
+    "link outside": (link_outside, "a link that leads outside"),
+    "in a subgraph": (edit(hidden_in_a_branch), "outside the model's folder"),
+    "a file we write": (edit(external("location", "config.json")), "beyond the end of config.json"),
+    "missing weights": (remove_weights, "the file is missing"),
+    "weights cut short": (cut_weights, "beyond the end of model.onnx.data"),
+    "offset beyond the end": (edit(external("offset", str(1 << 50))), "beyond the end of model.onnx.data"),
+    "negative offset": (edit(external("offset", "-8")), "expected numbers of bytes"),
+    "offset is no number": (edit(external("offset", "0x10")), "expected numbers of bytes"),
+    "length of another shape": (edit(external("length", "12")), "expected 32768 for [128, 64]"),
+    "negative shape": (edit(negative_shape), "expected no negative sizes"),
+    "huge shape": (edit(huge_shape), "length"),
+    "cycle": (edit(cycle), "the graph has a cycle"),
+    "undefined value": (edit(undefined), "'nowhere', which nothing defines"),
+    "truncated": (truncate, "not an ONNX file"),
+    "empty": (lambda path: path.write_bytes(b""), "not an ONNX file"),
+    "no protobuf": (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)), "not an ONNX file"),
+    "no configuration": (lambda path: (path.parent / "config.json").unlink(), "no configuration beside the graph"),
+    "broken configuration": (lambda path: (path.parent / "config.json").write_text("{"), "not valid JSON"),
+    "no context length": (lambda path: (path.parent / "config.json").write_text('{"hidden_size": 8}'), "is unknown"),
+    "other input": (edit(other_input), "use_cache_branch"),
+    "other state": (edit(other_state), "past_conv.0"),
+    "hybrid": (edit(skip_a_layer), "caches of the layers [0, 5]"),
+    "no attention": (edit(no_attention), "no attention to rewrite"),
+    "no logits": (edit(no_logits), "expected logits"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_damaged_and_hostile_graphs(name: str, tmp_path: Path) -> None:
+    damage, message = HOSTILE[name]
+    path = SourceGraph().write(tmp_path / "source")
+    damage(path)
+    before = digests(tmp_path)
+    with pytest.raises(SkvError) as error:
+        rewrite_model(path, out=tmp_path / "out")
+    assert message in str(error.value) and str(path.parent) in str(error.value)
+    assert digests(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+def test_folders_without_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SkvError, match="no ONNX model there"):
+        rewrite_model(tmp_path / "nothing.onnx", out=tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SkvError, match="no ONNX model in this folder"):
+        rewrite_model(tmp_path / "empty", out=tmp_path / "out")
+    path = SourceGraph().write(tmp_path / "source")
+    with pytest.raises(SkvError, match="not a folder written by"):
+        rewrite_model(path, out=path.parent, force=True)
+    monkeypatch.setattr(onnx_source, "MAX_GRAPH_BYTES", 1000)
+    with pytest.raises(SkvError, match="too large for an ONNX file"):
+        rewrite_model(path, out=tmp_path / "out")
+    several(path)
+    with pytest.raises(SkvError, match="several ONNX models"):
+        rewrite_model(path.parent, out=tmp_path / "out")
+
+
+# onnxruntime-genai's configuration and costs.
+
+
+def test_genai_config_keeps_what_is_not_ours(tmp_path: Path) -> None:
+    source = SourceGraph(rotary=DIM).write(tmp_path / "source")
+    given = {
+        "model": {
+            "type": "phi3", "context_length": 256, "eos_token_id": [2, 5], "pad_token_id": 3, "vocab_size": VOCAB,
+            "decoder": {
+                "hidden_size": WIDTH, "head_size": DIM, "filename": "old.onnx",
+                "session_options": {"intra_op_num_threads": 3}, "sliding_window": {"window_size": 8},
+                "inputs": {"past_key_names": "past_%d"},
+            },
+        },
+        "search": {"temperature": 0.5, "past_present_share_buffer": False, "num_beams": 4, "max_length": 200},
+    }  # fmt: skip
+    (source.parent / "genai_config.json").write_text(json.dumps(given))
+    out = rewrite_model(source, out=tmp_path / "out")
+    written = json.loads((out / "genai_config.json").read_text())
+    model, decoder, search = written["model"], written["model"]["decoder"], written["search"]
+    assert model["type"] == "phi3" and model["eos_token_id"] == [2, 5] and model["context_length"] == 256
+    assert decoder["session_options"]["custom_ops_library"] == "libskv_ops.so"
+    assert decoder["session_options"]["intra_op_num_threads"] == 3 and "sliding_window" not in decoder
+    assert decoder["filename"] == "model.onnx" and decoder["num_hidden_layers"] == 2
+    assert decoder["inputs"] == {
+        "input_ids": "input_ids", "attention_mask": "attention_mask",
+        "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value",
+    }  # fmt: skip
+    assert search["temperature"] == 0.5 and search["max_length"] == 200
+    assert search["past_present_share_buffer"] is True and search["num_beams"] == 1
+    config = Session(out).config
+    assert config.context_length == 256 and config.eos_token_id == (2, 5) and config.pad_token_id == 3
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 256])
+@pytest.mark.parametrize("bits", [(4, 2), (4, 4), (3, 3), (2, 4), (8, 4), (16, 16), (1, 1)])
+@pytest.mark.parametrize("window", [0, 300])
+def test_capacity_in_genai_is_what_the_layout_says(head_dim: int, bits: tuple[int, int], window: int) -> None:
+    pair = CacheLayout.pair(LayerConfig(*bits), head_dim, window)
+    width = genai.row_bytes(pair)
+    least = genai.least_length([pair], 4096)
+
+    def held(length: int) -> int | None:
+        sizes = [length * width for _ in pair]
+        if any(size < x.full_rows * x.row_bytes for size, x in zip(sizes, pair, strict=True)):
+            return 0
+        return min((c for c in map(CacheLayout.capacity, pair, sizes) if c is not None), default=None)
+
+    lengths = [1, 63, 64, 100, 300, 500, 512, 1000, 1024, 1500, 2000, 3000, 4096]
+    assert [genai.capacity([pair], length) for length in lengths] == [held(length) for length in lengths]
+    enough = [length for length in range(1, 4097) if (size := held(length)) is None or size >= length]
+    missing = set(range(1, 4097)) - set(enough)
+    assert least == (1 if not missing else max(missing) + 1 if max(missing) < 4096 else None)
+
+
+def test_pairs_offered_for_genai() -> None:
+    config = LayerConfig(4, 2)
+    equal, free = genai.equal_pair(config, 128), genai.free_pair(config, 128)
+    assert equal is not None and equal.name == "K3V3" and free.name == "K4V4"
+    pair = CacheLayout.pair(config, 128)
+    advice = genai.advice([config] * 3, [pair] * 3, 8192)
+    assert "160 instead of 128 bytes" in advice and "K4V4" in advice and "K3V3" in advice and "in 3 of 3" in advice
+    alike = genai.advice([free], [CacheLayout.pair(free, 128)], 8192)
+    assert "instead" not in alike and "max_length of" in alike
+    assert genai.cache_widths(pair) == (80, None)
+    assert genai.cache_widths(CacheLayout.pair(LayerConfig(2, 4), 128)) == (None, 80)
+    assert genai.cache_widths(CacheLayout.pair(free, 128)) == (80, 80)
