@@ -121,10 +121,11 @@ def test_case_equals_the_reference(case: Case) -> None:
 @pytest.mark.parametrize(
     ("changes", "path"),
     [
-        ({"new_tokens": 8}, "the op's kernel"),
-        ({"new_tokens": 9}, "GroupQueryAttention"),
-        ({"new_tokens": 9, "head_dim": 20}, "the op's kernel"),  # GroupQueryAttention wants a multiple of 8
-        ({"new_tokens": 9, "dtype": "float16"}, "GroupQueryAttention"),
+        ({}, "the op's kernel"),
+        ({"new_tokens": 40}, "GroupQueryAttention"),
+        ({"new_tokens": 40, "head_dim": 20}, "the op's kernel"),  # GroupQueryAttention wants a multiple of 8
+        ({"new_tokens": 40, "dtype": "float16"}, "GroupQueryAttention"),
+        ({"new_tokens": 40, "past_lengths": (0, 90), "query_seqlens": (40, 1)}, "GroupQueryAttention"),
     ],
 )
 def test_many_tokens_go_through_group_query_attention(
