@@ -89,6 +89,8 @@ _GGUF = Row("blk.{i}.", "attn_q", "attn_k", "attn_v", norm="attn_norm", q_norm="
 _GGUF_FUSED = dataclasses.replace(_GGUF, qkv="attn_qkv")
 _GGUF_INTERLEAVED = ("llama", "granite", "granitemoe", "olmo", "smollm3", "mistral3")
 """Architectures whose q and k rows llama.cpp's converter reorders, so that RoPE pairs are neighbours."""
+_PLAIN_HEADS = ("gpt2", "gpt_neox", "gptj", "opt", "bloom")
+"""Architectures without grouped-query attention or a head_dim of their own, whatever config.json holds besides."""
 _LATENT = re.compile(r"kv_a_proj|kv_b_proj|q_a_proj|linear_attn|mixer\.(in_proj|conv)|time_mix")
 _NOT_TEXT = re.compile(r"vision|visual|audio|speech|image|encoder\.|mtp\.|draft")
 
@@ -138,7 +140,8 @@ class AttentionConfig:
         heads = _size(config, "num_attention_heads", "n_head")
         hidden = _size(config, "hidden_size", "n_embd", "word_embed_proj_dim")
         kv_heads = _kv_heads(config, model_type, heads)
-        head_dim = _optional(config, "head_dim") or hidden // heads
+        plain = model_type in _PLAIN_HEADS
+        head_dim = (None if plain else _optional(config, "head_dim")) or hidden // heads
         if heads % kv_heads:
             raise SkvError(
                 "config.json: num_key_value_heads",
@@ -186,6 +189,8 @@ def _size(config: Mapping[str, Any], *names: str) -> int:
 
 
 def _kv_heads(config: Mapping[str, Any], model_type: str, heads: int) -> int:
+    if model_type in _PLAIN_HEADS:
+        return heads
     if model_type == "falcon" and not config.get("new_decoder_architecture"):
         return 1 if config.get("multi_query", True) else heads
     if model_type == "gpt_bigcode" and config.get("multi_query", True):

@@ -59,7 +59,7 @@ class Pairs(click.ParamType[Any]):
 
 
 @click.command(name="analyze")
-@click.argument("checkpoint")
+@click.argument("checkpoint", required=False)
 @click.option("--budget", type=float, help="Effective bits per element.  [default: what K4V2 takes]")
 @click.option("--memory", type=Size(), help="Bytes for the caches of the whole batch instead, such as 2GiB.")
 @click.option(
@@ -91,11 +91,11 @@ class Pairs(click.ParamType[Any]):
 @click.option("--plot", type=_PATH, help="PNG to write (extra `plots`).")
 @click.option("--json", type=_PATH, help="JSON file to write.")
 @click.option("--save", type=_PATH, help="Recipe to write; `skv-export model --recipe FILE` takes it.")
-def analyze_command(checkpoint: str, **options: Any) -> None:
+def analyze_command(checkpoint: str | None, **options: Any) -> None:
     """Say how CHECKPOINT's cache bits should be split between keys and values, layer by layer, and why.
 
     CHECKPOINT is a folder with safetensors, a GGUF file, or a hub id, of which only the attention's projections are
-    read, through byte ranges.
+    read, through byte ranges; without it, the demo model (extra `demo`).
 
     \b
     skv-export analyze Qwen/Qwen3-0.6B --budget 3.25 --report report.html --save recipe.toml
@@ -103,11 +103,12 @@ def analyze_command(checkpoint: str, **options: Any) -> None:
     skv-export analyze ./model --measure --text book.txt --state measure.json
     """
     from skv_export import analyze
+    from skv_export.checkpoint import demo_checkpoint
 
     base = {f: options.pop(f) for f in LayerConfig.__dataclass_fields__ if f in options}
     layer = LayerConfig(**{key: value for key, value in base.items() if value is not None})
     with _Bars() as bars:
-        found = analyze.run(checkpoint, base=layer, progress=bars, **options)
+        found = analyze.run(checkpoint or demo_checkpoint(), base=layer, progress=bars, **options)
     click.echo(summary(found))
     for name in ("report", "plot", "json", "save"):
         if options[name]:

@@ -13,7 +13,7 @@ from skv_export.analyze import Analysis, Plan
 from skv_export.errors import SkvError
 
 WIDTH, HEIGHT = 680, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 22, 12, 38
 _CONTEXTS = [1 << i for i in range(9, 18)]
 
 
@@ -55,7 +55,7 @@ def charts(found: Analysis) -> list[Chart]:
         if any(b is not None for b in score.balance)
     )
     middle = len(found.layers) // 2
-    spectra = []
+    spectra: list[Line] = []
     for at, style in ((0, ""), (middle, "dashed"), (len(found.layers) - 1, "dotted")):
         layer = found.layers[at]
         for name, norms, colour in (("keys", layer.k, "k"), ("values", layer.v, "v")):
@@ -231,7 +231,7 @@ def svg(chart: Chart) -> str:
         y = y_scale(tick)
         out.append(f'<line class=grid x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         out.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_label(tick)}</text>')
-    for tick in x_ticks:
+    for tick in (t for t in x_ticks if min(xs) <= t <= max(xs)):
         out.append(
             f'<text x="{x_scale(tick):.1f}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="middle">{_label(tick)}</text>'
         )
@@ -280,13 +280,13 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
     """Returns about five round numbers around a range."""
     if log:
         first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
-        step = max(1, math.ceil((last - first) / 6))
-        return [2.0**i for i in range(first, last + 1, step)]
+        stride = max(1, math.ceil((last - first) / 6))
+        return [2.0**i for i in range(first, last + 1, stride)]
     raw = (high - low) / 5 or 1.0
-    power = 10.0 ** math.floor(math.log10(raw))
+    power = float(10.0 ** math.floor(math.log10(raw)))
     step = min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs(s - raw))
     if low >= 0 and high <= 512 and float(low).is_integer() and float(high).is_integer() and high - low > 1:
-        step = max(1.0, round(step))
+        step = max(1.0, float(round(step)))
     return [i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 

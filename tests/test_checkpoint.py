@@ -1,0 +1,538 @@
+"""Checkpoints: what a path names, damaged headers, shards, HTTP ranges, where architectures keep their weights."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from skv_export import checkpoint as checkpoint_module
+from skv_export import tensor_files
+from skv_export.architectures import AttentionReader
+from skv_export.checkpoint import Checkpoint, resolve
+from skv_export.errors import SkvError
+
+CONFIG = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 4}
+
+
+def llama_tensors(layers: int = 2, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for i in range(layers):
+        for part in "qkv":
+            tensors[f"model.layers.{i}.self_attn.{part}_proj.weight"] = rng.standard_normal((8, 8)).astype(dtype)
+        tensors[f"model.layers.{i}.input_layernorm.weight"] = np.ones(8, dtype)
+    return tensors
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    save_file(llama_tensors(), tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+
+
+def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+DAMAGED: dict[str, tuple[Any, bytes, int | None, str]] = {
+    "length beyond the file": ({"a": entry()}, bytes(8), 10_000, "header's length"),
+    "length huge": ({"a": entry()}, bytes(8), 1 << 62, "header's length"),
+    "not json": (b"{not json", bytes(8), None, "not valid JSON"),
+    "not utf-8": (b'{"\xff": 1}', bytes(8), None, "not valid JSON"),
+    "deep nesting": (b"[" * 100_000, b"", None, "not valid JSON"),
+    "a list": ([1], b"", None, "no table"),
+    "twice the same name": (b'{"a": 1, "a": 2}', b"", None, "occurs twice"),
+    "no offsets": ({"weight": {"dtype": "F32", "shape": [2]}}, bytes(8), None, "'weight'"),
+    "offsets beyond the file": ({"weight": entry(offsets=(0, 16), shape=(4,))}, bytes(8), None, "'weight'"),
+    "offsets reversed": ({"weight": entry(offsets=(8, 0))}, bytes(8), None, "'weight'"),
+    "offsets negative": ({"weight": entry(offsets=(-8, 0))}, bytes(8), None, "'weight'"),
+    "offsets not integers": ({"weight": entry(offsets=(0.0, 8.0))}, bytes(8), None, "'weight'"),
+    "overlap": ({"one": entry(), "two": entry(offsets=(4, 12))}, bytes(12), None, "overlaps"),
+    "gap": ({"one": entry(), "two": entry(offsets=(12, 20))}, bytes(20), None, "gap"),
+    "bytes left over": ({"weight": entry()}, bytes(12), None, "after the last"),
+    "absurd shape": ({"weight": entry(shape=(1 << 40, 1 << 40))}, bytes(8), None, "'weight'"),
+    "negative shape": ({"weight": entry(shape=(-2,))}, bytes(8), None, "'weight'"),
+    "boolean shape": ({"weight": entry(shape=(True, 2))}, bytes(8), None, "'weight'"),
+    "many dimensions": ({"weight": entry(shape=(1,) * 9)}, bytes(8), None, "'weight'"),
+    "wrong dtype": ({"weight": entry(dtype="F16")}, bytes(8), None, "'weight'"),
+    "unknown dtype": ({"weight": entry(dtype="F31")}, bytes(8), None, "F31"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_headers_name_the_file_and_the_tensor(case: str, tmp_path: Path) -> None:
+    header, data, length, said = DAMAGED[case]
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    write(tmp_path / "model.safetensors", header, data, length)
+    with pytest.raises(SkvError, match=said) as error:
+        resolve(tmp_path)
+    assert "model.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize("size", [0, 4, 8, 40])
+def test_truncated_files(size: int, folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(SkvError, match=r"model\.safetensors"):
+        resolve(folder)
+
+
+def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    rng = np.random.default_rng(1)
+    kinds = [np.float32, np.float16, np.int64, np.uint8, np.bool_, ml_dtypes.bfloat16]
+    tensors = {f"t{i}": (10 * rng.standard_normal((3, 5))).astype(kind) for i, kind in enumerate(kinds)}
+    tensors["empty"] = np.zeros((0, 4), np.float32)
+    tensors["scalar"] = np.array(3, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "np"})
+    opened = Checkpoint.open(tmp_path)
+    assert set(opened.names()) == set(tensors)
+    for name, tensor in tensors.items():
+        read = opened.tensor(name)
+        assert read.dtype == tensor.dtype and opened.shape(name) == tensor.shape
+        assert read.tobytes() == tensor.tobytes()
+    assert opened.bytes_read == sum(t.nbytes for t in tensors.values())
+    assert not read.flags.writeable
+
+
+def test_shards(tmp_path: Path) -> None:
+    tensors = llama_tensors()
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    shards = {"a.safetensors": "layers.0", "b.safetensors": "layers.1"}
+    for shard, key in shards.items():
+        save_file({n: t for n, t in tensors.items() if key in n}, tmp_path / shard)
+    index = {"weight_map": {n: s for n in tensors for s, key in shards.items() if key in n}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    opened = Checkpoint.open(tmp_path)
+    np.testing.assert_array_equal(
+        opened.tensor("model.layers.1.self_attn.k_proj.weight"), tensors["model.layers.1.self_attn.k_proj.weight"]
+    )
+    (tmp_path / "b.safetensors").rename(tmp_path / "elsewhere")
+    with pytest.raises(SkvError, match=r"b\.safetensors: the file is missing"):
+        resolve(tmp_path)
+    save_file({"other": tensors["model.layers.0.input_layernorm.weight"]}, tmp_path / "b.safetensors")
+    with pytest.raises(SkvError, match=r"in no shard.*layers\.1"):
+        resolve(tmp_path)
+    index["weight_map"]["x"] = "../../etc/passwd"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SkvError, match="weight_map"):
+        resolve(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "x.ckpt", "x.PKL"])
+def test_pickles_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    with pytest.raises(SkvError, match="pickle"):
+        resolve(tmp_path / name)
+    if name.islower():
+        with pytest.raises(SkvError, match="pickle"):
+            resolve(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["./nothing", "/no/such", "a/b/c", "x..y/z", "no.gguf", "bad name", "org/../x"])
+def test_what_is_neither_a_file_nor_a_hub_id(text: str) -> None:
+    with pytest.raises(SkvError, match="no such file"):
+        resolve(text)
+
+
+def test_empty_and_ambiguous_folders(tmp_path: Path) -> None:
+    with pytest.raises(SkvError, match="no checkpoint"):
+        resolve(tmp_path)
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(SkvError, match="several GGUF"):
+        resolve(tmp_path)
+
+
+def test_a_file_in_the_folder_names_the_folder(folder: Path) -> None:
+    assert resolve(folder / "model.safetensors") == resolve(folder)
+    assert resolve(folder).pretrained == str(folder)
+
+
+# GGUF.
+
+
+def test_gguf_of_the_demo_model(demo_checkpoint: Path) -> None:
+    reader = AttentionReader(Checkpoint.open(demo_checkpoint))
+    assert (reader.config.num_hidden_layers, reader.config.num_key_value_heads, reader.config.head_dim) == (30, 3, 64)
+    layer = reader.layer(29)
+    assert layer.q.shape == (576, 576) and layer.k.shape == layer.v.shape == (192, 576)
+    assert np.isfinite(layer.q).all() and layer.norm is not None and layer.norm.shape == (576,)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda d: d[:100], "truncated"),
+        (lambda d: b"GGML" + d[4:], "magic"),
+        (lambda d: d[:4] + struct.pack("<I", 9) + d[8:], "version"),
+        (lambda d: d[:8] + struct.pack("<Q", 1 << 60) + d[16:], "counts"),
+        (lambda d: d[:16] + struct.pack("<Q", 1 << 19) + d[24:], "demo"),
+        (lambda d: d[: len(d) // 2], "within the file"),
+    ],
+)
+def test_damaged_gguf(damage: Callable[[bytes], bytes], said: str, demo_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "demo.gguf"
+    file.write_bytes(damage(demo_checkpoint.read_bytes()))
+    with pytest.raises(SkvError, match=said):
+        resolve(file)
+
+
+# HTTP.
+
+
+class Hub:
+    """A hub on 127.0.0.1: serves one folder as repository org/model, and misbehaves as told."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.mode, self.log = root, "good", list[tuple[str, str | None]]()
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                hub.serve(self)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def serve(self, request: http.server.BaseHTTPRequestHandler) -> None:
+        path, wanted = request.path, request.headers.get("Range")
+        self.log.append((path, wanted))
+        file = self.root / path.rpartition("/")[2]
+        if not path.startswith("/org/model/resolve/main/") or not file.is_file():
+            return request.send_error(404)
+        if self.mode == "refuse":
+            return request.send_error(401)
+        if self.mode == "busy" or (self.mode == "busy once" and len(self.log) % 2):
+            return request.send_error(503)
+        data = file.read_bytes()
+        start, stop = (int(x) for x in (wanted or "bytes=0-0").removeprefix("bytes=").split("-"))
+        part = data[start : stop + 1]
+        if self.mode == "ignores ranges":
+            request.send_response(200)
+            request.send_header("Content-Length", str(len(data)))
+            request.end_headers()
+            request.wfile.write(data)
+            return None
+        shift = 1 if self.mode == "other range" else 0
+        request.send_response(206)
+        request.send_header("Content-Range", f"bytes {start + shift}-{start + len(part) - 1}/{len(data)}")
+        request.send_header("Content-Length", str(len(part)))
+        request.end_headers()
+        if self.mode == "drops" and len(part) > 512:
+            part = part[: len(part) // 2]
+        if self.mode == "drops everything":
+            part = b""
+        request.wfile.write(part)
+        request.close_connection = True
+        return None
+
+
+@pytest.fixture
+def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    served = Hub(folder)
+    monkeypatch.setenv("HF_ENDPOINT", served.url)
+    monkeypatch.setattr(tensor_files.time, "sleep", lambda _: None)
+    yield served
+    served.server.shutdown()
+
+
+def test_hub_reads_only_what_is_needed(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    padding = np.zeros((1 << 10, 1 << 8), np.float32)
+    save_file({**llama_tensors(), "model.embed.weight": padding}, folder / "model.safetensors")
+    monkeypatch.setattr(tensor_files, "_FIRST_READ", 4096)
+    opened = Checkpoint.open("org/model")
+    reader = AttentionReader(opened)
+    local = AttentionReader(Checkpoint.open(folder))
+    for i in range(2):
+        np.testing.assert_array_equal(reader.layer(i).k, local.layer(i).k)
+    assert opened.bytes_read == reader.nbytes() == 2 * (3 * 8 * 8 + 8) * 4
+    sent = sum(
+        int(r.removeprefix("bytes=").split("-")[1]) - int(r.removeprefix("bytes=").split("-")[0]) + 1
+        for _, r in hub.log
+        if r
+    )
+    assert sent < 40_000 < padding.nbytes
+    assert opened.source.repo_id == "org/model" and opened.source.kind == "hub"
+
+
+@pytest.mark.parametrize("mode", ["drops", "busy once"])
+def test_a_flaky_hub_is_asked_again(mode: str, hub: Hub) -> None:
+    hub.mode = mode
+    opened = Checkpoint.open("org/model")
+    np.testing.assert_array_equal(
+        opened.tensor("model.layers.0.self_attn.k_proj.weight"),
+        llama_tensors()["model.layers.0.self_attn.k_proj.weight"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("ignores ranges", "ignores byte ranges"),
+        ("drops everything", "failed 5 times"),
+        ("busy", "failed 5 times.*503"),
+        ("refuse", "refuses.*401"),
+        ("other range", "another range"),
+    ],
+)
+def test_a_bad_hub_is_a_clear_error(mode: str, said: str, hub: Hub) -> None:
+    hub.mode = mode
+    with pytest.raises(SkvError, match=said) as error:
+        resolve("org/model")
+    assert "org/model@main" in str(error.value)
+    assert len(hub.log) <= 2 * tensor_files.ATTEMPTS
+
+
+def test_a_hub_that_is_not_there(hub: Hub) -> None:
+    hub.server.shutdown()
+    hub.server.server_close()
+    with pytest.raises(SkvError, match="failed 5 times"):
+        resolve("org/model")
+
+
+def test_hub_without_safetensors(hub: Hub, folder: Path) -> None:
+    with pytest.raises(SkvError, match="no such repository"):
+        resolve("org/other")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(SkvError, match="pickle"):
+        resolve("org/model")
+
+
+def test_hub_prefers_its_cache(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(folder / "config.json"))
+    source = resolve("org/model")
+    assert source.path == folder and source.pretrained == "org/model" and not hub.log
+
+
+# Architectures.
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "granite",
+        "olmo2",
+        "smollm3",
+        "gpt_oss",
+        "gpt2",
+        "gpt_neox",
+    ],
+)
+def test_weights_give_what_attention_gets(arch: str, tiny_checkpoint: Callable[..., Path]) -> None:
+    """The rows cut out reproduce the queries, keys and values that transformers computes from the same inputs."""
+    check_against_transformers(tiny_checkpoint(arch))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"new_decoder_architecture": False, "multi_query": True},
+        {"new_decoder_architecture": False, "multi_query": False},
+        {"new_decoder_architecture": True, "num_kv_heads": 2},
+    ],
+)
+def test_falcon(options: dict[str, Any], tmp_path: Path) -> None:
+    import torch
+    from transformers import FalconConfig, FalconForCausalLM
+
+    torch.manual_seed(0)
+    config = FalconConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, bias=True, **options
+    )
+    model = FalconForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3)
+    model.save_pretrained(tmp_path)
+    reader = AttentionReader(Checkpoint.open(tmp_path))
+    attention = model.transformer.h[1].self_attention
+    x = torch.randn(1, 1, 64)
+    q, k, v = attention._split_heads(attention.query_key_value(x))
+    layer = reader.layer(1)
+    for ours, bias, theirs in ((layer.q, layer.q_bias, q), (layer.k, layer.k_bias, k), (layer.v, layer.v_bias, v)):
+        full = theirs[0, 0].detach().numpy()
+        if options["new_decoder_architecture"] and len(full) == 4 and ours.shape[0] == 2 * 16:
+            full = full[::2]  # transformers repeats keys and values for each query head
+        np.testing.assert_allclose(ours @ x[0, 0].numpy() + bias, full.ravel(), atol=1e-5)
+
+
+def check_against_transformers(folder: Path) -> None:
+    import torch
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    inputs: dict[int, Any] = {}
+    seen: dict[int, tuple[Any, Any, Any]] = {}
+
+    def attend(module: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
+        seen[module.layer_idx] = (q[0, :, 0], k[0, :, 0], v[0, :, 0])
+        return torch.zeros(1, q.shape[2], q.shape[1], v.shape[-1]), None
+
+    AttentionInterface.register("test_spy", attend)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="test_spy").eval()
+    attentions = [
+        m
+        for m in model.modules()
+        if hasattr(m, "layer_idx")
+        and any("proj" in n or "attn" in n or "query" in n for n, _ in m.named_children())
+        and not hasattr(m, "mlp")
+    ]
+    for module in attentions:
+        module.register_forward_pre_hook(
+            lambda m, args, kwargs: inputs.__setitem__(
+                m.layer_idx, (args[0] if args else kwargs["hidden_states"])[0, 0]
+            ),
+            with_kwargs=True,
+        )
+    with torch.no_grad():
+        model(torch.tensor([[5]]), use_cache=False)
+    reader = AttentionReader(Checkpoint.open(folder))
+    assert sorted(seen) == list(range(reader.config.num_hidden_layers))
+    for i, captured in seen.items():
+        layer = reader.layer(i)
+        parts = [
+            (layer.q, layer.q_bias, layer.q_norm),
+            (layer.k, layer.k_bias, layer.k_norm),
+            (layer.v, layer.v_bias, None),
+        ]
+        for (weight, bias, norm), theirs in zip(parts, captured, strict=True):
+            ours = weight.astype(np.float32) @ inputs[i].numpy() + (0 if bias is None else bias)
+            if norm is not None:
+                ours = ours.reshape(-1, norm.size)
+                ours = (ours / np.sqrt((ours**2).mean(-1, keepdims=True) + 1e-6) * norm).ravel()
+            # At position 0 RoPE turns nothing.
+            np.testing.assert_allclose(ours, theirs.numpy().ravel(), rtol=1e-4, atol=2e-5)
+        check_norm(model, reader, i)
+
+
+def check_norm(model: Any, reader: AttentionReader, index: int) -> None:
+    """The norm's weight is what multiplies the normalized hidden state (gemma's 1 + weight included)."""
+    import torch
+
+    layer = reader.layer(index)
+    blocks = next(m for n, m in model.named_modules() if n.endswith((".layers", ".h")))
+    module = getattr(blocks[index], "input_layernorm", None) or getattr(blocks[index], "ln_1", None)
+    if module is None:
+        assert layer.norm is None
+        return
+    x = torch.randn(model.config.hidden_size)
+    x = (x - x.mean()) / x.std(correction=0)
+    with torch.no_grad():
+        expected = module(x[None])[0].numpy()
+    shift = 0 if layer.norm_bias is None else layer.norm_bias
+    np.testing.assert_allclose(x.numpy() * layer.norm + shift, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_unknown_architecture_with_known_names(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "brand_new"}))
+    assert AttentionReader(Checkpoint.open(folder)).layer(1).k.shape == (8, 8)
+
+
+def test_unknown_architecture_lists_what_was_found(folder: Path) -> None:
+    save_file({"blocks.0.attn.Wqkv.weight": np.ones((24, 8), np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "brand_new"}))
+    with pytest.raises(SkvError, match=r"brand_new.*not known.*blocks\.N\.attn\.Wqkv"):
+        AttentionReader(Checkpoint.open(folder))
+
+
+def test_latent_attention_is_refused_with_the_reason(folder: Path) -> None:
+    save_file(
+        {"model.layers.0.self_attn.kv_a_proj_with_mqa.weight": np.ones((24, 8), np.float32)},
+        folder / "model.safetensors",
+    )
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "deepseek_v3"}))
+    with pytest.raises(SkvError, match="latent"):
+        AttentionReader(Checkpoint.open(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_hidden_layers": 3}, "layer 2 has no"),
+        ({"num_attention_heads": 4}, "shape"),
+        ({"num_key_value_heads": 3}, "divisor"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"head_dim": "64"}, "positive integer"),
+    ],
+)
+def test_configurations_that_contradict_the_weights(change: dict[str, Any], said: str, folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **change}))
+    with pytest.raises(SkvError, match=said):
+        read_all(folder)
+
+
+def read_all(folder: Path) -> None:
+    reader = AttentionReader(Checkpoint.open(folder))
+    for i in range(reader.config.num_hidden_layers):
+        reader.layer(i)
+
+
+def test_fp8_weights_with_scales(folder: Path) -> None:
+    tensors = llama_tensors()
+    name = "model.layers.0.self_attn.k_proj.weight"
+    weight = tensors[name].copy()
+    scale = np.array([[0.5, 2.0], [4.0, 1.0]], np.float32)
+    stored = (weight / np.repeat(np.repeat(scale, 4, 0), 4, 1)).astype(ml_dtypes.float8_e4m3fn)
+    raw = {n: (t.tobytes(), "F32", t.shape) for n, t in tensors.items()}
+    raw[name] = (stored.tobytes(), "F8_E4M3", stored.shape)
+    raw[name + "_scale_inv"] = (scale.tobytes(), "F32", scale.shape)
+    header, data = {}, b""
+    for n, (blob, dtype, shape) in raw.items():
+        header[n] = entry(dtype, shape, (len(data), len(data) + len(blob)))
+        data += blob
+    write(folder / "model.safetensors", header, data)
+    read = AttentionReader(Checkpoint.open(folder)).layer(0).k
+    np.testing.assert_allclose(read, weight, rtol=0.07, atol=0.02)
+
+
+def test_packed_weights_are_refused(folder: Path) -> None:
+    tensors = llama_tensors()
+    tensors["model.layers.0.self_attn.k_proj.weight"] = np.ones((8, 8), np.int8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(SkvError, match="packed integers"):
+        AttentionReader(Checkpoint.open(folder)).layer(0)
+
+
+def test_multimodal_checkpoints_use_the_language_model(folder: Path) -> None:
+    tensors = {f"model.language_model.{n.removeprefix('model.')}": t for n, t in llama_tensors().items()}
+    tensors |= {n.replace("model.", "vision_tower."): t for n, t in llama_tensors().items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "some_vlm", "text_config": CONFIG}))
+    assert "language_model" in AttentionReader(Checkpoint.open(folder)).layer(0).names[0]
+
+
+def test_the_module_needs_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, skv_export.cli_analyze, skv_export.report; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    assert checkpoint_module.PICKLE_SUFFIXES
