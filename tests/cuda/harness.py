@@ -277,7 +277,7 @@ def as_type(x: Array, dtype: str) -> Array:
     return x.astype(np.dtype(dtype))
 
 
-def build_shim(out: Path, *, flags: Sequence[str] = (), sources: Path = SOURCES, optimize: str = "-O2") -> Path:
+def build_shim(out: Path, *, flags: Sequence[str] = (), sources: Path = SOURCES, optimize: str = "-O1") -> Path:
     """Compiles the kernels and the shim into ``out``/<hash of sources and flags>/libskv_cuda_shim.so."""
     files = sorted([*sources.glob("*.cu"), SHIM / "cuda_shim.cc"])
     headers = [

@@ -213,23 +213,14 @@ __global__ void __launch_bounds__(kThreads) append_kernel(Append a) {
 
 }  // namespace
 
-cudaError_t append(const SkvAttention& call, int32_t* not_finite, void* stream) {
-  Append a{};
-  a.key = make_cache(call.key_cache);
-  a.value = make_cache(call.value_cache);
-  const int32_t head_dim = call.key_cache.layout.head_dim;
-  a.new_key = {call.key.data, call.key.token_stride, call.type, head_dim};
-  a.new_value = {call.value.data, call.value.token_stride, call.type, head_dim};
-  a.lengths = {call.seqlens_k, call.query_seqlens, call.tokens};
-  a.kv_num_heads = call.kv_num_heads;
-  a.not_finite = not_finite;
+cudaError_t append(const Attention& call, int32_t* not_finite, void* stream) {
+  Append a{call.key, call.value, call.new_key, call.new_value, call.lengths, call.kv_num_heads, not_finite, true, true};
   const int tile_tokens = a.key.layout.tile_tokens;
-  const unsigned tiles = (call.tokens + tile_tokens - 1) / tile_tokens;
+  const unsigned tiles = (call.lengths.tokens + tile_tokens - 1) / tile_tokens;
   const unsigned heads = call.batch * call.kv_num_heads;
   return with_channels(a.key, [&](auto channels) {
     constexpr int E = decltype(channels)::value;
     // Where several blocks quantize, all have read the rows before any is overwritten.
-    a.tiles = true;
     a.rows = tiles == 1;
     cudaError_t error = launch(append_kernel<E>, dim3(tiles, heads, 2), kThreads, sizeof(Shared<E>), stream, a);
     if (error != cudaSuccess || a.rows) return error;

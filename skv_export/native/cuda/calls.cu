@@ -114,7 +114,9 @@ int check_call(const SkvAttention& call, const SkvCudaContext& context, bool att
   if (!call.seqlens_k || !call.key.data || !call.value.data || (attends && (!call.query.data || !call.output))) {
     return fail(SKV_INVALID_ARGUMENT, "query, key, value, output or seqlens_k; got null; expected device pointers");
   }
-  if (attends && !(call.softcap >= 0)) return fail(SKV_INVALID_ARGUMENT, "softcap; got a negative number; expected 0 or more");
+  if (attends && !(call.softcap >= 0 && call.scale >= 0)) {
+    return fail(SKV_INVALID_ARGUMENT, "scale or softcap; got a negative number; expected 0 or more");
+  }
   if (context.path < SKV_CUDA_AUTO || context.path > SKV_CUDA_PREFILL) return wrong("path", context.path, "0 ... 3");
   return SKV_OK;
 }
@@ -127,7 +129,7 @@ Attention describe(const SkvAttention& call, const SkvCudaContext& context) {
   a.query = {call.query.data, call.query.token_stride, call.type, head_dim};
   a.new_key = {call.key.data, call.key.token_stride, call.type, head_dim};
   a.new_value = {call.value.data, call.value.token_stride, call.type, head_dim};
-  a.lengths = {call.seqlens_k, call.query_seqlens, call.tokens};
+  a.lengths = {call.seqlens_k, call.query_seqlens, call.tokens, (1 << 30) - 1};
   a.batch = call.batch;
   a.num_heads = call.num_heads;
   a.kv_num_heads = call.kv_num_heads;
@@ -144,7 +146,8 @@ Attention describe(const SkvAttention& call, const SkvCudaContext& context) {
 // Which kernels a call takes.
 struct Plan {
   int path;
-  int64_t partial_bytes, scratch_bytes;
+  const MmaInstance* mma;
+  int64_t partial_bytes, rows_bytes, scratch_bytes;
 };
 
 // Splits of the context, from shapes alone: four blocks per multiprocessor, and no more than there are pieces of work.
@@ -158,11 +161,53 @@ int splits_for(const Attention& a, int multiprocessors, int columns_per_block) {
 
 int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
+// The instance of decode_mma for a call; null, and the reason, where there is none.
+const MmaInstance* find_mma(const Attention& a, const char** reason) {
+  const SkvLayout &k = a.key.layout, &v = a.value.layout;
+  const bool in_float = a.query.type == SKV_FLOAT && a.output_type == SKV_FLOAT;
+  const bool k_per_token = k.granularity == SKV_TOKEN, v_per_channel = v.granularity == SKV_CHANNEL;
+  *reason = in_float                                 ? "float32 inputs"
+            : a.lengths.tokens > kMaxDecodeTokens    ? "more than 8 new tokens"
+            : k.recent_type != SKV_FLOAT16           ? "recent_type is not float16"
+            : k_per_token && k.group_size % 64       ? "k_group_size is no multiple of 64"
+            : !v_per_channel && v.group_size % 64    ? "v_group_size is no multiple of 64"
+            : a.key.dim != 64 && a.key.dim != 128 && a.key.dim != 256 ? "head_dim is not 64, 128 or 256"
+                                                                      : nullptr;
+  if (*reason) return nullptr;
+  const MmaTable table = a.key.dim == 64 ? decode_mma_64() : a.key.dim == 128 ? decode_mma_128() : decode_mma_256();
+  const MmaInstance* best = nullptr;
+  for (size_t i = 0; i < table.count; i++) {
+    const MmaInstance& m = table.instances[i];
+    if (m.k_bits != k.bits || m.v_bits != v.bits || m.k_per_token != k_per_token || m.v_per_channel != v_per_channel) continue;
+    if (!best || a.columns > best->columns) best = &m;  // the narrowest that holds all columns, or the widest
+  }
+  if (!best) *reason = "no instance for these bits";
+  return best;
+}
+
 Plan plan(Attention& a, const SkvCudaContext& context) {
   Plan p{};
-  p.path = SKV_CUDA_SIMPLE;
-  snprintf(path_text, sizeof path_text, "decode_simple");
-  a.splits = splits_for(a, context.multiprocessors, 4);
+  const char* reason = "asked for";
+  const bool in_float = a.query.type == SKV_FLOAT && a.output_type == SKV_FLOAT;
+  const bool many = a.lengths.tokens > kMaxDecodeTokens && context.path == SKV_CUDA_AUTO;
+  if (context.path == SKV_CUDA_AUTO || context.path == SKV_CUDA_MMA) p.mma = find_mma(a, &reason);
+  if ((many || context.path == SKV_CUDA_PREFILL) && prefill_covers(a.key.dim) && !in_float) {
+    p.path = SKV_CUDA_PREFILL;
+    snprintf(path_text, sizeof path_text, "prefill D%d", a.key.dim);
+    p.rows_bytes = aligned(int64_t{a.batch} * a.kv_num_heads * context.max_length * a.key.dim * sizeof(half));
+    p.scratch_bytes = 2 * p.rows_bytes;
+    a.lengths.max_length = int32_t(context.max_length);
+    return p;
+  }
+  if (p.mma) {
+    p.path = SKV_CUDA_MMA;
+    snprintf(path_text, sizeof path_text, "decode_mma K%dV%d D%d, keys per %s, values per %s", p.mma->k_bits, p.mma->v_bits,
+             p.mma->dim, p.mma->k_per_token ? "token" : "channel", p.mma->v_per_channel ? "channel" : "token");
+  } else {
+    p.path = SKV_CUDA_SIMPLE;
+    snprintf(path_text, sizeof path_text, "decode_simple: %s", reason);
+  }
+  a.splits = splits_for(a, context.multiprocessors, p.mma ? p.mma->columns : 4);
   const int64_t rows = int64_t{a.batch} * a.kv_num_heads * a.splits * a.columns;
   p.partial_bytes = aligned(rows * a.key.dim * sizeof(float));
   p.scratch_bytes = p.partial_bytes + aligned(rows * sizeof(float2));
@@ -171,9 +216,22 @@ Plan plan(Attention& a, const SkvCudaContext& context) {
 
 int attend(Attention& a, const Plan& p, const SkvCudaContext& context) {
   uint8_t* scratch = static_cast<uint8_t*>(context.scratch);
+  if (p.path == SKV_CUDA_PREFILL) {
+    const Rows keys{scratch, context.max_length, a.key.dim, SKV_FLOAT16, a.key.dim};
+    const Rows values{scratch + p.rows_bytes, context.max_length, a.key.dim, SKV_FLOAT16, a.key.dim};
+    const cudaError_t error = dequantize_all(a, keys, values, context.stream);
+    if (const int status = finished(error, "dequantize_all")) return status;
+    return finished(prefill(a, keys, values, context.stream), "prefill");
+  }
   a.partial = reinterpret_cast<float*>(scratch);
   a.peaks = reinterpret_cast<float2*>(scratch + p.partial_bytes);
-  if (const int status = finished(decode_simple(a, context.stream), "decode_simple")) return status;
+  if (p.mma) {
+    const dim3 grid(a.splits, a.batch * a.kv_num_heads, (a.columns + p.mma->columns - 1) / p.mma->columns);
+    const cudaError_t error = launch(p.mma->kernel, grid, p.mma->threads, p.mma->shared_bytes, context.stream, a);
+    if (const int status = finished(error, "decode_mma")) return status;
+  } else if (const int status = finished(decode_simple(a, context.stream), "decode_simple")) {
+    return status;
+  }
   return finished(combine(a, context.stream), "combine");
 }
 
@@ -193,13 +251,13 @@ int skv_cuda_attention(const SkvAttention* call, const SkvCudaContext* context) 
                 static_cast<long long>(p.scratch_bytes));
   }
   if (const int status = attend(a, p, *context)) return status;
-  return finished(append(*call, context->not_finite, context->stream), "append");
+  return finished(append(a, context->not_finite, context->stream), "append");
 }
 
 int skv_cuda_append(const SkvAttention* call, const SkvCudaContext* context) {
   if (const int status = check_call(*call, *context, false)) return status;
   if (call->batch == 0 || call->tokens == 0) return SKV_OK;
-  return finished(append(*call, context->not_finite, context->stream), "append");
+  return finished(append(describe(*call, *context), context->not_finite, context->stream), "append");
 }
 
 int64_t skv_cuda_scratch_bytes(const SkvAttention* call, const SkvCudaContext* context) {
@@ -224,7 +282,7 @@ int skv_cuda_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, 
   if (row_stride < cache->layout.head_dim) return wrong("row_stride", row_stride, "head_dim or more");
   if (length == 0) return SKV_OK;
   if (!out) return fail(SKV_INVALID_ARGUMENT, "out; got null; expected a device pointer");
-  const Rows rows{out, 0, row_stride, type};
+  const Rows rows{out, 0, row_stride, type, cache->layout.head_dim};
   return finished(dequantize(make_cache(*cache), rows, int64_t{b} * kv_num_heads + h, int32_t(length), stream), "dequantize");
 }
 

@@ -5,13 +5,13 @@ namespace skv::cuda {
 namespace {
 
 template <int E>
-SKV_DEVICE void write(const Rows& rows, int64_t sequence_and_head, int position, int head_dim, const float (&x)[E]) {
+SKV_DEVICE void write(const Rows& rows, int64_t sequence_and_head, int position, const float (&x)[E]) {
   const int lane = threadIdx.x % 32;
   const int64_t start = (sequence_and_head * rows.head_stride + position) * rows.row_stride;
 #pragma unroll
   for (int e = 0; e < E; e++) {
     const int d = lane + 32 * e;
-    if (d < head_dim) store(rows.data, start + d, rows.type, rows.type == SKV_FLOAT16 ? saturated(x[e]) : x[e]);
+    if (d < rows.channels) store(rows.data, start + d, rows.type, rows.type == SKV_FLOAT16 ? saturated(x[e]) : x[e]);
   }
 }
 
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(Cache c, Rows rows
     float x[E];
     load_position(c, block, length, position, x);
     rotate(x, c);
-    write(rows, 0, position, c.layout.head_dim, x);
+    write(rows, 0, position, x);
   }
 }
 
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_all_kernel(Attention a, R
     } else {
       load_token(is_value ? a.new_value : a.new_key, int64_t{b} * a.lengths.tokens + position - s.past, head, x);
     }
-    write(is_value ? values : keys, blockIdx.y, position, c.layout.head_dim, x);
+    write(is_value ? values : keys, blockIdx.y, position, x);
   }
 }
 
@@ -88,9 +88,9 @@ cudaError_t dequantize(const Cache& cache, const Rows& rows, int64_t sequence_an
   });
 }
 
-cudaError_t dequantize_all(const Attention& a, const Rows& keys, const Rows& values, int32_t max_length, void* stream) {
+cudaError_t dequantize_all(const Attention& a, const Rows& keys, const Rows& values, void* stream) {
   return with_channels(a.key, [&](auto channels) {
-    const dim3 grid(groups_of_warps(max_length), a.batch * a.kv_num_heads, 2);
+    const dim3 grid(groups_of_warps(a.lengths.max_length), a.batch * a.kv_num_heads, 2);
     return launch(dequantize_all_kernel<decltype(channels)::value>, grid, kThreads, 0, stream, a, keys, values);
   });
 }

@@ -61,6 +61,7 @@ struct Lengths {
   const int32_t* seqlens_k;
   const int32_t* query_seqlens;
   int32_t tokens;
+  int32_t max_length;  // what scratch has room for
 };
 struct Sequence {
   int past, total, fresh;
@@ -71,7 +72,7 @@ SKV_DEVICE Sequence sequence(const Lengths& l, int b, const Cache& k, const Cach
   const int most = total < l.tokens ? int(total) : l.tokens;
   const int fresh = l.query_seqlens ? l.query_seqlens[b] : most;
   const bool fits = (k.capacity < 0 || total <= k.capacity) && (v.capacity < 0 || total <= v.capacity);
-  const bool valid = total >= 0 && total < (1 << 30) && fresh >= 0 && fresh <= most && fits;
+  const bool valid = total >= 0 && total <= l.max_length && fresh >= 0 && fresh <= most && fits;
   return {int(total) - fresh, int(total), fresh, valid};
 }
 

@@ -24,9 +24,24 @@ struct Attention {
   __host__ __device__ int group() const { return num_heads / kv_num_heads; }
 };
 
-cudaError_t append(const SkvAttention& call, int32_t* not_finite, void* stream);
+cudaError_t append(const Attention& attention, int32_t* not_finite, void* stream);
 
 cudaError_t decode_simple(const Attention& attention, void* stream);
+// An instance of decode_mma, and those of one head_dim.
+struct MmaInstance {
+  int32_t dim, k_bits, v_bits;
+  bool k_per_token, v_per_channel;
+  int32_t columns, threads, shared_bytes;
+  void (*kernel)(Attention);
+};
+struct MmaTable {
+  const MmaInstance* instances;
+  size_t count;
+};
+MmaTable decode_mma_64();
+MmaTable decode_mma_128();
+MmaTable decode_mma_256();
+
 // Merges the splits, adds the head sink, rotates back, writes the output.
 cudaError_t combine(const Attention& attention, void* stream);
 
@@ -35,10 +50,15 @@ struct Rows {
   void* data;  // (b, h, position) at ((b * kv_num_heads + h) * head_stride + position) * row_stride
   int64_t head_stride, row_stride;
   int32_t type;
+  int32_t channels;  // head_dim, or the padded number
 };
 cudaError_t dequantize(const Cache& cache, const Rows& rows, int64_t sequence_and_head, int32_t length, void* stream);
 // The past of every sequence, and behind it the new tokens as they are.
-cudaError_t dequantize_all(const Attention& attention, const Rows& keys, const Rows& values, int32_t max_length, void* stream);
+cudaError_t dequantize_all(const Attention& attention, const Rows& keys, const Rows& values, void* stream);
+// Attention over such rows, of float16 and padded channels; writes the output.
+bool prefill_covers(int32_t dim);
+cudaError_t prefill(const Attention& attention, const Rows& keys, const Rows& values, void* stream);
+
 cudaError_t decode_tile(const SkvLayout& layout, const uint8_t* tile, float* out, void* stream);
 cudaError_t rewind(const Cache& cache, int32_t kv_num_heads, int32_t b, int32_t length, int32_t new_length, void* stream);
 

@@ -16,6 +16,7 @@
 #endif
 
 #define SKV_DEVICE __device__ __forceinline__
+#define SKV_CONSTANT static constexpr __host__ __device__
 
 namespace skv::cuda {
 
@@ -43,11 +44,10 @@ SKV_DEVICE float fast_exp2(float x) {
   return y;
 }
 
-// (a & Mask) | rest in one LOP3, which the compiler alone does not always find.
-template <uint32_t Mask>
-SKV_DEVICE uint32_t and_or(uint32_t a, uint32_t rest) {
+// (a & mask) | rest in one LOP3, which the compiler alone does not always find.
+SKV_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t rest) {
   uint32_t r;
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "n"(Mask), "r"(rest));
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "r"(mask), "r"(rest));
   return r;
 }
 
@@ -92,10 +92,7 @@ SKV_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 }
 SKV_DEVICE uint32_t transpose8x8(uint32_t a, SHIM_LINE) { return shim::movmatrix_trans(a, line); }
 SKV_DEVICE float fast_exp2(float x) { return std::exp2(x); }
-template <uint32_t Mask>
-SKV_DEVICE uint32_t and_or(uint32_t a, uint32_t rest) {
-  return (a & Mask) | rest;
-}
+SKV_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t rest) { return (a & mask) | rest; }
 SKV_DEVICE uint32_t in_register(uint32_t x) { return x; }
 SKV_DEVICE void async_copy16(void* shared, const void* global) { shim::async_copy(shared, global, 16); }
 template <int Pending>

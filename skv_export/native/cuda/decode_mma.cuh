@@ -1,0 +1,198 @@
+// Owns attention on tensor cores straight from the codes, for few query tokens (design: section 8).
+//
+// S^T = K Q^T and O^T = V^T P^T: 8 columns of queries (heads of a group, then tokens) stand on the N side of m16n8k16, tokens or
+// channels on the M side. A warp takes whole tiles in slabs of 32 tokens, which it copies to shared memory ahead of their
+// use; the sinks, the recent tokens and the new ones are pieces of 32 exact rows behind the tiles. Lane l is (r, c) =
+// (l / 4, l % 4): it holds keys of tokens 2r, 2r + 1 of 16 (16 channels per chunk of 64), values of tokens 4c ... 4c + 3
+// (8 channels per chunk), scores of columns 2c, 2c + 1.
+//
+// Keys per channel: the scales are folded into the query once per tile, offsets and the 1024s of the raw codes into the
+// scores' initial value. Keys per token: scores of each group of channels times the scale. Values per token: the scale
+// times the weight. Values per channel: scale and offset into the operand.
+#pragma once
+#include "mma_warp.cuh"
+
+namespace skv::cuda {
+
+// A warp's slabs in order: tiles `first`, `first + step`, ..., each cut into slabs of 32 tokens.
+template <class S>
+struct Slabs {
+  const Cache &key, &value;
+  const uint8_t *keys, *values;  // blocks
+  uint8_t* stages;
+  int first, step, per_tile, count;
+
+  SKV_DEVICE uint8_t* stage(int k) const { return stages + k % S::kStages * S::kStage; }
+
+  // Starts copying slab k; closes a group of copies in any case, so that groups can be counted.
+  SKV_DEVICE void copy(int k) const {
+    if (k < count) {
+      const int tile = first + k / per_tile * step, first_token = k % per_tile * kSlab;
+      copy_keys(stage(k), keys + tile_start(key, tile), first_token);
+      copy_values(stage(k), values + tile_start(value, tile), first_token);
+    }
+    async_commit();
+  }
+
+ private:
+  SKV_DEVICE void copy_keys(uint8_t* to, const uint8_t* tile, int first_token) const {
+    using K = typename S::K;
+    using Plane = KeyPlane<S::D, K::kWidth>;
+    const int tokens = key.layout.tile_tokens;
+    Plane::copy(to, tile, tokens, first_token);
+    if constexpr (K::kTwoPlanes) {
+      KeyPlane<S::D, 1>::copy(to + Plane::kBytes, tile + tokens * (S::D * K::kWidth / 8), tokens, first_token);
+    }
+    if constexpr (S::KPerToken) {
+      copy_scales(to + S::kKeyParameters, tile + key.code_bytes, key.groups, tokens, first_token);
+    } else if (first_token == 0) {
+      copy_bytes(to + S::kKeyParameters, tile + key.code_bytes);
+    }
+  }
+  SKV_DEVICE void copy_values(uint8_t* to, const uint8_t* tile, int first_token) const {
+    using V = typename S::V;
+    using Plane = ValuePlane<S::D, V::kWidth>;
+    const int tokens = value.layout.tile_tokens;
+    Plane::copy(to + S::kValueCodes, tile, first_token);
+    if constexpr (V::kTwoPlanes) {
+      ValuePlane<S::D, 1>::copy(to + S::kValueCodes + Plane::kBytes, tile + tokens * (S::D * V::kWidth / 8), first_token);
+    }
+    if constexpr (S::VPerChannel) {
+      copy_bytes(to + S::kValueParameters, tile + value.code_bytes);
+    } else {
+      copy_scales(to + S::kValueParameters, tile + value.code_bytes, value.groups, tokens, first_token);
+    }
+  }
+  // A tile's scales and offsets per channel.
+  static SKV_DEVICE void copy_bytes(uint8_t* to, const uint8_t* from) {
+    for (int i = threadIdx.x % 32; i < 4 * S::D / 16; i += 32) async_copy16(to + 16 * i, from + 16 * i);
+  }
+  // Scales per token: of 32 tokens, group by group.
+  static SKV_DEVICE void copy_scales(uint8_t* to, const uint8_t* from, int groups, int tokens, int first_token) {
+    const int i = threadIdx.x % 32;
+    if (i < 4 * groups) async_copy16(to + 16 * i, from + (i / 4 * tokens + first_token) * 2 + i % 4 * 16);
+  }
+};
+
+// Queries to shared memory: rotated, channels in the order of the key's codes.
+template <class S>
+SKV_DEVICE void prepare_queries(const Attention& a, int b, int head, half* to) {
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < S::kColumns; i += S::kWarpCount) {
+    const int column = blockIdx.z * S::kColumns + i;
+    float x[S::E] = {};
+    if (column < a.columns) {
+      load_token(a.query, int64_t{b} * a.lengths.tokens + column / a.group(), head * a.group() + column % a.group(), x);
+      rotate(x, a.key);
+    }
+#pragma unroll
+    for (int e = 0; e < S::E; e++) {
+      const int d = lane + 32 * e;
+      to[i * S::kQueryStride + d / 16 * 16 + S::Order::place(d % 16)] = __float2half_rn(saturated(x[e]));
+    }
+  }
+}
+
+// New keys and values to shared memory as rows of the cache's basis.
+template <class S>
+SKV_DEVICE void prepare_new_rows(const Attention& a, const Sequence& s, int b, int head, half* to) {
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < 2 * s.fresh; i += S::kWarpCount) {
+    const bool is_value = i >= s.fresh;
+    const int token = is_value ? i - s.fresh : i;
+    float x[S::E];
+    load_token(is_value ? a.new_value : a.new_key, int64_t{b} * a.lengths.tokens + token, head, x);
+    rotate(x, is_value ? a.value : a.key);
+#pragma unroll
+    for (int e = 0; e < S::E; e++) {
+      to[(token + (is_value ? S::kMaxNew : 0)) * S::D + lane + 32 * e] = __float2half_rn(saturated(x[e]));
+    }
+  }
+}
+
+// The warps' results to the split's. All threads; `merged` takes the place of the slabs.
+template <class S>
+SKV_DEVICE void merge(const Attention& a, Warp<S>& warp, float* merged) {
+  constexpr int kRow = S::D + 2;  // the output, the peak, the sum
+  const int w = threadIdx.x / 32;
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < S::Blocks; n++) {
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      float* row = merged + (w * S::kColumns + 8 * n + 2 * warp.c + e) * kRow;
+#pragma unroll
+      for (int i = 0; i < 4 * S::kChunks; i++) {
+        const int d = i / 4 * 64 + 8 * warp.r + i % 4 * 2;
+        row[d] = warp.o[n][i][e];
+        row[d + 1] = warp.o[n][i][2 + e];
+      }
+      float sum = warp.sum[n][e];
+      for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(kWarp, sum, lanes);
+      if (warp.r == 0) {
+        row[S::D] = warp.peak[n][e];
+        row[S::D + 1] = sum;
+      }
+    }
+  }
+  __syncthreads();
+  for (int i = 0; i < S::kColumns && warp.first_column + i < a.columns; i++) {
+    const float* rows = merged + i * kRow;
+    float highest = -INFINITY, total = 0, share[S::kWarpCount];
+    for (int v = 0; v < S::kWarpCount; v++) highest = fmaxf(highest, rows[v * S::kColumns * kRow + S::D]);
+    for (int v = 0; v < S::kWarpCount; v++) {
+      const float* row = rows + v * S::kColumns * kRow;
+      share[v] = row[S::D] == -INFINITY ? 0.f : fast_exp2((row[S::D] - highest) * warp.unit);
+      total += share[v] * row[S::D + 1];
+    }
+    const int64_t at = (int64_t{blockIdx.y} * a.splits + blockIdx.x) * a.columns + warp.first_column + i;
+    for (int d = threadIdx.x; d < S::D; d += S::kThreadCount) {
+      float out = 0;
+      for (int v = 0; v < S::kWarpCount; v++) out += share[v] * rows[v * S::kColumns * kRow + d];
+      a.partial[at * S::D + d] = out;
+    }
+    if (threadIdx.x == 0) a.peaks[at] = make_float2(highest * warp.unit * kLn2, total);
+  }
+}
+
+// Grid: splits, sequence and head, groups of kColumns columns.
+template <class S>
+__global__ void __launch_bounds__(S::kThreadCount, S::kMinBlocks) decode_mma_kernel(Attention a) {
+  SKV_DYNAMIC_SHARED(shared);
+  const int b = blockIdx.y / a.kv_num_heads, head = blockIdx.y % a.kv_num_heads, w = threadIdx.x / 32;
+  const Work work(a, b);
+  if (work.begin >= work.end) {  // nothing: sums of zero, which the merge of the splits passes over
+    for (int i = threadIdx.x; i < S::kColumns; i += S::kThreadCount) {
+      const int column = blockIdx.z * S::kColumns + i;
+      const int64_t at = (int64_t{blockIdx.y} * a.splits + blockIdx.x) * a.columns + column;
+      if (column < a.columns) a.peaks[at] = make_float2(-INFINITY, 0);
+    }
+    return;
+  }
+  prepare_queries<S>(a, b, head, reinterpret_cast<half*>(shared));
+  if (work.end > work.tile_pieces) prepare_new_rows<S>(a, work.s, b, head, reinterpret_cast<half*>(shared + S::kNewRows));
+  __syncthreads();
+
+  const uint8_t *keys = block_of(a.key, blockIdx.y), *values = block_of(a.value, blockIdx.y);
+  const int tiles_end = work.end < work.tile_pieces ? work.end : work.tile_pieces, from = work.begin + w;
+  const int tiles = from < tiles_end ? (tiles_end - from + S::kWarpCount - 1) / S::kWarpCount : 0;
+  const int per_tile = a.key.layout.tile_tokens / kSlab;
+  const Slabs<S> slabs{a.key, a.value, keys, values, shared + S::kSlabs + w * S::kStages * S::kStage,
+                       work.first_tile + from, S::kWarpCount, per_tile, tiles * per_tile};
+  Warp<S> warp(a, work, shared);
+  for (int k = 0; k < S::kStages - 1; k++) slabs.copy(k);
+  for (int k = 0; k < slabs.count; k++) {
+    async_wait<S::kStages - 2>();
+    __syncwarp();  // the slab is there for all lanes, and all are done with the one before it
+    slabs.copy(k + S::kStages - 1);
+    const int tile = slabs.first + k / per_tile * S::kWarpCount;
+    warp.slab(slabs.stage(k), k % per_tile == 0, a.key.layout.num_sink_tokens + tile * a.key.layout.tile_tokens +
+                                                     k % per_tile * kSlab);
+  }
+  for (int piece = from + tiles * S::kWarpCount; piece < work.end; piece += S::kWarpCount) {
+    warp.exact_piece(keys, values, (piece - work.tile_pieces) * kSlab);
+  }
+  merge<S>(a, warp, reinterpret_cast<float*>(shared + S::kSlabs));
+}
+
+}  // namespace skv::cuda

@@ -1,0 +1,396 @@
+// Owns what one warp of decode_mma computes: scores, weights and values of 32 tokens at a time (see decode_mma.cuh).
+#pragma once
+#include "mma_shape.cuh"
+
+namespace skv::cuda {
+
+template <class S>
+struct Warp {
+  static constexpr int B = S::Blocks, M = S::kChunks;
+  using K = typename S::K;
+  using V = typename S::V;
+  using Order = typename S::Order;
+
+  const Attention& a;
+  const Work& work;
+  const unsigned char* shared;
+  int r, c, first_column;
+  uint32_t half_1024;
+  float unit;  // a score times this is an exponent of 2
+
+  uint32_t q[B][M][8];  // the B operand for raw keys: pairs of the folded query
+  static constexpr int kStarts = S::KPerToken ? M : 1;
+  float start[B][kStarts][4];  // scores before the first product
+  float o[B][4 * M][4], peak[B][2], sum[B][2];
+
+  SKV_DEVICE Warp(const Attention& a, const Work& work, const unsigned char* shared)
+      : a(a), work(work), shared(shared), r(threadIdx.x % 32 / 4), c(threadIdx.x % 4) {
+    first_column = blockIdx.z * S::kColumns;
+    half_1024 = in_register(kHalf1024);
+    unit = a.softcap > 0 ? 1.f : a.scale * kLog2E;
+#pragma unroll
+    for (int n = 0; n < B; n++) {
+#pragma unroll
+      for (int i = 0; i < 4 * M; i++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) o[n][i][e] = 0;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        peak[n][i] = -INFINITY;
+        sum[n][i] = 0;
+      }
+    }
+    if constexpr (S::KPerToken) prepare_per_token();
+  }
+
+  // The query's pairs of a chunk, for the column of this lane's r.
+  SKV_DEVICE void load_query(int n, int m, uint32_t (&pairs)[8]) const {
+    const unsigned char* from = shared + ((8 * n + r) * S::kQueryStride + 64 * m + 16 * c) * 2;
+    load16(from, pairs);
+    load16(from + 16, pairs + 4);
+  }
+
+  // Adds the product of the same channels for all tokens, a0 and a1, with the pairs b0 and b1 of the query.
+  static SKV_DEVICE void add_for_all(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0, uint32_t b1) {
+    const uint32_t A[4] = {a0, a0, a1, a1}, b[2] = {b0, b1};
+    mma(d, A, b);
+  }
+
+  SKV_DEVICE void prepare_per_token() {
+#pragma unroll
+    for (int n = 0; n < B; n++) {
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        uint32_t pairs[8];
+        load_query(n, m, pairs);
+#pragma unroll
+        for (int x = 0; x < 8; x++) q[n][m][x] = multiplied(pairs[x], K::unit(x));
+        float(&d)[4] = start[n][S::KPerToken ? m : 0];
+#pragma unroll
+        for (int e = 0; e < 4; e++) d[e] = 0;
+#pragma unroll
+        for (int x = 0; x < 8; x += 2) {
+          add_for_all(d, K::minus_middle(), K::minus_middle(), pairs[x], pairs[x + 1]);
+          add_for_all(d, kMinus1024, kMinus1024, q[n][m][x], q[n][m][x + 1]);
+        }
+      }
+    }
+  }
+
+  // Folds a tile's scales into the query and its offsets into the scores' start. With q' = half(q * scale), a key's score is
+  // q * offset + q * scale * center + q' * (code - center): the rounding of q' meets no more than half the range.
+  SKV_DEVICE void fold(const uint8_t* slab) {
+#pragma unroll
+    for (int n = 0; n < B; n++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) start[n][0][e] = 0;
+    }
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+      uint32_t scales[8], offsets[8];
+      const uint8_t* from = slab + S::kKeyParameters + (64 * m + 16 * c) * 2;
+      load16(from, scales);
+      load16(from + 16, scales + 4);
+      load16(from + 2 * S::D, offsets);
+      load16(from + 2 * S::D + 16, offsets + 4);
+#pragma unroll
+      for (int n = 0; n < B; n++) {
+        uint32_t pairs[8];
+        load_query(n, m, pairs);
+#pragma unroll
+        for (int x = 0; x < 8; x += 2) {
+          const uint32_t scale[2] = {Order::pair(scales, x), Order::pair(scales, x + 1)};
+#pragma unroll
+          for (int i = 0; i < 2; i++) q[n][m][x + i] = multiplied(multiplied(pairs[x + i], scale[i]), K::unit(x + i));
+          float(&d)[4] = start[n][0];
+          add_for_all(d, Order::pair(offsets, x), Order::pair(offsets, x + 1), pairs[x], pairs[x + 1]);
+          add_for_all(d, multiplied(scale[0], K::center()), multiplied(scale[1], K::center()), pairs[x], pairs[x + 1]);
+          add_for_all(d, K::minus_raw_center(x), K::minus_raw_center(x + 1), q[n][m][x], q[n][m][x + 1]);
+        }
+      }
+    }
+  }
+
+  // Scores of a slab: s[g][n] holds tokens 16 g + 2r (+ 1) and columns 2c (+ 1).
+  SKV_DEVICE void slab_scores(const uint8_t* slab, float (&s)[2][B][4]) const {
+    using Plane = KeyPlane<S::D, K::kWidth>;
+    using Second = KeyPlane<S::D, 1>;
+#pragma unroll
+    for (int g = 0; g < 2; g++) {
+#pragma unroll
+      for (int n = 0; n < B; n++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[g][n][e] = S::KPerToken ? 0 : start[n][0][e];
+      }
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        float part[B][4];
+        if constexpr (S::KPerToken) {
+#pragma unroll
+          for (int n = 0; n < B; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) part[n][e] = start[n][S::KPerToken ? m : 0][e];
+          }
+        }
+        uint32_t low[2] = {0, 0};
+        if constexpr (K::kTwoPlanes) {
+          Second::read(slab + Plane::kBytes, m, 0, g, low);
+#pragma unroll
+          for (int i = 0; i < 2; i++) low[i] = __byte_perm(low[i], 0, c % 2 ? 0x4342 : 0x4140);
+        }
+#pragma unroll
+        for (int j = 0; j < Plane::kWordsPerLane; j++) {
+          uint32_t words[2];
+          Plane::read(slab, m, j, g, words);
+#pragma unroll
+          for (int i = 0; i < K::kPairs; i += 2) {
+            uint32_t A[4];
+#pragma unroll
+            for (int e = 0; e < 4; e++) A[e] = K::raw(words[e % 2], low[e % 2], i + e / 2, i + e / 2, half_1024);
+#pragma unroll
+            for (int n = 0; n < B; n++) {
+              const int x = j * K::kPairs + i;
+              const uint32_t b[2] = {q[n][m][x], q[n][m][x + 1]};
+              mma(S::KPerToken ? part[n] : s[g][n], A, b);
+            }
+          }
+        }
+        if constexpr (S::KPerToken) {
+          const int group = 64 * m / a.key.layout.group_size;
+          const uint8_t* scales = slab + S::kKeyParameters + group * 64 + (16 * g + 2 * r) * 2;
+          const float2 scale = __half22float2(half2_of(*reinterpret_cast<const uint32_t*>(scales)));
+#pragma unroll
+          for (int n = 0; n < B; n++) {
+            s[g][n][0] += part[n][0] * scale.x;
+            s[g][n][1] += part[n][1] * scale.x;
+            s[g][n][2] += part[n][2] * scale.y;
+            s[g][n][3] += part[n][3] * scale.y;
+          }
+        }
+      }
+    }
+  }
+
+  // Scores -> weights, online; p[g][n] is the B operand of the second product. hidden(g, token of two, column) masks.
+  template <class Hidden>
+  SKV_DEVICE void softmax(float (&s)[2][B][4], uint32_t (&p)[2][B][2], bool masked, Hidden hidden) {
+    float higher[B][2];
+    bool raised = false;
+#pragma unroll
+    for (int n = 0; n < B; n++) {
+      higher[n][0] = peak[n][0];
+      higher[n][1] = peak[n][1];
+#pragma unroll
+      for (int g = 0; g < 2; g++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          if (a.softcap > 0) s[g][n][e] = a.softcap * kLog2E * tanhf(s[g][n][e] * a.scale / a.softcap);
+          if (masked && hidden(16 * g + 2 * r + e / 2, first_column + 8 * n + 2 * c + e % 2)) s[g][n][e] = -INFINITY;
+          higher[n][e % 2] = fmaxf(higher[n][e % 2], s[g][n][e]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) {
+          higher[n][i] = fmaxf(higher[n][i], __shfl_xor_sync(kWarp, higher[n][i], lanes));
+        }
+        raised |= higher[n][i] > peak[n][i];
+      }
+    }
+    if (__any_sync(kWarp, raised)) rescale(higher);
+    float least[B][2];
+#pragma unroll
+    for (int n = 0; n < B; n++) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) least[n][i] = peak[n][i] == -INFINITY ? 0.f : -peak[n][i] * unit;
+    }
+#pragma unroll
+    for (int g = 0; g < 2; g++) {
+#pragma unroll
+      for (int n = 0; n < B; n++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          s[g][n][e] = fast_exp2(s[g][n][e] * unit + least[n][e % 2]);  // 0 where hidden
+          sum[n][e % 2] += s[g][n][e];
+        }
+        p[g][n][0] = transpose8x8(bits_of(__floats2half2_rn(s[g][n][0], s[g][n][1])));
+        p[g][n][1] = transpose8x8(bits_of(__floats2half2_rn(s[g][n][2], s[g][n][3])));
+      }
+    }
+  }
+
+  SKV_DEVICE void rescale(const float (&higher)[B][2]) {
+#pragma unroll
+    for (int n = 0; n < B; n++) {
+      float shrink[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        shrink[i] = peak[n][i] == -INFINITY ? 0.f : fast_exp2((peak[n][i] - higher[n][i]) * unit);
+        sum[n][i] *= shrink[i];
+        peak[n][i] = higher[n][i];
+      }
+#pragma unroll
+      for (int i = 0; i < 4 * M; i++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) o[n][i][e] *= shrink[e % 2];
+      }
+    }
+  }
+
+  SKV_DEVICE void slab_values(const uint8_t* slab, const uint32_t (&p)[2][B][2]) {
+    using Plane = ValuePlane<S::D, V::kWidth>;
+    using Second = ValuePlane<S::D, 1>;
+    const uint8_t *codes = slab + S::kValueCodes, *parameters = slab + S::kValueParameters;
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+      uint32_t scales[4], offsets[4];
+      if constexpr (S::VPerChannel) {
+        load16(parameters + (64 * m + 8 * r) * 2, scales);
+        load16(parameters + 2 * S::D + (64 * m + 8 * r) * 2, offsets);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {  // x = scale * (code - middle) + (offset + scale * middle)
+          const uint32_t middle = V::minus_middle() ^ 0x80008000;
+          offsets[i] = bits_of(__hfma2(half2_of(scales[i]), half2_of(middle), half2_of(offsets[i])));
+        }
+      }
+#pragma unroll
+      for (int g = 0; g < 2; g++) {
+        uint32_t b[B][2];
+        if constexpr (!S::VPerChannel) {
+          const int group = 64 * m / a.value.layout.group_size;
+          uint32_t scale[2];  // tokens 0 1, 2 3 of four
+          load8(parameters + group * 64 + (16 * g + 4 * c) * 2, scale);
+          const uint32_t even = low_halves(scale[0], scale[1]), odd = high_halves(scale[0], scale[1]);
+#pragma unroll
+          for (int n = 0; n < B; n++) {
+            b[n][0] = multiplied(p[g][n][0], even);
+            b[n][1] = multiplied(p[g][n][1], odd);
+          }
+        }
+        uint32_t words[V::kWidth], low[1] = {0};
+        Plane::read(codes, m, 4 * g + c, words);
+        if constexpr (V::kTwoPlanes) Second::read(codes + Plane::kBytes, m, 4 * g + c, low);
+#pragma unroll
+        for (int channel = 0; channel < 8; channel += 2) {
+          uint32_t A[4];  // channel, channel + 1 for even tokens, then for odd ones
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            const int d = channel + e % 2, word = d / V::kFields, i = e / 2 * V::kFields + d % V::kFields;
+            A[e] = V::centered(V::raw(words[word], low[0], e / 2 * 8 + d, i, half_1024), i);
+            if constexpr (S::VPerChannel) {
+              const uint32_t scale = __byte_perm(scales[d / 2], 0, d % 2 ? 0x3232 : 0x1010);
+              const uint32_t offset = __byte_perm(offsets[d / 2], 0, d % 2 ? 0x3232 : 0x1010);
+              A[e] = bits_of(__hfma2(half2_of(A[e]), half2_of(scale), half2_of(offset)));
+            }
+          }
+#pragma unroll
+          for (int n = 0; n < B; n++) {
+            if constexpr (S::VPerChannel) {
+              mma(o[n][4 * m + channel / 2], A, p[g][n]);
+            } else {
+              mma(o[n][4 * m + channel / 2], A, b[n]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // A slab of a tile; `position` is its first token's.
+  SKV_DEVICE void slab(const uint8_t* slab, bool starts_tile, int position) {
+    if constexpr (!S::KPerToken) {
+      if (starts_tile) fold(slab);
+    }
+    float s[2][B][4];
+    slab_scores(slab, s);
+    uint32_t p[2][B][2];
+    const int last_query = work.s.past + a.lengths.tokens - 1;
+    softmax(s, p, a.window > 0 && position <= last_query - a.window, [&](int token, int column) {
+      return position + token <= work.s.past + column / a.group() - a.window;
+    });
+    slab_values(slab, p);
+  }
+
+  // A piece of 32 exact rows: sinks, recent tokens and, from shared memory, new ones.
+  SKV_DEVICE const half* exact_row(const Cache& cache, const uint8_t* block, int index, bool is_value) const {
+    if (index >= work.exact) return nullptr;
+    const int position = work.position(cache.layout, index);
+    if (position >= work.s.past) {
+      const int row = position - work.s.past + (is_value ? S::kMaxNew : 0);
+      return reinterpret_cast<const half*>(shared + S::kNewRows) + row * S::D;
+    }
+    return reinterpret_cast<const half*>(block + row_start(cache, position));
+  }
+  static SKV_DEVICE void load_halves(const half* row, int channel, uint32_t* to) {
+    if (row) {
+      load16(row + channel, to);
+    } else {
+      to[0] = to[1] = to[2] = to[3] = 0;  // what stands there may be NaN, which no weight of zero undoes
+    }
+  }
+
+  SKV_DEVICE void exact_piece(const uint8_t* keys, const uint8_t* values, int first) {
+    float s[2][B][4];
+#pragma unroll
+    for (int g = 0; g < 2; g++) {
+      const half* rows[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) rows[i] = exact_row(a.key, keys, first + 16 * g + 2 * r + i, false);
+#pragma unroll
+      for (int n = 0; n < B; n++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[g][n][e] = 0;
+      }
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        uint32_t k[2][8];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          load_halves(rows[i], 64 * m + 16 * c, k[i]);
+          load_halves(rows[i], 64 * m + 16 * c + 8, k[i] + 4);
+        }
+#pragma unroll
+        for (int n = 0; n < B; n++) {
+          uint32_t pairs[8];
+          load_query(n, m, pairs);
+#pragma unroll
+          for (int x = 0; x < 8; x += 2) {
+            const uint32_t A[4] = {Order::pair(k[0], x), Order::pair(k[1], x), Order::pair(k[0], x + 1),
+                                   Order::pair(k[1], x + 1)};
+            const uint32_t b[2] = {pairs[x], pairs[x + 1]};
+            mma(s[g][n], A, b);
+          }
+        }
+      }
+    }
+    uint32_t p[2][B][2];
+    softmax(s, p, true, [&](int token, int column) {
+      if (first + token >= work.exact) return true;
+      const int position = work.position(a.key.layout, first + token), query = work.s.past + column / a.group();
+      return position > query || (a.window > 0 && position <= query - a.window);
+    });
+#pragma unroll
+    for (int g = 0; g < 2; g++) {
+      const half* rows[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) rows[i] = exact_row(a.value, values, first + 16 * g + 4 * c + i, true);
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        uint32_t v[4][4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) load_halves(rows[i], 64 * m + 8 * r, v[i]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const uint32_t A[4] = {low_halves(v[0][i], v[2][i]), high_halves(v[0][i], v[2][i]), low_halves(v[1][i], v[3][i]),
+                                 high_halves(v[1][i], v[3][i])};
+#pragma unroll
+          for (int n = 0; n < B; n++) mma(o[n][4 * m + i], A, p[g][n]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace skv::cuda
