@@ -88,8 +88,8 @@ SKV_API int skv_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, i
 // block_bytes, capacity (-1 = any), quantized tokens at `length`.
 SKV_API int skv_layout_sizes(const SkvLayout* layout, int64_t block_bytes, int64_t length, int64_t out[6]);
 
-// The instruction set that was chosen: "scalar", "avx2", "avx512vnni", "neon". SKV_CPU_ISA=name in the environment
-// picks a lesser one.
+// The instruction set that was chosen: "scalar", "avx2", "avxvnni", "avx512vnni", "neon". SKV_CPU_ISA=name in the
+// environment picks a lesser one.
 SKV_API const char* skv_cpu_isa(void);
 
 // "", or the CUDA version and architectures that this library was built with.

@@ -3,6 +3,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "cpu/isa.h"
 #include "kernels.h"
 
@@ -20,18 +27,33 @@ struct Candidate {
 
 #if defined(__x86_64__)
 // The compiler's runtime asks cpuid, and the system (xgetbv) for the registers it keeps.
-bool has_avx512vnni() {
+bool has_avx2() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
+
+bool has_avxvnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;  // leaf 7, subleaf 1: __builtin_cpu_supports of older compilers lacks it
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1) != 0;
+}
+
+bool has_avx512vnni() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#elif defined(__aarch64__)
+bool has_dot_product() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
 #endif
 
 // Best first.
 const Candidate kCandidates[] = {
 #if defined(__x86_64__)
     {&kUnitAvx512, has_avx512vnni},
+    {&kUnitAvxVnni, has_avxvnni},
+    {&kUnitAvx2, has_avx2},
+#elif defined(__aarch64__)
+    {&kUnitNeon, has_dot_product},
 #endif
     {&kUnitScalar, [] { return true; }},
 };

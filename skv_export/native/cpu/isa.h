@@ -73,7 +73,10 @@ struct Unit {
 };
 
 extern const Unit kUnitScalar;
+extern const Unit kUnitAvx2;
+extern const Unit kUnitAvxVnni;
 extern const Unit kUnitAvx512;
+extern const Unit kUnitNeon;
 
 // The unit that this process uses (dispatch.cc).
 const Unit& unit();

@@ -1,0 +1,8 @@
+// Owns the AVX2 unit: compiled for that instruction set, chosen by dispatch.cc where the processor has it.
+#include "cpu/simd_avx2.h"
+
+#include "cpu/attend_simd.h"
+
+namespace skv {
+const Unit kUnitAvx2 = {"avx2", attend, encode_tile, decode_tile, rotate, load_row, store_row};
+}  // namespace skv

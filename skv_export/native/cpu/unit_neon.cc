@@ -1,0 +1,8 @@
+// Owns the NEON unit: compiled for that instruction set, chosen by dispatch.cc where the processor has it.
+#include "cpu/simd_neon.h"
+
+#include "cpu/attend_simd.h"
+
+namespace skv {
+const Unit kUnitNeon = {"neon", attend, encode_tile, decode_tile, rotate, load_row, store_row};
+}  // namespace skv
