@@ -6,7 +6,7 @@ knows of each layer is what the traced graph will have. ``export_model`` loads t
 
 from __future__ import annotations
 
-import dataclasses
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from skv_export import __version__, genai
+from skv_export import genai
 from skv_export.attention import LayerAttention, SkvDecoder
 from skv_export.checkpoint import Source, resolve
 from skv_export.errors import SkvError
@@ -32,7 +32,8 @@ from skv_export.folder import (
 )
 from skv_export.graph import INPUT_NAMES, build, save
 from skv_export.layout import cache_bytes
-from skv_export.model_config import CONFIG_FILE, FORMAT_VERSION, LayerCache, ModelConfig
+from skv_export.library import library_path
+from skv_export.model_config import CONFIG_FILE, LayerCache, ModelConfig
 from skv_export.recipe import Recipe
 from skv_export.supported import check_config, check_windows, context_length, prepare_model
 
@@ -205,6 +206,7 @@ def export_model(
     """
     resolved, target = resolve(source), Path(out)
     check_target(target, 0, force=force)
+    library_path()  # it goes into the folder: better none is written than one without it
     with _Phases(progress) as phases:
         phases.start("reading the configuration")
         config = _load_config(resolved)
@@ -310,16 +312,7 @@ def _write_beside(folder: Path, planned: Plan, model: PreTrainedModel, all_logit
     (folder / "recipe.toml").write_text(planned.recipe.to_toml(), encoding="utf-8")
     config = _model_config(planned, model, all_logits)
     hidden_size = int(model.config.hidden_size)
-    values = dataclasses.asdict(config)
-    del values["all_logits"], values["right_padded"]
-    values |= {
-        "format_version": FORMAT_VERSION,
-        "skv_version": __version__,
-        "hidden_size": hidden_size,
-        "num_hidden_layers": len(config.layers),
-        "logits": "all" if all_logits else "last",
-    }
-    write_json(folder / CONFIG_FILE, values)
+    write_json(folder / CONFIG_FILE, config.to_dict(hidden_size))
     generation = generation_config(model)
     given = {
         name: getattr(generation, name) for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
@@ -327,6 +320,7 @@ def _write_beside(folder: Path, planned: Plan, model: PreTrainedModel, all_logit
     search = {name: value for name, value in given.items() if value is not None}
     base = {"search": search}
     write_json(folder / genai.CONFIG_FILE, genai.genai_config(config, hidden_size, INPUT_NAMES, base))
+    shutil.copyfile(library_path(), folder / genai.LIBRARY_FILE)
 
 
 def _model_config(planned: Plan, model: PreTrainedModel, all_logits: bool) -> ModelConfig:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skv_export import __version__
 from skv_export.errors import SkvError
 from skv_export.layout import CacheLayout
 
@@ -109,13 +111,47 @@ class ModelConfig:
             got = f"no key {error}" if isinstance(error, KeyError) else str(error)
             raise SkvError(f"{path}: damaged", got=got, fix="Export the model again.") from error
 
+    def to_dict(self, hidden_size: int) -> dict[str, Any]:
+        """Returns the content of ``skv_config.json``; ``load`` gives an equal configuration.
+
+        Args:
+            hidden_size: Channels of the hidden state: for readers, the runtime does not need it.
+        """
+        values = dataclasses.asdict(self)
+        del values["all_logits"], values["right_padded"]
+        for written, layer in zip(values["layers"], self.layers, strict=True):
+            written["key"], written["value"] = layout_entry(layer.key), layout_entry(layer.value)
+        return {
+            "format_version": FORMAT_VERSION,
+            "skv_version": __version__,
+            **values,
+            "hidden_size": hidden_size,
+            "num_hidden_layers": len(self.layers),
+            "logits": "all" if self.all_logits else "last",
+            "padding": "right" if self.right_padded else "any",
+        }
+
 
 def _layer_cache(values: Mapping[str, Any]) -> LayerCache:
     heads = (int(values["num_attention_heads"]), int(values["num_key_value_heads"]))
     if min(heads) < 1 or heads[0] % heads[1]:
         raise ValueError(f"{heads[0]} attention heads on {heads[1]} key-value heads")
-    pair = CacheLayout(**values["key"]), CacheLayout(**values["value"])
+    pair = _layout(values["key"]), _layout(values["value"])
     return LayerCache(*heads, int(values["local_window_size"]), *pair)
+
+
+def layout_entry(layout: CacheLayout) -> dict[str, Any]:
+    """What ``skv_config.json`` says of one cache tensor: the layout's fields, and the rule of its shape."""
+    return {**dataclasses.asdict(layout), "shape": layout.shape_rule()}
+
+
+def _layout(values: Mapping[str, Any]) -> CacheLayout:
+    fields = dict(values)
+    shape = fields.pop("shape")
+    layout = CacheLayout(**fields)
+    if shape != layout.shape_rule():  # the graph's buffers would be of another size than the runtime's
+        raise ValueError(f"shape is {shape}, expected {layout.shape_rule()}")
+    return layout
 
 
 def _optional_int(value: Any) -> int | None:

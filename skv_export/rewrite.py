@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,16 +20,14 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import onnx_ir as ir
 
-from skv_export import __version__
+from skv_export import genai
 from skv_export.attention import LayerAttention
 from skv_export.attention_nodes import AttentionNode, Refusal, is_attention, read_node
 from skv_export.errors import SkvError
-from skv_export.folder import check_target, output_folder
-from skv_export.genai import CONFIG_FILE as GENAI_FILE
-from skv_export.genai import LIBRARY_FILE, advice, genai_config
+from skv_export.folder import check_target, output_folder, write_json
 from skv_export.library import library_path
 from skv_export.mask_probe import MaskProbe
-from skv_export.model_config import CONFIG_FILE, FORMAT_VERSION, LayerCache, ModelConfig
+from skv_export.model_config import CONFIG_FILE, LayerCache, ModelConfig
 from skv_export.onnx_source import OnnxSource
 from skv_export.recipe import Recipe
 from skv_export.rewrite_graph import Layer, rewrite_graph
@@ -43,7 +40,7 @@ INPUTS = ("input_ids", "attention_mask", "position_ids")
 DTYPES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 MODEL_FILE, RECIPE_FILE = "model.onnx", "recipe.toml"
 _FICLONE = 0x40049409  # linux/fs.h
-_WRITTEN = {MODEL_FILE, RECIPE_FILE, CONFIG_FILE, GENAI_FILE, LIBRARY_FILE}
+_WRITTEN = {MODEL_FILE, RECIPE_FILE, CONFIG_FILE, genai.CONFIG_FILE, genai.LIBRARY_FILE}
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ class Rewrite:
     def genai_advice(self) -> str:
         """What the recipe costs in onnxruntime-genai, and what to take instead there."""
         configs = self.recipe.layers(len(self.layers))
-        return advice(configs, [layer.op.layouts for layer in self.layers], self.config.context_length)
+        return genai.advice(configs, [layer.op.layouts for layer in self.layers], self.config.context_length)
 
 
 def plan(source: Path | str, recipe: Recipe | None = None) -> Plan:
@@ -151,12 +148,12 @@ def rewrite_model(
             _share(file, folder / location, copy=copy_weights)
         for file in rewrite.source.companions:
             shutil.copyfile(file, folder / file.name)
-        shutil.copyfile(library, folder / LIBRARY_FILE)
+        shutil.copyfile(library, folder / genai.LIBRARY_FILE)
         (folder / RECIPE_FILE).write_text(rewrite.recipe.to_toml(), encoding="utf-8")
         inputs = [str(value.name) for value in rewrite.source.graph.graph.inputs]
         base = rewrite.source.genai_config
-        _write_json(folder / CONFIG_FILE, _skv_config(rewrite))
-        _write_json(folder / GENAI_FILE, genai_config(rewrite.config, rewrite.hidden_size, inputs, base))
+        write_json(folder / CONFIG_FILE, rewrite.config.to_dict(rewrite.hidden_size))
+        write_json(folder / genai.CONFIG_FILE, genai.genai_config(rewrite.config, rewrite.hidden_size, inputs, base))
     return target
 
 
@@ -165,9 +162,9 @@ def rewrite_model(
 
 def _model_config(source: OnnxSource) -> tuple[ModelConfig, int]:
     """The model without its layers, and its hidden size: from genai_config.json, else config.json, else the graph."""
-    genai = source.genai_config.get("model", {})
+    runs = _table(source.genai_config.get("model"))
     config = {**source.config, **_table(source.config.get("text_config"))}
-    if not genai and not config:
+    if not runs and not config:
         raise SkvError(
             f"{source.path}: no configuration beside the graph",
             expected="genai_config.json or config.json in its folder",
@@ -184,19 +181,20 @@ def _model_config(source: OnnxSource) -> tuple[ModelConfig, int]:
             raise SkvError(f"{source.path}: {name} is unknown", fix=f"Add {name} to config.json beside the graph.")
         return found
 
-    ends = genai.get("eos_token_id", config.get("eos_token_id"))
+    ends = runs.get("eos_token_id", config.get("eos_token_id"))
     tokens = ends if isinstance(ends, list) else [ends]
     model = ModelConfig(
-        model_type=str(config.get("model_type") or genai.get("type") or "decoder"),
+        model_type=str(config.get("model_type") or runs.get("type") or "decoder"),
         dtype="",
-        vocab_size=number("vocab_size", logits.shape[2], genai.get("vocab_size"), config.get("vocab_size")),
+        vocab_size=number("vocab_size", logits.shape[2], runs.get("vocab_size"), config.get("vocab_size")),
         context_length=number(
-            "max_position_embeddings", genai.get("context_length"), config.get("max_position_embeddings")
+            "max_position_embeddings", runs.get("context_length"), config.get("max_position_embeddings")
         ),
-        bos_token_id=_token(genai.get("bos_token_id", config.get("bos_token_id"))),
+        bos_token_id=_token(runs.get("bos_token_id", config.get("bos_token_id"))),
         eos_token_id=tuple(token for token in map(_token, tokens) if token is not None),
-        pad_token_id=_token(genai.get("pad_token_id", config.get("pad_token_id"))),
+        pad_token_id=_token(runs.get("pad_token_id", config.get("pad_token_id"))),
         all_logits=logits.shape[1] != 1,
+        right_padded=True,
         source={
             "kind": "onnx",
             "name": str(source.path),
@@ -205,23 +203,8 @@ def _model_config(source: OnnxSource) -> tuple[ModelConfig, int]:
         },
         layers=(),
     )
-    hidden_size = number("hidden_size", _table(genai.get("decoder")).get("hidden_size"), config.get("hidden_size"))
+    hidden_size = number("hidden_size", _table(runs.get("decoder")).get("hidden_size"), config.get("hidden_size"))
     return model, hidden_size
-
-
-def _skv_config(rewrite: Rewrite) -> dict[str, Any]:
-    """``skv_config.json`` (see ``model_config.py``)."""
-    config = rewrite.config
-    values = dataclasses.asdict(config)
-    del values["all_logits"], values["right_padded"]
-    return values | {
-        "format_version": FORMAT_VERSION,
-        "skv_version": __version__,
-        "hidden_size": rewrite.hidden_size,
-        "num_hidden_layers": len(config.layers),
-        "logits": "all" if config.all_logits else "last",
-        "padding": "right",
-    }
 
 
 def _layer_cache(op: LayerAttention) -> LayerCache:
@@ -230,9 +213,9 @@ def _layer_cache(op: LayerAttention) -> LayerCache:
 
 def _configured_head_dim(source: OnnxSource) -> int | None:
     config = {**source.config, **_table(source.config.get("text_config"))}
-    genai = _table(_table(source.genai_config.get("model")).get("decoder"))
+    decoder = _table(_table(source.genai_config.get("model")).get("decoder"))
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    size = genai.get("head_size") or config.get("head_dim")
+    size = decoder.get("head_size") or config.get("head_dim")
     if size is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
         size = hidden // heads
     return size if isinstance(size, int) and size > 0 else None
@@ -355,7 +338,3 @@ def _clone(file: Path, target: Path) -> None:
         except OSError:
             target.unlink()
             raise
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

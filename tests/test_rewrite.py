@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from source_graphs import CONTEXT, DIM, HEADS, KV_HEADS, VOCAB, WIDTH, SourceGra
 from skv_export import genai, onnx_source, rewrite
 from skv_export.errors import SkvError
 from skv_export.layout import CacheLayout
+from skv_export.model_config import LayerCache, ModelConfig
 from skv_export.recipe import LayerConfig, Recipe
 from skv_export.rewrite import Rewrite, rewrite_model
 from skv_export.runtime import Session
@@ -692,3 +694,17 @@ def test_pairs_offered_for_genai() -> None:
     assert genai.cache_widths(pair) == (80, None)
     assert genai.cache_widths(CacheLayout.pair(LayerConfig(2, 4), 128)) == (None, 80)
     assert genai.cache_widths(CacheLayout.pair(free, 128)) == (80, 80)
+
+
+def test_genai_config_alone_says_what_the_exporter_needs() -> None:
+    """A folder without a source's genai_config.json: every key that genai reads."""
+    pair = CacheLayout.pair(LayerConfig(4, 2), 64)
+    config = ModelConfig("unheard_of", "fp32", 100, 256, None, (), None, False, {}, (LayerCache(4, 2, 0, *pair),) * 3)
+    values = genai.genai_config(config, 32, ["input_ids", "attention_mask", "position_ids"])
+    assert (
+        values["model"]["type"] == "decoder" and values["model"]["decoder"]["inputs"]["position_ids"] == "position_ids"
+    )
+    assert values["model"]["decoder"]["head_size"] == pair[0].width and values["search"]["max_length"] == 256
+    assert values["model"]["eos_token_id"] == [] and values["model"]["pad_token_id"] == 0
+    other = genai.genai_config(dataclasses.replace(config, eos_token_id=(7,)), 32, ["input_ids"])
+    assert other["model"]["eos_token_id"] == 7 and other["model"]["pad_token_id"] == 7
