@@ -44,9 +44,9 @@ class CacheLayout:
     Attributes:
         head_dim: Channels per head, as the model has them.
         bits: 1 2 3 4 5 6 8, or 16 = not quantized.
-        granularity: ``channel`` or ``token``.
+        granularity: ``channel``, ``token`` or ``token_channel``.
         rotation: ``none`` or ``hadamard``.
-        group_size: Channels that share a scale (``token`` only); divides ``padded_dim``.
+        group_size: Channels that share a scale (not with ``channel``); divides ``padded_dim``.
         num_sink_tokens: First tokens in full precision (s).
         recent_tokens: Last tokens in full precision, at least (w).
         tile_tokens: Tokens per tile (T).
@@ -133,7 +133,7 @@ class CacheLayout:
 
     @cached_property
     def num_groups(self) -> int:
-        """Scales per token, with granularity ``token``."""
+        """Scales per token, with granularities ``token`` and ``token_channel``."""
         return self.padded_dim // self.group_size
 
     @cached_property
@@ -145,12 +145,13 @@ class CacheLayout:
 
     @cached_property
     def parameter_bytes(self) -> int:
-        """Bytes of a tile's scales and offsets."""
+        """Bytes of a tile's scales, offsets and means."""
         if self.bits == 16:
             return 0
         if self.granularity == "channel":
             return 2 * 2 * self.padded_dim
-        return 2 * self.num_groups * self.tile_tokens
+        means = self.padded_dim + WIDTH_MULTIPLE if self.granularity == "token_channel" else 0
+        return 2 * self.num_groups * self.tile_tokens + means
 
     @property
     def tile_bytes(self) -> int:
@@ -198,6 +199,20 @@ class CacheLayout:
         """Returns the smallest ``(rows, W)`` whose block holds ``max_length`` tokens."""
         return -(-self.block_bytes(max_length) // self.width), self.width
 
+    def shape_rule(self) -> dict[str, int]:
+        """Returns the numbers from which a runtime in any language computes ``shape(max_length)``.
+
+        tiles = max(0, ceil((max_length - full_rows + 1) / tile_tokens)), at most max_tiles where that is not 0;
+        rows = ceil((tiles * tile_bytes + full_bytes) / width).
+        """
+        return {
+            "width": self.width,
+            "tile_bytes": self.tile_bytes,
+            "full_rows": self.full_rows,
+            "full_bytes": self.full_rows * self.row_bytes,
+            "max_tiles": self.window_tiles,
+        }
+
     def tiles_in(self, block_bytes: int) -> int:
         """Tiles in a block of this size.
 
@@ -239,13 +254,13 @@ class CacheLayout:
 
     # Codes and parameters of a tile.
 
-    def pack_tile(self, codes: Bytes, scale: Half, offset: Half | None) -> Bytes:
+    def pack_tile(self, codes: Bytes, scale: Half, offset: Half | Bytes | None) -> Bytes:
         """Packs one or more tiles.
 
         Args:
             codes: ``[..., T, D]``, unpacked integers.
-            scale: ``token``: ``[..., D/g, T]``; ``channel``: ``[..., D]``.
-            offset: ``channel``: ``[..., D]``; else None.
+            scale: ``channel``: ``[..., D]``; else ``[..., D/g, T]``.
+            offset: ``channel``: ``[..., D]``; ``token``: None; ``token_channel``: the means, as ``pack_means`` gives them.
 
         Returns:
             ``[..., tile_bytes]``.
@@ -255,7 +270,7 @@ class CacheLayout:
         lead = codes.shape[:-2]
         return np.concatenate([p.reshape(*lead, -1) for p in parts], axis=-1)
 
-    def unpack_tile(self, tile: Bytes) -> tuple[Bytes, Half, Half | None]:
+    def unpack_tile(self, tile: Bytes) -> tuple[Bytes, Half, Half | Bytes | None]:
         """Inverse of ``pack_tile``."""
         codes = np.zeros((*tile.shape[:-1], self.tile_tokens, self.padded_dim), np.uint8)
         start = 0
@@ -263,10 +278,25 @@ class CacheLayout:
             end = start + self.tile_tokens * self.padded_dim * width // 8
             codes |= self._unpack_plane(tile[..., start:end], width) << np.uint8(shift)
             start = end
-        parameters = np.ascontiguousarray(tile[..., start : self.tile_bytes]).view("<f2")
         if self.granularity == "channel":
+            parameters = np.ascontiguousarray(tile[..., start : self.tile_bytes]).view("<f2")
             return codes, parameters[..., : self.padded_dim], parameters[..., self.padded_dim :]
-        return codes, parameters.reshape(*tile.shape[:-1], self.num_groups, self.tile_tokens), None
+        means = start + 2 * self.num_groups * self.tile_tokens
+        scale = np.ascontiguousarray(tile[..., start:means]).view("<f2")
+        scale = scale.reshape(*tile.shape[:-1], self.num_groups, self.tile_tokens)
+        return codes, scale, tile[..., means : self.tile_bytes] if self.granularity == "token_channel" else None
+
+    def pack_means(self, codes: NDArray[np.int8], unit: Half) -> Bytes:
+        """Bytes ``[..., D + 16]`` of the means ``codes * unit``: int8 ``[..., D]``, then float16 ``[...]``, then zeros."""
+        means = np.zeros((*codes.shape[:-1], self.padded_dim + WIDTH_MULTIPLE), np.uint8)
+        means[..., : self.padded_dim] = codes.view(np.uint8)
+        means[..., self.padded_dim : self.padded_dim + 2] = _bytes(unit[..., None])
+        return means
+
+    def unpack_means(self, means: Bytes) -> tuple[NDArray[np.int8], Half]:
+        """Inverse of ``pack_means``."""
+        unit = np.ascontiguousarray(means[..., self.padded_dim : self.padded_dim + 2]).view("<f2")
+        return np.ascontiguousarray(means[..., : self.padded_dim]).view(np.int8), unit[..., 0]
 
     def _planes(self) -> list[tuple[int, int]]:
         """Pairs (shift of the plane's bits in the code, width of the plane)."""

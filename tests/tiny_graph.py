@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from skv_export.layout import CacheLayout
+from skv_export.model_config import layout_entry
 from skv_export.recipe import LayerConfig
 from skv_export.reference import AttentionParams, quantized_kv_attention
 
@@ -83,8 +84,8 @@ class Tiny:
                 "num_attention_heads": HEADS,
                 "num_key_value_heads": KV_HEADS,
                 "local_window_size": window,
-                "key": dataclasses.asdict(self.layouts(i)[0]),
-                "value": dataclasses.asdict(self.layouts(i)[1]),
+                "key": layout_entry(self.layouts(i)[0]),
+                "value": layout_entry(self.layouts(i)[1]),
             }
             for i, window in enumerate(self.windows)
         ]
