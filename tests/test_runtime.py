@@ -15,6 +15,7 @@ from tiny_graph import CONTEXT, EXACT, KV_HEADS, SMALL, VOCAB, Tiny
 
 from skv_export import library
 from skv_export.errors import SkvError
+from skv_export.model_config import layout_entry
 from skv_export.recipe import LayerConfig
 from skv_export.runtime import (
     ModelConfig,
@@ -340,7 +341,11 @@ def _damage(folder: Path, change: str) -> None:
         case "a layer less":
             path.write_text(json.dumps(values | {"layers": values["layers"][:1]}))
         case "other bits":
-            values["layers"][1]["key"]["bits"] = 8
+            key = dataclasses.replace(ModelConfig.load(folder).layers[1].key, bits=8)
+            values["layers"][1]["key"] = layout_entry(key)
+            path.write_text(json.dumps(values))
+        case "other shape":
+            values["layers"][0]["value"]["shape"]["tile_bytes"] += 16
             path.write_text(json.dumps(values))
         case "unknown layout field":
             values["layers"][0]["key"]["nbits"] = 4
@@ -366,6 +371,7 @@ def _damage(folder: Path, change: str) -> None:
         ("no layers", "skv_config.json: damaged; got no key 'layers'"),
         ("a layer less", "1 layers listed, num_hidden_layers is 2"),
         ("other bits", "do not belong together: layer 1, key"),
+        ("other shape", "damaged; got shape is"),
         ("unknown layout field", "nbits"),
         ("no model", "model.onnx: no such file"),
         ("truncated model", "model.onnx: ONNX Runtime can't load it"),
