@@ -45,6 +45,7 @@ class Session:
         folder: What ``skv-export model`` wrote.
         execution_provider: ``cpu`` or ``cuda``; never another one in silence.
         num_threads: Threads inside an op; 0 = ONNX Runtime's choice.
+        spinning: Its threads wait busily for the next op; turn it off where torch's threads share the cores.
         model: The graph as bytes, in place of ``model.onnx``; its external data is the folder's (``verify`` uses it).
         config: The configuration that goes with ``model``.
 
@@ -65,6 +66,7 @@ class Session:
         *,
         execution_provider: str = "cpu",
         num_threads: int = 0,
+        spinning: bool = True,
         model: bytes | None = None,
         config: ModelConfig | None = None,
     ) -> None:
@@ -72,10 +74,10 @@ class Session:
         self.config = config or ModelConfig.load(self.folder)
         self.execution_provider = execution_provider
         self.library = load_library()
-        self.onnx = self._load(model, num_threads)
+        self.onnx = self._load(model, num_threads, spinning)
         self._check_graph()
 
-    def _load(self, model: bytes | None, num_threads: int) -> Any:
+    def _load(self, model: bytes | None, num_threads: int, spinning: bool) -> Any:
         import onnxruntime as ort
 
         _check_provider(self.execution_provider, ort.get_available_providers(), self.library)
@@ -85,6 +87,7 @@ class Session:
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder))
         providers = [EXECUTION_PROVIDERS[self.execution_provider], EXECUTION_PROVIDERS["cpu"]]
         try:

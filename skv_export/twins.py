@@ -16,7 +16,13 @@ from skv_export.layout import CacheLayout
 from skv_export.model_config import LayerCache, ModelConfig
 from skv_export.runtime import MODEL_FILE, Session
 
+EXACT_BITS, EXACT_TYPE = 16, "float"
 _GATHERS = ("GatherElements", "GatherND", "Gather")
+
+
+def plain(folder: Path, *, execution_provider: str = "cpu") -> Session:
+    """Returns a session of the exported graph itself, as the twins': it shares the machine's cores with torch."""
+    return Session(folder, execution_provider=execution_provider, spinning=False)
 
 
 def all_logits(folder: Path, *, execution_provider: str = "cpu") -> Session:
@@ -30,7 +36,7 @@ def all_logits(folder: Path, *, execution_provider: str = "cpu") -> Session:
     """
     config = ModelConfig.load(folder)
     if config.all_logits:
-        return Session(folder, execution_provider=execution_provider)
+        return plain(folder, execution_provider=execution_provider)
     model = _load(folder)
     gather = _last_token_gather(model.graph, folder)
     hidden, picked = gather.input[0], gather.output[0]
@@ -45,34 +51,40 @@ def all_logits(folder: Path, *, execution_provider: str = "cpu") -> Session:
             output.type.tensor_type.shape.dim[1].Clear()
             output.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
     config = dataclasses.replace(config, all_logits=True)
-    return Session(folder, execution_provider=execution_provider, model=model.SerializeToString(), config=config)
+    return _session(folder, execution_provider, model, config)
 
 
 def unquantized(folder: Path, *, execution_provider: str = "cpu") -> Session:
-    """Returns a session whose cache has 16 bits for keys and values; all else is the exported graph.
+    """Returns a session whose cache rounds nothing: 16 bits for keys and values, which are rows of float32 then.
 
-    With it a difference to PyTorch can come from the graph alone, and no code can flip.
+    All else is the exported graph; a difference to PyTorch comes from the graph, and no code can flip.
     """
     config = ModelConfig.load(folder)
-    layers = tuple(_sixteen(layer) for layer in config.layers)
+    layers = tuple(_unquantized(layer) for layer in config.layers)
     model = _load(folder)
     for node in model.graph.node:
         for attribute in node.attribute if node.domain == "skv" else ():
             if attribute.name in ("k_bits", "v_bits"):
-                attribute.i = 16
+                attribute.i = EXACT_BITS
+            elif attribute.name == "recent_type":
+                attribute.s = EXACT_TYPE.encode()
     for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
         parts = value.name.split(".")
         if parts[0] in ("past_key_values", "present") and parts[-1] in ("key", "value"):
             layout: CacheLayout = getattr(layers[int(parts[1])], parts[-1])
-            value.type.tensor_type.shape.dim[3].dim_value = layout.width
-    config = dataclasses.replace(config, layers=layers)
-    return Session(folder, execution_provider=execution_provider, model=model.SerializeToString(), config=config)
+            if value.type.tensor_type.shape.dim[3].HasField("dim_value"):  # else any width will do
+                value.type.tensor_type.shape.dim[3].dim_value = layout.width
+    return _session(folder, execution_provider, model, dataclasses.replace(config, layers=layers))
 
 
-def _sixteen(layer: LayerCache) -> LayerCache:
-    return dataclasses.replace(
-        layer, key=dataclasses.replace(layer.key, bits=16), value=dataclasses.replace(layer.value, bits=16)
-    )
+def _unquantized(layer: LayerCache) -> LayerCache:
+    key, value = (dataclasses.replace(x, bits=EXACT_BITS, recent_type=EXACT_TYPE) for x in (layer.key, layer.value))
+    return dataclasses.replace(layer, key=key, value=value)
+
+
+def _session(folder: Path, execution_provider: str, model: onnx.ModelProto, config: ModelConfig) -> Session:
+    graph = model.SerializeToString()
+    return Session(folder, execution_provider=execution_provider, spinning=False, model=graph, config=config)
 
 
 def _load(folder: Path) -> onnx.ModelProto:

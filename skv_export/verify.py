@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from skv_export.cases import Case, Inputs, attention_cases, make_inputs
-from skv_export.checkpoint import Source, resolve
+from skv_export.checkpoint import Source, demo_checkpoint, resolve
 from skv_export.errors import SkvError
 from skv_export.layout import LAYOUT_VERSION, Bytes
 from skv_export.library import Library, load_library
@@ -288,22 +288,44 @@ def run(
 
 
 def _source(config: ModelConfig, checkpoint: str | Path | None) -> Source:
-    """The checkpoint that was named, or the one that the folder says it came from."""
+    """The checkpoint that was named, or the one that the folder says it came from: a hub id, or the demo's file."""
     if checkpoint is not None:
         return resolve(checkpoint)
-    name = config.source.get("name")
-    if not name:
-        raise SkvError("verify: the folder does not say what it was exported from", fix="Pass --checkpoint.")
-    return resolve(str(name), revision=config.source.get("revision"))
+    kind, name = (str(config.source.get(key)) for key in ("kind", "name"))
+    if kind == "hub":
+        return resolve(name, revision=config.source.get("revision"))
+    if kind == "gguf" and (demo := demo_checkpoint()).name == name:
+        return resolve(demo)
+    raise SkvError(
+        "verify: checkpoint",
+        got=f"none; the folder was made from {name}, on some disk",
+        fix="Pass its path: --checkpoint.",
+    )
 
 
 def load_model(source: Source, config: ModelConfig) -> PreTrainedModel:
-    """Loads the original into PyTorch: the weights as they were exported, the arithmetic in float32."""
+    """Loads the original into PyTorch: the weights as they were exported, the arithmetic in float32.
+
+    Raises:
+        SkvError: transformers can't load it, or it is another model than the folder's.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
+    from skv_export.folder import pretrained_arguments
+    from skv_export.supported import prepare_model
+
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.dtype]
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        source.pretrained, revision=source.revision, gguf_file=source.gguf_file, dtype=dtype
-    )
-    return model.to(torch.float32).eval()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source.pretrained, dtype=dtype, use_safetensors=True, **pretrained_arguments(source)
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise SkvError(f"{source}: transformers can't load its weights", got=str(error)[:500]) from error
+    found = {"model_type": model.config.model_type, "vocab_size": model.config.vocab_size}
+    found["layers"] = model.config.num_hidden_layers
+    expected = {"model_type": config.model_type, "vocab_size": config.vocab_size, "layers": len(config.layers)}
+    if found != expected:
+        raise SkvError(f"{source}: not what the folder was exported from", got=found, expected=expected)
+    prepare_model(model)
+    return model.float()  # type: ignore[no-untyped-call]

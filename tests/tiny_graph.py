@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from skv_export.layout import CacheLayout
-from skv_export.model_config import layout_entry
+from skv_export.model_config import LayerCache, ModelConfig
 from skv_export.recipe import LayerConfig
 from skv_export.reference import AttentionParams, quantized_kv_attention
 
@@ -79,23 +79,10 @@ class Tiny:
         """Writes model.onnx and skv_config.json; ``config`` replaces values of the latter."""
         folder.mkdir(parents=True, exist_ok=True)
         onnx.save(self.graph(), folder / "model.onnx", save_as_external_data=True, location="model.onnx.data")
-        layers = [
-            {
-                "num_attention_heads": HEADS,
-                "num_key_value_heads": KV_HEADS,
-                "local_window_size": window,
-                "key": layout_entry(self.layouts(i)[0]),
-                "value": layout_entry(self.layouts(i)[1]),
-            }
-            for i, window in enumerate(self.windows)
-        ]
-        values = {
-            "format_version": 1, "skv_version": "0.1.0", "model_type": "tiny", "dtype": "fp32", "hidden_size": WIDTH,
-            "num_hidden_layers": len(layers), "vocab_size": VOCAB, "context_length": CONTEXT, "bos_token_id": 1,
-            "eos_token_id": [2], "pad_token_id": 0, "logits": "all" if self.all_logits else "last",
-            "source": {"kind": "test", "name": "tiny", "revision": None, "sha256": ""}, "layers": layers,
-        }  # fmt: skip
-        (folder / "skv_config.json").write_text(json.dumps(values | config))
+        layers = tuple(LayerCache(HEADS, KV_HEADS, window, *self.layouts(i)) for i, window in enumerate(self.windows))
+        source = {"kind": "test", "name": "tiny", "revision": None, "sha256": ""}
+        described = ModelConfig("tiny", "fp32", VOCAB, CONTEXT, 1, (2,), 0, self.all_logits, source, layers)
+        (folder / "skv_config.json").write_text(json.dumps(described.to_dict(WIDTH) | config))
         return folder
 
     def write_all(self, folder: Path, **config: object) -> Path:
