@@ -216,3 +216,45 @@ def attention_cases() -> tuple[Case, ...]:
     pairs = itertools.product((1, 2, 3, 4, 5, 6, 8), (1, 2, 3, 4, 5, 6, 8))
     cases += [Case(f"K{k}V{v}", config(k_bits=k, v_bits=v), num_heads=2, kv_num_heads=1) for k, v in pairs]
     return tuple(cases)
+
+
+def token_channel_layouts() -> Iterator[CacheLayout]:
+    """The layouts of granularity ``token_channel``; by themselves, as CUDA does not have it."""
+    for head_dim, tile, bits, rotation in itertools.product(
+        (64, 80, 96, 128, 256), TILE_TOKENS, BITS, ("none", "hadamard")
+    ):
+        padded = -(-head_dim // 32) * 32
+        for group in (g for g in (32, 64, 128) if padded % g == 0):
+            for is_value in (False, True):
+                yield CacheLayout(head_dim, bits, "token_channel", rotation, group, 4, 32, tile, "float16", is_value)
+
+
+def token_channel_cases() -> tuple[Case, ...]:
+    """Cases of the whole op with granularity ``token_channel``."""
+    keys = LayerConfig(
+        k_granularity="token_channel", k_rotation="hadamard", num_sink_tokens=4, recent_tokens=32, tile_tokens=32
+    )
+    both = dataclasses.replace(keys, v_granularity="token_channel")
+    plain = dataclasses.replace(both, k_rotation="none", v_rotation="none")
+    cases = [
+        Case("token_channel keys", keys),
+        Case("token_channel both", both),
+        Case("token_channel values", LayerConfig(v_granularity="token_channel"), past_lengths=(300,)),
+        Case("token_channel, not rotated", plain, num_heads=9, kv_num_heads=3),
+        Case("token_channel, head_dim 80, padded", both, head_dim=80),
+        Case("token_channel, head_dim 96", both, head_dim=96),
+        Case("token_channel, head_dim 128, one group", dataclasses.replace(both, k_group_size=128), head_dim=128),
+        Case("token_channel, head_dim 256", both, head_dim=256, num_heads=2, kv_num_heads=1),
+        Case("token_channel, tile 128", dataclasses.replace(both, tile_tokens=128), past_lengths=(500,)),
+        Case("token_channel, groups of 32", dataclasses.replace(both, k_group_size=32, v_group_size=32)),
+        Case("token_channel, ragged batch", both, past_lengths=(200, 3, 68)),
+        Case("token_channel, chunk over three tiles", both, new_tokens=100, past_lengths=(130,)),
+        Case("token_channel, sliding window, ring wrapped", both, past_lengths=(500,), local_window_size=70),
+        Case("token_channel, softcap", both, softcap=20.0),
+        Case("token_channel, float16", both, dtype="float16"),
+    ]
+    cases += [
+        Case(f"token_channel K{k}V{v}", dataclasses.replace(both, k_bits=k, v_bits=v))
+        for k, v in ((1, 1), (2, 2), (3, 3), (5, 4), (6, 8), (8, 5), (16, 2), (2, 16))
+    ]
+    return tuple(cases)

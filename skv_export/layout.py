@@ -260,7 +260,7 @@ class CacheLayout:
         Args:
             codes: ``[..., T, D]``, unpacked integers.
             scale: ``channel``: ``[..., D]``; else ``[..., D/g, T]``.
-            offset: ``channel``: ``[..., D]``; ``token``: None; ``token_channel``: the means, as ``pack_means`` gives them.
+            offset: ``channel``: ``[..., D]``; ``token``: None; ``token_channel``: ``pack_means``.
 
         Returns:
             ``[..., tile_bytes]``.
@@ -287,7 +287,7 @@ class CacheLayout:
         return codes, scale, tile[..., means : self.tile_bytes] if self.granularity == "token_channel" else None
 
     def pack_means(self, codes: NDArray[np.int8], unit: Half) -> Bytes:
-        """Bytes ``[..., D + 16]`` of the means ``codes * unit``: int8 ``[..., D]``, then float16 ``[...]``, then zeros."""
+        """Bytes ``[..., D + 16]`` of means ``codes * unit``: int8 ``[..., D]``, float16 ``[...]``, zeros."""
         means = np.zeros((*codes.shape[:-1], self.padded_dim + WIDTH_MULTIPLE), np.uint8)
         means[..., : self.padded_dim] = codes.view(np.uint8)
         means[..., self.padded_dim : self.padded_dim + 2] = _bytes(unit[..., None])

@@ -17,7 +17,7 @@ from skv_export.errors import SkvError
 
 BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 """Bit widths of keys and of values; 16 leaves a tensor unquantized."""
-GRANULARITIES = ("channel", "token")
+GRANULARITIES = ("channel", "token", "token_channel")
 ROTATIONS = ("none", "hadamard")
 TILE_TOKENS = (32, 64, 128)
 RECENT_TYPES = ("float16", "float", "bfloat16")
@@ -51,11 +51,12 @@ class LayerConfig:
     Attributes:
         k_bits: Bits of a key's code; 16 = not quantized.
         v_bits: Bits of a value's code; 16 = not quantized.
-        k_granularity: ``channel`` (scale and offset per channel and tile) or ``token`` (scale per token and group).
+        k_granularity: ``channel`` (scale and offset per channel and tile), ``token`` (scale per token and group) or
+            ``token_channel`` (the same around the tile's mean, which is per channel).
         v_granularity: The same for values.
         k_rotation: ``none`` or ``hadamard``, on queries and keys after RoPE.
         v_rotation: ``none`` or ``hadamard``, on values; the output is rotated back.
-        k_group_size: Channels that share a scale, ``token`` only; 0 = 64 where it divides the padded head_dim, or 32.
+        k_group_size: Channels that share a scale, not with ``channel``; 0 = 64 where it divides the padded head_dim, or 32.
         v_group_size: The same for values.
         num_sink_tokens: First tokens kept in full precision.
         recent_tokens: Last tokens kept in full precision, at least.

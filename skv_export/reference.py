@@ -57,7 +57,7 @@ def to_half(x: Float) -> Half:
     return np.clip(x, -_HALF_MAX, _HALF_MAX).astype(np.float16)
 
 
-def quantize(layout: CacheLayout, x: Float) -> tuple[Bytes, Half, Half | None]:
+def quantize(layout: CacheLayout, x: Float) -> tuple[Bytes, Half, Half | Bytes | None]:
     """Quantizes tiles.
 
     Args:
@@ -69,17 +69,37 @@ def quantize(layout: CacheLayout, x: Float) -> tuple[Bytes, Half, Half | None]:
     """
     if layout.granularity == "channel":
         return _quantize_channel(x, layout.bits)
+    means = None
+    if layout.granularity == "token_channel":
+        means = _means(layout, x)
+        x = x - _stored_means(layout, means)
     groups = x.reshape(*x.shape[:-1], layout.num_groups, layout.group_size)
     codes, scale = _quantize_midrise(groups, layout.bits)
-    return codes.reshape(x.shape), scale.swapaxes(-1, -2), None
+    return codes.reshape(x.shape), scale.swapaxes(-1, -2), means
 
 
-def dequantize(layout: CacheLayout, codes: Bytes, scale: Half, offset: Half | None) -> Float:
+def dequantize(layout: CacheLayout, codes: Bytes, scale: Half, offset: Half | Bytes | None) -> Float:
     """Inverse of ``quantize`` up to its error: float32 ``[..., T, D]``."""
-    if offset is not None:
+    if layout.granularity == "channel":
+        assert offset is not None
         return codes * scale.astype(np.float32)[..., None, :] + offset.astype(np.float32)[..., None, :]
     per_channel = np.repeat(scale.astype(np.float32).swapaxes(-1, -2), layout.group_size, axis=-1)
-    return (codes - np.float32((2**layout.bits - 1) / 2)) * per_channel
+    x: Float = (codes - np.float32((2**layout.bits - 1) / 2)) * per_channel
+    return x if offset is None else x + _stored_means(layout, offset.view(np.uint8))
+
+
+def _means(layout: CacheLayout, x: Float) -> Bytes:
+    """Mean per channel over the tile's tokens, in 8 bits: ``code * unit``, the unit one float16 per tile."""
+    mean = tree_sum(x.swapaxes(-1, -2)) / np.float32(x.shape[-2])
+    unit = to_half(np.abs(mean).max(axis=-1) / np.float32(127))
+    codes = np.rint(_divide(mean, unit.astype(np.float32)[..., None]))
+    return layout.pack_means(np.clip(codes, -127, 127).astype(np.int8), unit)
+
+
+def _stored_means(layout: CacheLayout, means: Bytes) -> Float:
+    """``[..., 1, D]``, from ``pack_means``' bytes."""
+    codes, unit = layout.unpack_means(means)
+    return (codes * unit.astype(np.float32)[..., None])[..., None, :]
 
 
 def _quantize_channel(x: Float, bits: int) -> tuple[Bytes, Half, Half]:

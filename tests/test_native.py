@@ -373,7 +373,7 @@ BAD_FIELDS = {
     "value_cache.layout.bits": (0, "value cache: bits; got 0"),
     "key_cache.layout.head_dim": (0, "key cache: head_dim; got 0"),
     "key_cache.layout.group_size": (48, "key cache: group_size; got 48; expected a divisor of 64"),
-    "key_cache.layout.granularity": (2, "key cache: granularity"),
+    "key_cache.layout.granularity": (3, "key cache: granularity"),
     "key_cache.layout.rotation": (-1, "key cache: rotation"),
     "key_cache.layout.tile_tokens": (48, "key cache: tile_tokens; got 48"),
     "key_cache.layout.recent_type": (3, "key cache: recent_type"),

@@ -391,7 +391,7 @@ BAD_ATTRIBUTES: list[tuple[dict[str, Any], str]] = [
     ({"k_bits": 4.0}, NODE + "k_bits; got a float; expected an integer"),
     ({"v_group_size": [64]}, NODE + "v_group_size; got a list; expected an integer"),
     ({"num_sink_tokens": "4"}, NODE + "num_sink_tokens; got a string; expected an integer"),
-    ({"k_granularity": "token_channel"}, NODE + "k_granularity; got 'token_channel'; expected channel or token"),
+    ({"k_granularity": "group"}, NODE + "k_granularity; got 'group'; expected channel or token or token_channel"),
     ({"v_granularity": 1}, NODE + "v_granularity; got an integer; expected a string"),
     ({"v_rotation": "dct"}, NODE + "v_rotation; got 'dct'; expected none or hadamard"),
     ({"recent_type": "float8"}, NODE + "recent_type; got 'float8'; expected float16 or float or bfloat16"),

@@ -12,7 +12,7 @@
 
 #define SKV_LAYOUT_VERSION 1
 
-enum SkvGranularity { SKV_CHANNEL = 0, SKV_TOKEN = 1 };
+enum SkvGranularity { SKV_CHANNEL = 0, SKV_TOKEN = 1, SKV_TOKEN_CHANNEL = 2 };
 enum SkvRotation { SKV_ROTATION_NONE = 0, SKV_HADAMARD = 1 };
 enum SkvType { SKV_FLOAT16 = 0, SKV_FLOAT = 1, SKV_BFLOAT16 = 2 };
 
@@ -47,7 +47,9 @@ SKV_HD int64_t code_bytes(const SkvLayout& l) {
 }
 SKV_HD int64_t parameter_bytes(const SkvLayout& l) {
   if (l.bits == 16) return 0;
-  return l.granularity == SKV_CHANNEL ? int64_t{4} * padded_dim(l) : int64_t{2} * num_groups(l) * l.tile_tokens;
+  if (l.granularity == SKV_CHANNEL) return int64_t{4} * padded_dim(l);
+  const int means = l.granularity == SKV_TOKEN_CHANNEL ? padded_dim(l) + 16 : 0;
+  return int64_t{2} * num_groups(l) * l.tile_tokens + means;
 }
 SKV_HD int64_t tile_bytes(const SkvLayout& l) { return code_bytes(l) + parameter_bytes(l); }
 

@@ -79,6 +79,17 @@ void Attend::fold_channel_scales(const uint8_t* tile) {
   }
 }
 
+// A mean per channel and tile: score = what the scales per token give + query * mean.
+void Attend::score_means(const uint8_t* tile) {
+  load_means(k_, tile, work_);
+  for (int m = 0; m < rows_; m++) {
+    const float* query = job_.queries + static_cast<int64_t>(m) * dim_;
+    F sum = Simd::set(0);
+    for (int d = 0; d < dim_; d += kLanes) sum = Simd::fma(Simd::load(query + d), Simd::load(work_ + d), sum);
+    query_mean_[m] = Simd::sum(sum);
+  }
+}
+
 // Adds a plane's part of one section to the scores; `begin`: the section's first plane, which brings the constant.
 template <int kRows, int kVectors, int kWidth, int kNibble>
 void Attend::score_plane(const uint8_t* tile, int p, int section, bool begin) {
@@ -125,7 +136,7 @@ void Attend::score_plane(const uint8_t* tile, int p, int section, bool begin) {
         if (!k_.channel) {
           part = part * Simd::load_half(tile + k_.parameters + 2 * (section * tokens + t + v * kLanes));
         }
-        Simd::store(score, begin && section == 0 ? part : Simd::load(score) + part);
+        Simd::store(score, part + (begin && section == 0 ? Simd::set(query_mean_[m]) : Simd::load(score)));
       }
     }
   }
@@ -168,6 +179,7 @@ void Attend::score_sections(const uint8_t* tile) {
 
 void Attend::score_tile(const uint8_t* tile) {
   if (k_.channel) fold_channel_scales(tile);
+  if (k_.means) score_means(tile);
   switch (rows_) {
     case 1:
       return score_sections<1>(tile);

@@ -83,6 +83,8 @@ class Attend {
       total_[m] = Simd::set(0);
       for (int p = 0; p < 2; p++) memset(sums_[p][m], 0, sizeof(float) * (dim_ + 8 * kLanes));
       for (int g = 0; g < num_groups_; g++) weight_sums_[m][g] = Simd::set(0);
+      query_mean_[m] = 0;
+      if (v_.means) memset(value_means_[m], 0, sizeof(float) * dim_);
     }
     if (value_codes) index_groups();
     if (key_codes && !k_.channel) quantize_queries_by_group();
@@ -128,6 +130,7 @@ class Attend {
   float quantize_query(int m, const float* query, int first, int count, F* sum);
   void quantize_queries_by_group();
   void fold_channel_scales(const uint8_t* tile);
+  void score_means(const uint8_t* tile);
   void score_tile(const uint8_t* tile);
   template <int kRows, int kVectors, int kWidth, int kNibble>
   void score_plane(const uint8_t* tile, int p, int section, bool begin);
@@ -148,6 +151,7 @@ class Attend {
   void sum_tile(const uint8_t* tile);
   void weigh(const uint8_t* tile);
   void load_channel_parameters(const uint8_t* tile);
+  void sum_means(const uint8_t* tile);
   void index_groups();
   bool spreads(int p) const;
   template <int kWidth, int kNibble>
@@ -180,6 +184,7 @@ class Attend {
   alignas(64) int8_t query_[2][kMaxQueryRows][2][kQueryStride];
   float query_step_[kMaxQueryRows][kMaxGroups];  // of each section: a group, or with scales per channel all channels
   float query_base_[kMaxQueryRows][kMaxGroups];  // what is added to step * dot
+  float query_mean_[kMaxQueryRows];              // query * the tile's means, the same for all its tokens
 
   // Weights as bytes: [row][group][high, low][token], and where a vector spans groups also [row][high,
   // low][quad][group].
@@ -189,6 +194,7 @@ class Attend {
   alignas(64) float weight_step_[kMaxQueryRows][kMaxGroups + kLanes];
   F weight_sums_[kMaxQueryRows][kMaxGroups];  // of rounded weights, over all tiles; a lane's share each
   F tile_total_[kMaxQueryRows];               // of the tile's probabilities, likewise
+  alignas(64) float value_means_[kMaxQueryRows][kMaxDim];         // sums of probability * mean
   float value_rest_[kMaxQueryRows], value_total_[kMaxQueryRows];  // what a tile adds per scale and per offset
   alignas(64) float value_scale_[2][kSumStride], value_offset_[kSumStride];  // per channel, in a plane's order
 
@@ -230,6 +236,9 @@ void Attend::shrink(int m, float factor) {
     if (v_.num_planes < 2) break;
   }
   for (int g = 0; g < num_groups_; g++) weight_sums_[m][g] = weight_sums_[m][g] * by;
+  for (int d = 0; v_.means && d < dim_; d += kLanes) {
+    Simd::store(value_means_[m] + d, Simd::load(value_means_[m] + d) * by);
+  }
 }
 
 void Attend::softmax(const Run& run) {
@@ -284,6 +293,7 @@ void Attend::finish(bool value_codes) {
         for (int f = 0; f < fields; f++) out[k * fields + f] += sums[f * kLanes];
       }
     }
+    for (int d = 0; v_.means && d < dim_; d++) out[d] += value_means_[m][d];
   }
 }
 

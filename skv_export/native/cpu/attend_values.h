@@ -72,6 +72,18 @@ void Attend::load_channel_parameters(const uint8_t* tile) {
   }
 }
 
+// A mean per channel and tile counts once for each token, by its probability.
+void Attend::sum_means(const uint8_t* tile) {
+  load_means(v_, tile, work_);
+  for (int m = 0; m < rows_; m++) {
+    const F total = Simd::set(Simd::sum(tile_total_[m]));
+    for (int d = 0; d < dim_; d += kLanes) {
+      float* sums = value_means_[m] + d;
+      Simd::store(sums, Simd::fma(total, Simd::load(work_ + d), Simd::load(sums)));
+    }
+  }
+}
+
 // Adds fields [kFirst, kFirst + some) of a plane for kRows query rows: as many as there are registers for.
 template <int kRows, int kWidth, int kNibble, int kFirst, bool kSpread>
 void Attend::sum_plane(const uint8_t* tile, int p, int row) {
@@ -165,6 +177,7 @@ void Attend::sum_fields(const uint8_t* tile, int p) {
 void Attend::sum_tile(const uint8_t* tile) {
   weigh(tile);
   if (v_.channel) load_channel_parameters(tile);
+  if (v_.means) sum_means(tile);
   for (int p = 0; p < v_.num_planes; p++) {
     switch (v_.planes[p].width) {
       case 1:

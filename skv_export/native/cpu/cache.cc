@@ -60,6 +60,9 @@ TileShape make_shape(const SkvLayout& l) {
   s.row_type = l.recent_type;
   s.is_value = l.is_value != 0;
   s.parameters = code_bytes(l);
+  if (l.granularity == SKV_TOKEN_CHANNEL && l.bits != 16) {
+    s.means = s.parameters + int64_t{2} * num_groups(l) * l.tile_tokens;
+  }
   s.tile_bytes = tile_bytes(l);
   // Planes of 8, 4, 2, 1 bits, high bits first: 3 = 2+1, 5 = 4+1, 6 = 4+2.
   int64_t offset = 0;

@@ -93,7 +93,7 @@ int check_layout(const SkvLayout& l, const char* tensor) {
   if (!bits) {
     return fail(SKV_INVALID_ARGUMENT, "%s cache: bits; got %d; expected 1, 2, 3, 4, 5, 6, 8 or 16", tensor, l.bits);
   }
-  if (int status = check_range(tensor, "granularity", l.granularity, SKV_CHANNEL, SKV_TOKEN)) return status;
+  if (int status = check_range(tensor, "granularity", l.granularity, SKV_CHANNEL, SKV_TOKEN_CHANNEL)) return status;
   if (int status = check_range(tensor, "rotation", l.rotation, SKV_ROTATION_NONE, SKV_HADAMARD)) return status;
   if (l.group_size < 1 || padded_dim(l) % l.group_size != 0) {
     return fail(SKV_INVALID_ARGUMENT, "%s cache: group_size; got %d; expected a divisor of %d (head_dim %d, padded)",

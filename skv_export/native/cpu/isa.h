@@ -26,6 +26,7 @@ struct TileShape {
     int64_t offset;
   } planes[2];
   int64_t parameters;  // offset in the tile
+  int64_t means;       // offset in the tile of a mean per channel; 0 = none
   int64_t tile_bytes;
 };
 

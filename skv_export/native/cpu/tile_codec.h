@@ -117,9 +117,24 @@ void store_row(int32_t type, const float* row, void* target, int32_t n) {
   }
 }
 
-// Butterflies of stride 1, 2, 4, ... and one multiplication, in the reference's order.
+// Butterflies of stride 1, 2, 4, ... and one multiplication, in the reference's order. A block is at least 32 long.
 void rotate(float* row, int32_t n, int32_t block) {
-  for (int stride = 1; stride < block; stride *= 2) {
+  // Within 16 numbers: each and its partner, whose sign is turned for the upper of the two (a - b = -b + a).
+  typedef float Vector __attribute__((vector_size(64)));
+  const Vector sign1 = {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};
+  const Vector sign2 = {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1};
+  const Vector sign4 = {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1};
+  const Vector sign8 = {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1};
+  for (int start = 0; start < n; start += 16) {
+    Vector x;
+    memcpy(&x, row + start, sizeof(x));
+    x = x * sign1 + __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    x = x * sign2 + __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    x = x * sign4 + __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    x = x * sign8 + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    memcpy(row + start, &x, sizeof(x));
+  }
+  for (int stride = 16; stride < block; stride *= 2) {
     for (int start = 0; start < n; start += 2 * stride) {
       float *low = row + start, *high = row + start + stride;
       for (int i = 0; i < stride; i++) {
@@ -312,6 +327,37 @@ void encode_channel_parameters(const TileShape& s, const float* content, float* 
   }
 }
 
+// Means of a tile's channels in 8 bits: int8 codes [D], then the float16 unit, then zeros (reference: _means).
+void load_means(const TileShape& s, const uint8_t* tile, float* means) {
+  const float unit = half_to_float(load16(tile + s.means + s.dim, 0));
+  for (int d = 0; d < s.dim; d++) means[d] = static_cast<float>(static_cast<int8_t>(tile[s.means + d])) * unit;
+}
+
+// `work` holds half a tile.
+void encode_means(const TileShape& s, const float* content, uint8_t* tile, float* work) {
+  int count = s.tile_tokens / 2 * s.dim;
+  for (int i = 0; i < count; i++) work[i] = content[i] + content[i + count];
+  while (count > s.dim) {
+    count /= 2;
+    for (int i = 0; i < count; i++) work[i] += work[i + count];
+  }
+  float largest = 0;
+  for (int d = 0; d < s.dim; d++) {
+    work[d] /= static_cast<float>(s.tile_tokens);
+    const float size = work[d] < 0.0f ? -work[d] : work[d];
+    largest = size > largest ? size : largest;
+  }
+  const uint16_t stored_unit = float_to_half(largest / 127.0f);
+  const float unit = half_to_float(stored_unit);
+  for (int d = 0; d < s.dim; d++) {
+    const float code = divide(work[d], unit);
+    const float clipped = code < -127.0f ? -127.0f : code > 127.0f ? 127.0f : code;
+    tile[s.means + d] = static_cast<uint8_t>(static_cast<int8_t>((clipped + 12582912.0f) - 12582912.0f));
+  }
+  memset(tile + s.means + s.dim, 0, 16);
+  store16(tile + s.means + s.dim, 0, stored_unit);
+}
+
 void encode_tile(const TileShape* shape, const float* content, uint8_t* tile) {
   const TileShape& s = *shape;
   if (s.bits == 16) {
@@ -323,6 +369,10 @@ void encode_tile(const TileShape* shape, const float* content, uint8_t* tile) {
   float scale[skv::kMaxDim], offset[skv::kMaxDim];
   uint8_t codes[skv::kMaxDim * kStrip];
   if (s.channel) encode_channel_parameters(s, content, scale, offset, tile);
+  if (s.means) {
+    encode_means(s, content, tile, work);
+    load_means(s, tile, offset);
+  }
   for (int first = 0; first < s.tile_tokens; first += kStrip) {
     transpose_in(content + static_cast<int64_t>(first) * s.dim, s.dim, strip);
     if (s.channel) {
@@ -333,6 +383,7 @@ void encode_tile(const TileShape* shape, const float* content, uint8_t* tile) {
         }
       }
     } else {
+      for (int i = 0; s.means && i < s.dim * kStrip; i++) strip[i] -= offset[i / kStrip];
       for (int group = 0; group < s.dim / s.group_size; group++) {
         float scales[kStrip];
         const int64_t start = static_cast<int64_t>(group) * s.group_size * kStrip;
@@ -353,7 +404,8 @@ void decode_strip(const TileShape& s, const uint8_t* tile, int first, float* row
   unpack_strip(s, tile, first, codes);
   const uint8_t* parameters = tile + s.parameters;
   const float middle = static_cast<float>((1 << s.bits) - 1) / 2;
-  float scale[kStrip];
+  float scale[kStrip], means[skv::kMaxDim];
+  if (s.means) load_means(s, tile, means);
   for (int d = 0; d < s.dim; d++) {
     const uint8_t* channel = codes + d * kStrip;
     float* out = strip + d * kStrip;
@@ -367,6 +419,7 @@ void decode_strip(const TileShape& s, const uint8_t* tile, int first, float* row
       load_row(SKV_FLOAT16, parameters + 2 * start, scale, kStrip);
     }
     for (int t = 0; t < kStrip; t++) out[t] = (static_cast<float>(channel[t]) - middle) * scale[t];
+    for (int t = 0; s.means && t < kStrip; t++) out[t] += means[d];
   }
   transpose_out(strip, s.dim, rows);
 }
