@@ -327,7 +327,8 @@ def expected_error(layout: CacheLayout, x: Tensor) -> Tensor:
         content = y[:, span].reshape(y.shape[0], tiles, t, -1)
         step = (content.amax(2) - content.amin(2)) / (2**layout.bits - 1)
         variance = torch.zeros_like(y)
-        variance[:, span] = (step**2 / 12).repeat_interleave(t, dim=1)
+        # A uniform grid's error, but for the smallest and the largest token of each channel, which are exact.
+        variance[:, span] = ((1 - 2 / t) * step**2 / 12).repeat_interleave(t, dim=1)
     if layout.rotation == "hadamard":
         variance = _block_mean(variance, layout.rotation_dim)
     return variance[..., : layout.head_dim]
