@@ -116,8 +116,8 @@ class Plan:
             params = layer.params
             window = f", window {params.local_window_size}" if params.local_window_size else ""
             text = (
-                f"K{key.bits}V{value.bits}, {params.num_heads} query and {params.kv_num_heads} KV heads of {key.head_dim}"
-                f"{window}, keys per {key.granularity}, values per {value.granularity}, "
+                f"K{key.bits}V{value.bits}, {params.num_heads} query heads on {params.kv_num_heads}, "
+                f"head_dim {key.head_dim}{window}, keys per {key.granularity}, values per {value.granularity}, "
                 f"first {key.num_sink_tokens} and last {key.recent_tokens} tokens exact"
             )
             if rows and rows[-1][2] == text:
@@ -155,12 +155,19 @@ def _load_config(source: Source) -> PreTrainedConfig:
 def _plan(source: Source, recipe: Recipe, config: PreTrainedConfig) -> Plan:
     check_config(config)
     count = int(config.num_hidden_layers)
-    with torch.device("meta"), torch.no_grad():
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[recipe.dtype])  # type: ignore[no-untyped-call]
-        prepare_model(model)
-        decoder = SkvDecoder(model, recipe.layers(count))
-        cache = [torch.empty(2, 1, 1, 1, dtype=torch.uint8)] * count  # its bytes don't matter to shapes
-        decoder(*_example_inputs(cache, cache))
+    configs = recipe.layers(count)
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[recipe.dtype])  # type: ignore[no-untyped-call]
+            prepare_model(model)
+            decoder = SkvDecoder(model, configs)
+            cache = [torch.empty(2, 1, 1, 1, dtype=torch.uint8)] * count  # its bytes don't matter to shapes
+            decoder(*_example_inputs(cache, cache))
+    except (AttributeError, ImportError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        got = f"{type(error).__name__}: {str(error)[:300]}"
+        raise SkvError(
+            f"{config.model_type}: can't be exported: its model does not run with the op as its attention", got=got
+        ) from error
     check_windows(config, [layer.params.local_window_size for layer in decoder.layers])
     parameters = {id(p): p for p in model.parameters()}
     return Plan(

@@ -54,6 +54,8 @@ def _share_tied_weights(graph: ir.Graph) -> None:
 
 def _fold_constants(model: ir.Model) -> None:
     def should_fold(node: ir.Node) -> bool | None:
+        if node.op_type == "Transpose":  # of a weight: see _weight
+            return False
         sizes = [v.const_value.nbytes for v in node.inputs if v is not None and v.const_value is not None]
         return False if max(sizes, default=0) > SMALL_BYTES else None
 
@@ -383,7 +385,7 @@ def _flat_rotary(builder: _Builder, node: ir.Node) -> None:
     if x is None or heads is None or size is None or x.shape is None:
         return
     flat = builder.before(node, "Reshape", x, builder.ints(0, 0, heads * size))
-    flat.type, flat.shape = x.type, ir.Shape([*x.shape[:2], heads * size])  # type: ignore[list-item]
+    flat.type, flat.shape = x.type, ir.Shape([*x.shape[:2], heads * size])
     turned = builder.before(node, "RotaryEmbedding", flat, *node.inputs[1:], like=flat, num_heads=heads)
     for user in users:
         builder.replace(
@@ -400,8 +402,9 @@ def _weight(builder: _Builder, node: ir.Node) -> None:
     x, graph = node.inputs[0], builder.graph
     if all(use.node is transposed for use in weight.uses()) and _only_user(transposed.outputs[0]) is node:
         tensor, name = weight.const_value, str(weight.name)
-        rows, columns = tensor.shape
-        lazy = ir.LazyTensor(lambda: ir.tensor(_transposed(tensor)), tensor.dtype, ir.Shape([columns, rows]), name=name)
+        lazy = ir.LazyTensor(
+            lambda: ir.tensor(_transposed(tensor)), tensor.dtype, ir.Shape(tensor.shape[::-1]), name=name
+        )
         stored = ir.Value(name=name, type=weight.type, shape=lazy.shape, const_value=lazy)
         builder.replace(transposed, stored)
         del graph.initializers[name]

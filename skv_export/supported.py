@@ -50,10 +50,10 @@ def _reasons(config: PreTrainedConfig) -> Iterator[str]:
         yield "cross attention (add_cross_attention) has a cache of another kind"
     if has("kv_lora_rank"):
         yield "multi-head latent attention (kv_lora_rank) caches one compressed vector, not keys and values"
-    if other := sorted(kinds - _PLAIN_LAYERS):
-        yield f"layers without a cache of keys and values, such as linear attention ({', '.join(other)})"
     if state := has(*_STATE_SPACE):
         yield f"a state-space model ({', '.join(state)}) has a recurrent state, not keys and values"
+    if other := sorted(kinds - _PLAIN_LAYERS):
+        yield f"layers without a cache of keys and values, such as linear attention ({', '.join(other)})"
     if senses := has(*_OTHER_SENSES):
         yield f"it reads more than text ({', '.join(senses)}): export its text model alone"
     if has("num_kv_shared_layers"):
@@ -71,7 +71,7 @@ def _reasons(config: PreTrainedConfig) -> Iterator[str]:
 
 
 def _is_gguf(config: PreTrainedConfig) -> bool:
-    given = config.quantization_config
+    given: Any = config.quantization_config
     method = given.get("quant_method") if isinstance(given, Mapping) else getattr(given, "quant_method", "")
     return str(getattr(method, "value", method)) == "gguf"
 
@@ -111,7 +111,7 @@ def context_length(config: PreTrainedConfig) -> int:
     full = int(getattr(config, "max_position_embeddings", None) or 2048)
     original = "original_max_position_embeddings"
     longropes = [rope for rope in _ropes(config) if rope.get("rope_type") == "longrope"]
-    return min([full, *(int(rope.get(original) or getattr(config, original, full)) for rope in longropes)])
+    return min([full, *(int(rope.get(original, full)) for rope in longropes)])
 
 
 def prepare_model(model: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -49,8 +50,8 @@ TINY: dict[str, dict[str, Any]] = {
         "layer_types": _ALTERNATING[:2], "sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
-    "gpt2": {"scale_attn_by_inverse_layer_idx": True},
-    "gpt_neox": {},
+    "gpt2": {"num_attention_heads": 2, "scale_attn_by_inverse_layer_idx": True},
+    "gpt_neox": {"num_attention_heads": 2},
 }  # fmt: skip
 """Architecture -> what its tiny configuration sets beyond ``_COMMON``: every attention variant that has to work."""
 
@@ -79,6 +80,12 @@ def make_tiny(folder: Path, arch: str, **overrides: Any) -> Path:
                 parameter.normal_(0, 0.3)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_trace_records() -> None:
+    """pytest listens to loggers that don't propagate, and torch traces slowly while its trace logger is listened to."""
+    logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(scope="session")
@@ -112,3 +119,12 @@ def library() -> Path:
     if built.is_file():
         os.environ.setdefault("SKV_OPS_LIBRARY", str(built))
     return library_path()
+
+
+@pytest.fixture(scope="session")
+def demo_export(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, library: Path) -> Path:
+    """The demo model, exported with the default recipe, once per run."""
+    from skv_export.export import export_model
+
+    out = tmp_path_factory.mktemp("demo") / "smollm2-k4v2"
+    return export_model(demo_checkpoint, out=out, progress=lambda phase, fraction: None)
