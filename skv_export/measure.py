@@ -30,6 +30,7 @@ from skv_export.recipe import LayerConfig
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done and steps in all."""
 EXACT = 16
+_INSTANCES = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class DecodeModel:
     """
 
     def __init__(self, source: Source) -> None:
-        name = "skv_measure"
+        name = f"skv_measure_{next(_INSTANCES)}"  # transformers' registry is global; each model has its own entry
         AttentionInterface.register(name, self._attend)
         files = {"gguf_file": source.gguf_file} if source.gguf_file else {}
         if source.kind == "hub":

@@ -389,8 +389,8 @@ def traffic() -> Any:
     from skv_export.measure import LayerTraffic
 
     torch.manual_seed(0)
-    q, k, v = torch.randn(4, 300, 32), torch.randn(2, 300, 32), torch.randn(2, 300, 32)
-    return LayerTraffic(q, k, v, 32**-0.5, 0.0, 0, None, torch.randn(4, 300, 32))
+    q, k, v = torch.randn(4, 300, 64), torch.randn(2, 300, 64), torch.randn(2, 300, 64)
+    return LayerTraffic(q, k, v, 64**-0.5, 0.0, 0, None, torch.randn(4, 300, 64))
 
 
 SMALL = LayerConfig(recent_tokens=32, tile_tokens=32)
@@ -405,7 +405,7 @@ def test_one_pass_is_token_by_token_decoding(traffic: Any, change: dict[str, Any
 
     sink = torch.tensor([0.5, -1.0, 2.0, 0.0]) if change.pop("sink", False) else None
     live = dataclasses.replace(traffic, sink=sink, **change)
-    layouts = CacheLayout.pair(dataclasses.replace(SMALL, recent_type="float"), 32, live.window)
+    layouts = CacheLayout.pair(dataclasses.replace(SMALL, recent_type="float"), 64, live.window)
     found = decode_output(live, dataclasses.replace(SMALL, recent_type="float")).numpy()
     params = AttentionParams(4, 2, softcap=live.softcap, local_window_size=live.window)
     blocks = [np.zeros((2, math.prod(layout.shape(300))), np.uint8) for layout in layouts]
@@ -518,6 +518,20 @@ def test_measurement_goes_on_where_it_stopped(
     np.testing.assert_allclose(resumed.measurement.loss, whole.measurement.loss, rtol=1e-4)
     with pytest.raises(SkvError, match="belongs to another run"):
         analyze.run(tiny_checkpoint("llama"), measure=True, text=text, state=state, **{**RUN, "windows": 1})
+
+
+def test_two_models_at_once_keep_to_themselves(tiny_checkpoint: Callable[..., Path], tokens: None) -> None:
+    import torch
+
+    from skv_export.checkpoint import resolve
+    from skv_export.measure import DecodeModel
+
+    ids = torch.arange(3, 120)
+    first = DecodeModel(resolve(tiny_checkpoint("llama")))
+    exact = first.log_probs(ids)
+    DecodeModel(resolve(tiny_checkpoint("qwen2")))
+    first.bits = {0: dataclasses.replace(SMALL, k_bits=1, v_bits=1)}
+    assert (first.log_probs(ids) - exact).abs().max() > 1e-3
 
 
 def test_direct_kl(tiny_checkpoint: Callable[..., Path], tmp_path: Path, tokens: None) -> None:
