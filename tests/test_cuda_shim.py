@@ -1,4 +1,4 @@
-"""The CUDA kernels against the reference, on the CPU through the shim: every case, byte for byte where bytes are written."""
+"""The CUDA kernels against the reference, on the CPU through the shim: every case, byte for byte where they write."""
 
 from __future__ import annotations
 

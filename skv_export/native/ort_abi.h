@@ -119,6 +119,7 @@ struct CustomOp {
   X(162, KernelInfoGetAttributeArray_float, OrtStatus*(const OrtKernelInfo*, const char* name, float*, size_t*))      \
   X(163, KernelInfoGetAttributeArray_int64, OrtStatus*(const OrtKernelInfo*, const char* name, int64_t*, size_t*))    \
   X(193, KernelContext_GetGPUComputeStream, OrtStatus*(const OrtKernelContext*, void** stream))                       \
+  X(194, GetTensorMemoryInfo, OrtStatus*(const OrtValue*, const OrtMemoryInfo**))                                    \
   X(211, CreateOpAttr, OrtStatus*(const char* name, const void* data, int count, AttributeType, OrtOpAttr**))         \
   X(212, ReleaseOpAttr, void(OrtOpAttr*))                                                                             \
   X(213, CreateOp,                                                                                                    \

@@ -51,7 +51,7 @@ struct Scheduler {
   Fiber* current = nullptr;
   Block block;
   std::function<void()> body;
-  alignas(32) unsigned char slots[32][2][32 * 32];  // per warp, double buffered: one barrier per exchange
+  alignas(32) unsigned char slots[32][2][32 * 32];           // per warp, double buffered: one barrier per exchange
   char warp_sync[32], block_sync, launch_begin, launch_end;  // addresses for ThreadSanitizer's happens-before edges
   const void* main_stack = nullptr;
   size_t main_stack_bytes = 0;
@@ -197,7 +197,8 @@ bool release_warps() {
       bool all = true;
       for (unsigned lane = 0; lane < 32 && all; lane++) {
         if (!(mask >> lane & 1)) continue;
-        if (first + lane >= end || s.fibers[first + lane].state == State::kDone) die("a barrier waits for a lane that has left");
+        if (first + lane >= end || s.fibers[first + lane].state == State::kDone)
+          die("a barrier waits for a lane that has left");
         const Fiber& other = s.fibers[first + lane];
         all = other.state == State::kAtWarpBarrier && other.mask == mask;
         if (all && other.line != s.fibers[i].line) die("lanes meet at different barriers");
@@ -269,7 +270,8 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> bod
 #if defined(__SANITIZE_THREAD__)
   s.main.tsan = __tsan_get_current_fiber();
 #endif
-  std::vector<char*> shared;  // kept to the end: a new allocation for each block, so that no block meets another's accesses
+  std::vector<char*>
+      shared;  // kept to the end: a new allocation for each block, so that no block meets another's accesses
   for (unsigned z = 0; z < grid.z; z++)
     for (unsigned y = 0; y < grid.y; y++)
       for (unsigned x = 0; x < grid.x; x++) {
@@ -309,7 +311,8 @@ SHIM_NO_TSAN const unsigned char* exchange(uint32_t mask, const void* value, siz
 }
 
 void async_copy(void* shared, const void* global, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(shared) % bytes || reinterpret_cast<uintptr_t>(global) % bytes) die("cp.async not aligned");
+  if (reinterpret_cast<uintptr_t>(shared) % bytes || reinterpret_cast<uintptr_t>(global) % bytes)
+    die("cp.async not aligned");
   s.current->groups.back().push_back({shared, global, bytes});
 }
 

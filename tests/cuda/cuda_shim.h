@@ -1,5 +1,6 @@
-// Owns CUDA on the CPU: enough of the language and of the runtime to compile the kernels' sources with g++ and to run every
-// CUDA thread as a fiber. One block runs at a time, its threads in turn, switching at barriers, shuffles and votes.
+// Owns CUDA on the CPU: enough of the language and of the runtime to compile the kernels' sources with g++ and to run
+// every CUDA thread as a fiber. One block runs at a time, its threads in turn, switching at barriers, shuffles and
+// votes.
 //
 // What it catches beyond wrong results: deadlocks and lanes that meet at different call sites (abort, with the lines);
 // reads of shared memory nobody wrote (filled with NaN); copies used before cp.async.wait (they happen at the wait, not
@@ -181,7 +182,8 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
 inline uint32_t movmatrix_trans(uint32_t a, SHIM_LINE) {
   const unsigned char* slots = exchange(~0u, &a, sizeof a, line);
   const unsigned column = lane() / 4, row = (lane() % 4) * 2;
-  const uint32_t low = slot<uint32_t>(slots, row * 4 + column / 2), high = slot<uint32_t>(slots, (row + 1) * 4 + column / 2);
+  const uint32_t low = slot<uint32_t>(slots, row * 4 + column / 2),
+                 high = slot<uint32_t>(slots, (row + 1) * 4 + column / 2);
   const unsigned bits = 16 * (column & 1);
   return (low >> bits & 0xFFFF) | (high >> bits & 0xFFFF) << 16;
 }

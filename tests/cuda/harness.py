@@ -1,7 +1,7 @@
 """Owns the Python side of the CUDA kernels' C interface for tests and benchmarks, on the CPU shim and on a GPU.
 
-``Library`` calls the functions of ``native/cuda/kernels_cuda.h`` on arrays that a ``Memory`` has put where the kernels can
-read them: for the shim numpy arrays with sentinels around them, for a GPU torch tensors (``gpu_test.py``).
+``Library`` calls the functions of ``native/cuda/kernels_cuda.h`` on arrays that a ``Memory`` has put where the kernels
+can read them: for the shim numpy arrays with sentinels around them, for a GPU torch tensors (``gpu_test.py``).
 """
 
 from __future__ import annotations
@@ -20,67 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skv_export.cases import Case, Inputs
-from skv_export.layout import CacheLayout, layout_fields
+from skv_export.layout import CacheLayout
+from skv_export.library import SkvAttention, SkvCache, SkvLayout, SkvTokens
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "skv_export" / "native" / "cuda"
 SHIM = ROOT / "tests" / "cuda"
-GRANULARITIES = {"channel": 0, "token": 1}
-ROTATIONS = {"none": 0, "hadamard": 1}
 TYPES = {"float16": 0, "float": 1, "float32": 1, "bfloat16": 2}
 AUTO, SIMPLE, MMA, PREFILL = range(4)
 OK, INVALID_ARGUMENT, NOT_SUPPORTED = range(3)
 
 Array = NDArray[Any]
-
-
-class Layout(ctypes.Structure):
-    """``SkvLayout``."""
-
-    _fields_ = [(name, ctypes.c_int32) for name in layout_fields()]
-
-    @classmethod
-    def of(cls, layout: CacheLayout) -> Layout:
-        values = dataclasses.asdict(layout)
-        values["granularity"] = GRANULARITIES[layout.granularity]
-        values["rotation"] = ROTATIONS[layout.rotation]
-        values["recent_type"] = TYPES[layout.recent_type]
-        return cls(*(int(values[name]) for name in layout_fields()))
-
-
-class Cache(ctypes.Structure):
-    """``SkvCache``."""
-
-    _fields_ = [("layout", Layout), ("data", ctypes.c_void_p), ("block_bytes", ctypes.c_int64)]
-
-
-class Tokens(ctypes.Structure):
-    """``SkvTokens``."""
-
-    _fields_ = [("data", ctypes.c_void_p), ("token_stride", ctypes.c_int64)]
-
-
-class Attention(ctypes.Structure):
-    """``SkvAttention``."""
-
-    _fields_ = [
-        ("key_cache", Cache),
-        ("value_cache", Cache),
-        ("query", Tokens),
-        ("key", Tokens),
-        ("value", Tokens),
-        ("output", ctypes.c_void_p),
-        ("seqlens_k", ctypes.c_void_p),
-        ("query_seqlens", ctypes.c_void_p),
-        ("head_sink", ctypes.c_void_p),
-        ("type", ctypes.c_int32),
-        ("batch", ctypes.c_int32),
-        ("tokens", ctypes.c_int32),
-        ("num_heads", ctypes.c_int32),
-        ("kv_num_heads", ctypes.c_int32),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-    ]
 
 
 class Context(ctypes.Structure):
@@ -91,7 +41,6 @@ class Context(ctypes.Structure):
         ("scratch", ctypes.c_void_p),
         ("scratch_bytes", ctypes.c_int64),
         ("max_length", ctypes.c_int64),
-        ("not_finite", ctypes.c_void_p),
         ("path", ctypes.c_int32),
         ("output_type", ctypes.c_int32),
         ("multiprocessors", ctypes.c_int32),
@@ -188,7 +137,7 @@ class Library:
             name.decode() if name else "",
         )
 
-    def prepare(self, case: Case, inputs: Inputs, path: int = AUTO) -> tuple[dict[str, Any], Attention, Context]:
+    def prepare(self, case: Case, inputs: Inputs, path: int = AUTO) -> tuple[dict[str, Any], SkvAttention, Context]:
         """Puts a case's tensors in memory and describes the call."""
         put, address = self.memory.put, self.memory.address
         typed = lambda x: as_type(x, case.dtype)  # noqa: E731
@@ -209,14 +158,14 @@ class Library:
         buffers = {name: put(array) for name, array in arrays.items()}
         at = {name: address(buffer) for name, buffer in buffers.items()}
         caches = [
-            Cache(Layout.of(layout), at[name], int(np.prod(arrays[name].shape[2:])))
+            SkvCache(SkvLayout.of(layout), at[name], int(np.prod(arrays[name].shape[2:])))
             for layout, name in zip(case.layouts, ("past_key", "past_value"), strict=True)
         ]
         batch, tokens = inputs.query.shape[:2]
         hidden = [case.num_heads * case.head_dim, *[case.kv_num_heads * case.head_dim] * 2]
-        call = Attention(
+        call = SkvAttention(
             *caches,
-            *(Tokens(at[name], size) for name, size in zip(("query", "key", "value"), hidden, strict=True)),
+            *(SkvTokens(at[name], size) for name, size in zip(("query", "key", "value"), hidden, strict=True)),
             at["output"],
             at["seqlens_k"],
             at.get("query_seqlens"),
@@ -228,8 +177,9 @@ class Library:
             case.kv_num_heads,
             0.0,
             case.softcap,
+            at["not_finite"],
         )
-        context = Context(None, None, 0, max(case.total_lengths), at["not_finite"], path, -1, self.multiprocessors)
+        context = Context(None, None, 0, max(case.total_lengths), path, -1, self.multiprocessors)
         size = self.lib.skv_cuda_scratch_bytes(ctypes.byref(call), ctypes.byref(context))
         if size < 0:
             self.check(-size)
@@ -242,14 +192,14 @@ class Library:
         source = self.memory.put(tile)
         out = self.memory.put(np.full((layout.tile_tokens, layout.padded_dim), np.nan, np.float32))
         pointers = (ctypes.c_void_p(self.memory.address(x)) for x in (source, out))
-        self.check(self.lib.skv_cuda_decode_tile(ctypes.byref(Layout.of(layout)), *pointers, None))
+        self.check(self.lib.skv_cuda_decode_tile(ctypes.byref(SkvLayout.of(layout)), *pointers, None))
         return self.memory.get(out)
 
     def dequantize(self, layout: CacheLayout, block: Array, head: int, length: int) -> Array:
         """``[length, head_dim]`` of one head of blocks ``[N_kv, C]``."""
         held = self.memory.put(block)
         out = self.memory.put(np.full((length, layout.head_dim + 3), 7, np.float32))
-        cache = Cache(Layout.of(layout), self.memory.address(held), block.shape[1])
+        cache = SkvCache(SkvLayout.of(layout), self.memory.address(held), block.shape[1])
         self.check(
             self.lib.skv_cuda_dequantize(
                 ctypes.byref(cache), block.shape[0], 0, head, ctypes.c_int64(length), TYPES["float"],
@@ -263,7 +213,7 @@ class Library:
     def rewind(self, layout: CacheLayout, block: Array, length: int, new_length: int) -> Array:
         """Blocks ``[N_kv, C]`` of one sequence, taken back."""
         held = self.memory.put(block)
-        cache = Cache(Layout.of(layout), self.memory.address(held), block.shape[1])
+        cache = SkvCache(SkvLayout.of(layout), self.memory.address(held), block.shape[1])
         lengths = (ctypes.c_int64(length), ctypes.c_int64(new_length))
         self.check(self.lib.skv_cuda_rewind(ctypes.byref(cache), block.shape[0], 0, *lengths, None))
         return self.memory.get(held)
@@ -277,37 +227,60 @@ def as_type(x: Array, dtype: str) -> Array:
     return x.astype(np.dtype(dtype))
 
 
-def build_shim(out: Path, *, flags: Sequence[str] = (), sources: Path = SOURCES, optimize: str = "-O1") -> Path:
-    """Compiles the kernels and the shim into ``out``/<hash of sources and flags>/libskv_cuda_shim.so."""
-    files = sorted([*sources.glob("*.cu"), SHIM / "cuda_shim.cc"])
-    headers = [
-        *sources.glob("*.cuh"),
-        *sources.glob("*.h"),
-        *sources.glob("*.inc"),
-        SHIM / "cuda_shim.h",
-        *sources.parent.glob("k*.h"),
-    ]
-    command = ["g++", "-x", "c++", "-std=c++17", optimize, "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
-    command += ["-Wno-unknown-pragmas", f"-I{SHIM}", f"-I{sources}", *flags]
+def build_shim(out: Path, *, flags: Sequence[str] = (), sources: Path = SOURCES, only: str = "*") -> Path:
+    """Compiles the kernels and the shim.
+
+    Args:
+        out: The library stands in a folder below, named by a hash of sources and flags; built once.
+        flags: More of them, such as ``-fsanitize=thread``.
+        sources: The kernels' folder.
+        only: Pattern of the files to build, for callers that need a few kernels.
+
+    Returns:
+        ``libskv_cuda_shim.so``.
+    """
+    files = [f for f in sorted(sources.glob("*.cu")) if f.name != "runtime.cu" and f.match(only)]
+    return build(out, "libskv_cuda_shim.so", [*files, SHIM / "cuda_shim.cc"], sources.parent, flags)
+
+
+def build_ort_shim(out: Path) -> Path:
+    """Compiles the op's CUDA side over the shim, for ONNX Runtime's CPU provider: ``libskv_ops_shim.so``."""
+    native = SOURCES.parent
+    files = [f for f in sorted(SOURCES.glob("*.cu")) if f.name != "runtime.cu"]
+    files += [SHIM / "cuda_shim.cc", SHIM / "ort_shim.cc", native / "cpu" / "checks.cc", native / "ort_ops_cuda.cc"]
+    files += [native / f"ort_{name}.cc" for name in ("attributes", "op", "prepare", "runtime")]
+    return build(out, "libskv_ops_shim.so", files, native, ['-DSKV_CUDA_PROVIDER="CPUExecutionProvider"'])
+
+
+def build(out: Path, name: str, files: Sequence[Path], native: Path, flags: Sequence[str]) -> Path:
+    """Compiles files, each once per content of the sources, and links them."""
+    headers = [*native.glob("*.h"), *native.glob("c*/*.h"), *native.glob("cuda/*.cuh"), SHIM / "cuda_shim.h"]
+    command = ["g++", "-x", "c++", "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+    command += ["-Wno-unknown-pragmas", f"-I{SHIM}", f"-I{native}", *flags]
     if os.uname().machine == "x86_64":
         command += ["-mf16c", "-mavx2"]
-    digest = hashlib.sha256(" ".join(command).encode())
-    for file in sorted([*files, *headers]):
-        digest.update(file.read_bytes())
-    folder = out / digest.hexdigest()[:16]
-    library = folder / "libskv_cuda_shim.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
+    common = hashlib.sha256(" ".join(command).encode())
+    for file in sorted(headers):
+        common.update(file.read_bytes())
 
     def compile_(file: Path) -> Path:
-        target = folder / f"{file.stem}.o"
-        subprocess.run([*command, "-c", str(file), "-o", str(target)], check=True)
+        digest = common.copy()
+        digest.update(file.read_bytes())
+        target = out / f"{file.stem}.{digest.hexdigest()[:16]}.o"
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}")
+            subprocess.run([*command, "-c", str(file), "-o", str(partial)], check=True)
+            partial.rename(target)
         return target
 
+    out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_, files))
-    partial = folder / "partial.so"
-    subprocess.run(["g++", "-shared", *flags, *map(str, objects), "-o", str(partial)], check=True)
-    partial.rename(library)
+        objects = [str(x) for x in pool.map(compile_, files)]
+    digest = hashlib.sha256(" ".join(objects).encode()).hexdigest()[:16]
+    library = out / digest / name
+    if not library.exists():
+        library.parent.mkdir(exist_ok=True)
+        partial = library.with_suffix(f".{os.getpid()}")
+        subprocess.run(["g++", "-shared", *flags, *objects, "-o", str(partial)], check=True)
+        partial.rename(library)
     return library

@@ -141,7 +141,7 @@ SKV_DEVICE void encode_per_channel(const Target<E>& target, Shared<E>& shared, u
       parameters[c.dim + d] = grid.offset;
     }
   }
-  encode_codes<E>(target, shared, tile, first, [&](const float(&x)[E], int, float(&codes)[E]) {
+  encode_codes<E>(target, shared, tile, first, [&](const float (&x)[E], int, float (&codes)[E]) {
 #pragma unroll
     for (int e = 0; e < E; e++) codes[e] = ChannelGrid(low[e], high[e], c.layout.bits).code(x[e]);
   });
@@ -151,7 +151,7 @@ template <int E>
 SKV_DEVICE void encode_per_token(const Target<E>& target, Shared<E>& shared, uint8_t* tile, int first) {
   const Cache& c = target.cache;
   half* scales = reinterpret_cast<half*>(tile + c.code_bytes);
-  encode_codes<E>(target, shared, tile, first, [&](const float(&x)[E], int t, float(&codes)[E]) {
+  encode_codes<E>(target, shared, tile, first, [&](const float (&x)[E], int t, float (&codes)[E]) {
     const int per_group = c.layout.group_size / 32;
     for (int group = 0; group < c.groups; group++) {
       const half scale = quantize_group(x, group * per_group, per_group, c.layout.bits, codes);
@@ -192,8 +192,9 @@ __global__ void __launch_bounds__(kThreads) append_kernel(Append a) {
   const Cache& c = is_value ? a.value : a.key;
   const SkvLayout& l = c.layout;
   uint8_t* block = block_of(c, blockIdx.y);
-  const Target<E> target{c, is_value ? a.new_value : a.new_key, s, block, b, int(blockIdx.y % a.kv_num_heads), a.lengths.tokens,
-                         a.not_finite};
+  const Target<E> target{
+      c,           is_value ? a.new_value : a.new_key, s, block, b, int(blockIdx.y % a.kv_num_heads), a.lengths.tokens,
+      a.not_finite};
   if (a.tiles) {
     const int last = quantized(l, s.total) / l.tile_tokens, tile = quantized(l, s.past) / l.tile_tokens + blockIdx.x;
     if (tile < last && tile >= last - c.tiles) {

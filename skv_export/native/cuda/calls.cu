@@ -2,17 +2,12 @@
 #include <cstdarg>
 #include <cstdio>
 
+#include "errors.h"
 #include "launchers.h"
 
 namespace skv::cuda {
-namespace {
 
-constexpr int kMaxSplits = 256;
-constexpr int kMaxDecodeTokens = 8;
-constexpr int64_t kMaxGrid = 65535;
-
-thread_local char last_error[512];
-thread_local char path_text[256];
+static thread_local char last_error[512];
 
 int fail(int status, const char* format, ...) {
   va_list arguments;
@@ -21,6 +16,15 @@ int fail(int status, const char* format, ...) {
   va_end(arguments);
   return status;
 }
+
+namespace {
+
+constexpr int kMaxSplits = 256;
+constexpr int kMaxDecodeTokens = 8;
+constexpr int64_t kMaxGrid = 65535;
+
+thread_local char path_text[256];
+
 int wrong(const char* what, int64_t got, const char* expected) {
   return fail(SKV_INVALID_ARGUMENT, "%s; got %lld; expected %s", what, static_cast<long long>(got), expected);
 }
@@ -47,15 +51,18 @@ int check_layout(const SkvLayout& l) {
   if (l.tile_tokens != 32 && l.tile_tokens != 64 && l.tile_tokens != 128) {
     return bad("tile_tokens", l.tile_tokens, "32, 64 or 128");
   }
-  if (l.recent_type < SKV_FLOAT16 || l.recent_type > SKV_BFLOAT16) return bad("recent_type", l.recent_type, "0, 1 or 2");
+  if (l.recent_type < SKV_FLOAT16 || l.recent_type > SKV_BFLOAT16)
+    return bad("recent_type", l.recent_type, "0, 1 or 2");
   if (l.local_window_size < 0 || l.local_window_size > (1 << 30)) {
     return bad("local_window_size", l.local_window_size, "0 ... 2^30");
   }
   if (padded_dim(l) > kMaxDim) {
-    return fail(SKV_NOT_SUPPORTED, "%s cache: head_dim; got %d; expected at most %d on CUDA", tensor, l.head_dim, kMaxDim);
+    return fail(SKV_NOT_SUPPORTED, "%s cache: head_dim; got %d; expected at most %d on CUDA", tensor, l.head_dim,
+                kMaxDim);
   }
   if (l.granularity == SKV_TOKEN && l.bits != 16 && l.group_size % 32) {
-    return fail(SKV_NOT_SUPPORTED, "%s cache: group_size; got %d; expected a multiple of 32 on CUDA", tensor, l.group_size);
+    return fail(SKV_NOT_SUPPORTED, "%s cache: group_size; got %d; expected a multiple of 32 on CUDA", tensor,
+                l.group_size);
   }
   return SKV_OK;
 }
@@ -64,12 +71,14 @@ int check_cache(const SkvCache& c) {
   if (const int status = check_layout(c.layout)) return status;
   const char* tensor = c.layout.is_value ? "value" : "key";
   if (c.block_bytes % 16 || tiles_in(c.layout, c.block_bytes) < 0 || c.block_bytes > (int64_t{1} << 40)) {
-    return fail(SKV_INVALID_ARGUMENT, "%s cache: block bytes; got %lld; expected a multiple of 16, at least %lld", tensor,
-                static_cast<long long>(c.block_bytes), static_cast<long long>(full_bytes(c.layout)));
+    return fail(SKV_INVALID_ARGUMENT, "%s cache: block bytes; got %lld; expected a multiple of 16, at least %lld",
+                tensor, static_cast<long long>(c.block_bytes), static_cast<long long>(full_bytes(c.layout)));
   }
-  if (capacity(c.layout, c.block_bytes) >= (1 << 30)) return wrong("cache: capacity", c.block_bytes, "below 2^30 tokens");
+  if (capacity(c.layout, c.block_bytes) >= (1 << 30))
+    return wrong("cache: capacity", c.block_bytes, "below 2^30 tokens");
   if (!c.data) return fail(SKV_INVALID_ARGUMENT, "%s cache: data; got null; expected a device pointer", tensor);
-  if (reinterpret_cast<uintptr_t>(c.data) % 16) return wrong("cache: address", int64_t(uintptr_t(c.data)), "16-byte aligned");
+  if (reinterpret_cast<uintptr_t>(c.data) % 16)
+    return wrong("cache: address", int64_t(uintptr_t(c.data)), "16-byte aligned");
   return SKV_OK;
 }
 
@@ -97,11 +106,13 @@ int check_call(const SkvAttention& call, const SkvCudaContext& context, bool att
     return fail(SKV_INVALID_ARGUMENT, "caches; got key and value exchanged; expected key_cache, value_cache");
   }
   if (!same_tokens(call.key_cache.layout, call.value_cache.layout)) {
-    return fail(SKV_INVALID_ARGUMENT, "caches; got layouts that differ in head_dim, sinks, recent tokens, tile, type or window; "
-                                      "expected one for keys and values");
+    return fail(SKV_INVALID_ARGUMENT,
+                "caches; got layouts that differ in head_dim, sinks, recent tokens, tile, type or window; "
+                "expected one for keys and values");
   }
   if (call.type < SKV_FLOAT16 || call.type > SKV_BFLOAT16) return wrong("type", call.type, "0, 1 or 2");
-  if (context.output_type < -1 || context.output_type > SKV_BFLOAT16) return wrong("output_type", context.output_type, "-1 ... 2");
+  if (context.output_type < -1 || context.output_type > SKV_BFLOAT16)
+    return wrong("output_type", context.output_type, "-1 ... 2");
   if (call.batch < 0 || call.tokens < 0 || call.tokens >= (1 << 24)) return wrong("tokens", call.tokens, "0 ... 2^24");
   if (call.kv_num_heads < 1 || call.num_heads < 1 || call.num_heads % call.kv_num_heads) {
     return wrong("num_heads", call.num_heads, "a multiple of kv_num_heads");
@@ -110,7 +121,8 @@ int check_call(const SkvAttention& call, const SkvCudaContext& context, bool att
     return wrong("batch * kv_num_heads", int64_t{call.batch} * call.kv_num_heads, "at most 65535 on CUDA");
   }
   const int64_t queries = int64_t{call.tokens} * (call.num_heads / call.kv_num_heads);
-  if (attends && queries > 4 * kMaxGrid) return wrong("tokens * num_heads / kv_num_heads", queries, "at most 262140 on CUDA");
+  if (attends && queries > 4 * kMaxGrid)
+    return wrong("tokens * num_heads / kv_num_heads", queries, "at most 262140 on CUDA");
   if (!call.seqlens_k || !call.key.data || !call.value.data || (attends && (!call.query.data || !call.output))) {
     return fail(SKV_INVALID_ARGUMENT, "query, key, value, output or seqlens_k; got null; expected device pointers");
   }
@@ -166,11 +178,11 @@ const MmaInstance* find_mma(const Attention& a, const char** reason) {
   const SkvLayout &k = a.key.layout, &v = a.value.layout;
   const bool in_float = a.query.type == SKV_FLOAT && a.output_type == SKV_FLOAT;
   const bool k_per_token = k.granularity == SKV_TOKEN, v_per_channel = v.granularity == SKV_CHANNEL;
-  *reason = in_float                                 ? "float32 inputs"
-            : a.lengths.tokens > kMaxDecodeTokens    ? "more than 8 new tokens"
-            : k.recent_type != SKV_FLOAT16           ? "recent_type is not float16"
-            : k_per_token && k.group_size % 64       ? "k_group_size is no multiple of 64"
-            : !v_per_channel && v.group_size % 64    ? "v_group_size is no multiple of 64"
+  *reason = in_float                                                  ? "float32 inputs"
+            : a.lengths.tokens > kMaxDecodeTokens                     ? "more than 8 new tokens"
+            : k.recent_type != SKV_FLOAT16                            ? "recent_type is not float16"
+            : k_per_token && k.group_size % 64                        ? "k_group_size is no multiple of 64"
+            : !v_per_channel && v.group_size % 64                     ? "v_group_size is no multiple of 64"
             : a.key.dim != 64 && a.key.dim != 128 && a.key.dim != 256 ? "head_dim is not 64, 128 or 256"
                                                                       : nullptr;
   if (*reason) return nullptr;
@@ -178,7 +190,8 @@ const MmaInstance* find_mma(const Attention& a, const char** reason) {
   const MmaInstance* best = nullptr;
   for (size_t i = 0; i < table.count; i++) {
     const MmaInstance& m = table.instances[i];
-    if (m.k_bits != k.bits || m.v_bits != v.bits || m.k_per_token != k_per_token || m.v_per_channel != v_per_channel) continue;
+    if (m.k_bits != k.bits || m.v_bits != v.bits || m.k_per_token != k_per_token || m.v_per_channel != v_per_channel)
+      continue;
     if (!best || a.columns > best->columns) best = &m;  // the narrowest that holds all columns, or the widest
   }
   if (!best) *reason = "no instance for these bits";
@@ -201,8 +214,9 @@ Plan plan(Attention& a, const SkvCudaContext& context) {
   }
   if (p.mma) {
     p.path = SKV_CUDA_MMA;
-    snprintf(path_text, sizeof path_text, "decode_mma K%dV%d D%d, keys per %s, values per %s", p.mma->k_bits, p.mma->v_bits,
-             p.mma->dim, p.mma->k_per_token ? "token" : "channel", p.mma->v_per_channel ? "channel" : "token");
+    snprintf(path_text, sizeof path_text, "decode_mma K%dV%d D%d, keys per %s, values per %s", p.mma->k_bits,
+             p.mma->v_bits, p.mma->dim, p.mma->k_per_token ? "token" : "channel",
+             p.mma->v_per_channel ? "channel" : "token");
   } else {
     p.path = SKV_CUDA_SIMPLE;
     snprintf(path_text, sizeof path_text, "decode_simple: %s", reason);
@@ -247,17 +261,17 @@ int skv_cuda_attention(const SkvAttention* call, const SkvCudaContext* context) 
   Attention a = describe(*call, *context);
   const Plan p = plan(a, *context);
   if (!context->scratch || context->scratch_bytes < p.scratch_bytes) {
-    return fail(SKV_INVALID_ARGUMENT, "scratch; got %lld bytes; expected %lld", static_cast<long long>(context->scratch_bytes),
-                static_cast<long long>(p.scratch_bytes));
+    return fail(SKV_INVALID_ARGUMENT, "scratch; got %lld bytes; expected %lld",
+                static_cast<long long>(context->scratch_bytes), static_cast<long long>(p.scratch_bytes));
   }
   if (const int status = attend(a, p, *context)) return status;
-  return finished(append(a, context->not_finite, context->stream), "append");
+  return finished(append(a, call->not_finite, context->stream), "append");
 }
 
 int skv_cuda_append(const SkvAttention* call, const SkvCudaContext* context) {
   if (const int status = check_call(*call, *context, false)) return status;
   if (call->batch == 0 || call->tokens == 0) return SKV_OK;
-  return finished(append(describe(*call, *context), context->not_finite, context->stream), "append");
+  return finished(append(describe(*call, *context), call->not_finite, context->stream), "append");
 }
 
 int64_t skv_cuda_scratch_bytes(const SkvAttention* call, const SkvCudaContext* context) {
@@ -273,8 +287,23 @@ const char* skv_cuda_path(const SkvAttention* call, const SkvCudaContext* contex
   return path_text;
 }
 
-int skv_cuda_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int32_t h, int64_t length, int32_t type, void* out,
-                        int64_t row_stride, void* stream) {
+int skv_cuda_prepare(const SkvCudaPreparation* p, float* rows, void* stream) {
+  if (p->head_dim < 1 || p->head_dim > kMaxDim) {
+    return fail(SKV_NOT_SUPPORTED, "head_dim; got %d; expected 1 ... %d on CUDA", p->head_dim, kMaxDim);
+  }
+  if (p->type < SKV_FLOAT16 || p->type > SKV_BFLOAT16) return wrong("type", p->type, "0, 1 or 2");
+  if (p->num_heads < 1 || p->kv_num_heads < 1) return wrong("num_heads", p->num_heads, "1 or more");
+  if (p->cos_cache && 2 * p->rotary_half > p->head_dim)
+    return wrong("cos_cache: columns", p->rotary_half, "head_dim / 2 or less");
+  if (p->batch == 0 || p->tokens == 0) return SKV_OK;
+  if (!rows || !p->query.data || !p->key.data || !p->value.data || !p->seqlens_k || !p->cos_cache != !p->sin_cache) {
+    return fail(SKV_INVALID_ARGUMENT, "tokens, rows or tables; got null; expected device pointers");
+  }
+  return finished(prepare(*p, rows, stream), "prepare");
+}
+
+int skv_cuda_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int32_t h, int64_t length, int32_t type,
+                        void* out, int64_t row_stride, void* stream) {
   if (const int status = check_cache(*cache)) return status;
   if (const int status = check_length(*cache, length)) return status;
   if (b < 0 || h < 0 || h >= kv_num_heads) return wrong("head", h, "a head of the cache");
@@ -283,7 +312,8 @@ int skv_cuda_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, 
   if (length == 0) return SKV_OK;
   if (!out) return fail(SKV_INVALID_ARGUMENT, "out; got null; expected a device pointer");
   const Rows rows{out, 0, row_stride, type, cache->layout.head_dim};
-  return finished(dequantize(make_cache(*cache), rows, int64_t{b} * kv_num_heads + h, int32_t(length), stream), "dequantize");
+  return finished(dequantize(make_cache(*cache), rows, int64_t{b} * kv_num_heads + h, int32_t(length), stream),
+                  "dequantize");
 }
 
 int skv_cuda_decode_tile(const SkvLayout* layout, const uint8_t* tile, float* out, void* stream) {
@@ -292,7 +322,8 @@ int skv_cuda_decode_tile(const SkvLayout* layout, const uint8_t* tile, float* ou
   return finished(decode_tile(*layout, tile, out, stream), "decode_tile");
 }
 
-int skv_cuda_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length, int64_t new_length, void* stream) {
+int skv_cuda_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length, int64_t new_length,
+                    void* stream) {
   if (const int status = check_cache(*cache)) return status;
   if (const int status = check_length(*cache, length)) return status;
   const SkvLayout& l = cache->layout;

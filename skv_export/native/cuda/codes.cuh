@@ -1,9 +1,9 @@
 // Owns how packed codes become operands of the tensor cores: one LOP3 puts two codes into the mantissas of two halves.
 //
-// A 32-bit word of a plane holds two 16-bit halves with the same fields in each. Moved to bit e >= 1 of the mantissa and given
-// the exponent of 1024 (0x6400), the field x reads as 1024 + x * 2^e: `raw`. Keys are multiplied in this form, with 2^-e
-// folded into the query and what the sum has too much taken off by a constant; values are brought to code - middle by one more
-// HFMA2, exactly (that is why e is at least 1: 512 + 1.5 is a half, 1024 + 1.5 is not).
+// A 32-bit word of a plane holds two 16-bit halves with the same fields in each. Moved to bit e >= 1 of the mantissa
+// and given the exponent of 1024 (0x6400), the field x reads as 1024 + x * 2^e: `raw`. Keys are multiplied in this
+// form, with 2^-e folded into the query and what the sum has too much taken off by a constant; values are brought to
+// code - middle by one more HFMA2, exactly (that is why e is at least 1: 512 + 1.5 is a half, 1024 + 1.5 is not).
 #pragma once
 #include "portable.cuh"
 
@@ -23,8 +23,8 @@ struct Codes {
   static_assert(Bits == 2 || Bits == 3 || Bits == 4 || Bits == 8);
   static constexpr int kWidth = Bits == 3 ? 2 : Bits;  // of the first plane
   static constexpr bool kTwoPlanes = Bits == 3;
-  static constexpr int kFields = 8 / kWidth;      // per byte of the first plane
-  static constexpr int kPairs = 2 * kFields;      // of fields per word: bytes 0 and 2, then bytes 1 and 3
+  static constexpr int kFields = 8 / kWidth;  // per byte of the first plane
+  static constexpr int kPairs = 2 * kFields;  // of fields per word: bytes 0 and 2, then bytes 1 and 3
   static constexpr uint32_t kLevels = (1u << Bits) - 1;
 
   // e of pair i, whose field is the (i % kFields)-th of its byte.
@@ -51,7 +51,8 @@ struct Codes {
     return bits << 16 | bits;
   }
 
-  // Pair i of a word of the first plane; its field in `low`, a word of the second plane, stands at bit `low_bit` of both halves.
+  // Pair i of a word of the first plane; its field in `low`, a word of the second plane, stands at bit `low_bit` of
+  // both halves.
   static SKV_DEVICE uint32_t raw(uint32_t word, uint32_t low, int low_bit, int i, uint32_t half_1024) {
     const int e = exponent(i), at = i / kFields * 8 + i % kFields * kWidth;
     const uint32_t mask = (1u << kWidth) - 1, both = mask << 16 | mask;

@@ -1,10 +1,10 @@
 // Owns attention on tensor cores straight from the codes, for few query tokens (design: section 8).
 //
-// S^T = K Q^T and O^T = V^T P^T: 8 columns of queries (heads of a group, then tokens) stand on the N side of m16n8k16, tokens or
-// channels on the M side. A warp takes whole tiles in slabs of 32 tokens, which it copies to shared memory ahead of their
-// use; the sinks, the recent tokens and the new ones are pieces of 32 exact rows behind the tiles. Lane l is (r, c) =
-// (l / 4, l % 4): it holds keys of tokens 2r, 2r + 1 of 16 (16 channels per chunk of 64), values of tokens 4c ... 4c + 3
-// (8 channels per chunk), scores of columns 2c, 2c + 1.
+// S^T = K Q^T and O^T = V^T P^T: 8 columns of queries (heads of a group, then tokens) stand on the N side of m16n8k16,
+// tokens or channels on the M side. A warp takes whole tiles in slabs of 32 tokens, which it copies to shared memory
+// ahead of their use; the sinks, the recent tokens and the new ones are pieces of 32 exact rows behind the tiles. Lane
+// l is (r, c) = (l / 4, l % 4): it holds keys of tokens 2r, 2r + 1 of 16 (16 channels per chunk of 64), values of
+// tokens 4c ... 4c + 3 (8 channels per chunk), scores of columns 2c, 2c + 1.
 //
 // Keys per channel: the scales are folded into the query once per tile, offsets and the 1024s of the raw codes into the
 // scores' initial value. Keys per token: scores of each group of channels times the scale. Values per token: the scale
@@ -55,7 +55,8 @@ struct Slabs {
     const int tokens = value.layout.tile_tokens;
     Plane::copy(to + S::kValueCodes, tile, first_token);
     if constexpr (V::kTwoPlanes) {
-      ValuePlane<S::D, 1>::copy(to + S::kValueCodes + Plane::kBytes, tile + tokens * (S::D * V::kWidth / 8), first_token);
+      ValuePlane<S::D, 1>::copy(to + S::kValueCodes + Plane::kBytes, tile + tokens * (S::D * V::kWidth / 8),
+                                first_token);
     }
     if constexpr (S::VPerChannel) {
       copy_bytes(to + S::kValueParameters, tile + value.code_bytes);
@@ -170,15 +171,23 @@ __global__ void __launch_bounds__(S::kThreadCount, S::kMinBlocks) decode_mma_ker
     return;
   }
   prepare_queries<S>(a, b, head, reinterpret_cast<half*>(shared));
-  if (work.end > work.tile_pieces) prepare_new_rows<S>(a, work.s, b, head, reinterpret_cast<half*>(shared + S::kNewRows));
+  if (work.end > work.tile_pieces)
+    prepare_new_rows<S>(a, work.s, b, head, reinterpret_cast<half*>(shared + S::kNewRows));
   __syncthreads();
 
   const uint8_t *keys = block_of(a.key, blockIdx.y), *values = block_of(a.value, blockIdx.y);
   const int tiles_end = work.end < work.tile_pieces ? work.end : work.tile_pieces, from = work.begin + w;
   const int tiles = from < tiles_end ? (tiles_end - from + S::kWarpCount - 1) / S::kWarpCount : 0;
   const int per_tile = a.key.layout.tile_tokens / kSlab;
-  const Slabs<S> slabs{a.key, a.value, keys, values, shared + S::kSlabs + w * S::kStages * S::kStage,
-                       work.first_tile + from, S::kWarpCount, per_tile, tiles * per_tile};
+  const Slabs<S> slabs{a.key,
+                       a.value,
+                       keys,
+                       values,
+                       shared + S::kSlabs + w * S::kStages * S::kStage,
+                       work.first_tile + from,
+                       S::kWarpCount,
+                       per_tile,
+                       tiles * per_tile};
   Warp<S> warp(a, work, shared);
   for (int k = 0; k < S::kStages - 1; k++) slabs.copy(k);
   for (int k = 0; k < slabs.count; k++) {
@@ -186,8 +195,8 @@ __global__ void __launch_bounds__(S::kThreadCount, S::kMinBlocks) decode_mma_ker
     __syncwarp();  // the slab is there for all lanes, and all are done with the one before it
     slabs.copy(k + S::kStages - 1);
     const int tile = slabs.first + k / per_tile * S::kWarpCount;
-    warp.slab(slabs.stage(k), k % per_tile == 0, a.key.layout.num_sink_tokens + tile * a.key.layout.tile_tokens +
-                                                     k % per_tile * kSlab);
+    warp.slab(slabs.stage(k), k % per_tile == 0,
+              a.key.layout.num_sink_tokens + tile * a.key.layout.tile_tokens + k % per_tile * kSlab);
   }
   for (int piece = from + tiles * S::kWarpCount; piece < work.end; piece += S::kWarpCount) {
     warp.exact_piece(keys, values, (piece - work.tile_pieces) * kSlab);

@@ -1,5 +1,5 @@
-// Owns attention on CUDA cores, one warp per token: every layout and type. The oracle of the fast kernels and what is left
-// for the layouts that they do not cover. Also owns the merge of the splits, which all of them share.
+// Owns attention on CUDA cores, one warp per token: every layout and type. The oracle of the fast kernels and what is
+// left for the layouts that they do not cover. Also owns the merge of the splits, which all of them share.
 #include "launchers.h"
 
 namespace skv::cuda {
@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kThreads) decode_simple_kernel(Attention a) {
 #pragma unroll
   for (int i = 0; i < kColumns; i++) {
     const int column = first + i < a.columns ? first + i : a.columns - 1;
-    load_token(a.query, int64_t{b} * a.lengths.tokens + column / a.group(), head * a.group() + column % a.group(), q[i]);
+    load_token(a.query, int64_t{b} * a.lengths.tokens + column / a.group(), head * a.group() + column % a.group(),
+               q[i]);
     rotate(q[i], a.key);
 #pragma unroll
     for (int e = 0; e < E; e++) {

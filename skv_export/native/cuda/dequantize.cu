@@ -1,4 +1,5 @@
-// Owns the way back from the cache on the device: rows of a sequence, one tile, and rewind. Exact, as reference.load is.
+// Owns the way back from the cache on the device: rows of a sequence, one tile, and rewind. Exact, as reference.load
+// is.
 #include "launchers.h"
 
 namespace skv::cuda {
@@ -17,7 +18,8 @@ SKV_DEVICE void write(const Rows& rows, int64_t sequence_and_head, int position,
 
 // Grid: groups of kWarps positions.
 template <int E>
-__global__ void __launch_bounds__(kThreads) dequantize_kernel(Cache c, Rows rows, int64_t sequence_and_head, int length) {
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(Cache c, Rows rows, int64_t sequence_and_head, int length) {
   const uint8_t* block = block_of(c, sequence_and_head);
   for (int position = blockIdx.x * kWarps + threadIdx.x / 32; position < length; position += gridDim.x * kWarps) {
     float x[E];
@@ -83,8 +85,8 @@ unsigned groups_of_warps(int64_t tokens) {
 
 cudaError_t dequantize(const Cache& cache, const Rows& rows, int64_t sequence_and_head, int32_t length, void* stream) {
   return with_channels(cache, [&](auto channels) {
-    return launch(dequantize_kernel<decltype(channels)::value>, dim3(groups_of_warps(length)), kThreads, 0, stream, cache,
-                  rows, sequence_and_head, length);
+    return launch(dequantize_kernel<decltype(channels)::value>, dim3(groups_of_warps(length)), kThreads, 0, stream,
+                  cache, rows, sequence_and_head, length);
   });
 }
 
@@ -98,19 +100,20 @@ cudaError_t dequantize_all(const Attention& a, const Rows& keys, const Rows& val
 cudaError_t decode_tile(const SkvLayout& layout, const uint8_t* tile, float* out, void* stream) {
   const Cache cache = make_cache({layout, nullptr, full_bytes(layout) + tile_bytes(layout)});
   return with_channels(cache, [&](auto channels) {
-    return launch(decode_tile_kernel<decltype(channels)::value>, dim3(layout.tile_tokens / kWarps), kThreads, 0, stream, cache,
-                  tile, out);
+    return launch(decode_tile_kernel<decltype(channels)::value>, dim3(layout.tile_tokens / kWarps), kThreads, 0, stream,
+                  cache, tile, out);
   });
 }
 
-cudaError_t rewind(const Cache& cache, int32_t kv_num_heads, int32_t b, int32_t length, int32_t new_length, void* stream) {
+cudaError_t rewind(const Cache& cache, int32_t kv_num_heads, int32_t b, int32_t length, int32_t new_length,
+                   void* stream) {
   const SkvLayout& l = cache.layout;
   const int32_t from = l.num_sink_tokens + int32_t(quantized_tokens(l, new_length));
   const int32_t to = l.num_sink_tokens + int32_t(quantized_tokens(l, length));
   if (from == to) return cudaSuccess;
   return with_channels(cache, [&](auto channels) {
-    return launch(rewind_kernel<decltype(channels)::value>, dim3(groups_of_warps(to - from), kv_num_heads), kThreads, 0, stream,
-                  cache, b * kv_num_heads, length, from, to);
+    return launch(rewind_kernel<decltype(channels)::value>, dim3(groups_of_warps(to - from), kv_num_heads), kThreads, 0,
+                  stream, cache, b * kv_num_heads, length, from, to);
   });
 }
 

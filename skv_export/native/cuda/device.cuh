@@ -1,7 +1,8 @@
-// Owns what the kernels share: a cache as the device sees it, the lengths of a sequence, and rows of channels held by a warp.
+// Owns what the kernels share: a cache as the device sees it, the lengths of a sequence, and rows of channels held by a
+// warp.
 //
-// A row of D channels lies in a warp as x[E], E = D / 32: lane l holds channels l, l + 32, ... Sums and rotations over such
-// a row take their operands in the order of reference.py, with every operation rounded on its own.
+// A row of D channels lies in a warp as x[E], E = D / 32: lane l holds channels l, l + 32, ... Sums and rotations over
+// such a row take their operands in the order of reference.py, with every operation rounded on its own.
 #pragma once
 #include "kernels_cuda.h"
 #include "portable.cuh"
@@ -53,7 +54,9 @@ SKV_DEVICE int row_of(const Cache& c, int position) {
 SKV_DEVICE int64_t row_start(const Cache& c, int position) {
   return c.rows_start + int64_t{row_of(c, position)} * c.dim * type_bytes(c.layout.recent_type);
 }
-SKV_DEVICE uint8_t* block_of(const Cache& c, int64_t sequence_and_head) { return c.data + sequence_and_head * c.block_bytes; }
+SKV_DEVICE uint8_t* block_of(const Cache& c, int64_t sequence_and_head) {
+  return c.data + sequence_and_head * c.block_bytes;
+}
 SKV_DEVICE int64_t tile_start(const Cache& c, int tile) { return tile % c.tiles * c.tile_bytes; }
 
 // The lengths of one sequence, read on the device.
@@ -190,7 +193,8 @@ SKV_DEVICE void load_row(const Cache& c, const uint8_t* block, int position, flo
   for (int e = 0; e < E; e++) x[e] = load(row, lane + 32 * e, c.layout.recent_type);
 }
 
-// The token at a position of a cache of `length` tokens; false, and zeros, where a sliding window's ring has forgotten it.
+// The token at a position of a cache of `length` tokens; false, and zeros, where a sliding window's ring has forgotten
+// it.
 template <int E>
 SKV_DEVICE bool load_position(const Cache& c, const uint8_t* block, int length, int position, float (&x)[E]) {
   const int sinks = c.layout.num_sink_tokens, in_tiles = quantized(c.layout, length);
@@ -211,14 +215,22 @@ SKV_DEVICE bool load_position(const Cache& c, const uint8_t* block, int length, 
 template <class Body>
 auto with_channels(const Cache& c, Body body) {
   switch (c.dim / 32) {
-    case 1: return body(std::integral_constant<int, 1>());
-    case 2: return body(std::integral_constant<int, 2>());
-    case 3: return body(std::integral_constant<int, 3>());
-    case 4: return body(std::integral_constant<int, 4>());
-    case 5: return body(std::integral_constant<int, 5>());
-    case 6: return body(std::integral_constant<int, 6>());
-    case 7: return body(std::integral_constant<int, 7>());
-    default: return body(std::integral_constant<int, 8>());
+    case 1:
+      return body(std::integral_constant<int, 1>());
+    case 2:
+      return body(std::integral_constant<int, 2>());
+    case 3:
+      return body(std::integral_constant<int, 3>());
+    case 4:
+      return body(std::integral_constant<int, 4>());
+    case 5:
+      return body(std::integral_constant<int, 5>());
+    case 6:
+      return body(std::integral_constant<int, 6>());
+    case 7:
+      return body(std::integral_constant<int, 7>());
+    default:
+      return body(std::integral_constant<int, 8>());
   }
 }
 

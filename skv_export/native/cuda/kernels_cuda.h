@@ -1,9 +1,11 @@
-// Owns the C interface of the CUDA kernels: kernels.h's functions with `skv_cuda_` in front, on device pointers and a stream.
+// Owns the C interface of the CUDA kernels: kernels.h's functions with `skv_cuda_` in front, on device pointers and a
+// stream.
 //
-// Nothing here waits for the device, allocates, or reads device memory on the host; grids depend on shapes only. So every
-// call can be captured in a CUDA graph. Arguments are checked before anything is launched; what only the device knows (the
-// lengths in seqlens_k and query_seqlens) the kernels check themselves: a sequence whose lengths can't be is not touched, and its
-// output is NaN. Each function returns an SkvStatus and leaves the reason in skv_cuda_last_error() of the calling thread.
+// Nothing here waits for the device, allocates, or reads device memory on the host; grids depend on shapes only. So
+// every call can be captured in a CUDA graph. Arguments are checked before anything is launched; what only the device
+// knows (the lengths in seqlens_k and query_seqlens) the kernels check themselves: a sequence whose lengths can't be is
+// not touched, and its output is NaN. Each function returns an SkvStatus and leaves the reason in skv_cuda_last_error()
+// of the calling thread.
 #pragma once
 #include "../kernels.h"
 
@@ -21,17 +23,35 @@ typedef enum SkvCudaPath {
 
 // What a call on the device needs beside its tensors.
 typedef struct SkvCudaContext {
-  void* stream;              // cudaStream_t
-  void* scratch;             // device memory, 256-byte aligned, skv_cuda_scratch_bytes of it; may be used by one call at a time
+  void* stream;   // cudaStream_t
+  void* scratch;  // device memory, 256-byte aligned, skv_cuda_scratch_bytes of it; may be used by one call at a time
   int64_t scratch_bytes;
-  int64_t max_length;        // no sequence's total length is larger (total_sequence_length); checked against the capacity
-  int32_t* not_finite;       // set to 1 where an appended key or value is not finite; device-visible, or null
-  int32_t path;              // SkvCudaPath
-  int32_t output_type;       // SkvType of the output and of head_sink; -1 = the call's type
-  int32_t multiprocessors;   // of the device: how far the context is split
+  int64_t max_length;   // no sequence's total length is larger (total_sequence_length); checked against the capacity
+  int32_t path;         // SkvCudaPath
+  int32_t output_type;  // SkvType of the output and of head_sink; -1 = the call's type
+  int32_t multiprocessors;  // of the device: how far the context is split
 } SkvCudaContext;
 
-// Attention of the new tokens and append; as skv_attention.
+// New tokens before QK norm and RoPE; see the op's inputs of these names.
+typedef struct SkvCudaPreparation {
+  SkvTokens query, key, value;
+  int32_t type, batch, tokens, num_heads, kv_num_heads, head_dim;
+  const int32_t* seqlens_k;
+  const int32_t* query_seqlens;
+  const void *cos_cache, *sin_cache;  // [rotary_rows][rotary_half], or null
+  int64_t rotary_rows;
+  int32_t rotary_half, rotary_interleaved;
+  const int64_t* position_ids;                // [batch][tokens], or null = the position in the sequence
+  const void *q_norm_weight, *k_norm_weight;  // [head_dim], or null
+  float epsilon;
+} SkvCudaPreparation;
+
+// Writes float rows [batch][tokens][(num_heads + 2 * kv_num_heads) * head_dim]: queries and keys after QK norm and
+// RoPE, and values. A position beyond the tables becomes NaN.
+SKV_API int skv_cuda_prepare(const SkvCudaPreparation* preparation, float* rows, void* stream);
+
+// Attention of the new tokens and append; as skv_attention. call->not_finite must be visible to the device; it is only
+// ever set to 1.
 SKV_API int skv_cuda_attention(const SkvAttention* call, const SkvCudaContext* context);
 
 // Appends keys and values only.
@@ -40,16 +60,25 @@ SKV_API int skv_cuda_append(const SkvAttention* call, const SkvCudaContext* cont
 // Bytes of scratch that skv_cuda_attention needs for this call; negative = an SkvStatus, negated.
 SKV_API int64_t skv_cuda_scratch_bytes(const SkvAttention* call, const SkvCudaContext* context);
 
-// The kernels that such a call takes and why, such as "decode_mma K4V2 D128" or "decode_simple: 5-bit keys"; the calling
-// thread's, until its next call. Null = an argument is wrong.
+// The kernels that such a call takes and why, such as "decode_mma K4V2 D128" or "decode_simple: 5-bit keys"; the
+// calling thread's, until its next call. Null = an argument is wrong.
 SKV_API const char* skv_cuda_path(const SkvAttention* call, const SkvCudaContext* context);
 
 // As skv_dequantize, skv_decode_tile and skv_rewind, on a stream.
-SKV_API int skv_cuda_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int32_t h, int64_t length, int32_t type,
-                                void* out, int64_t row_stride, void* stream);
+SKV_API int skv_cuda_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int32_t h, int64_t length,
+                                int32_t type, void* out, int64_t row_stride, void* stream);
 SKV_API int skv_cuda_decode_tile(const SkvLayout* layout, const uint8_t* tile, float* out, void* stream);
 SKV_API int skv_cuda_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length, int64_t new_length,
                             void* stream);
+
+// Whether the current device can run the kernels, its multiprocessors, and its architecture (80 = compute
+// capability 8.0).
+SKV_API int skv_cuda_device(int32_t* multiprocessors, int32_t* architecture);
+
+// A number that device and host both see, for not_finite; and a copy on the device.
+SKV_API int skv_cuda_flag_create(int32_t** flag);
+SKV_API void skv_cuda_flag_destroy(int32_t* flag);
+SKV_API int skv_cuda_copy(void* to, const void* from, int64_t bytes, void* stream);
 
 SKV_API const char* skv_cuda_last_error(void);
 

@@ -24,6 +24,9 @@ struct Attention {
   __host__ __device__ int group() const { return num_heads / kv_num_heads; }
 };
 
+// QK norm and RoPE: rows [batch * tokens][(num_heads + 2 * kv_num_heads) * head_dim].
+cudaError_t prepare(const SkvCudaPreparation& preparation, float* rows, void* stream);
+
 cudaError_t append(const Attention& attention, int32_t* not_finite, void* stream);
 
 cudaError_t decode_simple(const Attention& attention, void* stream);
@@ -60,6 +63,7 @@ bool prefill_covers(int32_t dim);
 cudaError_t prefill(const Attention& attention, const Rows& keys, const Rows& values, void* stream);
 
 cudaError_t decode_tile(const SkvLayout& layout, const uint8_t* tile, float* out, void* stream);
-cudaError_t rewind(const Cache& cache, int32_t kv_num_heads, int32_t b, int32_t length, int32_t new_length, void* stream);
+cudaError_t rewind(const Cache& cache, int32_t kv_num_heads, int32_t b, int32_t length, int32_t new_length,
+                   void* stream);
 
 }  // namespace skv::cuda

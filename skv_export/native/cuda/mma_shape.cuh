@@ -50,7 +50,8 @@ struct Work {
     const SkvLayout& l = a.key.layout;
     const int low = a.window > 0 && s.past + 1 > a.window ? s.past + 1 - a.window : 0;
     in_tiles = quantized(l, s.past);
-    const int tiles = in_tiles / l.tile_tokens, seen = low > l.num_sink_tokens ? (low - l.num_sink_tokens) / l.tile_tokens : 0;
+    const int tiles = in_tiles / l.tile_tokens,
+              seen = low > l.num_sink_tokens ? (low - l.num_sink_tokens) / l.tile_tokens : 0;
     first_tile = seen < tiles ? seen : tiles;
     tile_pieces = tiles - first_tile;
     exact = s.past - in_tiles + s.fresh;

@@ -66,7 +66,7 @@ struct Warp {
         load_query(n, m, pairs);
 #pragma unroll
         for (int x = 0; x < 8; x++) q[n][m][x] = multiplied(pairs[x], K::unit(x));
-        float(&d)[4] = start[n][S::KPerToken ? m : 0];
+        float (&d)[4] = start[n][S::KPerToken ? m : 0];
 #pragma unroll
         for (int e = 0; e < 4; e++) d[e] = 0;
 #pragma unroll
@@ -78,8 +78,9 @@ struct Warp {
     }
   }
 
-  // Folds a tile's scales into the query and its offsets into the scores' start. With q' = half(q * scale), a key's score is
-  // q * offset + q * scale * center + q' * (code - center): the rounding of q' meets no more than half the range.
+  // Folds a tile's scales into the query and its offsets into the scores' start. With q' = half(q * scale), a key's
+  // score is q * offset + q * scale * center + q' * (code - center): the rounding of q' meets no more than half the
+  // range.
   SKV_DEVICE void fold(const uint8_t* slab) {
 #pragma unroll
     for (int n = 0; n < B; n++) {
@@ -103,7 +104,7 @@ struct Warp {
           const uint32_t scale[2] = {Order::pair(scales, x), Order::pair(scales, x + 1)};
 #pragma unroll
           for (int i = 0; i < 2; i++) q[n][m][x + i] = multiplied(multiplied(pairs[x + i], scale[i]), K::unit(x + i));
-          float(&d)[4] = start[n][0];
+          float (&d)[4] = start[n][0];
           add_for_all(d, Order::pair(offsets, x), Order::pair(offsets, x + 1), pairs[x], pairs[x + 1]);
           add_for_all(d, multiplied(scale[0], K::center()), multiplied(scale[1], K::center()), pairs[x], pairs[x + 1]);
           add_for_all(d, K::minus_raw_center(x), K::minus_raw_center(x + 1), q[n][m][x], q[n][m][x + 1]);
@@ -307,9 +308,8 @@ struct Warp {
     slab_scores(slab, s);
     uint32_t p[2][B][2];
     const int last_query = work.s.past + a.lengths.tokens - 1;
-    softmax(s, p, a.window > 0 && position <= last_query - a.window, [&](int token, int column) {
-      return position + token <= work.s.past + column / a.group() - a.window;
-    });
+    softmax(s, p, a.window > 0 && position <= last_query - a.window,
+            [&](int token, int column) { return position + token <= work.s.past + column / a.group() - a.window; });
     slab_values(slab, p);
   }
 
@@ -383,8 +383,8 @@ struct Warp {
         for (int i = 0; i < 4; i++) load_halves(rows[i], 64 * m + 8 * r, v[i]);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const uint32_t A[4] = {low_halves(v[0][i], v[2][i]), high_halves(v[0][i], v[2][i]), low_halves(v[1][i], v[3][i]),
-                                 high_halves(v[1][i], v[3][i])};
+          const uint32_t A[4] = {low_halves(v[0][i], v[2][i]), high_halves(v[0][i], v[2][i]),
+                                 low_halves(v[1][i], v[3][i]), high_halves(v[1][i], v[3][i])};
 #pragma unroll
           for (int n = 0; n < B; n++) mma(o[n][4 * m + i], A, p[g][n]);
         }

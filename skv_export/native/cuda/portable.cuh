@@ -1,5 +1,5 @@
-// Owns the difference between nvcc and g++: everything else in this folder compiles with both, and runs on the CPU through
-// the tests' shim (tests/cuda/cuda_shim.h). Instructions that CUDA C++ has no function for are wrapped here.
+// Owns the difference between nvcc and g++: everything else in this folder compiles with both, and runs on the CPU
+// through the tests' shim (tests/cuda/cuda_shim.h). Instructions that CUDA C++ has no function for are wrapped here.
 #pragma once
 #include <cstdint>
 #include <cstring>

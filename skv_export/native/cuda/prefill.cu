@@ -1,8 +1,8 @@
-// Owns attention of many new tokens: the past, dequantized, and the new tokens stand in scratch as float16 rows, and tensor cores
-// attend to them block by block with an online softmax (FlashAttention-2, arXiv 2307.08691).
+// Owns attention of many new tokens: the past, dequantized, and the new tokens stand in scratch as float16 rows, and
+// tensor cores attend to them block by block with an online softmax (FlashAttention-2, arXiv 2307.08691).
 //
-// A block of 4 warps takes 64 rows of queries, (token, head of the group) pairs of one KV head, and walks over 64 keys at a time.
-// Lane (r, c) = (l / 4, l % 4) of a warp holds rows r and r + 8 of its 16.
+// A block of 4 warps takes 64 rows of queries, (token, head of the group) pairs of one KV head, and walks over 64 keys
+// at a time. Lane (r, c) = (l / 4, l % 4) of a warp holds rows r and r + 8 of its 16.
 #include "launchers.h"
 
 namespace skv::cuda {
@@ -44,7 +44,8 @@ struct Prefill {
       const int column = first_row + row, lane = threadIdx.x % 32;
       float x[D / 32] = {};
       if (column < a.columns) {
-        load_token(a.query, int64_t{b} * a.lengths.tokens + column / a.group(), head * a.group() + column % a.group(), x);
+        load_token(a.query, int64_t{b} * a.lengths.tokens + column / a.group(), head * a.group() + column % a.group(),
+                   x);
       }
 #pragma unroll
       for (int e = 0; e < D / 32; e++) queries[row * kStride + lane + 32 * e] = __float2half_rn(saturated(x[e]));
@@ -78,7 +79,8 @@ struct Prefill {
 #pragma unroll
     for (int d = 0; d < D; d += 16) {
       const half* q = queries + (warp_row + r) * kStride + d + 2 * c;
-      const uint32_t A[4] = {two_halves(q), two_halves(q + 8 * kStride), two_halves(q + 8), two_halves(q + 8 * kStride + 8)};
+      const uint32_t A[4] = {two_halves(q), two_halves(q + 8 * kStride), two_halves(q + 8),
+                             two_halves(q + 8 * kStride + 8)};
 #pragma unroll
       for (int i = 0; i < kKeys / 8; i++) {
         const half* k = keys + (8 * i + r) * kStride + d + 2 * c;
@@ -134,9 +136,9 @@ struct Prefill {
   SKV_DEVICE void add_values(const float (&x)[kKeys / 8][4]) {
 #pragma unroll
     for (int i = 0; i < kKeys / 8; i += 2) {  // 16 keys: two tiles of scores are one operand
-      const uint32_t A[4] = {
-          bits_of(__floats2half2_rn(x[i][0], x[i][1])), bits_of(__floats2half2_rn(x[i][2], x[i][3])),
-          bits_of(__floats2half2_rn(x[i + 1][0], x[i + 1][1])), bits_of(__floats2half2_rn(x[i + 1][2], x[i + 1][3]))};
+      const uint32_t A[4] = {bits_of(__floats2half2_rn(x[i][0], x[i][1])), bits_of(__floats2half2_rn(x[i][2], x[i][3])),
+                             bits_of(__floats2half2_rn(x[i + 1][0], x[i + 1][1])),
+                             bits_of(__floats2half2_rn(x[i + 1][2], x[i + 1][3]))};
 #pragma unroll
       for (int j = 0; j < D / 8; j++) {
         const half* v = values + (8 * i + r) * kStride + 8 * j + 2 * c;
@@ -178,7 +180,8 @@ struct Prefill {
 
 // Grid: groups of kRows columns, sequence and head.
 template <int D>
-__global__ void __launch_bounds__(kThreads) prefill_kernel(Attention a, const half* keys, const half* values, int64_t head_stride) {
+__global__ void __launch_bounds__(kThreads)
+    prefill_kernel(Attention a, const half* keys, const half* values, int64_t head_stride) {
   SKV_DYNAMIC_SHARED(shared);
   const int b = blockIdx.y / a.kv_num_heads, head = blockIdx.y % a.kv_num_heads;
   const Sequence s = sequence(a.lengths, b, a.key, a.value);
@@ -216,10 +219,14 @@ bool prefill_covers(int32_t dim) { return dim == 64 || dim == 96 || dim == 128 |
 
 cudaError_t prefill(const Attention& a, const Rows& keys, const Rows& values, void* stream) {
   switch (a.key.dim) {
-    case 64: return run<64>(a, keys, values, stream);
-    case 96: return run<96>(a, keys, values, stream);
-    case 128: return run<128>(a, keys, values, stream);
-    default: return run<256>(a, keys, values, stream);
+    case 64:
+      return run<64>(a, keys, values, stream);
+    case 96:
+      return run<96>(a, keys, values, stream);
+    case 128:
+      return run<128>(a, keys, values, stream);
+    default:
+      return run<256>(a, keys, values, stream);
   }
 }
 

@@ -11,13 +11,20 @@ SKV_DEVICE float clamp(float x, float low, float high) { return fminf(fmaxf(x, l
 // MSE-optimal step of a uniform mid-rise quantizer of N(0, 1), by bits.
 SKV_DEVICE float midrise_step(int bits) {
   switch (bits) {
-    case 1: return 1.596f;
-    case 2: return 0.9957f;
-    case 3: return 0.5860f;
-    case 4: return 0.3352f;
-    case 5: return 0.1881f;
-    case 6: return 0.1041f;
-    default: return 0.0308f;
+    case 1:
+      return 1.596f;
+    case 2:
+      return 0.9957f;
+    case 3:
+      return 0.5860f;
+    case 4:
+      return 0.3352f;
+    case 5:
+      return 0.1881f;
+    case 6:
+      return 0.1041f;
+    default:
+      return 0.0308f;
   }
 }
 

@@ -1,0 +1,56 @@
+// Owns what the kernels' callers need of the CUDA runtime: whether there is a device that can run them, a flag that
+// device and host both see, copies. Not part of the CPU shim's build.
+#include <cstdio>
+
+#include "errors.h"
+#include "kernels_cuda.h"
+#include "portable.cuh"
+
+namespace {
+
+constexpr int kLeastArchitecture = 80;
+
+int failed(const char* what, cudaError_t error, const char* fix) {
+  return skv::cuda::fail(SKV_NOT_SUPPORTED, "CUDA: %s; got %s; expected a usable NVIDIA GPU and driver. %s", what,
+                         cudaGetErrorString(error), fix);
+}
+
+}  // namespace
+
+int skv_cuda_device(int32_t* multiprocessors, int32_t* architecture) {
+  int device = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) {
+    return failed("no device", error,
+                  "Install a driver for CUDA 13 (580 or newer), or use the cpu execution provider.");
+  }
+  error = cudaDeviceGetAttribute(multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error != cudaSuccess) return failed("device attributes", error, "Check nvidia-smi.");
+  *architecture = 10 * major + minor;
+  if (*architecture >= kLeastArchitecture) return SKV_OK;
+  return skv::cuda::fail(SKV_NOT_SUPPORTED,
+                         "CUDA: device %d; got compute capability %d.%d; expected 8.0 or newer (Ampere). Use the cpu "
+                         "execution provider.",
+                         device, major, minor);
+}
+
+int skv_cuda_flag_create(int32_t** flag) {
+  void* memory = nullptr;
+  const cudaError_t error = cudaHostAlloc(&memory, sizeof(int32_t), cudaHostAllocMapped | cudaHostAllocPortable);
+  if (error != cudaSuccess) return failed("pinned memory", error, "Check nvidia-smi.");
+  *flag = static_cast<int32_t*>(memory);
+  **flag = 0;
+  return SKV_OK;
+}
+
+void skv_cuda_flag_destroy(int32_t* flag) { cudaFreeHost(flag); }
+
+int skv_cuda_copy(void* to, const void* from, int64_t bytes, void* stream) {
+  const cudaError_t error =
+      cudaMemcpyAsync(to, from, size_t(bytes), cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream));
+  if (error == cudaSuccess) return SKV_OK;
+  return skv::cuda::fail(SKV_RUNTIME_ERROR, "CUDA: copy of %lld bytes failed; got %s", static_cast<long long>(bytes),
+                         cudaGetErrorString(error));
+}

@@ -1,0 +1,34 @@
+// Owns the op's CUDA side in a runtime without CUDA: registers what ort_ops_cuda.cc defines for the CPU provider (it is
+// built with SKV_CUDA_PROVIDER set), and stands in for cuda/runtime.cu on the host's memory.
+#include <cstring>
+
+#include "cuda/kernels_cuda.h"
+#include "ort_op.h"
+
+int skv_cuda_device(int32_t* multiprocessors, int32_t* architecture) {
+  *multiprocessors = 4;
+  *architecture = 80;
+  return SKV_OK;
+}
+int skv_cuda_flag_create(int32_t** flag) {
+  *flag = new int32_t(0);
+  return SKV_OK;
+}
+void skv_cuda_flag_destroy(int32_t* flag) { delete flag; }
+int skv_cuda_copy(void* to, const void* from, int64_t bytes, void*) {
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+  return SKV_OK;
+}
+
+extern "C" SKV_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const skv::ort::ApiBase* base) {
+  using namespace skv::ort;
+  if (OrtStatus* status = load_api(base)) return status;
+  return guarded([&] {
+    static OrtCustomOpDomain* domain = nullptr;
+    if (domain == nullptr) {
+      check(api().CreateCustomOpDomain("skv", &domain));
+      for (const Definition* definition : cuda_definitions()) check(api().CustomOpDomain_Add(domain, definition));
+    }
+    check(api().AddCustomOpDomain(options, domain));
+  });
+}
