@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +13,18 @@ from transformers import AutoConfig, GenerationConfig, GenerationMixin, Pretrain
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from skv_export import genai, hub
 from skv_export.cache import Cache
 from skv_export.errors import SkvError
+from skv_export.folder import output_folder
 from skv_export.runtime import Session, last_logits
 
 logger = logging.get_logger(__name__)
+# A pipeline looks its model's class up in this table and reports an error, yet works, when it is not there.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["skv"] = "SkvForCausalLM"
 
 
 class SkvCache(TransformersCache):
@@ -92,23 +98,34 @@ class SkvForCausalLM(GenerationMixin):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        model: str | Path,
         *,
         execution_provider: str = "cpu",
         max_length: int | None = None,
         num_threads: int = 0,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> SkvForCausalLM:
-        """Loads an exported folder.
+        """Loads an exported model.
 
         Args:
-            folder: What ``skv-export model`` wrote.
+            model: A folder that ``skv-export model`` wrote, or the hub id of one that was pushed.
             execution_provider: ``cpu`` or ``cuda``.
             max_length: Most tokens of one sequence; the model's context length if not given.
             num_threads: Threads inside an op; 0 = ONNX Runtime's choice.
+            revision: Branch, tag or commit of a hub id.
+            token: Of the hub; the stored one if not given.
+            cache_dir: Where downloads are kept; huggingface_hub's cache if not given.
+            local_files_only: Take what has been downloaded already, and ask no server.
 
         Raises:
-            SkvError: A file is missing or damaged, or the provider is not there.
+            SkvError: No such model, a file is missing or damaged, or the provider is not there.
         """
+        folder = hub.fetch(
+            model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
         session = Session(folder, execution_provider=execution_provider, num_threads=num_threads)
         if not (session.folder / "config.json").is_file():
             raise SkvError(f"{session.folder}/config.json: no such file", fix="Export the model again.")
@@ -118,6 +135,74 @@ class SkvForCausalLM(GenerationMixin):
         else:
             generation_config = GenerationConfig.from_model_config(config)
         return cls(session, config.get_text_config(decoder=True), generation_config, max_length)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Writes the model into another folder, complete or not at all, with ``generation_config`` as it is now.
+
+        An exported folder that is there already is replaced; what is written runs wherever ``skv-export model``'s does.
+
+        Raises:
+            SkvError: The folder holds something else, can't be written, or is the one the model runs from.
+        """
+        source, target = self.session.folder.resolve(), Path(save_directory)
+        if target.resolve() == source:
+            raise SkvError(f"{target}: the model runs from this folder", fix="Choose another one.")
+        files = [path for path in source.iterdir() if path.is_file()]
+        with output_folder(target, sum(path.stat().st_size for path in files), force=True) as folder:
+            for path in files:
+                shutil.copyfile(path, folder / path.name)
+            # A model of the hub comes without native code, which onnxruntime-genai wants in the folder.
+            shutil.copyfile(self.session.library.path, folder / genai.LIBRARY_FILE)
+            self.generation_config.save_pretrained(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload exported model",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Uploads the model to the hub as one commit, with ``generation_config`` as it is now; see ``hub.push``.
+
+        Returns:
+            The commit's URL.
+
+        Raises:
+            SkvError: The hub can't be reached or refuses.
+        """
+        return hub.push(
+            self.session.folder,
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            replaced={"generation_config.json": self.generation_config.to_json_string().encode()},
+        )
+
+    @property
+    def name_or_path(self) -> str:
+        """The folder, as transformers asks for it."""
+        return str(self.session.folder)
+
+    def to(self, device: torch.device | str) -> SkvForCausalLM:
+        """Returns the model: what goes in and comes out is on the CPU, whichever provider computes.
+
+        Raises:
+            SkvError: Another device.
+        """
+        if torch.device(device).type != "cpu":
+            raise SkvError(
+                "device of SkvForCausalLM",
+                got=device,
+                expected="cpu",
+                fix="Choose where it computes with execution_provider; leave out device.",
+            )
+        return self
 
     def can_generate(self) -> bool:
         """Returns True."""

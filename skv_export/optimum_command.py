@@ -20,7 +20,7 @@ _POSITIONAL = ("checkpoint", "out")
 class SkvExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum is untyped
     """Exports a model to ONNX Runtime with a quantized KV cache."""
 
-    COMMAND = CommandInfo("skv", help="Export a model to ONNX Runtime with a KV cache quantized separately for K and V.")
+    COMMAND = CommandInfo("skv", help="Export to ONNX Runtime with a KV cache quantized for K and V separately.")
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """What makes `optimum-cli export skv` known: optimum imports every file of this namespace (no `__init__.py` here)."""
 
 from optimum.commands.export.base import ExportCommand
+
 from skv_export.optimum_command import SkvExportCommand
 
 REGISTER_COMMANDS = [(SkvExportCommand, ExportCommand)]
