@@ -91,9 +91,12 @@ def main() -> None:
             print("| budget | allocation | bits of keys, values (mean) | effective bits | perplexity | KL, nats |")
             print("|---|---|---|---|---|---|")
         layers = len(found.layers)
-        rows = [(score.name, score.bits) for score in found.scores]
+        rows = [(score.name, score.bits) for score in reversed(found.scores)]
         fitting = [p for p in found.budget.pairs if found.budget.fits((p,) * layers)]
-        rows += [(f"uniform K{k}V{v}", ((k, v),) * layers) for k, v in maximal(fitting)]
+        rows += [
+            (f"uniform K{k}V{v}", ((k, v),) * layers)
+            for k, v in sorted(maximal(fitting), key=lambda p: abs(p[0] - p[1] - 1))
+        ]
         equal = max(k for k, v in fitting if k == v) if any(k == v for k, v in fitting) else None
         if equal:
             rows.append((f"K = V = {equal}", ((equal, equal),) * layers))

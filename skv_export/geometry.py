@@ -99,8 +99,10 @@ def geometry(weights: AttentionWeights, config: AttentionConfig, cache: LayerCon
         weight2 * v_energy * _value_unit(v, cache, group) / output,
     )
     return Geometry(
-        k_error={b: _saturated(float(k_unit.mean()) * e) for b, e in _curve(cache.k_granularity).items()},
-        v_error={b: float(v_unit.mean()) * e for b, e in _curve(cache.v_granularity).items()},
+        k_error={
+            b: _saturated(float(k_unit.mean()) * e) for b, e in _curve(cache.k_granularity, cache.tile_tokens).items()
+        },
+        v_error={b: float(v_unit.mean()) * e for b, e in _curve(cache.v_granularity, cache.tile_tokens).items()},
         logit_variance=float(variance.mean()),
         spread=float(spread.mean()),
         k_bias_ratio=float((k.energy - k.varying).sum() / k.varying.sum()),
@@ -113,11 +115,19 @@ def _parts(w: AttentionWeights, n: int, n_kv: int) -> list[tuple[Float, Float | 
     return [(w.q, w.q_bias, n), (w.k, w.k_bias, n_kv), (w.v, w.v_bias, n_kv)]
 
 
-def _curve(granularity: str) -> dict[int, float]:
+def grid_error(bits: int, tile_tokens: int) -> float:
+    """Mean squared error of a ``channel`` quantizer over the squared range of its tile.
+
+    A uniform grid's error, but for the two extreme tokens, which are exact; with one bit, most are far from both levels.
+    """
+    if bits == 16:
+        return 0.0
+    return (1 - 2 / tile_tokens) * (1.5 if bits == 1 else 1.0) / (12 * (2**bits - 1) ** 2)
+
+
+def _curve(granularity: str, tile_tokens: int) -> dict[int, float]:
     """Error by bits, in units of the granularity: of the vector's energy (token) or of its squared range (channel)."""
-    if granularity == "token":
-        return MIDRISE_ERROR
-    return {b: 0.0 if b == 16 else 1 / (12 * (2**b - 1) ** 2) for b in MIDRISE_ERROR}
+    return MIDRISE_ERROR if granularity == "token" else {b: grid_error(b, tile_tokens) for b in MIDRISE_ERROR}
 
 
 def _saturated(error: float) -> float:

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from skv_export import reference
 from skv_export.checkpoint import Source
 from skv_export.errors import SkvError
-from skv_export.geometry import MIDRISE_ERROR, REFERENCE_BITS
+from skv_export.geometry import MIDRISE_ERROR, REFERENCE_BITS, grid_error
 from skv_export.layout import CacheLayout
 from skv_export.recipe import LayerConfig
 
@@ -326,10 +326,9 @@ def expected_error(layout: CacheLayout, x: Tensor) -> Tensor:
         tiles = max(0, (x.shape[1] - sinks) // t)
         span = slice(sinks, sinks + tiles * t)
         content = y[:, span].reshape(y.shape[0], tiles, t, -1)
-        step = (content.amax(2) - content.amin(2)) / (2**layout.bits - 1)
+        squared = (content.amax(2) - content.amin(2)) ** 2
         variance = torch.zeros_like(y)
-        # A uniform grid's error, but for the smallest and the largest token of each channel, which are exact.
-        variance[:, span] = ((1 - 2 / t) * step**2 / 12).repeat_interleave(t, dim=1)
+        variance[:, span] = (squared * grid_error(layout.bits, t)).repeat_interleave(t, dim=1)
     if layout.rotation == "hadamard":
         variance = _block_mean(variance, layout.rotation_dim)
     return variance[..., : layout.head_dim]

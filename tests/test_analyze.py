@@ -24,7 +24,7 @@ from skv_export.budget import CacheBudget
 from skv_export.checkpoint import Checkpoint
 from skv_export.cli_analyze import analyze_command
 from skv_export.errors import SkvError
-from skv_export.geometry import MIDRISE_ERROR, RANGE_SQUARE, geometry
+from skv_export.geometry import MIDRISE_ERROR, RANGE_SQUARE, geometry, grid_error
 from skv_export.layout import CacheLayout
 from skv_export.norms import SPECTRUM, lanczos, norms
 from skv_export.recipe import LayerConfig, Recipe
@@ -240,6 +240,10 @@ def test_constants_are_the_reference_quantizer_s() -> None:
     for tokens, square in RANGE_SQUARE.items():
         sample = rng.standard_normal((20000, tokens))
         assert (np.ptp(sample, axis=1) ** 2).mean() == pytest.approx(square, rel=0.01)
+    for bits in (1, 2, 3, 4, 8):
+        layout = CacheLayout.pair(LayerConfig(k_bits=bits), 64)[0]
+        error = ((dequantize(layout, *quantize(layout, x)) - x) ** 2).mean()
+        assert error / (np.ptp(x, axis=1) ** 2).mean() == pytest.approx(grid_error(bits, 64), rel=0.03)
 
 
 # Budgets.
