@@ -201,9 +201,16 @@ def measure(
         session: Of the exported model, with the logits of all positions.
         windows: ``[windows, length]``, tokens. Every prediction but the first token's is scored.
         thresholds: What to reach.
+
+    Raises:
+        SkvError: The windows are too short to have quantized tokens.
     """
     length, vocab = windows.shape[1], session.config.vocab_size
     edges = flush_edges(session.config.layers[0].key, length)
+    if len(edges) < 2:
+        raise SkvError(
+            "quality: window_tokens", got=length, expected=f"more than {edges[0]}, else nothing is quantized"
+        )
     longest = max(np.diff([0, *edges]))
     batch = max(1, min(8, LOGIT_BYTES // (int(longest) * vocab * 4)))
     scores = _Scores([], [], [], [])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tiny_graph import CONTEXT, EXACT, SMALL, VOCAB, Tiny
-from transformers import AutoTokenizer, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
 
 from skv_export.errors import SkvError
+from skv_export.export import export_model
 from skv_export.modeling import SkvForCausalLM
+from skv_export.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("library")
 
 TOKENS = np.random.default_rng(3).integers(3, VOCAB, 200).tolist()
 PROMPTS = [TOKENS[:30], TOKENS[50:90]]
@@ -146,3 +151,29 @@ def test_what_it_can_not_do_is_an_error(model: SkvForCausalLM) -> None:
 def test_folder_without_a_configuration_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(SkvError, match=r"config.json: no such file"):
         SkvForCausalLM.from_pretrained(Tiny().write(tmp_path))
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral"])
+def both(
+    request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PreTrainedModel, SkvForCausalLM]:
+    """A tiny model in PyTorch, and its export with a cache that rounds nothing."""
+    checkpoint = tiny_checkpoint(request.param)
+    folder = tmp_path_factory.mktemp("export") / request.param
+    export_model(checkpoint, out=folder, recipe=Recipe(EXACT), progress=lambda phase, fraction: None)
+    return AutoModelForCausalLM.from_pretrained(checkpoint).eval(), SkvForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"do_sample": False}, {"do_sample": True, "temperature": 0.8, "top_k": 20}, {"num_beams": 3, "do_sample": False}],
+    ids=["greedy", "sampling", "beams"],
+)
+def test_generate_gives_what_pytorch_gives(
+    both: tuple[PreTrainedModel, SkvForCausalLM], options: dict[str, object]
+) -> None:
+    made = []
+    for model in both:
+        torch.manual_seed(5)
+        made.append(model.generate(**padded("left"), max_new_tokens=60, eos_token_id=2, **options))
+    assert made[0].equal(made[1])

@@ -28,6 +28,8 @@ from skv_export.runtime import (
 )
 from skv_export.sampling import Sampler
 
+pytestmark = pytest.mark.usefixtures("library")
+
 RNG = np.random.default_rng(3)
 TOKENS = RNG.integers(3, VOCAB, 200).tolist()
 TOLERANCE = 2e-4  # of logits of about 3: float32 sums in another order than numpy's
