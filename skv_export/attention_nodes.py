@@ -238,7 +238,7 @@ def _caches(node: ir.Node, graph: ir.Graph) -> tuple[Pair, Pair]:
     for index, name in ((first, "past_key"), (first + 1, "past_value")):
         value = _input(node, index)
         if value is None:
-            raise Refusal(f"no input {name}: export the model with its past (use_cache)")
+            raise Refusal(f"no input {name}: export the model with its past, held by this node")
         if not value.is_graph_input():
             raise Refusal(f"{name} is no input of the graph but comes from node {value.producer().name!r}")  # type: ignore[union-attr]
         sharing = [user for user in value.consumers() if user is not node and user.op_type != "Shape"]

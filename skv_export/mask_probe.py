@@ -19,7 +19,19 @@ from skv_export.attention_nodes import AttentionNode, Refusal
 MASKED = -1e4
 """A float mask hides what it lowers by this much or more."""
 MAX_NODES = 4096
-_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What evaluating nodes that are not what they seem may raise."""
 
 
 class MaskProbe:
@@ -89,6 +101,8 @@ class MaskProbe:
                 inputs.append(value)
             elif maker is None and isinstance(value.const_value, ir.ExternalTensor):
                 raise Refusal(f"attn_mask {mask.name!r} depends on weights ({value.name!r}): it is a bias")
+            elif maker is not None and any(x.type in _GRAPHS for x in maker.attributes.values()):
+                raise Refusal(f"attn_mask {mask.name!r} depends on a branch or loop, {maker.name!r}")
             elif maker is not None:
                 fresh = [x for x in maker.inputs if x is not None and x not in visited]
                 visited.update(fresh)

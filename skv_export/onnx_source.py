@@ -75,7 +75,7 @@ class OnnxSource:
         weights = dict(_external_files(proto, path))
         try:
             graph = ir.from_proto(proto)
-        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
             raise SkvError(f"{path}: a damaged graph", got=_brief(error), fix=_INCOMPLETE) from error
         _check_order(graph.graph, path)
         if not proto.graph.value_info:
@@ -174,6 +174,8 @@ def _external_files(model: onnx.ModelProto, path: Path) -> Iterator[tuple[str, P
         what = f"{path}: weights of {tensor.name!r}"
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
+        if not all(isinstance(text, str) for text in entries.values()):  # protobuf gives bytes where they are no UTF-8
+            raise SkvError(f"{what}: place", got=repr(entries), expected="text", fix=_INCOMPLETE)
         if location not in checked:
             checked[location] = _locate(location, path, what)
             yield location, checked[location]

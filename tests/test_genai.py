@@ -23,6 +23,8 @@ og = pytest.importorskip(
     "onnxruntime_genai", reason="onnxruntime-genai is not installed: pip install onnxruntime-genai"
 )
 
+pytestmark = pytest.mark.usefixtures("library")
+
 SMALL = Recipe(LayerConfig(num_sink_tokens=2, recent_tokens=16, tile_tokens=32))
 EXACT = SMALL.with_options(k_bits=16, v_bits=16, recent_type="float")
 PROMPT = [int(t) for t in np.random.default_rng(5).integers(3, 128, 90)]

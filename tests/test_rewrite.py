@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 from source_graphs import CONTEXT, DIM, HEADS, KV_HEADS, VOCAB, WIDTH, SourceGraph, run_source
@@ -23,7 +24,10 @@ from skv_export.layout import CacheLayout
 from skv_export.model_config import LayerCache, ModelConfig
 from skv_export.recipe import LayerConfig, Recipe
 from skv_export.rewrite import Rewrite, rewrite_model
+from skv_export.rewrite_graph import rewrite_graph
 from skv_export.runtime import Session
+
+pytestmark = pytest.mark.usefixtures("library")
 
 EXACT = Recipe(LayerConfig(16, 16, num_sink_tokens=2, recent_tokens=16, tile_tokens=32, recent_type="float"))
 """Nothing is quantized: a rewritten graph must compute what its source does."""
@@ -299,7 +303,8 @@ def test_plan_says_what_will_be_written(tmp_path: Path) -> None:
     source = SourceGraph(packed=True).write(tmp_path / "source")
     before = digests(tmp_path)
     plan = rewrite.plan(source, Recipe())
-    assert "K4V2" in plan.table() and f"{KV_HEADS} KV heads of {DIM}" in plan.table()
+    assert [[layout.bits for layout in layer.layouts] for layer in plan.layers] == [[4, 2]] * 2
+    assert str(source) in plan.table() and "2 layers" in plan.table() and plan.recipe.dtype == "fp32"
     assert plan.weight_bytes == (source.parent / "model.onnx.data").stat().st_size
     assert digests(tmp_path) == before
     read = Rewrite.read(source, Recipe())
@@ -608,6 +613,48 @@ def test_damaged_and_hostile_graphs(name: str, tmp_path: Path) -> None:
         rewrite_model(path, out=tmp_path / "out")
     assert message in str(error.value) and str(path.parent) in str(error.value)
     assert digests(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("op", ["gqa", "attention"])
+def test_flipped_bits_are_errors_or_harmless(op: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever the bytes say, nothing but a SkvError comes out, and what passes can be rewritten."""
+    caplog.set_level("CRITICAL", "onnx_ir")
+    path = SourceGraph(op, mask="bool" if op == "attention" else None, layers=1).write(tmp_path / "source")
+    original, rng, refused = path.read_bytes(), np.random.default_rng(1), 0
+    for _ in range(150):
+        changed = bytearray(original)
+        for place in rng.integers(0, len(original), rng.integers(1, 4)):
+            changed[place] ^= 1 << int(rng.integers(0, 8))
+        path.write_bytes(changed)
+        try:
+            read = Rewrite.read(path, EXACT)
+        except SkvError:
+            refused += 1
+            continue
+        rewrite_graph(read.source.graph, read.layers)
+        ir.to_proto(read.source.graph)
+    assert 50 < refused < 150
+
+
+def test_a_loop_in_a_mask_is_not_run(tmp_path: Path) -> None:
+    def loop(model: onnx.ModelProto) -> None:
+        body = helper.make_graph(
+            [helper.make_node("Identity", ["go"], ["goes"]), helper.make_node("Identity", ["seen"], ["sees"])],
+            "forever",
+            [helper.make_tensor_value_info(n, t, None) for n, t in (("i", 7), ("go", 9), ("seen", 9))],
+            [helper.make_tensor_value_info(n, 9, None) for n in ("goes", "sees")],
+        )
+        node = next(n for n in model.graph.node if "attn_mask" in n.output)
+        node.output[0] = "once"
+        model.graph.initializer.append(helper.make_tensor("true", TensorProto.BOOL, [], [True]))
+        place = list(model.graph.node).index(node)
+        forever = helper.make_node("Loop", ["", "true", "once"], ["attn_mask"], name="forever", body=body)
+        model.graph.node.insert(place + 1, forever)
+
+    path = SourceGraph("attention", mask="bool").write(tmp_path / "source")
+    edit(loop)(path)
+    with pytest.raises(SkvError, match="depends on a branch or loop, 'forever'"):
+        rewrite_model(path, out=tmp_path / "out")
 
 
 def test_folders_without_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
