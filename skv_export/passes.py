@@ -403,7 +403,7 @@ def _weight(builder: _Builder, node: ir.Node) -> None:
     if all(use.node is transposed for use in weight.uses()) and _only_user(transposed.outputs[0]) is node:
         tensor, name = weight.const_value, str(weight.name)
         lazy = ir.LazyTensor(
-            lambda: ir.tensor(_transposed(tensor)), tensor.dtype, ir.Shape(tensor.shape[::-1]), name=name
+            lambda: ir.tensor(_transposed(tensor)), tensor.dtype, ir.Shape(tensor.shape.numpy()[::-1]), name=name
         )
         stored = ir.Value(name=name, type=weight.type, shape=lazy.shape, const_value=lazy)
         builder.replace(transposed, stored)
