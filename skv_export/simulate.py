@@ -1,9 +1,10 @@
-"""Owns decoding without decoding: attention over a whole text at once, every token seeing the cache a decoder would have.
+"""Owns decoding without decoding: attention over a whole text at once, every token seeing a decoder's cache.
 
-A cache's content is a function of its length alone (design: section 3), and a tile's codes of its own tokens alone. So what
-the query at position i would read from a cache of i tokens can be computed for all i in one pass: quantize every tile
-once, then let each query see the quantized form of the tokens that have left for the tiles, and the full-precision form of
-the others. The result is that of one call per token, up to the order of float32 sums; tests hold it to the reference op.
+A cache's content is a function of its length alone (design: section 3), and a tile's codes of its own tokens alone. So
+what the query at position i would read from a cache of i tokens can be computed for all i in one pass: quantize every
+tile once, then let each query see the quantized form of the tokens that have left for the tiles, and the full-precision
+form of the others. The result is that of one call per token, up to the order of float32 sums; tests hold it to the
+reference op.
 """
 
 from __future__ import annotations
@@ -119,8 +120,8 @@ class FullCache:
 class KiviCache:
     """KIVI's published cache (arXiv 2402.02750 and its code): min-max in groups of 32, the last tokens exact, no sinks.
 
-    Keys: per channel over 32 tokens; up to ``residual`` exact ones, quantized together when that many have come. Values: per
-    token over 32 channels; exactly the last ``residual`` tokens are exact.
+    Keys: per channel over 32 tokens; up to ``residual`` exact ones, quantized together when that many have come.
+    Values: per token over 32 channels; the last ``residual`` tokens are exact.
 
     Attributes:
         bits: Of a code.
@@ -201,9 +202,9 @@ def attend(
         folded = q.reshape(heads, -1, dim)
         k, k_late = _view(caches[0], *k_states, start, stop)
         v, v_late = _view(caches[1], *v_states, start, stop)
-        scores = (folded @ k.mT).unflatten(1, (-1, stop - start))
+        scores = (folded @ k.mT).reshape(*q.shape[:3], -1)
         for columns, late, difference in k_late:
-            scores[..., columns] += (folded @ difference.mT).unflatten(1, (-1, stop - start)).mul_(late)
+            scores[..., columns] += (folded @ difference.mT).reshape(*q.shape[:3], -1).mul_(late)
         scores[..., own, own + start] = (q * key[:, None, start:stop]).sum(-1)
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
@@ -212,7 +213,7 @@ def attend(
             weights = scores.softmax(-1)
         else:
             weights = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
-        block = (weights.flatten(1, 2) @ v).unflatten(1, (-1, stop - start))
+        block = (weights.flatten(1, 2) @ v).reshape(q.shape)
         for columns, late, difference in v_late:
             block += ((weights[..., columns] * late).flatten(1, 2) @ difference).view_as(block)
         block += weights[..., own, own + start, None] * (value - v_states[0])[:, None, start:stop]
@@ -235,7 +236,7 @@ _Change = tuple[slice, torch.Tensor, torch.Tensor]
 def _view(
     cache: TensorCache, exact: torch.Tensor, quantized: torch.Tensor, start: int, stop: int
 ) -> tuple[torch.Tensor, list[_Change]]:
-    """What queries ``start ... stop-1`` see: tokens ``[H, stop, D]`` as the first query sees them, and what changes later.
+    """What queries ``start ... stop-1`` see: tokens ``[H, stop, D]`` as the first of them does, and what changes later.
 
     A change is: columns, which queries see them quantized ``[queries, columns]``, and quantized minus exact.
     """
@@ -317,7 +318,7 @@ def _hook(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: ``[B, N, S, D]`` to ``[B, S, N, D]``, each row of the batch a sequence of its own."""
+    """transformers' attention function: ``[B, N, S, D]`` to ``[B, S, N, D]``; a row of the batch is a sequence."""
     if skv_simulation is None:
         raise SkvError(
             f"{type(module).__name__}: the model does not hand its keyword arguments to the attention function",
@@ -327,14 +328,16 @@ def _hook(
     caches = skv_simulation.layer(int(module.layer_idx), key.shape[1], key.shape[-1], window)  # type: ignore[arg-type]
     rows = [
         attend(
-            *(x.float() for x in row),
+            q.float(),
+            k.float(),
+            v.float(),
             caches,
             scale=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
             softcap=float(softcap or 0.0),
             local_window_size=window,
             head_sink=s_aux,
         )
-        for row in zip(query, key, value, strict=True)
+        for q, k, v in zip(query, key, value, strict=True)
     ]
     return torch.stack(rows).transpose(1, 2).to(query.dtype), None
 
