@@ -42,14 +42,24 @@ class Tolerance:
         exact: Any logit, with a cache that rounds nothing.
         median: The median of all logit differences, with the recipe's bits.
         most: Any logit, with the recipe's bits.
-        flips: Share of a layer's bytes of codes and parameters that a step writes otherwise than the reference: a
+        rows: Keys and values of a step, relative to the largest; but 4 units of ``recent_type`` in any case.
+        flips: Share of a layer's bytes of codes and parameters that are written otherwise than by the reference: a
             code flips where the last bit of a key or value lies between two.
     """
 
     exact: float = 1e-3
     median: float = 2e-4
     most: float = 5e-2
+    rows: float = 1e-3
     flips: float = 1e-3
+
+    @classmethod
+    def of(cls, dtype: str) -> Tolerance:
+        """Returns the tolerance of a number format; what float16 rounds, PyTorch computes in float32."""
+        half = {"fp16": 1.0, "bf16": 8.0}.get(dtype)
+        if half is None:
+            return cls()
+        return cls(exact=0.1 * half, median=0.02 * half, most=0.2 * half, rows=0.01 * half, flips=0.01 * half)
 
 
 @dataclass(frozen=True)
@@ -178,22 +188,22 @@ def check(
         folder: The export.
         tokens: As many as ``step_counts`` says.
         execution_provider: Of the exported graph.
-        tolerance: Largest differences.
+        tolerance: What may differ; ``Tolerance.of`` the export's number format if not given.
     """
-    tolerance = tolerance or Tolerance()
+    tolerance = tolerance or Tolerance.of(ModelConfig.load(folder).dtype)
     attention = model.config._attn_implementation
     try:
         session = twins.unquantized(folder, execution_provider=execution_provider)
-        exact = compare(model, session, tokens, tolerance.exact, same_cache=False)
+        exact = compare(model, session, tokens, tolerance.exact, tolerance.rows, same_cache=False)
         session = twins.plain(folder, execution_provider=execution_provider)
-        quantized = compare(model, session, tokens, tolerance.most, same_cache=True)
+        quantized = compare(model, session, tokens, tolerance.most, tolerance.rows, same_cache=True)
     finally:
         model.set_attn_implementation(attention)
     return judge(quantized, exact, tolerance)
 
 
 def compare(
-    model: PreTrainedModel, session: Session, tokens: Sequence[int], limit: float, *, same_cache: bool
+    model: PreTrainedModel, session: Session, tokens: Sequence[int], limit: float, rows: float, *, same_cache: bool
 ) -> Comparison:
     """Decodes ``tokens`` with both and compares every step.
 
@@ -201,14 +211,15 @@ def compare(
         model: The model in PyTorch; its attention is replaced by the reference.
         session: The exported graph.
         tokens: The prompt and then one token per step, as many as ``step_counts`` says.
-        limit: A difference above this is traced to the layer it came from.
+        limit: A logit's difference above this is traced to the layer it came from.
+        rows: Keys and values that differ by more than this, relative to the largest, are where it came from.
         same_cache: Every step starts from the exported graph's cache; else each has its own.
     """
     prompt, steps = step_counts(session.config.layers[0].key)
     if len(tokens) != prompt + steps:
         raise SkvError("graph: tokens", got=len(tokens), expected=prompt + steps)
     decoder, cache = TorchDecoder(model, session.config), session.cache(1, len(tokens))
-    track = _Track(limit, len(decoder.layers))
+    track = _Track(limit, rows, len(decoder.layers))
     calls = [tokens[:prompt], *([token] for token in tokens[prompt:])]
     label = "graph, the recipe's bits" if same_cache else "graph, nothing rounded"
     for step, ids in enumerate(tqdm(calls, unit="step", desc=label, disable=None)):
@@ -231,6 +242,7 @@ class _Track:
     """The differences of the steps so far."""
 
     limit: float
+    rows: float
     layers: int
     differences: list[NDArray[np.float32]] = field(default_factory=list)
     same: list[bool] = field(default_factory=list)
@@ -262,7 +274,7 @@ class _Track:
                 self.written[i] += layout.tile_bytes * layer.num_key_value_heads * flushed
                 self.flips[i] += flips
                 self.rounded += rounded
-                if off > max(1e-3, 4 * _epsilon(layout)) and not self.origin:
+                if off > max(self.rows, 4 * _epsilon(layout)) and not self.origin:
                     before = f", or layer {i - 1} after its own" if i else ""
                     self.origin = f"step {step}: layer {i}'s {name}s are off by {off:.1%}: layer {i}{before}"
 

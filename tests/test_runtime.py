@@ -166,6 +166,16 @@ def test_wrong_masks_and_tokens_are_refused(quantized: Session) -> None:
         quantized.run([[3], [3]], np.ones((2, 3)), None, cache)
 
 
+def test_a_call_that_fails_inside_empties_the_cache(quantized: Session) -> None:
+    cache = quantized.cache(1)
+    quantized.run([TOKENS[:60]], None, None, cache)
+    with pytest.raises(SkvError, match="the call failed, and the cache has been emptied"):
+        quantized.run([[5]], None, [[CONTEXT]], cache)  # no such position in the model's table
+    assert cache.lengths.tolist() == [0]
+    again = quantized.run([TOKENS[:60]], None, None, cache)
+    assert np.array_equal(again, quantized.run([TOKENS[:60]], None, None, quantized.cache(1)))
+
+
 @pytest.mark.parametrize("back", [1, 7, 16])
 @pytest.mark.parametrize("length", [30, 80, 100, 150])
 def test_rewind_is_as_if_the_tokens_had_never_been_there(exact: Session, length: int, back: int) -> None:
