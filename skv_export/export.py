@@ -106,7 +106,8 @@ class Plan:
             ours, half = self.cache_bytes(length), self.half_cache_bytes(length)
             ratio = f"{half / ours:.1f}x smaller"
             lines.append(f"  {length:>7,} tokens: {_size(ours):>9} instead of {_size(half):>9} in fp16, {ratio}")
-        return "\n".join(lines)
+        pairs = [layer.layouts for layer in self.layers]
+        return "\n".join([*lines, "", genai.advice(self.recipe.layers(len(pairs)), pairs, self.context_length)])
 
     def _layer_rows(self) -> list[str]:
         """One line for each run of equal layers."""

@@ -84,11 +84,6 @@ class Rewrite:
         config = dataclasses.replace(config, dtype=dtype, layers=tuple(_layer_cache(layer.op) for layer in layers))
         return cls(opened, layers, config, hidden_size, dataclasses.replace(chosen, dtype=dtype))
 
-    def genai_advice(self) -> str:
-        """What the recipe costs in onnxruntime-genai, and what to take instead there."""
-        configs = self.recipe.layers(len(self.layers))
-        return genai.advice(configs, [layer.op.layouts for layer in self.layers], self.config.context_length)
-
 
 def plan(source: Path | str, recipe: Recipe | None = None) -> Plan:
     """Says what ``rewrite_model`` would write; see ``export.plan``.

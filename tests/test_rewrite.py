@@ -305,6 +305,7 @@ def test_plan_says_what_will_be_written(tmp_path: Path) -> None:
     plan = rewrite.plan(source, Recipe())
     assert [[layout.bits for layout in layer.layouts] for layer in plan.layers] == [[4, 2]] * 2
     assert str(source) in plan.table() and "2 layers" in plan.table() and plan.recipe.dtype == "fp32"
+    assert "onnxruntime-genai: runs this folder" in plan.table() and "K3V3 is the equal pair" in plan.table()
     assert plan.weight_bytes == (source.parent / "model.onnx.data").stat().st_size
     assert digests(tmp_path) == before
     read = Rewrite.read(source, Recipe())
