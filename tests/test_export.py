@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from skv_export import export, folder, graph, supported
 from skv_export.attention import AttentionCall, Lengths, SkvDecoder
 from skv_export.errors import SkvError
+from skv_export.genai import LIBRARY_FILE
 from skv_export.model_config import ModelConfig
 from skv_export.recipe import LayerConfig, Recipe
 from skv_export.runtime import Session
@@ -258,7 +259,7 @@ def test_folder_describes_itself(exported: Export, tiny_checkpoint: Callable[...
     names = {p.name for p in path.iterdir()}
     assert names == {
         "model.onnx", "model.onnx.data", "config.json", "generation_config.json", "skv_config.json",
-        "genai_config.json", "recipe.toml",
+        "genai_config.json", "recipe.toml", LIBRARY_FILE,
     }  # fmt: skip
     assert Recipe.load(path / "recipe.toml") == recipe
     config = ModelConfig.load(path)
