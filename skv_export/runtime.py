@@ -19,6 +19,7 @@ from skv_export.cache import Cache
 from skv_export.errors import SkvError
 from skv_export.library import Library, library_path, load_library
 from skv_export.model_config import CONFIG_FILE, ModelConfig, read_json
+from skv_export.providers import EXECUTION_PROVIDERS, brief, check_provider, ort_errors
 from skv_export.sampling import Sampler, Sampling
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
 MODEL_FILE = "model.onnx"
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 """A graph's inputs beside the caches; one that counts positions itself does without the last."""
-EXECUTION_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 Int64 = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -80,7 +80,7 @@ class Session:
     def _load(self, model: bytes | None, num_threads: int, spinning: bool) -> Any:
         import onnxruntime as ort
 
-        _check_provider(self.execution_provider, ort.get_available_providers(), self.library)
+        check_provider(self.execution_provider, ort.get_available_providers(), self.library)
         path = self.folder / MODEL_FILE
         if model is None and not path.is_file():
             raise SkvError(f"{path}: no such file", fix="Export the model with `skv-export model`.")
@@ -95,9 +95,9 @@ class Session:
             session = ort.InferenceSession(
                 str(path) if model is None else model, options, providers=list(dict.fromkeys(providers))
             )
-        except _ort_errors() as error:
+        except ort_errors() as error:
             raise SkvError(
-                f"{path}: ONNX Runtime can't load it", got=_brief(error), fix="Export the model again."
+                f"{path}: ONNX Runtime can't load it", got=brief(error), fix="Export the model again."
             ) from error
         if session.get_providers()[0] != providers[0]:  # ONNX Runtime falls back with no more than a line in its log
             raise SkvError(
@@ -249,11 +249,9 @@ class Session:
         cache.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
         try:
             self.onnx.run_with_iobinding(cache.binding)
-        except _ort_errors() as error:
+        except ort_errors() as error:
             cache.reset()  # some layers may have appended already
-            raise SkvError(
-                "ONNX Runtime: the call failed, and the cache has been emptied", got=_brief(error)
-            ) from error
+            raise SkvError("ONNX Runtime: the call failed, and the cache has been emptied", got=brief(error)) from error
 
     # The token loop.
 
@@ -475,31 +473,3 @@ def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:
     """The tokens up to the first end token, included."""
     stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens) - 1)
     return tokens[: stop + 1]
-
-
-def _check_provider(name: str, available: Sequence[str], library: Library) -> None:
-    if name not in EXECUTION_PROVIDERS:
-        raise SkvError("execution_provider", got=name, expected=" or ".join(EXECUTION_PROVIDERS))
-    if EXECUTION_PROVIDERS[name] not in available:
-        raise SkvError(
-            f"execution provider {name}: this ONNX Runtime does not have it",
-            got=", ".join(available),
-            fix="pip uninstall onnxruntime; pip install 'skv-export[gpu]', on a machine with an NVIDIA GPU.",
-        )
-    if name == "cuda" and not library.cuda_build:
-        raise SkvError(
-            f"execution provider cuda: {library.path} was built without CUDA",
-            fix="Build it where nvcc is found, with SKV_CUDA=on.",
-        )
-
-
-def _ort_errors() -> tuple[type[Exception], ...]:
-    """onnxruntime's exceptions, which have no common base of their own."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    return tuple(x for x in vars(state).values() if isinstance(x, type) and issubclass(x, Exception))
-
-
-def _brief(error: Exception) -> str:
-    """ONNX Runtime's message without its preamble and stack trace."""
-    return str(error).split("Stacktrace")[0].strip()[:800]
