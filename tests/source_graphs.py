@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,3 +239,9 @@ def run_source(path: Path, tokens: list[int], chunks: list[int], dtype: type = n
         rows.append(results["logits"][0].astype(np.float32))
         start = end
     return np.concatenate(rows)
+
+
+def digests(folder: Path) -> dict[str, tuple[str, int]]:
+    """Every file's content and time of change: what must not change."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(p): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns) for p in files}
