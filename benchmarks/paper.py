@@ -2,7 +2,7 @@
 
     python benchmarks/paper.py [CHECKPOINT] [--text FILE] [--json FILE]
 
-Norms of the projections and their spectra come from `skv-export analyze`. Here: norms of the activations, relative error
+Norms of the projections and their spectra come from `skv-export analyze`. Here: norms of activations, relative error
 of keys and values at 2, 3 and 4 bits, with scales per token, plain and rotated (the paper's quantizers are per token or
 per channel, not rotated), per channel, and around the tile's mean; means over layers of one window of text.
 """

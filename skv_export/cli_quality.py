@@ -23,7 +23,7 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 @click.option(
     "--baselines",
     default="",
-    help="Other systems' caches in the same run: kivi, hf-quanto, hf-hqq; or with bits: kivi-k4v2, hf-hqq-3.",
+    help="Other systems' caches in the same run: kivi, hf-quanto, hf-hqq; or with bits: kivi-k4v2, hf-hqq-8.",
 )
 @click.option("--windows", default=16, show_default=True, type=click.IntRange(1), help="Windows of text.")
 @click.option("--window", default=1024, show_default=True, type=click.IntRange(64), help="Tokens per window.")

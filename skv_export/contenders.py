@@ -24,6 +24,10 @@ from skv_export.simulate import ATTENTION_NAME, Simulation
 BASELINES = ("kivi", "hf-quanto", "hf-hqq")
 """Other systems: each stands for its usual bit widths (``kivi``), or names one (``kivi-k4v2``, ``hf-quanto-4``)."""
 _PACKAGES = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq", "hqq")}
+_CACHE_BITS = {"quanto": (4, 2), "hqq": (8, 4, 2)}
+"""What works: hqq packs 3 bits into rows that it can't unpack to every length."""
+_PROMPT = {"quanto": 1, "hqq": 64}
+"""Tokens of the first call: hqq packs several groups into a row, and fails where they do not fill it."""
 _RESIDUAL, _GROUP = 128, 64
 """Defaults of transformers' QuantizedCache: full-precision tokens, and numbers that share a scale and a zero point."""
 
@@ -70,8 +74,9 @@ class Simulated(Contender):
 class TransformersCache(Contender):
     """transformers' own QuantizedCache, its code untouched.
 
-    It quantizes the first call's tokens at once, then whenever 128 more have come, all of them anew. So one call of 1
-    token and then calls of 128 leave what decoding token by token leaves: within a call every new token is exact.
+    It quantizes the first call's tokens at once, then whenever 128 more have come, all of them anew. A first call and
+    then calls of 128 leave what decoding token by token leaves: within a call every new token is exact. The first call
+    has one token, with hqq 64, which then are a prompt.
     """
 
     backend: str
@@ -90,7 +95,8 @@ class TransformersCache(Contender):
             residual_length=_RESIDUAL,
         )
         with own_attention(model):
-            parts = [ids[:1], *torch.split(ids[1:], _RESIDUAL)]
+            first = _PROMPT[self.backend]
+            parts = [ids[:first], *torch.split(ids[first:], _RESIDUAL)]
             return torch.cat([model(p[None], past_key_values=cache, use_cache=True).logits[0].float() for p in parts])
 
     def effective_bits(self, context_length: int) -> float:
@@ -168,9 +174,12 @@ def parse_baselines(text: str) -> list[Contender]:
             found += [_kivi(*pair) for pair in pairs]
         elif cache:
             _require(cache[1])
-            found += [_transformers(cache[1], bits) for bits in ([int(cache[2])] if cache[2] else [4, 2])]
+            widths = (int(cache[2]),) if cache[2] else (4, 2)
+            if not set(widths) <= set(_CACHE_BITS[cache[1]]):
+                raise SkvError(f"--baselines: {name}", expected=f"bits of {_CACHE_BITS[cache[1]]}")
+            found += [_transformers(cache[1], bits) for bits in widths]
         else:
-            expected = ", ".join(BASELINES) + ", or one with its bits: kivi-k4v2, hf-quanto-4, hf-hqq-3"
+            expected = ", ".join(BASELINES) + ", or one with its bits: kivi-k4v2, hf-quanto-4, hf-hqq-8"
             raise SkvError(f"--baselines: {name}", expected=expected)
     return found
 

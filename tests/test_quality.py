@@ -173,7 +173,8 @@ def test_transformers_cache_in_calls_is_token_by_token(
         got = contender.logits(model, ids)
         cache = cache_utils.QuantizedCache(backend="hqq", config=model.config, nbits=4, axis_key=1, axis_value=1)
         with contenders.own_attention(model):
-            rows = [model(ids[None, i : i + 1], past_key_values=cache, use_cache=True).logits[0] for i in range(300)]
+            calls = [ids[:64], *ids[64:].split(1)]
+            rows = [model(c[None], past_key_values=cache, use_cache=True).logits[0] for c in calls]
         full = contenders.simulated_logits(model, ids, Simulation.full_precision())
     assert (got - full).abs().max() > 0.05, "the cache must matter here"
     assert (got - torch.cat(rows)).abs().median() < 1e-5
@@ -186,6 +187,7 @@ def test_transformers_cache_in_calls_is_token_by_token(
         (lambda: contenders.parse_configs("K4", SMALL), "--configs: K4; expected a bit pair such as K4V2"),
         (lambda: contenders.parse_configs("K7V2", SMALL), "k_bits; got 7"),
         (lambda: contenders.parse_baselines("fp8"), "--baselines: fp8; expected kivi, hf-quanto, hf-hqq"),
+        (lambda: contenders.parse_baselines("kivi-k4"), "--baselines: kivi-k4; expected"),
         (lambda: needle.parse_lengths("64"), "--needle-lengths; got 64"),
         (lambda: compare.cut_windows(Letters(), "short", 2, 100), "--text: too short; got 5 tokens"),
     ],
@@ -200,6 +202,12 @@ def test_a_baseline_whose_package_is_missing_names_it(monkeypatch: pytest.Monkey
     for backend, package in (("hf-hqq", "hqq"), ("hf-quanto-4", "optimum-quanto")):
         with pytest.raises(SkvError, match=f"needs the package {package}; got not installed. pip install {package}"):
             contenders.parse_baselines(backend)
+
+
+def test_bits_that_a_cache_does_not_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    with pytest.raises(SkvError, match="--baselines: hf-hqq-3; expected bits of"):
+        contenders.parse_baselines("hf-hqq-3")
 
 
 def test_names_become_contenders(tmp_path: Path) -> None:
