@@ -128,6 +128,7 @@ def _resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
 @click.option(
     "--all-logits", is_flag=True, help="Logits of every position, for evaluation; default: of the last token."
 )
+@click.option("--copy-weights", is_flag=True, help="ONNX in: copy the weights instead of linking to them.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 def model(
     checkpoint: str | None,
@@ -135,28 +136,39 @@ def model(
     out: Path | None,
     force: bool,
     all_logits: bool,
+    copy_weights: bool,
     dry_run: bool,
     **options: Any,
 ) -> None:
     """Export CHECKPOINT to a folder that ONNX Runtime runs with a quantized KV cache.
 
-    CHECKPOINT is a folder with safetensors, a GGUF file, or a hub id; without it, the demo model (extra `demo`).
+        raise SkvError("--all-logits, --dtype", got="an ONNX model", fix="Leave them out: its weights stay as they are.")
+    file or folder whose attention is GroupQueryAttention or Attention with a past is rewritten, its weights untouched.
 
     \b
     skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --out qwen3
     skv-export model ./Qwen3-0.6B --recipe qwen3 --dry-run
     skv-export model model.gguf --k-bits 8 --v-bits 4 --dtype fp16
+    skv-export model genai-folder/model.onnx --k-bits 4 --v-bits 4
     """
-    from skv_export import export
+    from skv_export import export, onnx_source, rewrite
 
     resolved = _resolve_recipe(recipe, options)
     source = _checkpoint_or_demo(checkpoint)
-    plan = export.plan(source, resolved)
+    is_onnx = onnx_source.is_onnx(source)
+    if is_onnx and (all_logits or options["dtype"]):
+        raise SkvError(
+            "--all-logits and --dtype", got="an ONNX model", fix="Leave them out: its weights stay as they are."
+        )
+    plan = rewrite.plan(source, resolved) if is_onnx else export.plan(source, resolved)
     click.echo(plan.table())
     if dry_run:
         return
     target = out or Path(f"{Path(source).stem.lower()}-{resolved.default.name.lower()}")
-    folder = export.export_model(source, out=target, recipe=resolved, force=force, all_logits=all_logits)
+    if is_onnx:
+        folder = rewrite.rewrite_model(source, out=target, recipe=resolved, force=force, copy_weights=copy_weights)
+    else:
+        folder = export.export_model(source, out=target, recipe=resolved, force=force, all_logits=all_logits)
     click.echo(
         f"\nWritten to {folder}. Next:\n  skv-export verify {folder}\n  skv-export generate {folder} --prompt ..."
     )

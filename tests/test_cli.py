@@ -137,3 +137,17 @@ def test_recipes_are_listed_and_printed() -> None:
     listing = run("recipes").output
     name = listing.split()[0]
     assert "k_bits" in run("recipes", name).output
+
+
+def test_an_onnx_model_is_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from skv_export import rewrite
+
+    calls: dict[str, Any] = {}
+    monkeypatch.setattr(rewrite, "plan", lambda source, recipe: SimpleNamespace(table=lambda: "the plan"))
+    monkeypatch.setattr(rewrite, "rewrite_model", lambda source, **options: calls.update(options) or options["out"])
+    graph = tmp_path / "model.onnx"
+    graph.write_bytes(b"")
+    result = run("model", str(graph), "--k-bits", "3", "--out", "x", "--copy-weights")
+    assert result.exit_code == 0, result.output
+    assert calls["recipe"].layer(0).k_bits == 3 and calls["copy_weights"]
+    assert "its weights stay as they are" in run("model", str(graph), "--dtype", "fp16").output
