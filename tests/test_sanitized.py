@@ -77,9 +77,9 @@ def test_the_sanitizers_see_an_overrun(library: Path) -> None:
     assert result.returncode != 0 and "heap-buffer-overflow" in result.stderr, result.stderr
 
 
-def test_kernels_under_sanitizers(library: Path) -> None:
+@pytest.mark.parametrize("isa", ["scalar", "avx2", ""], ids=["scalar", "avx2", "best"])
+def test_kernels_under_sanitizers(library: Path, isa: str) -> None:
     chosen = [] if os.environ.get("SKV_SANITIZED_TESTS") == "all" else ["-k", PART]
-    result = run_sanitized(
-        library, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_native.py", *chosen
-    )
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_native.py", *chosen]
+    result = run_sanitized(library, *command, isa=isa)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

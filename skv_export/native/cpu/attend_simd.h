@@ -192,9 +192,9 @@ class Attend {
   alignas(64) int8_t spread_[kMaxQueryRows][2][kMaxRunTokens / 4][(kMaxGroups + kLanes) * 4];
   alignas(64) int32_t lane_group_[2][kMaxDim + kLanes];  // group of each byte position, less that of its vector's first
   alignas(64) float weight_step_[kMaxQueryRows][kMaxGroups + kLanes];
-  F weight_sums_[kMaxQueryRows][kMaxGroups];  // of rounded weights, over all tiles; a lane's share each
-  F tile_total_[kMaxQueryRows];               // of the tile's probabilities, likewise
-  alignas(64) float value_means_[kMaxQueryRows][kMaxDim];         // sums of probability * mean
+  F weight_sums_[kMaxQueryRows][kMaxGroups];               // of rounded weights, over all tiles; a lane's share each
+  F tile_total_[kMaxQueryRows];                            // of the tile's probabilities, likewise
+  alignas(64) float value_means_[kMaxQueryRows][kMaxDim];  // sums of probability * mean
   float value_rest_[kMaxQueryRows], value_total_[kMaxQueryRows];  // what a tile adds per scale and per offset
   alignas(64) float value_scale_[2][kSumStride], value_offset_[kSumStride];  // per channel, in a plane's order
 
