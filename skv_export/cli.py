@@ -142,8 +142,8 @@ def model(
 ) -> None:
     """Export CHECKPOINT to a folder that ONNX Runtime runs with a quantized KV cache.
 
-        raise SkvError("--all-logits, --dtype", got="an ONNX model", fix="Leave them out: its weights stay as they are.")
-    file or folder whose attention is GroupQueryAttention or Attention with a past is rewritten, its weights untouched.
+    CHECKPOINT is a folder with safetensors, a GGUF file, or a hub id; without it, the demo model (extra `demo`). An
+    ONNX file or folder whose attention is GroupQueryAttention or Attention with a past is rewritten, its weights untouched.
 
     \b
     skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --out qwen3
