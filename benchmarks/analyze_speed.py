@@ -3,8 +3,8 @@
     python benchmarks/analyze_speed.py FOLDER [--shape 8b|70b] [--layers N] [--svd-layers 1]
 
 Writes random bf16 shards to FOLDER if they are not there (only the projections and norms exist), then times, each in a
-process of its own and with the page cache dropped where that is allowed: a copy of the shards, reading them, the analysis,
-and torch.linalg.svdvals on the matrices of --svd-layers layers (scaled up to all; 0 = not).
+process of its own, page cache dropped where that is allowed: a copy of the shards, reading them, the analysis, and
+torch.linalg.svdvals on the matrices of --svd-layers layers (scaled up to all; 0 = not).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -88,12 +87,17 @@ def read(folder: Path, _: int) -> dict[str, float]:
 def run(folder: Path, _: int) -> dict[str, float]:
     from skv_export import analyze
 
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    base = peak_mib()
+    start, cpu = time.perf_counter(), time.process_time()
     found = analyze.run(folder)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "bytes": found.bytes_read, "peak_mib": peak / 1024, "imports_mib": base / 1024}
+    used = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    return {**used, "bytes": found.bytes_read, "peak_mib": peak_mib(), "imports_mib": base}
+
+
+def peak_mib() -> float:
+    """Peak resident memory, mapped pages of files included (getrusage would count the parent's too)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def svd(folder: Path, layers: int) -> dict[str, float]:
@@ -103,13 +107,13 @@ def svd(folder: Path, layers: int) -> dict[str, float]:
     from skv_export.checkpoint import Checkpoint
 
     reader = AttentionReader(Checkpoint.open(folder))
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for i in range(layers):
         layer = reader.layer(i)
         for w in (layer.q, layer.k, layer.v):
             torch.linalg.svdvals(torch.from_numpy(np.asarray(w, np.float32)))
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds / layers * reader.config.num_hidden_layers}
+    scale = reader.config.num_hidden_layers / layers
+    return {"seconds": (time.perf_counter() - start) * scale, "cpu_seconds": (time.process_time() - cpu) * scale}
 
 
 STEPS = {"copy": copy, "read": read, "analyze": run, "svdvals": svd}

@@ -3,69 +3,31 @@
 from __future__ import annotations
 
 import json as json_module
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from skv_export.allocation import DEFAULT_CHOICES, allocate_bits, allocate_bits_optimal
 from skv_export.architectures import AttentionConfig, AttentionReader
-from skv_export.budget import CacheBudget
+from skv_export.budget import CacheBudget, Pair
 from skv_export.checkpoint import Checkpoint, Source, resolve
 from skv_export.errors import SkvError
-from skv_export.geometry import Geometry, geometry
-from skv_export.norms import Norms, norms
+from skv_export.geometry import geometry
+from skv_export.norms import norms
 from skv_export.recipe import LayerConfig, Recipe
+from skv_export.scores import WEAK_CORRELATION, LayerAnalysis, Score, compare, find_flags, loss_tables
 
 if TYPE_CHECKING:
     from skv_export.measure import Measurement
 
 __all__ = ["Analysis", "allocate_bits", "allocate_bits_optimal", "run"]
 
-Pair = tuple[int, int]
 Progress = Callable[[str, int, int], None]
-WEAK_CORRELATION = "from weights alone; measure with --measure --text FILE where a text is at hand"
-
-
-@dataclass(frozen=True)
-class LayerAnalysis:
-    """What one layer's weights say.
-
-    Attributes:
-        index: The layer.
-        q: Norms of the query projection.
-        k: Norms of the key projection.
-        v: Norms of the value projection.
-        geometry: The expected errors.
-        k_bias: Norm of the key projection's bias; 0 without one.
-    """
-
-    index: int
-    q: Norms
-    k: Norms
-    v: Norms
-    geometry: Geometry
-    k_bias: float
-
-
-@dataclass(frozen=True)
-class Score:
-    """One way to rank tensors, and what it asks for under the budget.
-
-    Attributes:
-        name: ``frobenius``, ``spectral``, ``geometry``, ``geometry_activations`` or ``measure``.
-        bits: ``(k_bits, v_bits)`` per layer.
-        balance: Per layer, how many more bits it would give keys than values; None where the score says nothing.
-        note: Why it should not be trusted here; empty otherwise.
-    """
-
-    name: str
-    bits: tuple[Pair, ...]
-    balance: tuple[float | None, ...]
-    note: str = ""
+_BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -272,8 +234,8 @@ def run(
     cache.check()
     layers = _read(reader, cache.base, progress)
     measurement = _measure(source, str(text), cache, kl, windows, window, state, progress) if measure else None
-    scores = _scores(layers, cache, optimal, measurement)
-    flags = _flags(layers, scores)
+    scores = compare(layers, cache, optimal, measurement)
+    flags = find_flags(layers, scores)
     analysis = Analysis(
         model=_name(source, opened.config),
         bytes_read=opened.bytes_read,
@@ -297,25 +259,32 @@ def _name(source: Source, config: Mapping[str, Any]) -> str:
 
 
 def _read(reader: AttentionReader, base: LayerConfig, progress: Progress | None) -> tuple[LayerAnalysis, ...]:
-    """Reads layer by layer, one projection in float32 at a time where only its norms are needed."""
-    config = reader.config
+    """Reads layer by layer; one layer's projections stand in memory at a time."""
     layers = []
-    for index in range(config.num_hidden_layers):
-        raw = reader.layer(index)
-        weights = replace(
-            raw, q=np.asarray(raw.q, np.float32), k=np.asarray(raw.k, np.float32), v=np.asarray(raw.v, np.float32)
-        )
-        reader.checkpoint.release(raw.names)
-        sizes = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-        q, k, v = (
-            norms(w, heads, f"layer {index}: {what} projection")
-            for w, heads, what in zip((weights.q, weights.k, weights.v), sizes, ("query", "key", "value"), strict=True)
-        )
-        bias = float(np.linalg.norm(weights.k_bias)) if weights.k_bias is not None else 0.0
-        layers.append(LayerAnalysis(index, q, k, v, geometry(weights, config, base), bias))
+    for index in range(reader.config.num_hidden_layers):
+        layers.append(_read_layer(reader, index, base))
         if progress:
-            progress("reading layers", index + 1, config.num_hidden_layers)
+            progress("reading layers", index + 1, reader.config.num_hidden_layers)
     return tuple(layers)
+
+
+def _read_layer(reader: AttentionReader, index: int, base: LayerConfig) -> LayerAnalysis:
+    config, raw = reader.config, reader.layer(index)
+
+    def widen(part: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """float32 by blocks of rows, so that the mapped pages of the file never stand in memory all at once."""
+        wide = np.empty(part.shape, np.float32)
+        for start in range(0, len(part), _BLOCK_ROWS):
+            wide[start : start + _BLOCK_ROWS] = part[start : start + _BLOCK_ROWS]
+            reader.checkpoint.release(raw.names)
+        return wide
+
+    weights = replace(raw, q=widen(raw.q), k=widen(raw.k), v=widen(raw.v))
+    q = norms(weights.q, config.num_attention_heads, f"layer {index}: query projection")
+    k = norms(weights.k, config.num_key_value_heads, f"layer {index}: key projection")
+    v = norms(weights.v, config.num_key_value_heads, f"layer {index}: value projection")
+    bias = float(np.linalg.norm(weights.k_bias)) if weights.k_bias is not None else 0.0
+    return LayerAnalysis(index, q, k, v, geometry(weights, config, base), bias)
 
 
 def _measure(
@@ -346,78 +315,6 @@ def _measure(
         state=state,
         progress=progress,
     )
-
-
-def _scores(
-    layers: Sequence[LayerAnalysis], cache: CacheBudget, optimal: bool, measurement: Measurement | None
-) -> tuple[Score, ...]:
-    scores = [
-        _norm_score(name, [(getattr(x.k, name), getattr(x.v, name)) for x in layers], cache, optimal, layers)
-        for name in ("frobenius", "spectral")
-    ]
-    tables = loss_tables(layers, cache, measurement)
-    balances: dict[str, list[float | None]] = {"geometry": [x.geometry.balance for x in layers]}
-    if measurement is not None:
-        balances |= measurement.balances()
-    for name, table in tables.items():
-        note = WEAK_CORRELATION if name == "geometry" else ""
-        scores.append(Score(name, cache.best(table), tuple(balances[name]), note))
-    return tuple(scores)
-
-
-def _norm_score(
-    name: str,
-    values: list[Pair] | list[tuple[float, float]],
-    cache: CacheBudget,
-    optimal: bool,
-    layers: Sequence[LayerAnalysis],
-) -> Score:
-    flat = [x for pair in values for x in pair]
-    normalized = all(x.geometry.k_norm for x in layers)
-    note = "keys are normalized after the projection (k_norm): the norm of W_K says nothing" if normalized else ""
-    ratio = tuple(None if normalized or not (k and v) else math.log2(k / v) for k, v in values)
-    if optimal or cache.restricted:
-        table = np.array([[k * k * 4.0**-kb + v * v * 4.0**-vb for kb, vb in cache.pairs] for k, v in values])
-        return Score(name, cache.best(table), ratio, note)
-
-    def allocate(total: int) -> tuple[Pair, ...]:
-        bits = allocate_bits(flat, total, cache.choices)
-        return tuple(zip(bits[::2], bits[1::2], strict=True))
-
-    return Score(name, cache.largest(allocate), ratio, note)
-
-
-def loss_tables(
-    layers: Sequence[LayerAnalysis], cache: CacheBudget, measurement: Measurement | None
-) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
-    """Returns, for each score that predicts a loss, ``[layers, pairs]`` in the order of ``cache.pairs``."""
-    tables = {
-        "geometry": np.array([[x.geometry.k_error[k] + x.geometry.v_error[v] for k, v in cache.pairs] for x in layers])
-    }
-    if measurement is not None:
-        tables |= measurement.tables(cache.pairs)
-    return tables
-
-
-def _flags(layers: Sequence[LayerAnalysis], scores: Sequence[Score]) -> tuple[Mapping[str, Any], ...]:
-    flags: list[Mapping[str, Any]] = []
-    if any(x.geometry.k_norm for x in layers):
-        flags.append({"layer": None, "flag": "k_norm", "text": "k_norm present: the weight norm of K says nothing"})
-    biases = np.array([x.k_bias for x in layers])
-    median = float(np.median(biases))
-    for layer in layers:
-        if median and layer.k_bias > 8 * median:
-            text = f"layer {layer.index}: key biases {layer.k_bias / median:.0f}x the median"
-            flags.append({"layer": layer.index, "flag": "k_bias", "text": text})
-    best = next(s for s in reversed(scores) if s.name != "spectral")
-    paper = scores[0]
-    for layer, ours, theirs in zip(layers, best.balance, paper.balance, strict=True):
-        if ours is not None and theirs is not None and abs(ours - theirs) > 1:
-            text = (
-                f"layer {layer.index}: more bits for keys by {paper.name}: {theirs:+.1f}, by {best.name}: {ours:+.1f}"
-            )
-            flags.append({"layer": layer.index, "flag": "scores_disagree", "text": text})
-    return tuple(flags)
 
 
 def _recommend(

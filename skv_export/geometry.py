@@ -7,7 +7,7 @@ trade between W_Q and W_K or between W_V and W_O changes any of these.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -28,6 +28,7 @@ CONCENTRATION = 4.0
 the layers): the one constant that weights can't tell. Only the softmax's concentration depends on it."""
 REFERENCE_BITS = 4
 """Bits at which the balance of keys and values is stated."""
+_TINY = 1e-300
 _TOKENS = 1024
 _NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / _TOKENS) for i in range(_TOKENS)])
 
@@ -62,8 +63,7 @@ class Geometry:
 
 def balance(k_error: dict[int, float], v_error: dict[int, float]) -> float:
     """Half log2 of the error of 4-bit keys over that of 4-bit values: the extra bits that keys need."""
-    tiny = np.finfo(np.float64).tiny
-    return 0.5 * float(np.log2(max(k_error[REFERENCE_BITS], tiny) / max(v_error[REFERENCE_BITS], tiny)))
+    return 0.5 * float(np.log2(max(k_error[REFERENCE_BITS], _TINY) / max(v_error[REFERENCE_BITS], _TINY)))
 
 
 def geometry(weights: AttentionWeights, config: AttentionConfig, cache: LayerConfig) -> Geometry:
@@ -80,32 +80,22 @@ def geometry(weights: AttentionWeights, config: AttentionConfig, cache: LayerCon
     q, k = q.normalized(weights.q_norm), k.normalized(weights.k_norm)
     group = n // n_kv
 
-    variance = config.scale**2 * np.array([q.overlap(k, i, i // group) for i in range(n)])
+    variance = config.scale**2 * q.overlaps(k)
     spread, weight2, slope = np.array([_softmax(CONCENTRATION * x, config.softcap) for x in variance]).T
-    noise = (
-        config.scale**2
-        * slope
-        * np.array(
-            [
-                float(_rope_mean(q.energy[i], config.rotary_dim) @ _key_error(k, i // group, config, cache))
-                for i in range(n)
-            ]
-        )
-    )
+    key_errors = [_key_error(k, i, config, cache) for i in range(n_kv)]
+    moved = [float(_rope_mean(q.energy[i], config.rotary_dim) @ key_errors[i // group]) for i in range(n)]
+    noise = config.scale**2 * slope * np.array(moved)
     v_varying, v_energy = (np.repeat(x.sum(axis=1), group) for x in (v.varying, v.energy))
-    output = v_energy - v_varying + weight2 * v_varying
-    k_unit, v_unit = (
-        noise * spread * weight2 * v_varying / output,
-        weight2 * v_energy * _value_unit(v, cache, group) / output,
-    )
+    output = np.maximum(v_energy - v_varying + weight2 * v_varying, _TINY)
+    k_unit = float(np.mean(noise * spread * weight2 * v_varying / output))
+    v_unit = float(np.mean(weight2 * v_energy * _value_unit(v, cache, group) / output))
+    tile = cache.tile_tokens
     return Geometry(
-        k_error={
-            b: _saturated(float(k_unit.mean()) * e) for b, e in _curve(cache.k_granularity, cache.tile_tokens).items()
-        },
-        v_error={b: float(v_unit.mean()) * e for b, e in _curve(cache.v_granularity, cache.tile_tokens).items()},
+        k_error={b: _saturated(k_unit * e) for b, e in _curve(cache.k_granularity, tile).items()},
+        v_error={b: v_unit * e for b, e in _curve(cache.v_granularity, tile).items()},
         logit_variance=float(variance.mean()),
         spread=float(spread.mean()),
-        k_bias_ratio=float((k.energy - k.varying).sum() / k.varying.sum()),
+        k_bias_ratio=float((k.energy - k.varying).sum() / max(k.varying.sum(), _TINY)),
         q_norm=weights.q_norm is not None,
         k_norm=weights.k_norm is not None,
     )
@@ -118,7 +108,7 @@ def _parts(w: AttentionWeights, n: int, n_kv: int) -> list[tuple[Float, Float | 
 def grid_error(bits: int, tile_tokens: int) -> float:
     """Mean squared error of a ``channel`` quantizer over the squared range of its tile.
 
-    A uniform grid's error, but for the two extreme tokens, which are exact; with one bit, most are far from both levels.
+    A uniform grid's error, but for the two extreme tokens, which are exact; with one bit most are far from both.
     """
     if bits == 16:
         return 0.0
@@ -140,12 +130,16 @@ class _Projection:
     """Second moments of one projection's outputs, for isotropic unit inputs.
 
     Attributes:
-        matrix: ``[heads, D, hidden]``, the input norm's weight and the output norm's folded in.
+        raw: ``[heads, D, hidden]``, as stored; a scaled copy of all of it is never made.
+        gain: ``[hidden]``, the input norm's weight.
+        factor: ``[heads, D]``, what the output norm makes of each channel.
         varying: ``[heads, D]``, variance per channel.
         mean: ``[heads, D]``, constant part per channel.
     """
 
-    matrix: Float
+    raw: Float
+    gain: Float
+    factor: Double
     varying: Double
     mean: Double
 
@@ -158,27 +152,33 @@ class _Projection:
         mean = np.zeros(weight.shape[0]) if bias is None else bias.astype(np.float64)
         if shift is not None:
             mean = mean + weight @ shift
-        matrix = (weight * gain).reshape(heads, -1, weight.shape[1])
-        varying = np.einsum("hdi,hdi->hd", matrix, matrix).astype(np.float64)
-        return cls(matrix, varying, mean.reshape(heads, -1))
+        raw = weight.reshape(heads, -1, weight.shape[1])
+        varying = np.array([(head**2) @ (gain**2) for head in raw], np.float64)
+        return cls(raw, gain, np.ones_like(varying), varying, mean.reshape(heads, -1))
 
     def normalized(self, weight: Float | None) -> _Projection:
         """After an RMS norm of each head (or of all heads together) with this weight."""
         if weight is None:
             return self
         heads, d = self.varying.shape
-        gain = np.broadcast_to(weight.reshape(-1, d), (heads, d))
         energy = self.energy.mean(axis=1, keepdims=True) if weight.size == d else self.energy.mean(keepdims=True)
-        factor = gain / np.sqrt(np.maximum(energy, np.finfo(np.float64).tiny))
-        return _Projection(
-            self.matrix * factor[:, :, None].astype(np.float32), self.varying * factor**2, self.mean * factor
-        )
+        factor = np.broadcast_to(weight.reshape(-1, d), (heads, d)) / np.sqrt(np.maximum(energy, _TINY))
+        return replace(self, factor=factor, varying=self.varying * factor**2, mean=self.mean * factor)
 
-    def overlap(self, keys: _Projection, head: int, kv_head: int) -> float:
-        """Variance of the dot product of a query with a key, constant parts of queries included."""
-        product = self.matrix[head] @ keys.matrix[kv_head].T
-        constant = self.mean[head] @ keys.matrix[kv_head].reshape(product.shape[1], -1)
-        return float((product.astype(np.float64) ** 2).sum() + (constant.astype(np.float64) ** 2).sum())
+    def matrix(self, head: int) -> Float:
+        """Returns ``[D, hidden]`` of one head, both norms' weights folded in."""
+        return np.asarray(self.raw[head] * self.gain * self.factor[head][:, None].astype(np.float32), np.float32)
+
+    def overlaps(self, keys: _Projection) -> Double:
+        """``[N]``: variance of the dot product of a query with a key, constant parts of queries included."""
+        group = len(self.raw) // len(keys.raw)
+        found = []
+        for head in range(len(self.raw)):
+            if head % group == 0:
+                key = keys.matrix(head // group)
+            product, constant = self.matrix(head) @ key.T, self.mean[head] @ key
+            found.append(np.sum(product.astype(np.float64) ** 2) + np.sum(constant**2))
+        return np.array(found)
 
 
 def _rope_mean(energy: Double, rotary_dim: int) -> Double:
@@ -210,7 +210,9 @@ def _value_unit(v: _Projection, cache: LayerConfig, group: int) -> Double | floa
     """``[N]``: a value's error per energy, in units of ``_curve``."""
     if cache.v_granularity == "token":
         return 1.0
-    return np.repeat(RANGE_SQUARE[cache.tile_tokens] * v.varying.sum(axis=1) / v.energy.sum(axis=1), group)
+    return np.repeat(
+        RANGE_SQUARE[cache.tile_tokens] * v.varying.sum(axis=1) / np.maximum(v.energy.sum(axis=1), _TINY), group
+    )
 
 
 def _softmax(variance: float, softcap: float) -> tuple[float, float, float]:
