@@ -120,8 +120,9 @@ SkvLayout read_layout(const Reader& reader, bool is_value) {
   const auto name = [&](const char* key, const char* value) { return is_value ? value : key; };
   SkvLayout layout{};
   layout.bits = reader.required(name("k_bits", "v_bits"), {1, 2, 3, 4, 5, 6, 8, 16});
-  layout.granularity = reader.text(name("k_granularity", "v_granularity"), name("channel", "token"),
-                                   {{"channel", SKV_CHANNEL}, {"token", SKV_TOKEN}, {"token_channel", SKV_TOKEN_CHANNEL}});
+  layout.granularity =
+      reader.text(name("k_granularity", "v_granularity"), name("channel", "token"),
+                  {{"channel", SKV_CHANNEL}, {"token", SKV_TOKEN}, {"token_channel", SKV_TOKEN_CHANNEL}});
   layout.rotation = reader.text(name("k_rotation", "v_rotation"), name("none", "hadamard"),
                                 {{"none", SKV_ROTATION_NONE}, {"hadamard", SKV_HADAMARD}});
   layout.group_size = reader.integer(name("k_group_size", "v_group_size"), 0, 0, kMaxHeadDim);
