@@ -457,6 +457,13 @@ def test_the_struct_is_as_large_as_the_library_s() -> None:
     assert sizes == [*(getattr(SkvAttention, name).offset for name in fields), ctypes.sizeof(SkvAttention)]
 
 
+def test_the_library_exports_its_interface_and_nothing_else() -> None:
+    command = ["nm", "-D", "--defined-only", native.library_path()]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[2::3]
+    assert "skv_attention" in names
+    assert [n for n in names if not n.startswith("skv_") and n != "RegisterCustomOps"] == []
+
+
 def test_this_file_runs_without_torch() -> None:
     code = "import sys; sys.path.insert(0, 'tests'); import native; native.library(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(native.__file__).parent.parent)
