@@ -15,7 +15,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from skv_export.cases import Case, attention_cases, make_inputs
+from skv_export.cases import Case, attention_cases, make_inputs, token_channel_cases
 from skv_export.layout import CacheLayout
 from skv_export.library import library_path
 from skv_export.recipe import LayerConfig
@@ -107,7 +107,7 @@ def assert_same(got: list[np.ndarray], expected: list[np.ndarray], tolerance: fl
         assert np.array_equal(cache, reference), f"{name}: {np.count_nonzero(cache != reference)} bytes differ"
 
 
-@pytest.mark.parametrize("case", attention_cases(), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [*attention_cases(), *token_channel_cases()], ids=lambda c: c.name)
 def test_case_equals_the_reference(case: Case) -> None:
     arrays = arrays_of(case)
     got = run(arrays, attributes_of(case.params, case.layouts))
