@@ -267,6 +267,7 @@ def test_the_command_prints_and_writes(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare.AutoTokenizer, "from_pretrained", lambda *_, **__: Letters())
+    monkeypatch.setattr(needle, "DEPTHS", (0.5,))
     text, page, figures = tmp_path / "text.txt", tmp_path / "quality.html", tmp_path / "quality.json"
     text.write_text(TEXT)
     arguments = [str(tiny_checkpoint("qwen3")), "--text", str(text), "--configs", "K4V4,K2V2", "--baselines", "kivi"]
