@@ -143,7 +143,7 @@ def model(
     """Export CHECKPOINT to a folder that ONNX Runtime runs with a quantized KV cache.
 
     CHECKPOINT is a folder with safetensors, a GGUF file, or a hub id; without it, the demo model (extra `demo`). An
-    ONNX file or folder whose attention is GroupQueryAttention or Attention with a past is rewritten, its weights untouched.
+    ONNX file or folder with GroupQueryAttention, or Attention with a past, is rewritten, its weights untouched.
 
     \b
     skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --out qwen3
