@@ -6,7 +6,7 @@ lm-eval knows the models of its own package only, so its command line is started
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -109,12 +109,12 @@ class SkvLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Returns a text's tokens; a text that starts with the first token already gets no second one."""
         add = self.add_bos_token if add_special_tokens is None else add_special_tokens
-        if add_special_tokens is None and string.startswith(self.tokenizer.decode([self.prefix_token_id])):
+        if add_special_tokens is None and string.startswith(self.tok_decode([self.prefix_token_id], False)):
             add = False
         ids: list[int] = self.tokenizer.encode(string, **({} if add is None else {"add_special_tokens": add}))
         return ids
 
-    def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def tok_decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
         """Returns the tokens' text."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
 
