@@ -13,7 +13,7 @@ import pytest
 from skv_export.cases import Case, attention_cases, layout_cases, make_inputs
 from skv_export.layout import CacheLayout
 from skv_export.recipe import LayerConfig
-from skv_export.reference import append, decode_tile, load, quantized_kv_attention, rewind, rewind_floor, rotate
+from skv_export.reference import append, decode_tile, load, rewind, rewind_floor, rotate
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 from harness import (
@@ -26,6 +26,7 @@ from harness import (
     KernelError,
     Library,
     build_shim,
+    difference,
 )
 
 FOLDED_TOLERANCE = 6e-3
@@ -41,27 +42,9 @@ def kernels() -> Library:
 
 def check(case: Case, kernels: Library, path: int, tolerance: float = 0.0) -> str:
     """Runs a case and compares output and bytes with the reference; returns the path taken."""
-    inputs = make_inputs(case)
-    if inputs.head_sink is not None:
-        inputs = dataclasses.replace(inputs, head_sink=inputs.head_sink.astype(case.dtype).astype(np.float32))
-    expected, key, value = quantized_kv_attention(
-        case.params,
-        case.layouts,
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        inputs.past_key,
-        inputs.past_value,
-        inputs.seqlens_k,
-        head_sink=inputs.head_sink,
-        query_seqlens=inputs.query_seqlens,
-    )
-    result = kernels.attention(case, inputs, path)
-    assert np.array_equal(result.key, key), "bytes of the keys"
-    assert np.array_equal(result.value, value), "bytes of the values"
-    largest = np.abs(expected).max()
-    assert np.abs(result.output - expected).max() <= (tolerance or case.tolerance) * largest
-    return result.path
+    error, taken = difference(case, kernels, path)
+    assert error <= (tolerance or case.tolerance)
+    return taken
 
 
 @pytest.mark.parametrize("case", attention_cases(), ids=lambda c: c.name)

@@ -1,4 +1,8 @@
 // Owns the shim's fibers: one per CUDA thread, switched at barriers; see cuda_shim.h.
+//
+// For ThreadSanitizer this file is compiled without it and with SHIM_TSAN: what the scheduler does itself is no race of
+// the kernels. It tells the sanitizer of the fibers and of the barriers; cp.async's memcpy is seen through its
+// interceptor.
 #include "cuda_shim.h"
 
 #include <sys/mman.h>
@@ -8,7 +12,7 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(SHIM_TSAN)
 #include <sanitizer/tsan_interface.h>
 #endif
 #if !defined(__x86_64__)
@@ -58,7 +62,7 @@ struct Scheduler {
 };
 Scheduler s;
 
-#if defined(__SANITIZE_THREAD__)
+#if defined(SHIM_TSAN)
 void release(void* address) { __tsan_release(address); }
 void acquire(void* address) { __tsan_acquire(address); }
 #else
@@ -96,7 +100,7 @@ skv_shim_switch:
 )");
 #endif
 
-SHIM_NO_TSAN void switch_stacks(Fiber& from, Fiber& to) {
+void switch_stacks(Fiber& from, Fiber& to) {
 #if defined(__x86_64__)
   skv_shim_switch(&from.stack_pointer, to.stack_pointer);
 #else
@@ -104,12 +108,12 @@ SHIM_NO_TSAN void switch_stacks(Fiber& from, Fiber& to) {
 #endif
 }
 
-SHIM_NO_TSAN void to_main(bool done) {
+void to_main(bool done) {
   Fiber& me = *s.current;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(done ? nullptr : &me.fake_stack, s.main_stack, s.main_stack_bytes);
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(SHIM_TSAN)
   __tsan_switch_to_fiber(s.main.tsan, 1);  // 1: a switch orders nothing; only barriers do
 #endif
   switch_stacks(me, s.main);
@@ -119,7 +123,7 @@ SHIM_NO_TSAN void to_main(bool done) {
   (void)done;
 }
 
-SHIM_NO_TSAN void fiber_main() {
+void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &s.main_stack, &s.main_stack_bytes);
 #endif
@@ -130,12 +134,12 @@ SHIM_NO_TSAN void fiber_main() {
   to_main(true);
 }
 
-SHIM_NO_TSAN void resume(Fiber& fiber) {
+void resume(Fiber& fiber) {
   s.current = &fiber;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&s.main.fake_stack, fiber.stack, kStack);
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(SHIM_TSAN)
   __tsan_switch_to_fiber(fiber.tsan, 1);
 #endif
   switch_stacks(s.main, fiber);
@@ -144,7 +148,7 @@ SHIM_NO_TSAN void resume(Fiber& fiber) {
 #endif
 }
 
-SHIM_NO_TSAN void wait(State state, uint32_t mask, int line, void* sync) {
+void wait(State state, uint32_t mask, int line, void* sync) {
   Fiber& me = *s.current;
   me.state = state;
   me.mask = mask;
@@ -161,6 +165,10 @@ void prepare(Fiber& fiber, unsigned i) {
   fiber.groups.assign(1, {});
   const dim3 size = s.block.size;
   fiber.index = dim3(i % size.x, i / size.x % size.y, i / (size.x * size.y));
+#if defined(SHIM_TSAN)
+  if (fiber.stack) munmap(fiber.stack, kStack);  // so that no block meets another's accesses to its stack
+  fiber.stack = nullptr;
+#endif
   if (!fiber.stack) {
     fiber.stack = static_cast<char*>(
         mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
@@ -180,7 +188,7 @@ void prepare(Fiber& fiber, unsigned i) {
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, fiber_main, 0);
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(SHIM_TSAN)
   if (fiber.tsan) __tsan_destroy_fiber(fiber.tsan);
   fiber.tsan = __tsan_create_fiber(0);
 #endif
@@ -214,8 +222,8 @@ bool release_warps() {
 }
 
 void run_block() {
-  release(&s.launch_begin);
   for (unsigned i = 0; i < s.threads; i++) prepare(s.fibers[i], i);
+  release(&s.launch_begin);
   for (;;) {
     bool progress = false;
     for (unsigned i = 0; i < s.threads; i++) {
@@ -242,9 +250,9 @@ void run_block() {
 
 }  // namespace
 
-SHIM_NO_TSAN const Block& block() { return s.block; }
-SHIM_NO_TSAN dim3 thread_index() { return s.current->index; }
-SHIM_NO_TSAN unsigned lane() { return s.current->linear % 32; }
+const Block& block() { return s.block; }
+dim3 thread_index() { return s.current->index; }
+unsigned lane() { return s.current->linear % 32; }
 
 void die(const char* what) {
   const dim3 b = s.block.index;
@@ -267,7 +275,7 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> bod
   if (s.threads == 0 || s.threads > 1024 || s.threads % 32 != 0) die("block size");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) die("grid size");
   if (s.fibers.size() < s.threads) s.fibers.resize(s.threads);
-#if defined(__SANITIZE_THREAD__)
+#if defined(SHIM_TSAN)
   s.main.tsan = __tsan_get_current_fiber();
 #endif
   std::vector<char*>
@@ -285,7 +293,7 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> bod
           shared.push_back(s.block.shared);
         }
         run_block();
-#if !defined(__SANITIZE_THREAD__)
+#if !defined(SHIM_TSAN)
         for (char* memory : shared) free(memory);
         shared.clear();
 #endif
@@ -294,18 +302,20 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> bod
   for (char* memory : shared) free(memory);
 }
 
-SHIM_NO_TSAN void block_barrier(int line) { wait(State::kAtBlockBarrier, 0, line, &s.block_sync); }
+void block_barrier(int line) { wait(State::kAtBlockBarrier, 0, line, &s.block_sync); }
 
-SHIM_NO_TSAN void warp_barrier(uint32_t mask, int line) {
+void warp_barrier(uint32_t mask, int line) {
   wait(State::kAtWarpBarrier, mask, line, &s.warp_sync[s.current->linear / 32]);
 }
 
-SHIM_NO_TSAN const unsigned char* exchange(uint32_t mask, const void* value, size_t bytes, int line) {
+const unsigned char* exchange(uint32_t mask, const void* value, size_t bytes, int line) {
   Fiber& me = *s.current;
   const unsigned warp = me.linear / 32, lane = me.linear % 32;
   if (!(mask >> lane & 1)) die("the calling lane is not in its mask");
   unsigned char* slots = s.slots[warp][me.exchanges++ & 1];
-  memcpy(slots + 32 * lane, value, bytes);
+  // Word by word: an intercepted memcpy would make the scheduler's slots a race of the kernels.
+  auto* to = reinterpret_cast<volatile uint32_t*>(slots + 32 * lane);
+  for (size_t i = 0; i < bytes / 4; i++) to[i] = static_cast<const volatile uint32_t*>(value)[i];
   warp_barrier(mask, line);
   return slots;
 }

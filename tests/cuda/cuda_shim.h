@@ -45,8 +45,8 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 // The runtime: a device with few multiprocessors, and no way to fail.
 using cudaStream_t = void*;
 using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0;
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+constexpr cudaError_t cudaSuccess = 0, cudaErrorNotSupported = 801;
+inline const char* cudaGetErrorString(cudaError_t error) { return error ? "operation not supported" : "no error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 namespace shim {
@@ -82,7 +82,7 @@ SHIM_NO_TSAN T slot(const unsigned char* slots, unsigned lane) {
 }
 template <class T>
 SHIM_NO_TSAN T shuffle(uint32_t mask, T value, unsigned source, int line) {
-  static_assert(sizeof(T) <= 32);
+  static_assert(sizeof(T) <= 32 && sizeof(T) % 4 == 0);
   if (!(mask >> (source & 31) & 1)) die("shuffle source not in mask");
   return slot<T>(exchange(mask, &value, sizeof(T), line), source & 31);
 }

@@ -19,14 +19,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from skv_export.cases import Case, Inputs
+from skv_export.cases import Case, Inputs, make_inputs
 from skv_export.layout import CacheLayout
 from skv_export.library import SkvAttention, SkvCache, SkvLayout, SkvTokens
+from skv_export.reference import quantized_kv_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "skv_export" / "native" / "cuda"
 SHIM = ROOT / "tests" / "cuda"
 TYPES = {"float16": 0, "float": 1, "float32": 1, "bfloat16": 2}
+TSAN = "-fsanitize=thread"
+ASAN = "-fsanitize=address,undefined"
 AUTO, SIMPLE, MMA, PREFILL = range(4)
 OK, INVALID_ARGUMENT, NOT_SUPPORTED = range(3)
 
@@ -219,6 +222,36 @@ class Library:
         return self.memory.get(held)
 
 
+def difference(case: Case, kernels: Library, path: int = AUTO) -> tuple[float, str]:
+    """Runs a case and the reference.
+
+    Returns:
+        The largest difference of the outputs, relative to the largest output, and the path taken.
+
+    Raises:
+        AssertionError: The caches' bytes differ, or something outside a buffer was written.
+    """
+    inputs = make_inputs(case)
+    if inputs.head_sink is not None:
+        inputs = dataclasses.replace(inputs, head_sink=inputs.head_sink.astype(case.dtype).astype(np.float32))
+    expected, key, value = quantized_kv_attention(
+        case.params,
+        case.layouts,
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.past_key,
+        inputs.past_value,
+        inputs.seqlens_k,
+        head_sink=inputs.head_sink,
+        query_seqlens=inputs.query_seqlens,
+    )
+    result = kernels.attention(case, inputs, path)
+    assert np.array_equal(result.key, key), f"{case.name}: bytes of the keys"
+    assert np.array_equal(result.value, value), f"{case.name}: bytes of the values"
+    return float(np.abs(result.output - expected).max() / np.abs(expected).max()), result.path
+
+
 def as_type(x: Array, dtype: str) -> Array:
     """Numbers that ``dtype`` can hold, in its bits (bfloat16 as uint16)."""
     if dtype == "bfloat16":
@@ -227,19 +260,21 @@ def as_type(x: Array, dtype: str) -> Array:
     return x.astype(np.dtype(dtype))
 
 
-def build_shim(out: Path, *, flags: Sequence[str] = (), sources: Path = SOURCES, only: str = "*") -> Path:
+def build_shim(out: Path, *, flags: Sequence[str] = (), sources: Path = SOURCES, few: bool = False) -> Path:
     """Compiles the kernels and the shim.
 
     Args:
         out: The library stands in a folder below, named by a hash of sources and flags; built once.
         flags: More of them, such as ``-fsanitize=thread``.
         sources: The kernels' folder.
-        only: Pattern of the files to build, for callers that need a few kernels.
+        few: Only kernels for head_dim 64 and, of decode_mma, 4-bit keys and 2-bit values.
 
     Returns:
         ``libskv_cuda_shim.so``.
     """
-    files = [f for f in sorted(sources.glob("*.cu")) if f.name != "runtime.cu" and f.match(only)]
+    left_out = ("runtime.cu", "decode_mma_128.cu", "decode_mma_256.cu") if few else ("runtime.cu",)
+    files = [f for f in sorted(sources.glob("*.cu")) if f.name not in left_out]
+    flags = [*flags, "-DSKV_CUDA_FEW"] if few else flags
     return build(out, "libskv_cuda_shim.so", [*files, SHIM / "cuda_shim.cc"], sources.parent, flags)
 
 
@@ -256,10 +291,10 @@ def build(out: Path, name: str, files: Sequence[Path], native: Path, flags: Sequ
     """Compiles files, each once per content of the sources, and links them."""
     headers = [*native.glob("*.h"), *native.glob("c*/*.h"), *native.glob("cuda/*.cuh"), SHIM / "cuda_shim.h"]
     command = ["g++", "-x", "c++", "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
-    command += ["-Wno-unknown-pragmas", f"-I{SHIM}", f"-I{native}", *flags]
+    command += ["-Wno-unknown-pragmas", f"-I{SHIM}", f"-I{native}"]
     if os.uname().machine == "x86_64":
         command += ["-mf16c", "-mavx2"]
-    common = hashlib.sha256(" ".join(command).encode())
+    common = hashlib.sha256(" ".join([*command, *flags]).encode())
     for file in sorted(headers):
         common.update(file.read_bytes())
 
@@ -269,7 +304,9 @@ def build(out: Path, name: str, files: Sequence[Path], native: Path, flags: Sequ
         target = out / f"{file.stem}.{digest.hexdigest()[:16]}.o"
         if not target.exists():
             partial = target.with_suffix(f".{os.getpid()}")
-            subprocess.run([*command, "-c", str(file), "-o", str(partial)], check=True)
+            scheduler = TSAN in flags and file.name == "cuda_shim.cc"  # see there
+            own = [f for f in flags if f != TSAN] + ["-DSHIM_TSAN"] if scheduler else flags
+            subprocess.run([*command, *own, "-c", str(file), "-o", str(partial)], check=True)
             partial.rename(target)
         return target
 

@@ -173,6 +173,15 @@ int splits_for(const Attention& a, int multiprocessors, int columns_per_block) {
 
 int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
+MmaTable mma_table(int32_t dim) {
+  if (dim == 64) return decode_mma_64();
+#ifndef SKV_CUDA_FEW
+  if (dim == 128) return decode_mma_128();
+  if (dim == 256) return decode_mma_256();
+#endif
+  return {};
+}
+
 // The instance of decode_mma for a call; null, and the reason, where there is none.
 const MmaInstance* find_mma(const Attention& a, const char** reason) {
   const SkvLayout &k = a.key.layout, &v = a.value.layout;
@@ -186,7 +195,7 @@ const MmaInstance* find_mma(const Attention& a, const char** reason) {
             : a.key.dim != 64 && a.key.dim != 128 && a.key.dim != 256 ? "head_dim is not 64, 128 or 256"
                                                                       : nullptr;
   if (*reason) return nullptr;
-  const MmaTable table = a.key.dim == 64 ? decode_mma_64() : a.key.dim == 128 ? decode_mma_128() : decode_mma_256();
+  const MmaTable table = mma_table(a.key.dim);
   const MmaInstance* best = nullptr;
   for (size_t i = 0; i < table.count; i++) {
     const MmaInstance& m = table.instances[i];

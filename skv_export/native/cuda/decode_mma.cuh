@@ -14,54 +14,79 @@
 
 namespace skv::cuda {
 
-// A warp's slabs in order: tiles `first`, `first + step`, ..., each cut into slabs of 32 tokens.
+// A warp's slabs in order: tiles `tile`, `tile + step`, ..., each cut into slabs of 32 tokens, copied ahead of their
+// use. Positions are counted on, not computed: a division costs more than a slab's scores.
 template <class S>
 struct Slabs {
-  const Cache &key, &value;
+  const Attention& a;
   const uint8_t *keys, *values;  // blocks
   uint8_t* stages;
-  int first, step, per_tile, count;
+  int tile, step, count;  // of the next slab to copy; slabs left to copy
+  int first_token = 0, stage = 0;
+  const uint8_t *key_tile, *value_tile;
 
-  SKV_DEVICE uint8_t* stage(int k) const { return stages + k % S::kStages * S::kStage; }
+  SKV_DEVICE Slabs(const Attention& a, int64_t sequence_and_head, uint8_t* stages, int tile, int step, int count)
+      : a(a),
+        keys(block_of(a.key, sequence_and_head)),
+        values(block_of(a.value, sequence_and_head)),
+        stages(stages),
+        tile(tile),
+        step(step),
+        count(count) {
+    if (count > 0) find_tile();
+  }
 
-  // Starts copying slab k; closes a group of copies in any case, so that groups can be counted.
-  SKV_DEVICE void copy(int k) const {
-    if (k < count) {
-      const int tile = first + k / per_tile * step, first_token = k % per_tile * kSlab;
-      copy_keys(stage(k), keys + tile_start(key, tile), first_token);
-      copy_values(stage(k), values + tile_start(value, tile), first_token);
+  // Starts copying the next slab; closes a group of copies in any case, so that groups can be counted.
+  SKV_DEVICE void copy() {
+    if (count > 0) {
+      uint8_t* to = stages + stage * S::kStage;
+      copy_keys(to);
+      copy_values(to);
+      count--;
+      stage = stage + 1 < S::kStages ? stage + 1 : 0;
+      first_token += kSlab;
+      if (first_token == a.key.layout.tile_tokens) {
+        first_token = 0;
+        tile += step;
+        if (count > 0) find_tile();
+      }
     }
     async_commit();
   }
 
  private:
-  SKV_DEVICE void copy_keys(uint8_t* to, const uint8_t* tile, int first_token) const {
+  // Without a window every tile has a slot of its own.
+  SKV_DEVICE void find_tile() {
+    key_tile = keys + (a.window > 0 ? tile_start(a.key, tile) : tile * a.key.tile_bytes);
+    value_tile = values + (a.window > 0 ? tile_start(a.value, tile) : tile * a.value.tile_bytes);
+  }
+  SKV_DEVICE void copy_keys(uint8_t* to) const {
     using K = typename S::K;
     using Plane = KeyPlane<S::D, K::kWidth>;
-    const int tokens = key.layout.tile_tokens;
-    Plane::copy(to, tile, tokens, first_token);
+    const int tokens = a.key.layout.tile_tokens;
+    Plane::copy(to, key_tile, tokens, first_token);
     if constexpr (K::kTwoPlanes) {
-      KeyPlane<S::D, 1>::copy(to + Plane::kBytes, tile + tokens * (S::D * K::kWidth / 8), tokens, first_token);
+      KeyPlane<S::D, 1>::copy(to + Plane::kBytes, key_tile + tokens * (S::D * K::kWidth / 8), tokens, first_token);
     }
     if constexpr (S::KPerToken) {
-      copy_scales(to + S::kKeyParameters, tile + key.code_bytes, key.groups, tokens, first_token);
+      copy_scales(to + S::kKeyParameters, key_tile + a.key.code_bytes, a.key.groups, tokens, first_token);
     } else if (first_token == 0) {
-      copy_bytes(to + S::kKeyParameters, tile + key.code_bytes);
+      copy_bytes(to + S::kKeyParameters, key_tile + a.key.code_bytes);
     }
   }
-  SKV_DEVICE void copy_values(uint8_t* to, const uint8_t* tile, int first_token) const {
+  SKV_DEVICE void copy_values(uint8_t* to) const {
     using V = typename S::V;
     using Plane = ValuePlane<S::D, V::kWidth>;
-    const int tokens = value.layout.tile_tokens;
-    Plane::copy(to + S::kValueCodes, tile, first_token);
+    const int tokens = a.value.layout.tile_tokens;
+    Plane::copy(to + S::kValueCodes, value_tile, first_token);
     if constexpr (V::kTwoPlanes) {
-      ValuePlane<S::D, 1>::copy(to + S::kValueCodes + Plane::kBytes, tile + tokens * (S::D * V::kWidth / 8),
+      ValuePlane<S::D, 1>::copy(to + S::kValueCodes + Plane::kBytes, value_tile + tokens * (S::D * V::kWidth / 8),
                                 first_token);
     }
     if constexpr (S::VPerChannel) {
-      copy_bytes(to + S::kValueParameters, tile + value.code_bytes);
+      copy_bytes(to + S::kValueParameters, value_tile + a.value.code_bytes);
     } else {
-      copy_scales(to + S::kValueParameters, tile + value.code_bytes, value.groups, tokens, first_token);
+      copy_scales(to + S::kValueParameters, value_tile + a.value.code_bytes, a.value.groups, tokens, first_token);
     }
   }
   // A tile's scales and offsets per channel.
@@ -175,31 +200,27 @@ __global__ void __launch_bounds__(S::kThreadCount, S::kMinBlocks) decode_mma_ker
     prepare_new_rows<S>(a, work.s, b, head, reinterpret_cast<half*>(shared + S::kNewRows));
   __syncthreads();
 
-  const uint8_t *keys = block_of(a.key, blockIdx.y), *values = block_of(a.value, blockIdx.y);
   const int tiles_end = work.end < work.tile_pieces ? work.end : work.tile_pieces, from = work.begin + w;
   const int tiles = from < tiles_end ? (tiles_end - from + S::kWarpCount - 1) / S::kWarpCount : 0;
+  uint8_t* stages = shared + S::kSlabs + w * S::kStages * S::kStage;
   const int per_tile = a.key.layout.tile_tokens / kSlab;
-  const Slabs<S> slabs{a.key,
-                       a.value,
-                       keys,
-                       values,
-                       shared + S::kSlabs + w * S::kStages * S::kStage,
-                       work.first_tile + from,
-                       S::kWarpCount,
-                       per_tile,
-                       tiles * per_tile};
+  Slabs<S> slabs(a, blockIdx.y, stages, work.first_tile + from, S::kWarpCount, tiles * per_tile);
   Warp<S> warp(a, work, shared);
-  for (int k = 0; k < S::kStages - 1; k++) slabs.copy(k);
-  for (int k = 0; k < slabs.count; k++) {
-    async_wait<S::kStages - 2>();
-    __syncwarp();  // the slab is there for all lanes, and all are done with the one before it
-    slabs.copy(k + S::kStages - 1);
-    const int tile = slabs.first + k / per_tile * S::kWarpCount;
-    warp.slab(slabs.stage(k), k % per_tile == 0,
-              a.key.layout.num_sink_tokens + tile * a.key.layout.tile_tokens + k % per_tile * kSlab);
+  for (int i = 0; i < S::kStages - 1; i++) slabs.copy();
+  int stage = 0, position = a.key.layout.num_sink_tokens + (work.first_tile + from) * a.key.layout.tile_tokens;
+  for (int i = 0; i < tiles; i++) {
+    for (int j = 0; j < per_tile; j++) {
+      async_wait<S::kStages - 2>();
+      __syncwarp();  // the slab is there for all lanes, and all are done with the one before it
+      slabs.copy();
+      warp.slab(stages + stage * S::kStage, j == 0, position);
+      stage = stage + 1 < S::kStages ? stage + 1 : 0;
+      position += kSlab;
+    }
+    position += (S::kWarpCount - 1) * a.key.layout.tile_tokens;
   }
   for (int piece = from + tiles * S::kWarpCount; piece < work.end; piece += S::kWarpCount) {
-    warp.exact_piece(keys, values, (piece - work.tile_pieces) * kSlab);
+    warp.exact_piece(slabs.keys, slabs.values, (piece - work.tile_pieces) * kSlab);
   }
   merge<S>(a, warp, reinterpret_cast<float*>(shared + S::kSlabs));
 }

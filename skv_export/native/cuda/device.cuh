@@ -4,6 +4,9 @@
 // A row of D channels lies in a warp as x[E], E = D / 32: lane l holds channels l, l + 32, ... Sums and rotations over
 // such a row take their operands in the order of reference.py, with every operation rounded on its own.
 #pragma once
+#include <cmath>
+#include <type_traits>
+
 #include "kernels_cuda.h"
 #include "portable.cuh"
 
@@ -211,14 +214,16 @@ SKV_DEVICE bool load_position(const Cache& c, const uint8_t* block, int length, 
   return true;
 }
 
-// Calls body(std::integral_constant<int, E>) for the number of channels per lane of a cache.
+// Calls body(std::integral_constant<int, E>) for the number of channels per lane of a cache. SKV_CUDA_FEW leaves all
+// but head_dim 64 out.
 template <class Body>
-auto with_channels(const Cache& c, Body body) {
+cudaError_t with_channels(const Cache& c, Body body) {
   switch (c.dim / 32) {
-    case 1:
-      return body(std::integral_constant<int, 1>());
     case 2:
       return body(std::integral_constant<int, 2>());
+#ifndef SKV_CUDA_FEW
+    case 1:
+      return body(std::integral_constant<int, 1>());
     case 3:
       return body(std::integral_constant<int, 3>());
     case 4:
@@ -229,8 +234,11 @@ auto with_channels(const Cache& c, Body body) {
       return body(std::integral_constant<int, 6>());
     case 7:
       return body(std::integral_constant<int, 7>());
-    default:
+    case 8:
       return body(std::integral_constant<int, 8>());
+#endif
+    default:
+      return cudaErrorNotSupported;
   }
 }
 

@@ -16,7 +16,8 @@ struct Warp {
   const unsigned char* shared;
   int r, c, first_column;
   uint32_t half_1024;
-  float unit;  // a score times this is an exponent of 2
+  float unit;       // a score times this is an exponent of 2
+  int query[B][2];  // positions of this lane's columns
 
   uint32_t q[B][M][8];  // the B operand for raw keys: pairs of the folded query
   static constexpr int kStarts = S::KPerToken ? M : 1;
@@ -37,6 +38,7 @@ struct Warp {
       }
 #pragma unroll
       for (int i = 0; i < 2; i++) {
+        query[n][i] = work.s.past + (first_column + 8 * n + 2 * c + i) / a.group();
         peak[n][i] = -INFINITY;
         sum[n][i] = 0;
       }
@@ -173,24 +175,39 @@ struct Warp {
     }
   }
 
-  // Scores -> weights, online; p[g][n] is the B operand of the second product. hidden(g, token of two, column) masks.
+  // Scores -> weights, online; p[g][n] is the B operand of the second product. hidden(token of 32, position of the
+  // query) masks.
   template <class Hidden>
   SKV_DEVICE void softmax(float (&s)[2][B][4], uint32_t (&p)[2][B][2], bool masked, Hidden hidden) {
+    const auto each = [&](auto body) {
+#pragma unroll
+      for (int g = 0; g < 2; g++) {
+#pragma unroll
+        for (int n = 0; n < B; n++) {
+#pragma unroll
+          for (int e = 0; e < 4; e++) body(g, n, e);
+        }
+      }
+    };
+    if (a.softcap > 0) {
+      const float inner = a.scale / a.softcap, outer = a.softcap * kLog2E;
+      each([&](int g, int n, int e) { s[g][n][e] = outer * tanhf(s[g][n][e] * inner); });
+    }
+    if (masked) {
+      each([&](int g, int n, int e) {
+        if (hidden(16 * g + 2 * r + e / 2, query[n][e % 2])) s[g][n][e] = -INFINITY;
+      });
+    }
     float higher[B][2];
     bool raised = false;
 #pragma unroll
     for (int n = 0; n < B; n++) {
       higher[n][0] = peak[n][0];
       higher[n][1] = peak[n][1];
+    }
+    each([&](int g, int n, int e) { higher[n][e % 2] = fmaxf(higher[n][e % 2], s[g][n][e]); });
 #pragma unroll
-      for (int g = 0; g < 2; g++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          if (a.softcap > 0) s[g][n][e] = a.softcap * kLog2E * tanhf(s[g][n][e] * a.scale / a.softcap);
-          if (masked && hidden(16 * g + 2 * r + e / 2, first_column + 8 * n + 2 * c + e % 2)) s[g][n][e] = -INFINITY;
-          higher[n][e % 2] = fmaxf(higher[n][e % 2], s[g][n][e]);
-        }
-      }
+    for (int n = 0; n < B; n++) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
 #pragma unroll
@@ -309,7 +326,7 @@ struct Warp {
     uint32_t p[2][B][2];
     const int last_query = work.s.past + a.lengths.tokens - 1;
     softmax(s, p, a.window > 0 && position <= last_query - a.window,
-            [&](int token, int column) { return position + token <= work.s.past + column / a.group() - a.window; });
+            [&](int token, int at) { return position + token <= at - a.window; });
     slab_values(slab, p);
   }
 
@@ -366,10 +383,9 @@ struct Warp {
       }
     }
     uint32_t p[2][B][2];
-    softmax(s, p, true, [&](int token, int column) {
-      if (first + token >= work.exact) return true;
-      const int position = work.position(a.key.layout, first + token), query = work.s.past + column / a.group();
-      return position > query || (a.window > 0 && position <= query - a.window);
+    softmax(s, p, true, [&](int token, int at) {
+      const int row = work.position(a.key.layout, first + token);  // past the end: later than any query
+      return row > at || (a.window > 0 && row <= at - a.window);
     });
 #pragma unroll
     for (int g = 0; g < 2; g++) {

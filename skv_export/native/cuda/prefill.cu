@@ -215,18 +215,26 @@ cudaError_t run(const Attention& a, const Rows& keys, const Rows& values, void* 
 
 }  // namespace
 
+#ifdef SKV_CUDA_FEW
+bool prefill_covers(int32_t dim) { return dim == 64; }
+#else
 bool prefill_covers(int32_t dim) { return dim == 64 || dim == 96 || dim == 128 || dim == 256; }
+#endif
 
 cudaError_t prefill(const Attention& a, const Rows& keys, const Rows& values, void* stream) {
   switch (a.key.dim) {
     case 64:
       return run<64>(a, keys, values, stream);
+#ifndef SKV_CUDA_FEW
     case 96:
       return run<96>(a, keys, values, stream);
     case 128:
       return run<128>(a, keys, values, stream);
-    default:
+    case 256:
       return run<256>(a, keys, values, stream);
+#endif
+    default:
+      return cudaErrorNotSupported;
   }
 }
 

@@ -1,0 +1,131 @@
+"""Decode attention on a GPU: bandwidth, share of the copy bandwidth, and the ratio to fp16 attention.
+
+``python benchmarks/gpu_bench.py [--json FILE]``; needs only the source tree, nvcc, torch and numpy. Every row compares
+calls timed in the same run: the kernels (attention and append of one token per sequence) and torch's
+scaled_dot_product_attention with GQA over an fp16 cache of the same length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "cuda"))
+import gpu  # isort: skip
+from harness import AUTO, Context, Library  # isort: skip
+
+from skv_export.layout import CacheLayout
+from skv_export.library import SkvAttention, SkvCache, SkvLayout, SkvTokens
+from skv_export.recipe import LayerConfig
+
+REPEATS = 50
+D = 128
+
+
+def median_us(call: Callable[[], object]) -> float:
+    """Median of the time on the device, in microseconds, with the second-level cache overwritten before each call."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    times = []
+    for i in range(REPEATS + 5):
+        flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        if i >= 5:
+            times.append(1e3 * begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a large copy on the device."""
+    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_us(lambda: target.copy_(source)) * 1e6
+
+
+class Decode:
+    """One decode call of ``batch`` sequences at ``length`` tokens; the cache holds random bytes with finite scales."""
+
+    def __init__(
+        self, kernels: Library, config: LayerConfig, batch: int, heads: int, kv_heads: int, length: int
+    ) -> None:
+        self.kernels = kernels
+        layouts = CacheLayout.pair(config, D)
+        blocks = [int(np.prod(x.shape(length + 64))) for x in layouts]
+        random = [torch.randint(0, 60, (batch * kv_heads * n,), dtype=torch.uint8, device="cuda") for n in blocks]
+        query, self.output = (torch.randn(batch, heads * D, device="cuda", dtype=torch.half) for _ in range(2))
+        key, value = (torch.randn(batch, kv_heads * D, device="cuda", dtype=torch.half) for _ in range(2))
+        seqlens = torch.full((batch,), length, dtype=torch.int32, device="cuda")
+        caches = [SkvCache(SkvLayout.of(x), r.data_ptr(), n) for x, r, n in zip(layouts, random, blocks, strict=True)]
+        tokens = [SkvTokens(x.data_ptr(), x.shape[1]) for x in (query, key, value)]
+        lengths_and_sink = seqlens.data_ptr(), None, None
+        half, tokens_each, scale, softcap, not_finite = 0, 1, 0.0, 0.0, None
+        numbers = half, batch, tokens_each, heads, kv_heads, scale, softcap, not_finite
+        self.call = SkvAttention(*caches, *tokens, self.output.data_ptr(), *lengths_and_sink, *numbers)
+        self.context = Context(None, None, 0, length + 1, AUTO, -1, kernels.multiprocessors)
+        self.arguments = ctypes.byref(self.call), ctypes.byref(self.context)
+        size = kernels.lib.skv_cuda_scratch_bytes(*self.arguments)
+        scratch = torch.empty(size, dtype=torch.uint8, device="cuda")
+        self.context.scratch, self.context.scratch_bytes = scratch.data_ptr(), size
+        self.held = random, query, key, value, seqlens, scratch
+        self.path = kernels.lib.skv_cuda_path(*self.arguments).decode()
+        tiles = [x.quantized_tokens(length) // x.tile_tokens * x.tile_bytes for x in layouts]
+        rows = [(length - x.quantized_tokens(length)) * x.row_bytes for x in layouts]
+        self.bytes = batch * kv_heads * (sum(tiles) + sum(rows))
+
+    def __call__(self) -> None:
+        self.kernels.check(self.kernels.lib.skv_cuda_attention(*self.arguments))
+
+
+def fp16_us(batch: int, heads: int, kv_heads: int, length: int) -> float:
+    """torch's attention of one token over an fp16 cache."""
+    query = torch.randn(batch, heads, 1, D, device="cuda", dtype=torch.half)
+    key, value = (torch.randn(batch, kv_heads, length, D, device="cuda", dtype=torch.half) for _ in range(2))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    return median_us(lambda: attention(query, key, value, enable_gqa=True))
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    card, kernels, copy = gpu.require(), gpu.load(), copy_bandwidth()
+    print(f"{card}: copy {copy / 1e9:.0f} GB/s (bytes read and written)\n")
+    print("| heads | batch | tokens | cache | us | GB/s | of copy | fp16 us | speedup | path |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    rows = []
+    for heads, batch, length in ((h, b, n) for h in (32, 64) for b in (1, 8) for n in (4096, 32768, 131072)):
+        full = fp16_us(batch, heads, 8, length)
+        for k_bits, v_bits in ((4, 2), (4, 4), (8, 8)):
+            config = dataclasses.replace(LayerConfig(), k_bits=k_bits, v_bits=v_bits)
+            decode = Decode(kernels, config, batch, heads, 8, length)
+            us = median_us(decode)
+            rate = decode.bytes / us * 1e6
+            row = {"heads": heads, "batch": batch, "tokens": length, "cache": config.name, "us": us, "gb_s": rate / 1e9,
+                   "of_copy": rate / copy, "fp16_us": full, "speedup": full / us, "path": decode.path}  # fmt: skip
+            rows.append(row)
+            print(
+                f"| {heads}/8 | {batch} | {length} | {config.name} | {us:.1f} | {rate / 1e9:.0f} | {rate / copy:.0%} "
+                f"| {full:.1f} | {full / us:.2f} | {decode.path} |",
+                flush=True,
+            )
+            del decode
+        torch.cuda.empty_cache()
+    if options.json:
+        options.json.write_text(json.dumps({"card": card, "copy_gb_s": copy / 1e9, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Owns the bugs that are planted in the CUDA kernels to see whether the tests would find them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One bug.
+
+    Attributes:
+        name: What is wrong then.
+        file: In ``native/cuda``.
+        old: Text that stands there exactly once.
+        new: What replaces it.
+        found_by: ``results`` (a difference, or the shim's own checks), ``address`` or ``thread`` (the sanitizers).
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    found_by: str = "results"
+
+
+MUTATIONS = (
+    Mutation(
+        "no barrier before the warps are merged",
+        "decode_mma.cuh",
+        "  __syncthreads();\n  for (int i = 0; i < S::kColumns && warp",
+        "  for (int i = 0; i < S::kColumns && warp",
+    ),
+    Mutation(
+        "shared memory four bytes short",
+        "mma_shape.cuh",
+        "kSlabBytes : kMergeBytes);",
+        "kSlabBytes : kMergeBytes) - 4;",
+        "address",
+    ),
+    Mutation(
+        "shuffle in a divergent branch",
+        "decode_mma.cuh",
+        "for (int lanes = 4; lanes < 32; lanes *= 2) sum +=",
+        "if (warp.r < 4) for (int lanes = 4; lanes < 32; lanes *= 2) sum +=",
+    ),
+    Mutation(
+        "operand's registers in the wrong order",
+        "mma_warp.cuh",
+        "K::raw(words[e % 2], low[e % 2], i + e / 2, i + e / 2, half_1024)",
+        "K::raw(words[e / 2], low[e / 2], i + e % 2, i + e % 2, half_1024)",
+    ),
+    Mutation("rows later than the query not masked", "mma_warp.cuh", "return row > at || (", "return ("),
+    Mutation(
+        "more scales copied than there are",
+        "decode_mma.cuh",
+        "if (i < 4 * groups) async_copy16",
+        "if (i < 4 * groups + 4) async_copy16",
+        "address",
+    ),
+    Mutation(
+        "copy not aligned",
+        "codes.cuh",
+        "from + row * tile_tokens * 4 + piece % 8 * 16",
+        "from + row * tile_tokens * 4 + piece % 8 * 16 + 4",
+    ),
+    Mutation(
+        "shared memory read that nobody wrote",
+        "decode_mma.cuh",
+        "if (warp.r == 0) {",
+        "if (warp.r == 0 && w + 1 < S::kWarpCount) {",
+    ),
+    Mutation(
+        "copies used before they have arrived",
+        "decode_mma.cuh",
+        "async_wait<S::kStages - 2>();",
+        "async_wait<S::kStages - 1>();",
+    ),
+    Mutation(
+        "slabs overwritten while other lanes read them",
+        "decode_mma.cuh",
+        "    __syncwarp();  // the slab is there",
+        "    // the slab is there",
+    ),
+    Mutation(
+        "window one token too wide",
+        "mma_warp.cuh",
+        "return position + token <= at - a.window",
+        "return position + token < at - a.window",
+    ),
+    Mutation("stored scale not the unbiased one", "quantizer.cuh", "stored = divide(energy, xq)", "stored = scale"),
+    Mutation(
+        "rows overwritten while a tile is read from them",
+        "append.cu",
+        "  __syncthreads();  // the tile has been read",
+        "  // the tile has been read",
+        "thread",
+    ),
+    Mutation(
+        "keys overwritten while other warps read them",
+        "prefill.cu",
+        "      p.add_values(x);\n      __syncthreads();",
+        "      p.add_values(x);",
+        "thread",
+    ),
+)

@@ -1,0 +1,91 @@
+"""The op's CUDA side in ONNX Runtime against the reference; run by test_cuda_checks.py with its library in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from test_ops import attributes_of, session_of
+
+from skv_export.cases import Case, attention_cases, make_inputs
+from skv_export.recipe import LayerConfig
+from skv_export.reference import quantized_kv_attention
+
+SMALL = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
+NAMES = (
+    "default",
+    "ragged chunks",
+    "one sequence idle",
+    "prompt in one call",
+    "head sink",
+    "float16, chunk",
+    "softcap",
+)
+
+
+def arrays_of(case: Case) -> dict[str, np.ndarray]:
+    inputs = make_inputs(case)
+    arrays = {name: getattr(inputs, name) for name in ("query", "key", "value", "past_key", "past_value", "seqlens_k")}
+    arrays["total_sequence_length"] = np.array([max(case.total_lengths)], np.int32)
+    for name in ("head_sink", "query_seqlens"):
+        if getattr(inputs, name) is not None:
+            arrays[name] = getattr(inputs, name)
+    typed = ("query", "key", "value", "head_sink")
+    return {name: x.astype(case.dtype) if name in typed else x for name, x in arrays.items()}
+
+
+def run(
+    case: Case, arrays: dict[str, np.ndarray], **changes: object
+) -> tuple[list[np.ndarray], tuple[np.ndarray, ...]]:
+    params = dataclasses.replace(case.params, **changes)  # type: ignore[arg-type]
+    outputs = session_of(arrays, attributes_of(params, case.layouts)).run(None, arrays)
+    floats = {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in arrays.items()}
+    del floats["total_sequence_length"]
+    return outputs, quantized_kv_attention(params, case.layouts, **floats)  # type: ignore[arg-type]
+
+
+def compare(case: Case, outputs: list[np.ndarray], expected: tuple[np.ndarray, ...]) -> None:
+    assert np.array_equal(outputs[1], expected[1]) and np.array_equal(outputs[2], expected[2])
+    largest = np.abs(expected[0]).max()
+    assert np.abs(outputs[0].astype(np.float32) - expected[0]).max() <= case.tolerance * largest
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("name", NAMES)
+def test_cases(name: str, dtype: str) -> None:
+    case = dataclasses.replace(next(c for c in attention_cases() if c.name == name), dtype=dtype)
+    compare(case, *run(case, arrays_of(case)))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_rotary_and_norms(packed: bool, interleaved: bool) -> None:
+    case = Case(f"rotary {packed} {interleaved}", SMALL, past_lengths=(67, 3), new_tokens=2)
+    arrays = arrays_of(case)
+    rng = np.random.default_rng(0)
+    angles = np.arange(100)[:, None] / 100 ** (np.arange(24) / 24)
+    arrays["cos_cache"], arrays["sin_cache"] = (f(angles).astype(np.float32) for f in (np.cos, np.sin))
+    arrays["q_norm_weight"], arrays["k_norm_weight"] = rng.standard_normal((2, 64)).astype(np.float32)
+    if packed:
+        parts = [arrays.pop(name) for name in ("query", "key", "value")]
+        arrays = {"query": np.concatenate(parts, -1), **arrays}
+        floats = {**arrays, "key": None, "value": None}
+    else:
+        floats = arrays
+    params = dataclasses.replace(case.params, do_rotary=True, rotary_interleaved=interleaved)
+    outputs = session_of(arrays, attributes_of(params, case.layouts)).run(None, arrays)
+    floats = {name: x for name, x in floats.items() if name != "total_sequence_length"}
+    compare(case, outputs, quantized_kv_attention(params, case.layouts, **floats))  # type: ignore[arg-type]
+
+
+def test_a_length_beyond_the_capacity_is_an_error() -> None:
+    case = Case("beyond", SMALL)
+    arrays = arrays_of(case)
+    arrays["total_sequence_length"] = np.array([10**6], np.int32)
+    with pytest.raises(Exception, match="capacity of"):
+        session_of(arrays, attributes_of(case.params, case.layouts)).run(None, arrays)
