@@ -31,6 +31,7 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 _LAZY = {
     "analyze": "skv_export.cli_analyze:analyze_command",
+    "bench": "skv_export.cli_bench:bench_command",
     "quality": "skv_export.cli_quality:quality_command",
 }
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from tiny_graph import Tiny
 
-from skv_export import bench
+from skv_export import bench, bench_model
 from skv_export.bench import BASELINES, AttentionShape, Row, bench_attention, format_rows
+from skv_export.cli import main
 from skv_export.errors import SkvError
 from skv_export.layout import CacheLayout
 from skv_export.recipe import LayerConfig
@@ -75,3 +80,31 @@ def test_the_table_has_a_line_per_row() -> None:
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| skv-K4V2 | 2.50 | 2.40 | 3.00 | 28.7 | 11.5 | 4.00x |",
     ]
+
+
+def test_a_whole_model_is_timed_in_processes_of_their_own(tmp_path: Path) -> None:
+    folder = Tiny().write(tmp_path / "model")
+    short, long = bench_model.bench_model(folder, context=(8, 64), threads=1, rounds=1, steps=3)
+    assert (short.name, short.context, long.context) == ("skv", 8, 64)
+    for row in (short, long):
+        assert 0 < row.ms_min <= row.ms_median <= row.ms_max and row.prefill_seconds > 0
+        assert row.tokens_per_s == pytest.approx(1e3 / row.ms_median)
+        assert row.peak_bytes > 10 << 20 and row.speedup is None
+    assert "| 64 | skv |" in bench_model.format_rows([short, long])
+
+
+def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(SkvError, match=r"skv at 8 tokens failed; got .*skv_config\.json: no such file"):
+        bench_model.bench_model(tmp_path, context=(8,), rounds=1)
+
+
+def test_command_line_prints_the_rows_and_how_to_repeat_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = "bench attention --context 300 --num-heads 4 --kv-num-heads 2 --head-dim 64 --repetitions 2"
+    monkeypatch.setattr("sys.argv", ["skv-export", *arguments.split()])
+    result = CliRunner().invoke(main, [*arguments.split(), "--json", str(tmp_path / "rows.json")])
+    assert result.exit_code == 0, result.output
+    assert f"Repeat with: skv-export {arguments}" in result.output
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert set(rows[0]) == {"name", "ms_median", "ms_min", "ms_max", "bytes", "gb_per_s", "speedup"}
+    refused = CliRunner().invoke(main, ["bench", "model", str(tmp_path), "--context", "some"])
+    assert refused.exit_code == 1 and "--context; got 'some'" in refused.output
