@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +33,11 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("libonnxruntime.so", "libonnxruntime.so.1"):  # the names that linkers and loaders look for
         (root / "lib" / name).symlink_to(shared)
     (root / "include").symlink_to(headers[0])
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # cmake may be the environment's
     for command in (["-S", str(SOURCES), "-B", str(root / "build"), f"-DONNXRUNTIME_ROOT={root}"],
                     ["--build", str(root / "build")]):  # fmt: skip
-        result = subprocess.run(["cmake", *command], capture_output=True, text=True, check=False)
+        cmake = shutil.which("cmake", path=path) or "cmake"
+        result = subprocess.run([cmake, *command], capture_output=True, text=True, check=False)
         assert result.returncode == 0 and "warning" not in result.stderr, result.stdout + result.stderr
     return root / "build" / "skv_generate"
 
