@@ -105,7 +105,7 @@ def _in_a_process(job: dict[str, Any]) -> Run:
     if done.returncode:
         raise SkvError(
             f"bench: the run of {job['name']} at {job['context']} tokens failed",
-            got=done.stderr.strip()[-800:] or f"exit code {done.returncode}",
+            got=(done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1],
             fix="pip install onnxruntime-genai, for --against." if job["name"] == "genai" else None,
         )
     values = json.loads(done.stdout.splitlines()[-1])

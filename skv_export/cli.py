@@ -246,7 +246,7 @@ def generate(folder: Path, prompt: str, **options: Any) -> None:
     """
     from skv_export import runtime
 
-    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt == "-" else prompt
     result = runtime.generate_text(folder, text, on_text=lambda piece: click.echo(piece, nl=False), **options)
     click.echo(f"\n{result.summary()}", err=True)
 

@@ -94,7 +94,7 @@ def test_a_whole_model_is_timed_in_processes_of_their_own(tmp_path: Path) -> Non
 
 
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
-    with pytest.raises(SkvError, match=r"skv at 8 tokens failed; got .*skv_config\.json: no such file"):
+    with pytest.raises(SkvError, match=r"skv at 8 tokens failed; got .*skv_config.json: no such file"):
         bench_model.bench_model(tmp_path, context=(8,), rounds=1)
 
 
