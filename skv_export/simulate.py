@@ -85,8 +85,9 @@ class LayoutCache:
         return self._to_model(out)
 
     def effective_bits(self, context_length: int) -> float:
-        """As the layout says."""
-        return self.layout.effective_bits(context_length)
+        """All bytes of the block, over the tokens that a query can see: a sliding window has no use for more."""
+        seen = min(context_length, self.layout.local_window_size or context_length)
+        return self.layout.effective_bits(context_length) * context_length / seen
 
     def _to_model(self, rows: Any) -> torch.Tensor:
         x = rotate(rows, self.layout.rotation_dim) if self.layout.rotation == "hadamard" else rows
@@ -268,7 +269,7 @@ class Simulation:
     def __init__(self, make: CacheFactory) -> None:
         self._make = make
         self._caches: dict[int, tuple[TensorCache, TensorCache]] = {}
-        self._elements: dict[int, int] = {}
+        self._shapes: dict[int, tuple[int, int]] = {}
 
     @classmethod
     def full_precision(cls) -> Simulation:
@@ -294,14 +295,21 @@ class Simulation:
         """Returns the caches of layer ``index``."""
         if index not in self._caches:
             self._caches[index] = self._make(index, head_dim, window)
-            self._elements[index] = kv_num_heads * head_dim
+            self._shapes[index] = kv_num_heads * head_dim, window
         return self._caches[index]
 
     def effective_bits(self, context_length: int) -> float:
-        """Bits per element over all layers seen, keys and values, everything counted."""
-        pairs = [(self._elements[i], cache) for i, pair in self._caches.items() for cache in pair]
-        bits = sum(elements * cache.effective_bits(context_length) for elements, cache in pairs)
-        return bits / sum(elements for elements, _ in pairs)
+        """Bits per element over all layers, keys and values, everything counted; after a window has been run.
+
+        A layer with a sliding window has the elements of its window.
+        """
+        bits = total = 0.0
+        for index, pair in self._caches.items():
+            width, window = self._shapes[index]
+            elements = width * min(context_length, window or context_length)
+            bits += sum(elements * cache.effective_bits(context_length) for cache in pair)
+            total += 2 * elements
+        return bits / total
 
 
 def _hook(

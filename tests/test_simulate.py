@@ -12,7 +12,7 @@ from skv_export.cases import Case, make_inputs
 from skv_export.layout import CacheLayout
 from skv_export.recipe import LayerConfig
 from skv_export.reference import quantized_kv_attention
-from skv_export.simulate import FullCache, KiviCache, LayoutCache, attend
+from skv_export.simulate import FullCache, KiviCache, LayoutCache, Simulation, attend
 
 SMALL = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
 CASES = [
@@ -88,6 +88,22 @@ def test_full_precision_is_plain_attention() -> None:
         query[None], key[None], value[None], is_causal=True, enable_gqa=True
     )[0]
     assert torch.allclose(attend(query, key, value, (FullCache(), FullCache()), scale=32**-0.5), plain, atol=2e-6)
+
+
+def test_effective_bits_of_a_window_are_those_of_the_tokens_it_sees() -> None:
+    wide, narrow = (CacheLayout.pair(SMALL, 64, window)[0] for window in (0, 256))
+    assert LayoutCache(wide).effective_bits(8192) == wide.effective_bits(8192)
+    bits = 8 * narrow.block_bytes(8192) / (256 * 64)
+    assert LayoutCache(narrow).effective_bits(8192) == bits > 4.5
+
+    def make(index: int, head_dim: int, window: int) -> tuple[LayoutCache, LayoutCache]:
+        return (LayoutCache(narrow if window else wide),) * 2
+
+    both = Simulation(make)
+    for index, window in enumerate((0, 256)):
+        both.layer(index, 2, 64, window)
+    total = 8192 * wide.effective_bits(8192) + 256 * bits
+    assert both.effective_bits(8192) == pytest.approx(total / (8192 + 256))
 
 
 def test_kivi_quantizes_in_its_own_groups() -> None:
