@@ -46,7 +46,7 @@ LONG = Case(
 ROWS = Case(
     "rows of a 16-bit tile overwritten by the call that moves it",
     LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32, k_bits=16, v_bits=16),
-    past_lengths=(64,),
+    past_lengths=(65,),
     new_tokens=8,
     dtype="float16",
 )

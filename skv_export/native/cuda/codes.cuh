@@ -109,13 +109,14 @@ struct KeyPlane {
   static SKV_DEVICE int at(int row, int piece) { return row * 128 + (piece ^ (row / kWordsPerLane & 3) << 1) * 16; }
 
   static SKV_DEVICE void copy(uint8_t* slab, const uint8_t* plane, int tile_tokens, int first_token) {
-    const uint8_t* from = plane + first_token * 4;
+    const int lane = threadIdx.x % 32, row = lane / 8;
+    const uint8_t* from = plane + (row * tile_tokens + first_token) * 4 + lane % 8 * 16;
+    const int to = at(row, lane % 8), step = 4 * 4 * tile_tokens;
 #pragma unroll
-    for (int i = 0; i < (kRows * 8 + 31) / 32; i++) {
-      const int piece = threadIdx.x % 32 + 32 * i, row = piece / 8;
-      if (kRows * 8 % 32 == 0 || row < kRows) {
-        async_copy16(slab + at(row, piece % 8), from + row * tile_tokens * 4 + piece % 8 * 16);
-      }
+    for (int i = 0; i < (kRows + 3) / 4; i++) {
+      // Place of row + 4 i: no bit of 4 i meets one of the row, so that it is the first place but for constant bits.
+      const int place = to ^ (i * 512 + (4 * i / kWordsPerLane & 3) * 32);
+      if (kRows % 4 == 0 || row + 4 * i < kRows) async_copy16(slab + place, from + i * step);
     }
   }
   // Word j of this lane's channels of a chunk, for tokens 2r and 2r + 1 of a group of 16.
