@@ -56,7 +56,7 @@ class LayerConfig:
         v_granularity: The same for values.
         k_rotation: ``none`` or ``hadamard``, on queries and keys after RoPE.
         v_rotation: ``none`` or ``hadamard``, on values; the output is rotated back.
-        k_group_size: Channels that share a scale, not with ``channel``; 0 = 64 where it divides the padded head_dim, or 32.
+        k_group_size: Channels that share a scale, not with ``channel``; 0 = 64 if that divides D, else 32.
         v_group_size: The same for values.
         num_sink_tokens: First tokens kept in full precision.
         recent_tokens: Last tokens kept in full precision, at least.
