@@ -6,7 +6,7 @@ DEMO := demo-model
 # The CUDA kernels take minutes to compile: on a machine without a GPU only when asked for (SKV_CUDA=on).
 SKV_CUDA ?= $(if $(shell command -v nvidia-smi),auto,off)
 
-.PHONY: demo test check lint native-sanitized gpu-test gpu-bench setup clean
+.PHONY: demo test lint gpu-test gpu-bench setup clean
 .DELETE_ON_ERROR:
 
 # The environment and the native library; made again when what they are made from changes.
@@ -33,6 +33,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	git ls-files '*.cc' '*.cu' '*.cuh' '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+
+# On a machine with a GPU: the source tree, nvcc, torch and numpy are all they need; no environment is set up.
+gpu-test:
+	$(PYTHON) tests/cuda/gpu_test.py
+	$(PYTHON) tests/cuda/gpu_test.py --sanitizer memcheck
+	$(PYTHON) tests/cuda/gpu_test.py --sanitizer racecheck
+
+gpu-bench:
+	$(PYTHON) benchmarks/gpu_bench.py --json gpu-bench.json
 
 clean:
 	rm -rf $(VENV) build $(DEMO)
