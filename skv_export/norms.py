@@ -21,7 +21,9 @@ SPECTRUM = 16
 GRAM_LIMIT = 1280
 """Rows up to which the Gram matrix is formed; above, its product with vectors is enough."""
 LANCZOS_STEPS = 160
-LANCZOS_TOLERANCE = 2e-7
+LANCZOS_STRIDE = 6
+LANCZOS_TOLERANCE = 1e-6
+"""Lanczos stops when the largest eigenvalue grew by no more than this in a stride of steps."""
 
 
 @dataclass(frozen=True)
@@ -117,22 +119,17 @@ def lanczos(weight: Float) -> Double:
     start = np.random.default_rng(0).standard_normal((rows,), dtype=np.float32)
     basis[0] = start / np.linalg.norm(start)
     ritz: Double = np.zeros(1)
-    still = 0
     for j in range(steps):
         product = np.asarray(weight @ (basis[j] @ weight), np.float32)
         alpha[j] = product @ basis[j]
         for _ in range(2):
             product -= (basis[: j + 1] @ product) @ basis[: j + 1]
         beta[j] = float(np.linalg.norm(product))
-        if j + 1 < min(8, steps) and beta[j] > 1e-6 * abs(alpha[0]):
-            basis[j + 1] = product / np.float32(beta[j])
-            continue
-        before = ritz[-1]
-        ritz = np.asarray(
-            np.linalg.eigvalsh(np.diag(alpha[: j + 1]) + np.diag(beta[:j], 1) + np.diag(beta[:j], -1)), np.float64
-        )
-        still = still + 1 if ritz[-1] - before <= LANCZOS_TOLERANCE * ritz[-1] else 0
-        if still == 3 or j + 1 == steps or beta[j] <= 1e-6 * ritz[-1]:
-            break
+        exhausted = j + 1 == steps or beta[j] <= 1e-6 * alpha.max()
+        if exhausted or j % LANCZOS_STRIDE == LANCZOS_STRIDE - 1:
+            tridiagonal = np.diag(alpha[: j + 1]) + np.diag(beta[:j], 1) + np.diag(beta[:j], -1)
+            before, ritz = ritz[-1], np.asarray(np.linalg.eigvalsh(tridiagonal), np.float64)
+            if exhausted or ritz[-1] - before <= LANCZOS_TOLERANCE * ritz[-1]:
+                break
         basis[j + 1] = product / np.float32(beta[j])
     return np.asarray(np.maximum(ritz, 0)[::-1], np.float64)
