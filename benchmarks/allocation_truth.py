@@ -20,8 +20,9 @@ import torch
 
 from skv_export import analyze
 from skv_export.allocation import DEFAULT_CHOICES
-from skv_export.measure import DecodeModel, kl_divergence
+from skv_export.measure import kl_divergence
 from skv_export.recipe import LayerConfig
+from skv_export.traffic import DecodeModel
 
 
 class Judge:
