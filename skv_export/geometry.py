@@ -116,8 +116,8 @@ def grid_error(bits: int, tile_tokens: int) -> float:
 
 
 def _curve(granularity: str, tile_tokens: int) -> dict[int, float]:
-    """Error by bits, in units of the granularity: of the vector's energy (token) or of its squared range (channel)."""
-    return MIDRISE_ERROR if granularity == "token" else {b: grid_error(b, tile_tokens) for b in MIDRISE_ERROR}
+    """Error by bits, in units of the granularity: of the vector's energy (per token) or squared range (channel)."""
+    return MIDRISE_ERROR if granularity != "channel" else {b: grid_error(b, tile_tokens) for b in MIDRISE_ERROR}
 
 
 def _saturated(error: float) -> float:
@@ -192,7 +192,7 @@ def _rope_mean(energy: Double, rotary_dim: int) -> Double:
 
 def _key_error(k: _Projection, head: int, config: AttentionConfig, cache: LayerConfig) -> Double:
     """``[D]``: squared error per channel of a key, in units of ``_curve``."""
-    if cache.k_granularity == "token":
+    if cache.k_granularity != "channel":
         energy = _rope_mean(k.energy[head], config.rotary_dim)
         return np.full_like(energy, energy.mean()) if cache.k_rotation == "hadamard" else energy
     squared = RANGE_SQUARE[cache.tile_tokens] * _rope_mean(k.varying[head], config.rotary_dim)
@@ -208,7 +208,7 @@ def _key_error(k: _Projection, head: int, config: AttentionConfig, cache: LayerC
 
 def _value_unit(v: _Projection, cache: LayerConfig, group: int) -> Double | float:
     """``[N]``: a value's error per energy, in units of ``_curve``."""
-    if cache.v_granularity == "token":
+    if cache.v_granularity != "channel":
         return 1.0
     return np.repeat(
         RANGE_SQUARE[cache.tile_tokens] * v.varying.sum(axis=1) / np.maximum(v.energy.sum(axis=1), _TINY), group

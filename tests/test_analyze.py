@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from skv_export import analyze
+from skv_export import analyze, measure, reference
 from skv_export.allocation import allocate_bits, allocate_bits_optimal, allocate_options
 from skv_export.architectures import AttentionConfig, AttentionReader, AttentionWeights
 from skv_export.budget import CacheBudget
