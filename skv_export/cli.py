@@ -124,6 +124,7 @@ def _resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
 @main.command()
 @click.argument("checkpoint", required=False)
 @_recipe_options
+@click.option("--budget", type=float, help="Effective bits: `analyze` first, then export with its bits per layer.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: NAME-k4v2]")
 @click.option("--force", is_flag=True, help="Replace the folder if it exists.")
 @click.option(
@@ -134,6 +135,7 @@ def _resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
 def model(
     checkpoint: str | None,
     recipe: str | None,
+    budget: float | None,
     out: Path | None,
     force: bool,
     all_logits: bool,
@@ -149,6 +151,7 @@ def model(
     \b
     skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --out qwen3
     skv-export model ./Qwen3-0.6B --recipe qwen3 --dry-run
+    skv-export model ./Qwen3-0.6B --budget 3.25
     skv-export model model.gguf --k-bits 8 --v-bits 4 --dtype fp16
     skv-export model genai-folder/model.onnx --k-bits 4 --v-bits 4
     """
@@ -157,6 +160,8 @@ def model(
     resolved = _resolve_recipe(recipe, options)
     source = _checkpoint_or_demo(checkpoint)
     is_onnx = onnx_source.is_onnx(source)
+    if budget is not None:
+        resolved = _within_budget(source, budget, resolved, options)
     if is_onnx and (all_logits or options["dtype"]):
         raise SkvError(
             "--all-logits and --dtype", got="an ONNX model", fix="Leave them out: its weights stay as they are."
@@ -281,6 +286,20 @@ def recipes(name: str | None) -> None:
     if name not in found:
         raise SkvError(f"recipe {name}: not shipped", expected=", ".join(sorted(found)))
     click.echo(found[name].read_text(encoding="utf-8"), nl=False)
+
+
+def _within_budget(source: str, budget: float, recipe: Recipe, options: dict[str, Any]) -> Recipe:
+    """The recipe with the bits per layer that ``analyze`` recommends, saying why."""
+    if options["k_bits"] or options["v_bits"]:
+        raise SkvError(
+            "--budget", got="--k-bits or --v-bits too", fix="Give one or the other: the budget chooses the bits."
+        )
+    from skv_export import analyze
+    from skv_export.cli_analyze import summary
+
+    analysis = analyze.run(source, budget=budget, base=recipe.default)
+    click.echo(f"{summary(analysis)}\n")
+    return analysis.to_recipe(recipe)
 
 
 def _checkpoint_or_demo(checkpoint: str | None) -> str:

@@ -151,3 +151,22 @@ def test_an_onnx_model_is_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert result.exit_code == 0, result.output
     assert calls["recipe"].layer(0).k_bits == 3 and calls["copy_weights"]
     assert "its weights stay as they are" in run("model", str(graph), "--dtype", "fp16").output
+
+
+def test_a_budget_is_analyzed_first(exported: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from skv_export import analyze, cli_analyze
+
+    asked: dict[str, Any] = {}
+
+    def recommend(source: str, **options: Any) -> Any:
+        asked.update(options, source=source)
+        return SimpleNamespace(to_recipe=lambda base: Recipe.per_layer([(8, 2), (3, 2)], base))
+
+    monkeypatch.setattr(analyze, "run", recommend)
+    monkeypatch.setattr(cli_analyze, "summary", lambda analysis: "the reasons")
+    result = run("model", "some/checkpoint", "--budget", "3.25", "--recent-tokens", "128", "--out", "x")
+    assert result.exit_code == 0, result.output
+    assert "the reasons" in result.output
+    assert (asked["source"], asked["budget"], asked["base"].recent_tokens) == ("some/checkpoint", 3.25, 128)
+    assert [layer.k_bits for layer in exported["recipe"].layers(2)] == [8, 3]
+    assert "one or the other" in run("model", "some/checkpoint", "--budget", "3", "--k-bits", "4").output
