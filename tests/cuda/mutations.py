@@ -61,8 +61,8 @@ MUTATIONS = (
     Mutation(
         "copy not aligned",
         "codes.cuh",
-        "from + row * tile_tokens * 4 + piece % 8 * 16",
-        "from + row * tile_tokens * 4 + piece % 8 * 16 + 4",
+        "async_copy16(slab + place, from + i * step)",
+        "async_copy16(slab + place, from + i * step + 4)",
     ),
     Mutation(
         "shared memory read that nobody wrote",
@@ -88,7 +88,9 @@ MUTATIONS = (
         "return position + token <= at - a.window",
         "return position + token < at - a.window",
     ),
-    Mutation("stored scale not the unbiased one", "quantizer.cuh", "stored = divide(energy, xq)", "stored = scale"),
+    Mutation(
+        "stored scale not the unbiased one", "quantizer.cuh", "stored = divide(energy, xq)", "stored = scale + 0 * xq"
+    ),
     Mutation(
         "rows overwritten while a tile is read from them",
         "append.cu",

@@ -6,6 +6,12 @@
 namespace skv::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+// Warps that a multiprocessor's shared memory has room for, at the default layout.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kResidentWarps = 8;
+#else
+constexpr int kResidentWarps = 16;
+#endif
 constexpr int kSlab = 32;  // tokens that a warp copies and works on at once
 
 // Sizes of one instance.
@@ -23,11 +29,11 @@ struct MmaShape {
   static constexpr int kValueCodes = kKeyParameters + (KPerToken ? 64 * kChunks : 4 * D);
   static constexpr int kValueParameters = kValueCodes + 4 * D * VBits;
   static constexpr int kStage = kValueParameters + (VPerChannel ? 4 * D : 64 * kChunks);
-  static constexpr int kStages = kStage <= 4096 ? 3 : 2;
+  static constexpr int kStages = 2;  // a slab takes longer than its copy; and two blocks fit in 100 KiB
   static constexpr int kWarpCount = 4 * kStages * kStage <= 80 * 1024 ? 4 : 2;
   static constexpr int kThreadCount = 32 * kWarpCount;
   // Blocks that a multiprocessor's registers must hold: 128 or 255 registers for each thread.
-  static constexpr int kMinBlocks = (D * Blocks <= 128 && !VPerChannel ? 16 : 8) / kWarpCount;
+  static constexpr int kMinBlocks = (D <= 128 && Blocks == 1 && !VPerChannel ? kResidentWarps : 8) / kWarpCount;
 
   // Shared memory: queries, new rows, then the slabs, whose place the warps' results take at the end.
   static constexpr int kQueryStride = D + 8;  // halves; the 16 bytes keep rows off each other's banks
