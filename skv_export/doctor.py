@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def _library() -> list[Check]:
     cuda = library.cuda_build
     return [
         Check("native library", f"{library.path} ({library.version})"),
-        Check("CPU kernels", library.cpu_isa),
+        Check("CPU kernels", library.cpu_isa, _wanted(library.cpu_isa), required=False),
         Check(
             "CUDA kernels",
             cuda or "not built",
@@ -96,6 +97,12 @@ def _library() -> list[Check]:
             required=False,
         ),
     ]
+
+
+def _wanted(isa: str) -> str:
+    """What is wrong with SKV_CPU_ISA, if it is set."""
+    wanted = os.environ.get("SKV_CPU_ISA", isa)
+    return "" if wanted == isa else f"SKV_CPU_ISA asks for {wanted}, which this build or this processor does not have."
 
 
 def _providers() -> Check:

@@ -133,6 +133,11 @@ def test_doctor_names_the_kernels_and_its_problems() -> None:
     assert Path(run("doctor", "--library-path").output.strip()).is_file()
 
 
+def test_doctor_says_when_an_instruction_set_is_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SKV_CPU_ISA", "none-such")
+    assert "SKV_CPU_ISA asks for none-such" in run("doctor").output
+
+
 def test_recipes_are_listed_and_printed() -> None:
     listing = run("recipes").output
     name = listing.split()[0]
