@@ -21,7 +21,7 @@ struct Warp {
 
   uint32_t q[B][M][8];  // the B operand for raw keys: pairs of the folded query
   static constexpr int kStarts = S::KPerToken ? M : 1;
-  float start[B][kStarts][4];  // scores before the first product
+  float start[B][kStarts][2];  // scores before the first product, of columns 2c and 2c + 1: the same for all tokens
   float o[B][4 * M][4], peak[B][2], sum[B][2];
 
   SKV_DEVICE Warp(const Attention& a, const Work& work, const unsigned char* shared)
@@ -66,29 +66,28 @@ struct Warp {
       for (int m = 0; m < M; m++) {
         uint32_t pairs[8];
         load_query(n, m, pairs);
-#pragma unroll
-        for (int x = 0; x < 8; x++) q[n][m][x] = multiplied(pairs[x], K::unit(x));
-        float (&d)[4] = start[n][S::KPerToken ? m : 0];
-#pragma unroll
-        for (int e = 0; e < 4; e++) d[e] = 0;
+        float d[4] = {};
 #pragma unroll
         for (int x = 0; x < 8; x += 2) {
+#pragma unroll
+          for (int i = x; i < x + 2; i++) q[n][m][i] = multiplied(pairs[i], K::unit(i));
           add_for_all(d, K::minus_middle(), K::minus_middle(), pairs[x], pairs[x + 1]);
           add_for_all(d, kMinus1024, kMinus1024, q[n][m][x], q[n][m][x + 1]);
         }
+        set_start(n, m, d);
       }
     }
+  }
+  SKV_DEVICE void set_start(int n, int m, const float (&d)[4]) {
+    start[n][S::KPerToken ? m : 0][0] = d[0];
+    start[n][S::KPerToken ? m : 0][1] = d[1];
   }
 
   // Folds a tile's scales into the query and its offsets into the scores' start. With q' = half(q * scale), a key's
   // score is q * offset + q * scale * center + q' * (code - center): the rounding of q' meets no more than half the
   // range.
   SKV_DEVICE void fold(const uint8_t* slab) {
-#pragma unroll
-    for (int n = 0; n < B; n++) {
-#pragma unroll
-      for (int e = 0; e < 4; e++) start[n][0][e] = 0;
-    }
+    float sums[B][4] = {};
 #pragma unroll
     for (int m = 0; m < M; m++) {
       uint32_t scales[8], offsets[8];
@@ -106,13 +105,15 @@ struct Warp {
           const uint32_t scale[2] = {Order::pair(scales, x), Order::pair(scales, x + 1)};
 #pragma unroll
           for (int i = 0; i < 2; i++) q[n][m][x + i] = multiplied(multiplied(pairs[x + i], scale[i]), K::unit(x + i));
-          float (&d)[4] = start[n][0];
+          float (&d)[4] = sums[n];
           add_for_all(d, Order::pair(offsets, x), Order::pair(offsets, x + 1), pairs[x], pairs[x + 1]);
           add_for_all(d, multiplied(scale[0], K::center()), multiplied(scale[1], K::center()), pairs[x], pairs[x + 1]);
           add_for_all(d, K::minus_raw_center(x), K::minus_raw_center(x + 1), q[n][m][x], q[n][m][x + 1]);
         }
       }
     }
+#pragma unroll
+    for (int n = 0; n < B; n++) set_start(n, 0, sums[n]);
   }
 
   // Scores of a slab: s[g][n] holds tokens 16 g + 2r (+ 1) and columns 2c (+ 1).
@@ -124,7 +125,7 @@ struct Warp {
 #pragma unroll
       for (int n = 0; n < B; n++) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) s[g][n][e] = S::KPerToken ? 0 : start[n][0][e];
+        for (int e = 0; e < 4; e++) s[g][n][e] = S::KPerToken ? 0 : start[n][0][e % 2];
       }
 #pragma unroll
       for (int m = 0; m < M; m++) {
@@ -133,7 +134,7 @@ struct Warp {
 #pragma unroll
           for (int n = 0; n < B; n++) {
 #pragma unroll
-            for (int e = 0; e < 4; e++) part[n][e] = start[n][S::KPerToken ? m : 0][e];
+            for (int e = 0; e < 4; e++) part[n][e] = start[n][S::KPerToken ? m : 0][e % 2];
           }
         }
         uint32_t low[2] = {0, 0};
