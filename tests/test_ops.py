@@ -125,6 +125,11 @@ def test_case_equals_the_reference(case: Case) -> None:
         ({"new_tokens": 40}, "GroupQueryAttention"),
         ({"new_tokens": 40, "head_dim": 20}, "the op's kernel"),  # GroupQueryAttention wants a multiple of 8
         ({"new_tokens": 40, "dtype": "float16"}, "GroupQueryAttention"),
+        # A past that would take more than 256 MiB when dequantized stays in its tiles.
+        (
+            {"new_tokens": 40, "past_lengths": (4200,), "num_heads": 32, "kv_num_heads": 32, "head_dim": 256},
+            "the op's kernel",
+        ),
         ({"new_tokens": 40, "past_lengths": (0, 90), "query_seqlens": (40, 1)}, "GroupQueryAttention"),
     ],
 )

@@ -26,9 +26,15 @@ bool are_few(int64_t past_tokens, int64_t new_tokens) {
   return new_tokens <= (vectorized ? 32 : 2);
 }
 
+// Most that one sequence's keys and values of a layer may take when dequantized: a longer past stays in its tiles,
+// which the op's own kernel reads in place.
+constexpr int64_t kMostDenseBytes = int64_t{256} << 20;
+
 bool are_few(const SkvAttention& attention, int64_t b) {
-  const int64_t added = new_tokens(attention, b);
-  return are_few(total_tokens(attention, b) - added, added);
+  const int64_t added = new_tokens(attention, b), total = total_tokens(attention, b);
+  const int64_t hidden = int64_t{attention.kv_num_heads} * attention.key_cache.layout.head_dim;
+  const bool too_large = added < total && 2 * total * hidden * int64_t{sizeof(float)} > kMostDenseBytes;
+  return too_large || are_few(total - added, added);
 }
 
 bool any_are_many(const SkvAttention& attention) {
