@@ -9,6 +9,7 @@ import glob
 import hashlib
 import importlib.util
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ _RESIDUAL, _GROUP = 128, 64
 
 
 @dataclass(frozen=True)
-class Contender:
+class Contender(ABC):
     """One cache to be measured.
 
     Attributes:
@@ -46,13 +47,13 @@ class Contender:
     key: str
     note: str
 
+    @abstractmethod
     def logits(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         """Predicts a window ``[S]``: float32 logits ``[S, vocab]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def effective_bits(self, context_length: int) -> float:
         """Bits per element of a cache of this length, everything counted; after the first ``logits``."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

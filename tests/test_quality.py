@@ -256,6 +256,9 @@ def test_needles_are_found_exactly_when_greedy_decoding_would_write_them() -> No
                 rows[self.wrong - 1, 0] = 20.0  # type: ignore[attr-defined]
             return rows
 
+        def effective_bits(self, context_length: int) -> float:
+            return 16.0
+
     prompts = [[needle.make_prompt(Letters(), TEXT, 400, d, 0)] for d in needle.DEPTHS]
     good = needle._row(Oracle(0), None, 400, prompts)  # type: ignore[arg-type]
     bad = needle._row(Oracle(-3), None, 400, prompts)  # type: ignore[arg-type]
