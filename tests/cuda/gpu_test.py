@@ -45,6 +45,8 @@ def jobs(short: bool) -> Iterator[tuple[Case, int, float]]:
         yield half, AUTO, half.tolerance
     granularities = ("channel", "token")
     for d, (k, v), kg, vg in itertools.product((64, 128, 256), PAIRS, granularities, granularities):
+        if (d, v, kg, vg) == (256, 3, "token", "channel"):
+            continue  # see mma_instances.cuh
         config = LayerConfig(k_bits=k, v_bits=v, k_granularity=kg, v_granularity=vg)
         for heads, tokens, past in ((4, 1, 700), (5, 3, 300)) if short else ((4, 1, 5000), (5, 3, 3000), (16, 8, 900)):
             name = f"D{d} K{k}V{v} {kg} {vg}, {heads} heads, {tokens} tokens"

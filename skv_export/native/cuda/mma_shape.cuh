@@ -32,8 +32,11 @@ struct MmaShape {
   static constexpr int kStages = 2;  // a slab takes longer than its copy; and two blocks fit in 100 KiB
   static constexpr int kWarpCount = 4 * kStages * kStage <= 80 * 1024 ? 4 : 2;
   static constexpr int kThreadCount = 32 * kWarpCount;
-  // Blocks that a multiprocessor's registers must hold: 128 or 255 registers for each thread.
-  static constexpr int kMinBlocks = (D <= 128 && Blocks == 1 && !VPerChannel ? kResidentWarps : 8) / kWarpCount;
+  // Blocks that a multiprocessor's registers must hold: of 16 warps (128 registers a thread) where they suffice, else 8
+  // (255).
+  static constexpr bool kManyRegisters =
+      D > 128 || Blocks > 1 || VPerChannel || (D == 128 && (KBits != 4 || VBits == 3));
+  static constexpr int kMinBlocks = (kManyRegisters ? 8 : kResidentWarps) / kWarpCount;
 
   // Shared memory: queries, new rows, then the slabs, whose place the warps' results take at the end.
   static constexpr int kQueryStride = D + 8;  // halves; the 16 bytes keep rows off each other's banks

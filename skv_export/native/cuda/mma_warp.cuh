@@ -264,16 +264,6 @@ struct Warp {
     const uint8_t *codes = slab + S::kValueCodes, *parameters = slab + S::kValueParameters;
 #pragma unroll
     for (int m = 0; m < M; m++) {
-      uint32_t scales[4], offsets[4];
-      if constexpr (S::VPerChannel) {
-        load16(parameters + (64 * m + 8 * r) * 2, scales);
-        load16(parameters + 2 * S::D + (64 * m + 8 * r) * 2, offsets);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {  // x = scale * (code - middle) + (offset + scale * middle)
-          const uint32_t middle = V::minus_middle() ^ 0x80008000;
-          offsets[i] = bits_of(__hfma2(half2_of(scales[i]), half2_of(middle), half2_of(offsets[i])));
-        }
-      }
 #pragma unroll
       for (int g = 0; g < 2; g++) {
         uint32_t b[B][2];
@@ -293,14 +283,22 @@ struct Warp {
         if constexpr (V::kTwoPlanes) Second::read(codes + Plane::kBytes, m, 4 * g + c, low);
 #pragma unroll
         for (int channel = 0; channel < 8; channel += 2) {
+          uint32_t scales = 0, offsets = 0;  // of channel and channel + 1
+          if constexpr (S::VPerChannel) {    // x = scale * (code - middle) + (offset + scale * middle)
+            const uint8_t* from = parameters + (64 * m + 8 * r + channel) * 2;
+            const uint32_t middle = V::minus_middle() ^ 0x80008000;
+            scales = *reinterpret_cast<const uint32_t*>(from);
+            offsets = *reinterpret_cast<const uint32_t*>(from + 2 * S::D);
+            offsets = bits_of(__hfma2(half2_of(scales), half2_of(middle), half2_of(offsets)));
+          }
           uint32_t A[4];  // channel, channel + 1 for even tokens, then for odd ones
 #pragma unroll
           for (int e = 0; e < 4; e++) {
             const int d = channel + e % 2, word = d / V::kFields, i = e / 2 * V::kFields + d % V::kFields;
             A[e] = V::centered(V::raw(words[word], low[0], e / 2 * 8 + d, i, half_1024), i);
             if constexpr (S::VPerChannel) {
-              const uint32_t scale = __byte_perm(scales[d / 2], 0, d % 2 ? 0x3232 : 0x1010);
-              const uint32_t offset = __byte_perm(offsets[d / 2], 0, d % 2 ? 0x3232 : 0x1010);
+              const uint32_t both = e % 2 ? 0x3232 : 0x1010;
+              const uint32_t scale = __byte_perm(scales, 0, both), offset = __byte_perm(offsets, 0, both);
               A[e] = bits_of(__hfma2(half2_of(A[e]), half2_of(scale), half2_of(offset)));
             }
           }
