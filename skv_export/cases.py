@@ -17,8 +17,10 @@ import numpy as np
 
 from skv_export.layout import Bytes, CacheLayout
 from skv_export.recipe import BITS, TILE_TOKENS, LayerConfig
-from skv_export.reference import AttentionParams, Float, Int32, append
+from skv_export.reference import AttentionParams, Float, Int32, append, quantized_kv_attention
 
+Outcome = tuple[Float, Bytes, Bytes]
+"""Of one call: output, present_key, present_value."""
 FLOAT_TOLERANCE = 5e-4
 """Relative to the largest output: 16-bit queries and probabilities in integer kernels; float kernels stay far below."""
 HALF_TOLERANCE = 4e-3
@@ -131,6 +133,22 @@ def make_inputs(case: Case) -> Inputs:
         seqlens_k=np.array(case.total_lengths, np.int32) - 1,
         query_seqlens=None if case.query_seqlens is None else np.array(case.query_seqlens, np.int32),
         head_sink=rng.standard_normal(case.num_heads).astype(np.float32) if case.head_sink else None,
+    )
+
+
+def expected_of(case: Case, inputs: Inputs) -> Outcome:
+    """What the reference makes of a case's inputs: output, present_key, present_value."""
+    return quantized_kv_attention(
+        case.params,
+        case.layouts,
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.past_key,
+        inputs.past_value,
+        inputs.seqlens_k,
+        head_sink=inputs.head_sink,
+        query_seqlens=inputs.query_seqlens,
     )
 
 

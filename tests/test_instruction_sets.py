@@ -17,8 +17,7 @@ import native
 import numpy as np
 import pytest
 
-from skv_export import reference
-from skv_export.cases import Case, attention_cases, make_inputs
+from skv_export.cases import Case, attention_cases, expected_of, make_inputs
 from skv_export.library import SkvAttention, library_path
 
 ROOT = Path(__file__).parent.parent
@@ -101,18 +100,7 @@ def compare(cases: list[Case], calls: list[native.Call], path: Path) -> None:
                     buffer.array.shape
                 )
             inputs = make_inputs(case)
-            output, key, value = reference.quantized_kv_attention(
-                case.params,
-                case.layouts,
-                inputs.query,
-                inputs.key,
-                inputs.value,
-                inputs.past_key,
-                inputs.past_value,
-                inputs.seqlens_k,
-                head_sink=inputs.head_sink,
-                query_seqlens=inputs.query_seqlens,
-            )
+            output, key, value = expected_of(case, inputs)
             error = np.abs(call.output.array.astype(np.float32) - output).max() / np.abs(output).max()
             assert error <= case.tolerance, f"{case.name}: {error:.1e}"
             assert np.array_equal(call.caches[0].array, key) and np.array_equal(call.caches[1].array, value), case.name

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from skv_export import reference
-from skv_export.cases import Case, make_inputs, token_channel_cases, token_channel_layouts
+from skv_export.cases import Case, expected_of, make_inputs, token_channel_cases, token_channel_layouts
 from skv_export.layout import CacheLayout
 from skv_export.recipe import LayerConfig
 from skv_export.reference import decode_tile, dequantize, encode_tile, quantize
@@ -121,18 +121,7 @@ def test_any_group_size_and_any_numbers(bits: int) -> None:
 def test_attention_is_the_reference_s(name: str) -> None:
     case = CASES[name]
     inputs = make_inputs(case)
-    want = reference.quantized_kv_attention(
-        case.params,
-        case.layouts,
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        inputs.past_key,
-        inputs.past_value,
-        inputs.seqlens_k,
-        head_sink=inputs.head_sink,
-        query_seqlens=inputs.query_seqlens,
-    )
+    want = expected_of(case, inputs)
     output, key, value = native.Call(case, inputs).run()
     assert np.array_equal(key, want[1]) and np.array_equal(value, want[2])
     assert np.abs(output - want[0]).max() <= case.tolerance * np.abs(want[0]).max()
@@ -160,15 +149,6 @@ def test_means_stand_apart_from_what_the_kernels_add_up() -> None:
         past_value=blocks[1],
         seqlens_k=np.array([400], np.int32),
     )
-    want = reference.quantized_kv_attention(
-        step.params,
-        step.layouts,
-        one_token.query,
-        one_token.key,
-        one_token.value,
-        blocks[0],
-        blocks[1],
-        one_token.seqlens_k,
-    )[0]
+    want = expected_of(step, one_token)[0]
     got = native.Call(step, one_token).run()[0]
     assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()

@@ -19,10 +19,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from skv_export.cases import Case, Inputs, make_inputs
+from skv_export.cases import Case, Inputs, expected_of, make_inputs
 from skv_export.layout import CacheLayout
 from skv_export.library import SkvAttention, SkvCache, SkvLayout, SkvTokens
-from skv_export.reference import quantized_kv_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "skv_export" / "native" / "cuda"
@@ -234,18 +233,7 @@ def difference(case: Case, kernels: Library, path: int = AUTO) -> tuple[float, s
     inputs = make_inputs(case)
     if inputs.head_sink is not None:
         inputs = dataclasses.replace(inputs, head_sink=inputs.head_sink.astype(case.dtype).astype(np.float32))
-    expected, key, value = quantized_kv_attention(
-        case.params,
-        case.layouts,
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        inputs.past_key,
-        inputs.past_value,
-        inputs.seqlens_k,
-        head_sink=inputs.head_sink,
-        query_seqlens=inputs.query_seqlens,
-    )
+    expected, key, value = expected_of(case, inputs)
     result = kernels.attention(case, inputs, path)
     assert np.array_equal(result.key, key), f"{case.name}: bytes of the keys"
     assert np.array_equal(result.value, value), f"{case.name}: bytes of the values"
