@@ -143,10 +143,15 @@ def plan(source: str | Path | Source, recipe: Recipe | None = None) -> Plan:
         SkvError: The checkpoint, its architecture or the recipe can't be used; the message says why.
     """
     resolved = resolve(source)
-    return _plan(resolved, recipe or Recipe(), _load_config(resolved))
+    return _plan(resolved, recipe or Recipe(), load_config(resolved))
 
 
-def _load_config(source: Source) -> PreTrainedConfig:
+def load_config(source: Source) -> PreTrainedConfig:
+    """Reads a checkpoint's configuration.
+
+    Raises:
+        SkvError: transformers can't read it.
+    """
     try:
         return AutoConfig.from_pretrained(source.pretrained, **pretrained_arguments(source))
     except (OSError, ValueError, KeyError) as error:
@@ -217,11 +222,11 @@ def export_model(
     library_path()  # it goes into the folder: better none is written than one without it
     with _Phases(progress) as phases:
         phases.start("reading the configuration")
-        config = _load_config(resolved)
+        config = load_config(resolved)
         planned = _plan(resolved, recipe or Recipe(), config)
         with output_folder(target, planned.weight_bytes, force=force) as folder:
             phases.start("loading the weights")
-            model = _load_model(planned, config)
+            model = load_model(resolved, config, planned.recipe.dtype)
             phases.start("tracing")
             program = _trace(model, planned, all_logits)
             phases.start("translating")
@@ -266,15 +271,24 @@ class _Phases:
             self._bar.update(done - self._bar.n)
 
 
-def _load_model(planned: Plan, config: PreTrainedConfig) -> PreTrainedModel:
-    """Loads the weights; a tensor that is missing or does not fit is an error, never a random number."""
-    source = planned.source
+def load_model(source: Source, config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
+    """Loads a checkpoint, made ready for tracing; what is missing is an error, never a random number.
+
+    Args:
+        source: The checkpoint.
+        config: Its configuration.
+        dtype: A key of ``DTYPES``.
+
+    Raises:
+        SkvError: transformers can't load it, or tensors are missing or do not fit.
+    """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.pretrained,
             config=config,
-            dtype=DTYPES[planned.recipe.dtype],
+            dtype=DTYPES[dtype],
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
             use_safetensors=True,
             **pretrained_arguments(source),
         )

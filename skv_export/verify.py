@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from skv_export.cases import Case, Inputs, attention_cases, make_inputs
+from skv_export.cases import Case, Inputs, Outcome, attention_cases, expected_of, make_inputs
 from skv_export.checkpoint import Source, demo_checkpoint, resolve
 from skv_export.errors import SkvError
-from skv_export.layout import LAYOUT_VERSION, Bytes
+from skv_export.layout import LAYOUT_VERSION
 from skv_export.library import Library, load_library
 from skv_export.model_config import ModelConfig
-from skv_export.reference import Float, quantized_kv_attention
 from skv_export.runtime import load_tokenizer
 
 if TYPE_CHECKING:
@@ -34,9 +33,6 @@ if TYPE_CHECKING:
 LEVELS = ("op", "graph", "quality")
 WINDOWS, WINDOW_TOKENS = 8, 1024
 """Default size of the quality level: about a minute for a model of 135 million parameters on two cores."""
-
-Outcome = tuple[Float, Bytes, Bytes]
-
 
 # The op level.
 
@@ -73,7 +69,7 @@ def check_op(cases: Sequence[Case] | None = None, library: Library | None = None
     cases = attention_cases() if cases is None else cases
     for case in tqdm(cases, unit="case", desc="op", disable=None):
         inputs = make_inputs(case)
-        expected = _reference(case, inputs)
+        expected = expected_of(case, inputs)
         for runner, outcome in (
             ("kernels", _kernels(library, case, inputs)),
             ("ONNX Runtime", _op(library, case, inputs)),
@@ -101,13 +97,6 @@ def _compare(case: Case, expected: Outcome, outcome: Outcome) -> tuple[float, li
             f"attention is off by {error * case.tolerance:.1e} of the largest output, expected {case.tolerance:.0e}"
         )
     return (error if np.isfinite(error) else np.inf), problems
-
-
-def _reference(case: Case, i: Inputs) -> Outcome:
-    return quantized_kv_attention(
-        case.params, case.layouts, i.query, i.key, i.value, i.past_key, i.past_value, i.seqlens_k,
-        head_sink=i.head_sink, query_seqlens=i.query_seqlens,
-    )  # fmt: skip
 
 
 def _kernels(library: Library, case: Case, i: Inputs) -> Outcome:
@@ -307,25 +296,13 @@ def load_model(source: Source, config: ModelConfig) -> PreTrainedModel:
     """Loads the original into PyTorch: the weights as they were exported, the arithmetic in float32.
 
     Raises:
-        SkvError: transformers can't load it, or it is another model than the folder's.
+        SkvError: It is another model than the folder's, or can't be loaded whole.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    from skv_export import export
 
-    from skv_export.folder import pretrained_arguments
-    from skv_export.supported import prepare_model
-
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.dtype]
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source.pretrained, dtype=dtype, use_safetensors=True, **pretrained_arguments(source)
-        )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise SkvError(f"{source}: transformers can't load its weights", got=str(error)[:500]) from error
-    found = {"model_type": model.config.model_type, "vocab_size": model.config.vocab_size}
-    found["layers"] = model.config.num_hidden_layers
+    given = export.load_config(source)
+    found = {"model_type": given.model_type, "vocab_size": given.vocab_size, "layers": given.num_hidden_layers}
     expected = {"model_type": config.model_type, "vocab_size": config.vocab_size, "layers": len(config.layers)}
     if found != expected:
         raise SkvError(f"{source}: not what the folder was exported from", got=found, expected=expected)
-    prepare_model(model)
-    return model.float()  # type: ignore[no-untyped-call]
+    return export.load_model(source, given, config.dtype).float()  # type: ignore[no-untyped-call]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
+import onnx
 import pytest
 from click.testing import CliRunner
 
 from skv_export.cli import main
+from skv_export.model_config import ModelConfig
 
 pytestmark = pytest.mark.slow
 
@@ -43,3 +46,26 @@ def test_chat_samples_the_same_with_the_same_seed(demo_export: Path) -> None:
         CliRunner().invoke(main, [*arguments, "--seed", seed, "--max-new-tokens", "12"]).stdout for seed in "001"
     )
     assert first == again != other
+
+
+def test_demo_model_writes_a_sentence(demo_export: Path) -> None:
+    from skv_export.runtime import generate_text
+
+    generation = generate_text(demo_export, "The capital of France is", max_new_tokens=12)
+    assert "Paris" in generation.text
+    config = ModelConfig.load(demo_export)
+    assert (config.model_type, len(config.layers), config.context_length) == ("llama", 30, 8192)
+    graph = onnx.load(demo_export / "model.onnx", load_external_data=False)
+    operators = Counter(node.op_type for node in graph.graph.node)
+    assert (operators["MatMul"], operators["Gemm"], operators["Transpose"], operators["Cos"]) == (210, 1, 0, 1)
+    assert sum(operators.values()) < 30 * 17 + 60
+
+
+def test_demo_tokenizer_round_trips(demo_export: Path) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(demo_export / "tokenizer.json"))
+    for text in ("The capital of France is Paris.", "  def f(x):\n\treturn x + 1", "naïve café, 東京 🙂 12345"):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    chat = (demo_export / "chat_template.jinja").read_text()
+    assert "<|im_start|>" in chat

@@ -472,30 +472,3 @@ def test_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.Monke
         (path / "skv_config.json").write_text("new")
     assert (out / "skv_config.json").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-# The real model.
-
-
-@pytest.mark.slow
-def test_demo_model_writes_a_sentence(demo_export: Path) -> None:
-    from skv_export.runtime import generate_text
-
-    generation = generate_text(demo_export, "The capital of France is", max_new_tokens=12)
-    assert "Paris" in generation.text
-    config = ModelConfig.load(demo_export)
-    assert (config.model_type, len(config.layers), config.context_length) == ("llama", 30, 8192)
-    operators = Counter(node.op_type for node in load_graph(demo_export).node)
-    assert (operators["MatMul"], operators["Gemm"], operators["Transpose"], operators["Cos"]) == (210, 1, 0, 1)
-    assert sum(operators.values()) < 30 * 17 + 60
-
-
-@pytest.mark.slow
-def test_demo_tokenizer_round_trips(demo_export: Path) -> None:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(demo_export / "tokenizer.json"))
-    for text in ("The capital of France is Paris.", "  def f(x):\n\treturn x + 1", "naïve café, 東京 🙂 12345"):
-        assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    chat = (demo_export / "chat_template.jinja").read_text()
-    assert "<|im_start|>" in chat

@@ -15,6 +15,7 @@ import onnx
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from safetensors.torch import load_file, save_file
 from tiny_graph import EXACT, SMALL, VOCAB, Tiny
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -405,3 +406,19 @@ def test_another_checkpoint_is_refused(exported: Exported, tmp_path: Path) -> No
         verify.run(exported.folder, checkpoint=tmp_path / "other", levels=["graph"])
     with pytest.raises(SkvError, match=r"Pass its path: --checkpoint"):
         verify.run(exported.folder, levels=["graph"])
+
+
+def test_a_tensor_that_is_missing_or_does_not_fit_is_never_made_up(exported: Exported, tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    for change in ("missing", "another shape"):
+        checkpoint = shutil.copytree(exported.checkpoint, tmp_path / change)
+        tensors = load_file(checkpoint / "model.safetensors")
+        weight = tensors.pop(name)
+        if change == "another shape":
+            tensors[name] = weight[:-2].contiguous()
+        save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(SkvError, match=name):
+            verify.run(exported.folder, checkpoint=checkpoint, levels=["graph"])
+        with pytest.raises(SkvError, match=name):
+            export_model(checkpoint, out=tmp_path / "out", recipe=Recipe(SMALL))
+        assert not (tmp_path / "out").exists()
