@@ -121,6 +121,12 @@ def _resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
     return base.with_options(**options)
 
 
+def _exported_model(command: _Command) -> _Command:
+    """Adds the argument of commands that run an exported model: a folder, or the hub id of one, with its --revision."""
+    command = click.option("--revision", help="Of a hub id: branch, tag or commit.  [default: main]")(command)
+    return click.argument("folder")(command)
+
+
 @main.command()
 @click.argument("checkpoint", required=False)
 @_recipe_options
@@ -181,7 +187,7 @@ def model(
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@_exported_model
 @click.option("--checkpoint", help="What the folder was exported from.  [default: as recorded in it]")
 @click.option(
     "--level",
@@ -200,7 +206,8 @@ def model(
 @click.option("--min-top1-agreement", type=click.FloatRange(0, 1), help="Quality: fails below it.")
 @click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 def verify(
-    folder: Path,
+    folder: str,
+    revision: str | None,
     checkpoint: str | None,
     json_file: Path | None,
     levels: tuple[str, ...],
@@ -212,6 +219,8 @@ def verify(
 ) -> None:
     """Prove that FOLDER computes what PyTorch computes, and measure what quantization costs.
 
+    FOLDER is what `skv-export model` wrote, or the hub id of one that was pushed.
+
     \b
     op       the library against the reference: bytes equal, attention within tolerance
     graph    decode step by step against PyTorch with the same quantized cache
@@ -219,12 +228,14 @@ def verify(
 
     Exits with 1 when a level fails.
     """
+    from skv_export import hub
     from skv_export import verify as runner
     from skv_export.quality import Thresholds
 
     thresholds = Thresholds(max_ppl_increase, max_kld_mean, max_kld_p99, min_top1_agreement)
     levels = levels or runner.LEVELS
-    report = runner.run(folder, checkpoint=checkpoint, levels=levels, thresholds=thresholds, **options)
+    local = hub.fetch(folder, revision=revision)
+    report = runner.run(local, checkpoint=checkpoint, levels=levels, thresholds=thresholds, **options)
     click.echo(report.table())
     if json_file:
         json_file.write_text(report.to_json(), encoding="utf-8")
@@ -233,7 +244,7 @@ def verify(
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@_exported_model
 @click.option("--prompt", required=True, help="Text to continue; - reads standard input.")
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0 = greedy.")
@@ -242,17 +253,21 @@ def verify(
 @click.option("--seed", default=0, show_default=True, type=int)
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
-def generate(folder: Path, prompt: str, **options: Any) -> None:
+def generate(folder: str, revision: str | None, prompt: str, **options: Any) -> None:
     """Continue a prompt with the exported model, streaming; no torch involved.
+
+    FOLDER is what `skv-export model` wrote, or the hub id of one that was pushed.
 
     \b
     skv-export generate smollm2 --prompt "The capital of France is"
+    skv-export generate org/smollm2-k4v2 --prompt "The capital of France is"
     skv-export generate smollm2 --chat --prompt "Why is the sky blue?" --temperature 0.7 --top-p 0.9
     """
-    from skv_export import runtime
+    from skv_export import hub, runtime
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    result = runtime.generate_text(folder, text, on_text=lambda piece: click.echo(piece, nl=False), **options)
+    local = hub.fetch(folder, revision=revision)
+    result = runtime.generate_text(local, text, on_text=lambda piece: click.echo(piece, nl=False), **options)
     click.echo(f"\n{result.summary()}", err=True)
 
 

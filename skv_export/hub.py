@@ -41,6 +41,8 @@ def fetch(
 ) -> Path:
     """Returns the folder of an exported model: a local one as it is, one of the hub after downloading it.
 
+    A snapshot in huggingface_hub's cache, whose files are links, becomes a folder of files beside it either way.
+
     Args:
         model: A folder, or a hub id such as ``org/name``. HF_ENDPOINT names another hub.
         revision: Branch, tag or commit of a hub id; ``main`` if not given.
@@ -53,7 +55,7 @@ def fetch(
     """
     path, name = Path(model).expanduser(), str(model)
     if path.is_dir():
-        return path
+        return _without_links(path) if _is_snapshot(path) else path
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -136,6 +138,12 @@ def push(
     return str(commit.commit_url)
 
 
+def _is_snapshot(folder: Path) -> bool:
+    """Whether a folder is what huggingface_hub's ``snapshot_download`` returns: ``models--NAME/snapshots/COMMIT``."""
+    folder = folder.resolve()
+    return folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir()
+
+
 def _without_links(snapshot: Path) -> Path:
     """A folder of the same files that are files: huggingface_hub's are symbolic links to elsewhere in its cache.
 
@@ -144,7 +152,7 @@ def _without_links(snapshot: Path) -> Path:
     files = [path for path in snapshot.iterdir() if path.is_file() and any(fnmatch(path.name, p) for p in PATTERNS)]
     if not any(path.is_symlink() for path in files):
         return snapshot
-    folder = snapshot.parents[1] / "skv_export" / snapshot.name
+    folder = snapshot.resolve().parents[1] / "skv_export" / snapshot.resolve().name
     if folder.is_dir() and {path.name for path in folder.iterdir()} == {path.name for path in files}:
         return folder
     folder.parent.mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from skv_export.errors import SkvError
 from skv_export.library import Library
@@ -46,3 +47,25 @@ def ort_errors() -> tuple[type[Exception], ...]:
 def brief(error: Exception) -> str:
     """Returns onnxruntime's message without its stack trace, cut to a readable length."""
     return str(error).split("Stacktrace")[0].strip()[:800]
+
+
+def load_error(path: Path, error: Exception) -> SkvError:
+    """What it means that ONNX Runtime can't load a model.
+
+    Args:
+        path: The graph's file, in the folder of its weights.
+        error: What ONNX Runtime raised. It reads no weights from outside the folder, links resolved: a link that leads
+            there is named, with what to do; the model itself is fine then.
+    """
+    folder, said = path.parent, str(error)
+    for link in sorted(file for file in folder.rglob("*") if file.is_symlink() and file != path):
+        target = link.resolve()
+        if f'{link.relative_to(folder).as_posix()}"' in said and not target.is_relative_to(folder.resolve()):
+            return SkvError(
+                f"{link}: a link that leads out of the folder, where ONNX Runtime reads no weights",
+                got=target if target.exists() else f"{target}, which does not exist",
+                expected="a file in the folder",
+                fix="Put the file itself there, or a hard link: cp -rL FOLDER COPY makes a folder without links. "
+                "A model of the hub loads by its id.",
+            )
+    return SkvError(f"{path}: ONNX Runtime can't load it", got=brief(error), fix="Export the model again.")

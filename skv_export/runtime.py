@@ -19,7 +19,7 @@ from skv_export.cache import Cache
 from skv_export.errors import SkvError
 from skv_export.library import Library, library_path, load_library
 from skv_export.model_config import CONFIG_FILE, ModelConfig, read_json
-from skv_export.providers import EXECUTION_PROVIDERS, brief, check_provider, ort_errors
+from skv_export.providers import EXECUTION_PROVIDERS, brief, check_provider, load_error, ort_errors
 from skv_export.sampling import Sampler, Sampling
 
 __all__ = [
@@ -96,9 +96,7 @@ class Session:
                 str(path) if model is None else model, options, providers=list(dict.fromkeys(providers))
             )
         except ort_errors() as error:
-            raise SkvError(
-                f"{path}: ONNX Runtime can't load it", got=brief(error), fix="Export the model again."
-            ) from error
+            raise load_error(path, error) from error
         if session.get_providers()[0] != providers[0]:  # ONNX Runtime falls back with no more than a line in its log
             raise SkvError(
                 f"execution provider {self.execution_provider}: it failed to start",

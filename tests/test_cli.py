@@ -121,7 +121,7 @@ def test_verify_writes_json_and_exits_with_1_on_failure(monkeypatch: pytest.Monk
     report = SimpleNamespace(passed=False, table=lambda: "table", to_json=lambda: json.dumps({"passed": False}))
     monkeypatch.setattr(verify, "run", lambda folder, **options: report)
     target = tmp_path / "report.json"
-    result = run("verify", "folder", "--level", "op", "--json", str(target))
+    result = run("verify", str(tmp_path), "--level", "op", "--json", str(target))
     assert result.exit_code == 1 and "table" in result.output
     assert json.loads(target.read_text()) == {"passed": False}
 

@@ -14,11 +14,15 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import constants
+from click.testing import CliRunner
+from huggingface_hub import constants, snapshot_download
 from tiny_graph import SMALL, Tiny
 from transformers import AutoTokenizer, pipeline
 
 from skv_export import hub as hub_module
+from skv_export import verify
+from skv_export.cases import attention_cases
+from skv_export.cli import main
 from skv_export.errors import SkvError
 from skv_export.modeling import SkvForCausalLM
 from skv_export.runtime import Session
@@ -207,6 +211,56 @@ def test_the_fetched_folder_has_files_not_links(hub: Hub, folder: Path) -> None:
     assert blob.stat().st_nlink == 2  # it takes its space once
     (fetched / "recipe.toml").unlink()
     assert hub_module.fetch("me/tiny") == fetched and (fetched / "recipe.toml").is_file()
+
+
+def test_a_snapshot_that_was_downloaded_otherwise_loads(
+    hub: Hub, folder: Path, expected: list[list[int]], tmp_path: Path
+) -> None:
+    """huggingface_hub's own cache, ``snapshots/COMMIT/model.onnx.data`` a link to ``../../blobs/...``."""
+    hub_module.push(folder, "me/tiny", token="hf_token")
+    snapshot = Path(snapshot_download("me/tiny", endpoint=hub.url, cache_dir=tmp_path / "other"))
+    assert (snapshot / "model.onnx.data").is_symlink()
+    hub.log.clear()
+    model = SkvForCausalLM.from_pretrained(snapshot)
+    assert not hub.log and model.session.folder == snapshot.parents[1] / "skv_export" / snapshot.name
+    assert model.session.generate(PROMPT, max_new_tokens=20) == expected
+
+
+# The command line.
+
+
+@pytest.mark.parametrize("revision", [None, "old"])
+def test_generate_takes_a_hub_id(hub: Hub, folder: Path, revision: str | None) -> None:
+    hub_module.push(folder, "me/tiny", token="hf_token")
+    files = hub.repos["me/tiny"]
+    if revision:
+        files |= {revision: files["main"], "main": {}}
+    arguments = ["--prompt", "Anne Elliot", "--max-new-tokens", "8"]
+    local = CliRunner().invoke(main, ["generate", str(folder), *arguments])
+    fetched = CliRunner().invoke(
+        main, ["generate", "me/tiny", *arguments, *(["--revision", revision] if revision else [])]
+    )
+    assert fetched.exit_code == 0, fetched.output
+    assert fetched.stdout == local.stdout and fetched.stdout.strip()
+
+
+def test_verify_takes_a_hub_id(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_module.push(folder, "me/tiny", token="hf_token")
+    cases = attention_cases()[:1]
+    monkeypatch.setattr(verify, "attention_cases", lambda: cases)
+    result = CliRunner().invoke(main, ["verify", "me/tiny", "--level", "op"])
+    assert result.exit_code == 0, result.output
+    assert str(hub_module.fetch("me/tiny", local_files_only=True)) in result.output and "1 cases" in result.output
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["verify"]])
+def test_commands_say_what_is_no_exported_model(hub: Hub, command: list[str]) -> None:
+    hub.repos["me/other"] = {"main": {"config.json": b"{}"}}
+    result = CliRunner().invoke(main, [*command, "me/other"])
+    assert result.exit_code == 1 and "me/other: no skv_config.json in this repository" in result.output
+
+
+# What is refused.
 
 
 def test_what_is_not_an_exported_model_is_not_downloaded(hub: Hub) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -396,6 +397,34 @@ def test_a_damaged_folder_is_a_clear_error(tmp_path: Path, change: str, message:
         Session(tmp_path)
     assert message in str(error.value)
     assert error.value.fix
+
+
+@pytest.mark.parametrize("place", ["by hand", "a hub's cache"])
+def test_weights_behind_a_link_are_named_with_what_to_do(tmp_path: Path, place: str) -> None:
+    """ONNX Runtime reads none from outside the folder; the model need not be exported again."""
+    source, folder = Tiny().write(tmp_path / "blobs"), tmp_path / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    for file in source.iterdir():
+        if place == "by hand" and file.name != "model.onnx.data":
+            shutil.copy(file, folder)
+        else:
+            (folder / file.name).symlink_to(f"../../blobs/{file.name}")
+    message = rf"snapshots/0123/model\.onnx\.data: a link that leads out .*; got {source}/model\.onnx\.data; .*cp -rL"
+    with pytest.raises(SkvError, match=message):
+        Session(folder)
+    shutil.copytree(folder, tmp_path / "copy")  # it follows links, as cp -rL does
+    assert Session(tmp_path / "copy").generate([TOKENS[:3]], max_new_tokens=1)
+    (source / "model.onnx.data").rename(tmp_path / "moved")
+    with pytest.raises(SkvError, match=r"model\.onnx\.data, which does not exist"):
+        Session(folder)
+
+
+def test_links_that_stay_inside_the_folder_load(tmp_path: Path) -> None:
+    folder = Tiny().write(tmp_path / "model")
+    (folder / "model.onnx.data").rename(folder / "weights")
+    (folder / "model.onnx.data").symlink_to("weights")
+    (tmp_path / "link").symlink_to(folder)
+    assert Session(tmp_path / "link").generate([TOKENS[:3]], max_new_tokens=1)
 
 
 def test_config_is_read_back(tmp_path: Path) -> None:
