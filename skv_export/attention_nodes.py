@@ -1,6 +1,7 @@
 """Owns what attention nodes of other exporters mean: read one by one into our terms, or refused with the reason.
 
-``com.microsoft::GroupQueryAttention``, and the standard ``Attention`` (opset 23 on), with a past. Nothing is changed.
+``com.microsoft::GroupQueryAttention``, and the standard ``Attention`` (opset 23 on), with a past: its own input, or, as
+torch.onnx writes it, concatenated before the node. Nothing is changed.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ _GQA_ATTRIBUTES = {
 _ATTENTION_ATTRIBUTES = {
     "q_num_heads", "kv_num_heads", "scale", "softcap", "is_causal", "qk_matmul_output_mode", "softmax_precision"
 }  # fmt: skip
+_REPEATS = {"Expand", "Identity", "Reshape", "Tile", "Unsqueeze"}
+"""What may stand between a cache and attention, if it repeats heads (``MaskProbe.check_repeats``)."""
 
 
 class Refusal(Exception):  # noqa: N818 - it is collected with those of the other nodes, and only then an error
@@ -61,6 +64,8 @@ class AttentionNode:
         is_causal: Whether a standard Attention masks by itself.
         smooth_softmax: A sink of 0 takes part in every softmax.
         heads_first: Queries, keys and values are ``[B, heads, S, head_dim]``.
+        new: Keys and values of the new tokens, where a Concat before the node puts the past in front of them; the
+            ``present`` is the Concat's. None where the node does that itself.
     """
 
     node: ir.Node
@@ -73,6 +78,7 @@ class AttentionNode:
     is_causal: bool = True
     smooth_softmax: bool = False
     heads_first: bool = False
+    new: tuple[ir.Value, ir.Value] | None = None
 
     @property
     def is_gqa(self) -> bool:
@@ -110,8 +116,11 @@ def read_node(node: ir.Node, graph: ir.Graph, head_dim: int | None) -> Attention
     unknown = sorted(set(node.attributes) - known)
     if unknown:
         raise Refusal(f"unknown attribute {', '.join(unknown)}")
-    past, present = _caches(node, graph)
-    return (_read_gqa if node.op_identifier() == GQA else _read_attention)(node, past, present, head_dim)
+    if node.op_identifier() == GQA:
+        return _read_gqa(node, *_caches(node, 3), head_dim)
+    if _input(node, 4) is None and _input(node, 5) is None:
+        return _read_attention(node, *_concatenated(node), head_dim)
+    return _read_attention(node, *_caches(node, 4), None, head_dim)
 
 
 Pair = tuple[ir.Value, ir.Value]
@@ -172,7 +181,7 @@ def _read_gqa(node: ir.Node, past: Pair, present: Pair, head_dim: int | None) ->
     )
 
 
-def _read_attention(node: ir.Node, past: Pair, present: Pair, head_dim: int | None) -> AttentionNode:
+def _read_attention(node: ir.Node, past: Pair, present: Pair, new: Pair | None, head_dim: int | None) -> AttentionNode:
     attributes = _attributes(node)
     _refuse_inputs(node, {6: "nonpad_kv_seqlen"})
     if len(node.outputs) > 3:
@@ -180,7 +189,7 @@ def _read_attention(node: ir.Node, past: Pair, present: Pair, head_dim: int | No
     # The standard wants the attributes with three dimensions, and with those only.
     heads_first = "q_num_heads" not in attributes
     if heads_first:
-        heads = tuple(_dim(value, 1) or 0 for value in node.inputs[:2])
+        heads = tuple(_dim(value, 1) or 0 for value in (node.inputs[0], new[0] if new else node.inputs[1]))
         if 0 in heads:
             raise Refusal("neither its attributes nor shapes say how many heads there are")
         widths: dict[ir.Value | None, int] = {}
@@ -199,8 +208,14 @@ def _read_attention(node: ir.Node, past: Pair, present: Pair, head_dim: int | No
     mask = _input(node, 3)
     if mask is None and not is_causal:
         raise Refusal("neither is_causal nor attn_mask: attention in both directions")
+    if new and is_causal:
+        raise Refusal(
+            "is_causal with a past before the node: new tokens see the first keys only; export it with a mask"
+        )
+    if new and not heads_first:
+        raise Refusal("q_num_heads with a past before the node: expected queries, keys and values of four dimensions")
     return AttentionNode(
-        node, params, found, _dtype(past), past, present, mask=mask, is_causal=is_causal, heads_first=heads_first
+        node, params, found, _dtype(past), past, present, mask, is_causal, heads_first=heads_first, new=new
     )
 
 
@@ -231,30 +246,82 @@ def _refuse_inputs(node: ir.Node, names: Mapping[int, str]) -> None:
             raise Refusal(f"has an input {name}, which the op does not take")
 
 
-def _caches(node: ir.Node, graph: ir.Graph) -> tuple[Pair, Pair]:
-    """The past and present of a node, which must be the graph's own inputs and outputs, and of no other node."""
-    first = 3 if node.op_identifier() == GQA else 4
+def _caches(node: ir.Node, first: int) -> tuple[Pair, Pair]:
+    """The past (inputs ``first`` and the next) and the present of a node that holds its cache itself."""
     past, present = [], []
     for index, name in ((first, "past_key"), (first + 1, "past_value")):
         value = _input(node, index)
         if value is None:
             raise Refusal(f"no input {name}: export the model with its past, held by this node")
-        if not value.is_graph_input():
-            raise Refusal(f"{name} is no input of the graph but comes from node {value.producer().name!r}")  # type: ignore[union-attr]
-        sharing = [user for user in value.consumers() if user is not node and user.op_type != "Shape"]
-        if sharing:
-            raise Refusal(f"{name} is read by node {sharing[0].name!r} ({sharing[0].op_type}) too")
-        if _rank(value) != 4:
-            raise Refusal(f"{name}: the graph's input {value.name!r} has no shape of four dimensions")
-        past.append(value)
+        past.append(_past(value, name, node))
     for index, name in ((1, "present_key"), (2, "present_value")):
         value = node.outputs[index] if index < len(node.outputs) else None
-        if value is None or not value.is_graph_output():
-            raise Refusal(f"{name} is no output of the graph")
-        if value.uses():
-            raise Refusal(f"{name} is read by node {value.consumers()[0].name!r} too")
-        present.append(value)
+        present.append(_present(value, name, None))
     return (past[0], past[1]), (present[0], present[1])
+
+
+def _concatenated(node: ir.Node) -> tuple[Pair, Pair, Pair]:
+    """The past, the present and the new tokens of a node before which Concats put the past in front of the new."""
+    if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
+        raise Refusal("no input past_key, but an output present_key: its cache is never read")
+    past, present, new = [], [], []
+    for index, name in ((1, "key"), (2, "value")):
+        concat, reader = _concat(node, index, name)
+        axis = concat.attributes["axis"].as_int() if "axis" in concat.attributes else None
+        if len(concat.inputs) != 2 or axis not in (2, -2):
+            raise Refusal(f"its {name} comes from node {concat.name!r}, no Concat of past_{name} and new along tokens")
+        first, second = concat.inputs
+        assert first is not None and second is not None  # a Concat has no optional inputs
+        past.append(_past(first, f"past_{name}", concat))
+        present.append(_present(concat.outputs[0], f"present_{name}", reader))
+        new.append(second)
+    return (past[0], past[1]), (present[0], present[1]), (new[0], new[1])
+
+
+def _concat(node: ir.Node, index: int, name: str) -> tuple[ir.Node, ir.Node]:
+    """The Concat that an input of a node comes from, and who reads it: the node, or what repeats heads in between."""
+    value, reader = _input(node, index), node
+    while value is not None:
+        maker = value.producer()
+        if maker is not None and maker.op_type == "Concat":
+            return maker, reader
+        if maker is None or maker.op_type not in _REPEATS:
+            break
+        others = [user for user in value.consumers() if user is not reader]
+        if others or value.is_graph_output():
+            raise Refusal(f"its {name} {value.name!r} is read by others too")
+        value, reader = maker.inputs[0], maker
+    raise Refusal(
+        f"no input past_{name}, and its {name} comes from {_origin(value)}: export the model with its past as inputs, "
+        "held by this node or put before the new tokens by a Concat (torch.onnx.export with a DynamicCache)"
+    )
+
+
+def _past(value: ir.Value, name: str, reader: ir.Node) -> ir.Value:
+    """A past, which must be the graph's own input, and of no other node."""
+    if not value.is_graph_input():
+        raise Refusal(f"{name} is no input of the graph but comes from {_origin(value)}")
+    sharing = [user for user in value.consumers() if user is not reader and user.op_type != "Shape"]
+    if sharing:
+        raise Refusal(f"{name} is read by node {sharing[0].name!r} ({sharing[0].op_type}) too")
+    if _rank(value) != 4:
+        raise Refusal(f"{name}: the graph's input {value.name!r} has no shape of four dimensions")
+    return value
+
+
+def _present(value: ir.Value | None, name: str, reader: ir.Node | None) -> ir.Value:
+    """A present, which must be the graph's own output, and read by nobody but ``reader``."""
+    if value is None or not value.is_graph_output():
+        raise Refusal(f"{name} is no output of the graph")
+    others = [user for user in value.consumers() if user is not reader]
+    if others:
+        raise Refusal(f"{name} is read by node {others[0].name!r} too")
+    return value
+
+
+def _origin(value: ir.Value | None) -> str:
+    maker = None if value is None else value.producer()
+    return "no node" if maker is None else f"node {maker.name!r} ({maker.op_type})"
 
 
 def _check_heads(heads: tuple[int, int], past: Pair) -> tuple[int, int]:

@@ -1,12 +1,14 @@
 """Owns what a computed attention mask means: the part of the graph that makes it is run on a few small inputs.
 
 A standard ``Attention`` node takes its mask from nodes that no pattern can match in general, as every exporter writes
-them differently. So the mask is evaluated where causal, padded and windowed masks differ, and compared.
+them differently. So the mask is evaluated where causal, padded and windowed masks differ, and compared. So are the
+nodes between a cache and attention, which must repeat each key-value head for its query heads.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ MASKED = -1e4
 """A float mask hides what it lowers by this much or more."""
 MAX_NODES = 4096
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+_Run = Callable[[dict[str, NDArray[Any]]], NDArray[Any]]
 _ERRORS = (
     ArithmeticError,
     AttributeError,
@@ -59,23 +62,38 @@ class MaskProbe:
             self._windows[key] = self._evaluate(attention)
         return self._windows[key]
 
+    def check_repeats(self, attention: AttentionNode) -> None:
+        """Checks that a node whose past is concatenated before it attends to the cache as the op does.
+
+        Raises:
+            Refusal: Its keys or values are not the cache's, each head as often as it has query heads.
+        """
+        if attention.new is None:
+            return
+        heads, kv_heads = attention.params.num_heads, attention.params.kv_num_heads
+        past, tokens = 3, 2
+        rng = np.random.default_rng(0)
+        for name, value, cache in zip(("key", "value"), attention.node.inputs[1:3], attention.present, strict=True):
+            if value is None or value is cache:
+                continue
+            what = f"its {name} {value.name!r}"
+            inputs = self._leaves(value, what, cache)
+            run = self._cut(value, what, [cache, *inputs])
+            held = rng.integers(0, 100, (1, kv_heads, past + tokens, attention.head_dim))
+            feeds = {str(x.name): _feed(x, past, tokens, 0) for x in inputs}
+            found = run(feeds | {str(cache.name): held.astype(attention.dtype.numpy())})
+            if not np.array_equal(found, np.repeat(held, heads // kv_heads, axis=1)):
+                raise Refusal(f"{what} is not the cache with each head repeated {heads // kv_heads} times")
+
     def _evaluate(self, attention: AttentionNode) -> int:
         mask = attention.mask
         assert mask is not None
-        inputs = self._leaves(mask)
-        try:
-            graph = ir.convenience.extract(self._model.graph, inputs, [mask])
-            run = ReferenceEvaluator(ir.to_proto(ir.Model(graph, ir_version=self._model.ir_version)))
-        except _ERRORS as error:
-            raise Refusal(f"attn_mask {mask.name!r} can't be cut out of the graph: {error}") from error
+        what = f"attn_mask {mask.name!r}"
+        inputs = self._leaves(mask, what)
+        run = self._cut(mask, what, inputs)
 
         def seen(past: int, tokens: int, padding: int = 0) -> NDArray[np.bool_]:
-            feeds = {str(x.name): _feed(x, past, tokens, padding) for x in inputs}
-            try:
-                outputs: Any = run.run(None, feeds)
-                value = np.asarray(outputs[0])
-            except _ERRORS as error:
-                raise Refusal(f"attn_mask {mask.name!r} can't be evaluated: {str(error)[:200]}") from error
+            value = run({str(x.name): _feed(x, past, tokens, padding) for x in inputs})
             return _allowed(value, mask, past, tokens, attention.is_causal)
 
         length = max(self._context_length, 16)
@@ -90,25 +108,42 @@ class MaskProbe:
                 raise Refusal(f"attn_mask {mask.name!r} is neither causal nor a sliding window")
         return window
 
-    def _leaves(self, mask: ir.Value) -> list[ir.Value]:
-        """The graph's inputs that a mask is made of."""
+    def _cut(self, value: ir.Value, what: str, inputs: list[ir.Value]) -> _Run:
+        """The part of the graph from some values to another, as a function."""
+        try:
+            graph = ir.convenience.extract(self._model.graph, inputs, [value])
+            evaluator = ReferenceEvaluator(ir.to_proto(ir.Model(graph, ir_version=self._model.ir_version)))
+        except _ERRORS as error:
+            raise Refusal(f"{what} can't be cut out of the graph: {error}") from error
+
+        def run(feeds: dict[str, NDArray[Any]]) -> NDArray[Any]:
+            try:
+                outputs: Any = evaluator.run(None, feeds)
+                return np.asarray(outputs[0])
+            except _ERRORS as error:
+                raise Refusal(f"{what} can't be evaluated: {str(error)[:200]}") from error
+
+        return run
+
+    def _leaves(self, value: ir.Value, what: str, stop: ir.Value | None = None) -> list[ir.Value]:
+        """The graph's inputs that a value is made of, besides ``stop``."""
         inputs: list[ir.Value] = []
-        pending, visited = [mask], {mask}
+        pending, visited = [value], {value, stop}
         while pending:
             value = pending.pop()
             maker = value.producer()
             if value.is_graph_input():
                 inputs.append(value)
             elif maker is None and isinstance(value.const_value, ir.ExternalTensor):
-                raise Refusal(f"attn_mask {mask.name!r} depends on weights ({value.name!r}): it is a bias")
+                raise Refusal(f"{what} depends on weights ({value.name!r})")
             elif maker is not None and any(x.type in _GRAPHS for x in maker.attributes.values()):
-                raise Refusal(f"attn_mask {mask.name!r} depends on a branch or loop, {maker.name!r}")
+                raise Refusal(f"{what} depends on a branch or loop, {maker.name!r}")
             elif maker is not None:
                 fresh = [x for x in maker.inputs if x is not None and x not in visited]
                 visited.update(fresh)
                 pending += fresh
             if len(visited) > MAX_NODES:
-                raise Refusal(f"attn_mask {mask.name!r} depends on the model's hidden states")
+                raise Refusal(f"{what} depends on the model's hidden states")
         return inputs
 
 

@@ -117,7 +117,8 @@ def rewrite_model(
 
     Args:
         source: A ``.onnx`` file, or a folder with one: GroupQueryAttention nodes (onnxruntime-genai's model builder,
-            ONNX Runtime's optimizer, the hub's community models), or standard Attention with a past.
+            ONNX Runtime's optimizer, the hub's community models), or standard Attention with a past, held by the node
+            or concatenated before it (torch.onnx.export).
         out: Folder to write; it appears complete or not at all.
         recipe: What the caches become; the defaults if not given. Its ``dtype`` becomes the source's.
         force: Replace ``out`` if it exists.
@@ -254,6 +255,7 @@ def _attention_nodes(source: OnnxSource, context_length: int) -> list[AttentionN
             continue
         try:
             attention = read_node(node, graph, head_dim)
+            probe.check_repeats(attention)
             window = attention.params.local_window_size or probe.window(attention)
             params = dataclasses.replace(attention.params, local_window_size=window)
             found.append(dataclasses.replace(attention, params=params))
@@ -270,7 +272,8 @@ def _attention_nodes(source: OnnxSource, context_length: int) -> list[AttentionN
             f"{source.path}: no attention to rewrite",
             got=f"{graph.num_nodes()} nodes, none of them attention",
             expected="com.microsoft::GroupQueryAttention, or Attention of opset 23 on, with a past",
-            fix="Build it with onnxruntime-genai's model builder, or export from the checkpoint.",
+            fix="Build it with onnxruntime-genai's model builder, or torch.onnx.export (attn_implementation='sdpa', "
+            "opset_version=23), or export from the checkpoint.",
         )
     return _in_order(found, source)
 

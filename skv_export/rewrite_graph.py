@@ -1,7 +1,7 @@
 """Owns the surgery: attention nodes of a graph in memory become ``skv::QuantizedKVAttention``, with what they need.
 
 GroupQueryAttention keeps its inputs one by one. A standard Attention gets its lengths from the attention mask, and the
-nodes that made its mask go.
+nodes that made its mask go, as do those that put the past in front of the new tokens before it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def rewrite_graph(model: ir.Model, layers: Sequence[Layer]) -> None:
         surgery.past_shapes(layer)
         surgery.attention(layer)
         surgery.caches(layer, index)
-    surgery.drop_unused_masks(layers)
+    surgery.drop_unread()
     surgery.float_logits()
     model.graph.opset_imports[DOMAIN] = 1
     model.graph.sort()
@@ -60,6 +60,7 @@ class Surgery:
         self.graph = graph
         self._names = {value.name for node in graph.all_nodes() for value in node.outputs} | set(graph.initializers)
         self._shared: dict[str, ir.Value] = {}
+        self._unread: set[ir.Value] = set()
 
     # The node.
 
@@ -72,7 +73,8 @@ class Surgery:
             if not layer.op.params.do_rotary:
                 inputs[7:10] = [None] * len(inputs[7:10])
         else:
-            inputs = [self._tokens_first(node, x) if attention.heads_first else x for x in node.inputs[:3]]
+            inputs = [node.inputs[0], *(attention.new or node.inputs[1:3])]
+            inputs = [self._tokens_first(node, x) if attention.heads_first else x for x in inputs]
             inputs += [*attention.past, self.seqlens_k, self.total_sequence_length]
         inputs += [None] * (17 - len(inputs))
         if attention.smooth_softmax:
@@ -84,6 +86,10 @@ class Surgery:
             inputs.pop()
         if attention.heads_first:
             self._heads_first(node, layer)
+        if attention.new:
+            self._present_outputs(node, attention)
+        if not attention.is_gqa:
+            self._unread.update(x for x in node.inputs[1:4] if x is not None)
         node.domain, node.op_type, node.version = DOMAIN, OP_NAME, 1
         node.resize_inputs(len(inputs))
         for i, value in enumerate(inputs):
@@ -120,11 +126,19 @@ class Surgery:
         split.outputs[0].name = self._unique(f"{name}/split")
         result.name = name
 
+    def _present_outputs(self, node: ir.Node, attention: AttentionNode) -> None:
+        """Makes the node's own presents what the graph returns, in place of those of the Concats before it."""
+        node.resize_outputs(1)
+        node.resize_outputs(3)
+        for made, output in zip(attention.present, node.outputs[1:], strict=True):
+            output.name = self._unique(f"{made.name}/own")
+            self.graph.outputs[list(self.graph.outputs).index(made)] = output
+
     # The caches.
 
     def caches(self, layer: Layer, index: int) -> None:
         """Gives the inputs and outputs of a layer's cache their new type and shape, and the names of the ecosystem."""
-        past, present = layer.attention.past, layer.attention.present
+        past, present = layer.attention.past, layer.attention.node.outputs[1:3]
         widths = cache_widths(layer.op.layouts)
         for kind, source, result, width in zip(("key", "value"), past, present, widths, strict=True):
             batch = source.shape[0] if source.shape is not None else None
@@ -149,9 +163,9 @@ class Surgery:
                 for use in uses:
                     use.node.replace_input_with(use.idx, part)
 
-    def drop_unused_masks(self, layers: Sequence[Layer]) -> None:
-        """Removes the nodes that made masks: nobody reads them now, and they grow with the square of the length."""
-        pending = [m.producer() for m in {layer.attention.mask for layer in layers} if m is not None]
+    def drop_unread(self) -> None:
+        """Removes the nodes that made what attention no longer reads: masks grow with the square of the length."""
+        pending = [value.producer() for value in self._unread]
         while pending:
             node = pending.pop()
             if node is None or node.graph is not self.graph:

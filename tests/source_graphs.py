@@ -33,6 +33,8 @@ class SourceGraph:
         qk_norm: ``fused`` (inputs of the node), ``nodes`` (before it, for runtimes without the fused form) or None.
         mask: Of a standard Attention: None (is_causal), ``bool``, ``float``, or a window's length.
         heads_first: Queries, keys and values of a standard Attention are ``[B, heads, S, D]``.
+        concat: The past is concatenated before a standard Attention, which has none: ``plain``, or ``repeated``, each
+            head then once per query head, as torch.onnx writes it.
         dtype: Of weights and caches.
         extra: Further inputs of the attention node by index, as initializers.
     """
@@ -46,6 +48,7 @@ class SourceGraph:
     qk_norm: str | None = None
     mask: str | int | None = None
     heads_first: bool = False
+    concat: str | None = None
     dtype: type = np.float32
     extra: dict[int, NDArray[Any]] = field(default_factory=dict)
     layers: int = 2
@@ -144,15 +147,34 @@ class SourceGraph:
             inputs = [self._add("Transpose", [v], perm=[0, 2, 1, 3]) for v in inputs]
         else:
             attributes |= {"q_num_heads": HEADS, "kv_num_heads": KV_HEADS}
-        inputs += [self._attn_mask(), f"past_key_values.{i}.key", f"past_key_values.{i}.value"]
+        if self.concat:
+            inputs = [
+                inputs[0],
+                *(self._concat(x, f"{i}.{p}") for x, p in zip(inputs[1:], ("key", "value"), strict=True)),
+            ]
+            inputs += [self._attn_mask()]
+        else:
+            inputs += [self._attn_mask(), f"past_key_values.{i}.key", f"past_key_values.{i}.value"]
         y = self._attend("Attention", inputs, i, attributes, "")
         if self.heads_first:
             y = self._add("Transpose", [y], perm=[0, 2, 1, 3])
             y = self._add("Reshape", [y, self._constant("merge", [0, 0, WIDTH], np.int64)])
         return y
 
+    def _concat(self, new: str, name: str) -> str:
+        """The past in front of new keys or values; with ``repeated``, ``[B, heads, total, D]``."""
+        held = self._add("Concat", [f"past_key_values.{name}", new], f"present.{name}", axis=-2)
+        if self.concat == "plain":
+            return held
+        batch, total = self._add("Shape", ["input_ids"], start=0, end=1), "total_length"
+        sizes = [self._constant(f"size.{n}", [n], np.int64) for n in (KV_HEADS, HEADS // KV_HEADS, DIM, HEADS)]
+        groups = self._add("Unsqueeze", [held, self._constant("after_heads", [2], np.int64)])
+        shape = self._add("Concat", [batch, sizes[0], sizes[1], total, sizes[2]], axis=0)
+        groups = self._add("Expand", [groups, shape])
+        return self._add("Reshape", [groups, self._add("Concat", [batch, sizes[3], total, sizes[2]], axis=0)])
+
     def _attend(self, op: str, inputs: list[str], i: int, attributes: dict[str, Any], domain: str) -> str:
-        outputs = [f"attended.{i}", f"present.{i}.key", f"present.{i}.value"]
+        outputs = [f"attended.{i}", *([] if self.concat else [f"present.{i}.key", f"present.{i}.value"])]
         given = {k: v for k, v in (attributes | self.attributes).items() if v is not None}
         self.nodes.append(helper.make_node(op, inputs, outputs, name=f"/layers.{i}/attn", domain=domain, **given))
         return outputs[0]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from conftest import tiny_config
 from onnx import TensorProto, helper
 from source_graphs import CONTEXT, DIM, HEADS, KV_HEADS, VOCAB, WIDTH, SourceGraph, digests, run_source
 
@@ -70,6 +71,11 @@ CARRIED: dict[str, SourceGraph] = {
     "Attention, float mask": SourceGraph("attention", mask="float", heads_first=True),
     "Attention, window in the mask": SourceGraph("attention", mask=40),
     "Attention, mask and is_causal": SourceGraph("attention", mask="bool", attributes={"is_causal": 1}),
+    "Attention after a Concat": SourceGraph("attention", mask="bool", heads_first=True, concat="plain"),
+    "Attention after a Concat, heads repeated": SourceGraph(
+        "attention", mask="float", heads_first=True, concat="repeated"
+    ),
+    "Attention after a Concat, window": SourceGraph("attention", mask=40, heads_first=True, concat="repeated"),
 }
 
 
@@ -99,11 +105,12 @@ def test_half_precision(tmp_path: Path) -> None:
     np.testing.assert_allclose(logits(model, TOKENS, [120]), run_source(source, TOKENS, [120], np.float16), atol=3e-2)
 
 
-@pytest.mark.parametrize("name", ["packed rotary", "position_ids", "Attention"])
+@pytest.mark.parametrize("name", ["packed rotary", "position_ids", "Attention", "Attention after a Concat"])
 def test_batches_padded_on_either_side_equal_one_by_one(name: str, tmp_path: Path) -> None:
     """Also with chunks after a past, and with a sequence that gets no token in a call."""
     # An Attention graph that takes positions from the past's shape counts columns, padded or not: so it gets them here.
-    graph = SourceGraph("attention", mask="bool", positions=True) if name == "Attention" else CARRIED[name]
+    options: dict[str, Any] = {"heads_first": True, "concat": "repeated"} if "Concat" in name else {}
+    graph = SourceGraph("attention", mask="bool", positions=True, **options) if "Attention" in name else CARRIED[name]
     model = session(graph.write(tmp_path / "source"), tmp_path / "out")
     counts = [[7, 2, 0, 1], [3, 9, 0, 4], [11, 1, 1, 1]]
     alone = [logits(model, TOKENS, [n for n in row if n]) for row in counts]
@@ -176,6 +183,66 @@ def test_masks_that_nobody_reads_are_gone(tmp_path: Path) -> None:
     after = [node.op_type for node in graph_of(rewrite_model(source, out=tmp_path / "out") / "model.onnx").node]
     assert {"LessOrEqual", "And"} <= before and not {"LessOrEqual", "And", "Attention"} & set(after)
     assert "Range" in after  # the positions are still read
+
+
+def test_repeated_heads_that_nobody_reads_are_gone(tmp_path: Path) -> None:
+    """Also the Concats: their outputs, the graph's, are the op's now."""
+    source = CARRIED["Attention after a Concat, heads repeated"].write(tmp_path / "source")
+    before = [node.op_type for node in graph_of(source).node]
+    graph = graph_of(rewrite_model(source, out=tmp_path / "out") / "model.onnx")
+    after = [node.op_type for node in graph.node]
+    assert before.count("Expand") == 4 and "Expand" not in after and "Attention" not in after
+    assert [value.name for value in graph.output] == [value.name for value in graph_of(source).output]
+    made = {name: node.op_type for node in graph.node for name in node.output}
+    assert all(made[x.name] == "QuantizedKVAttention" for x in graph.output if x.name.startswith("present"))
+
+
+@pytest.fixture(scope="module")
+def torch_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama as ``torch.onnx.export`` writes it from transformers' own attention and DynamicCache, opset 23."""
+    import torch
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    config = tiny_config("llama", vocab_size=VOCAB, head_dim=DIM, num_key_value_heads=KV_HEADS)
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+    class Decoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, *past: Any) -> Any:
+            cache = DynamicCache(config=config)
+            for i in range(2):
+                cache.update(past[2 * i], past[2 * i + 1], i)
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+            result = self.model(**inputs, past_key_values=cache, use_cache=True)
+            return result.logits, *(x for layer in cache.layers for x in (layer.keys, layer.values))
+
+    tokens, past, dynamic = 3, 5, torch.export.Dim.AUTO
+    caches = [torch.zeros(2, KV_HEADS, past, DIM) for _ in range(4)]
+    ids, mask = torch.ones(2, tokens, dtype=torch.long), torch.ones(2, past + tokens, dtype=torch.long)
+    parts = [f"{i}.{part}" for i in range(2) for part in ("key", "value")]
+    program = torch.onnx.export(
+        Decoder().eval(), (ids, mask, ids.clone(), *caches), dynamo=True, opset_version=23, verbose=False,
+        dynamic_shapes=(*[{0: dynamic, 1: dynamic}] * 3, tuple({0: dynamic, 2: dynamic} for _ in caches)),
+        input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{x}" for x in parts)],
+        output_names=["logits", *(f"present.{x}" for x in parts)],
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("torch")
+    program.save(folder / "model.onnx", external_data=True)
+    config.save_pretrained(folder)
+    return folder / "model.onnx"
+
+
+def test_what_torch_writes_is_carried_over(torch_export: Path, tmp_path: Path) -> None:
+    """Its past is concatenated before Attention, its heads are repeated, its mask is transformers'."""
+    nodes = [node.op_type for node in graph_of(torch_export).node]
+    assert nodes.count("Attention") == 2 and "Expand" in nodes  # what this test is about
+    model = session(torch_export, tmp_path / "out")
+    np.testing.assert_allclose(logits(model, TOKENS, CHUNKS), run_source(torch_export, TOKENS, CHUNKS), atol=1e-4)
+    assert Session(rewrite_model(torch_export, out=tmp_path / "k4v2")).generate([TOKENS], max_new_tokens=4)
 
 
 def test_caches_get_the_names_of_the_ecosystem(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,53 @@ def into_subgraph(model: onnx.ModelProto) -> None:
     model.graph.node.insert(place, branch)
 
 
+def concat(**options: Any) -> SourceGraph:
+    return SourceGraph("attention", mask="bool", **{"heads_first": True, "concat": "repeated", **options})
+
+
+def feeding(model: onnx.ModelProto, index: int, op: str) -> onnx.NodeProto:
+    """The node of a kind that is nearest before an input of the second layer's attention."""
+    made = {output: node for node in model.graph.node for output in node.output}
+    node = made[attention_of(model).input[index]]
+    while node.op_type != op:
+        node = made[node.input[0]]
+    return node
+
+
+def tiled_heads(model: onnx.ModelProto) -> None:
+    """The heads one after the other, and again, in place of each one several times."""
+    model.graph.initializer.append(helper.make_tensor("before_heads", TensorProto.INT64, [1], [1]))
+    feeding(model, 1, "Unsqueeze").input[1] = "before_heads"
+    shape = next(n for n in model.graph.node if feeding(model, 1, "Expand").input[1] in n.output)
+    shape.input[1], shape.input[2] = shape.input[2], shape.input[1]
+
+
+def new_before_past(model: onnx.ModelProto) -> None:
+    node = feeding(model, 2, "Concat")
+    node.input[:] = list(node.input)[::-1]
+
+
+def along_heads(model: onnx.ModelProto) -> None:
+    feeding(model, 1, "Concat").attribute[0].i = 1
+
+
+def no_concat(model: onnx.ModelProto) -> None:
+    node = feeding(model, 1, "Concat")
+    node.op_type = "ScatterND"
+    node.ClearField("attribute")
+
+
+def read_repeated(model: onnx.ModelProto) -> None:
+    name = attention_of(model).input[1]
+    model.graph.node.append(helper.make_node("Identity", [name], ["again"], name="reader"))
+    model.graph.output.append(helper.make_tensor_value_info("again", TensorProto.FLOAT, None))
+
+
+def own_present(model: onnx.ModelProto) -> None:
+    attention_of(model).output.append("again")
+    model.graph.output.append(helper.make_tensor_value_info("again", TensorProto.FLOAT, None))
+
+
 def gqa(**attributes: Any) -> SourceGraph:
     return SourceGraph(attributes=attributes)
 
@@ -117,6 +165,19 @@ REFUSED: dict[str, tuple[SourceGraph, Callable[[onnx.ModelProto], object] | None
     "multi-head": (SourceGraph(), rename_op, "MultiHeadAttention is no GroupQueryAttention"),
     "branches": (SourceGraph(), into_subgraph, "stands in a subgraph"),
     "Attention without mask": (SourceGraph("attention", attributes={"is_causal": 0}), None, "both directions"),
+    "Concat, is_causal": (concat(attributes={"is_causal": 1}), None, "new tokens see the first keys only"),
+    "Concat, heads tiled": (concat(), tiled_heads, "is not the cache with each head repeated 2 times"),
+    "Concat, new tokens first": (concat(), new_before_past, "past_value is no input of the graph but comes from node"),
+    "Concat along heads": (concat(), along_heads, "no Concat of past_key and new along tokens"),
+    "Concat, present is read": (concat(), read_present, "present_key is read by node 'reader'"),
+    "Concat, repeated is read": (concat(), read_repeated, "is read by others too"),
+    "Concat, its own present": (concat(), own_present, "its cache is never read"),
+    "static cache": (
+        concat(),
+        no_concat,
+        "(ScatterND): export the model with its past as inputs",
+    ),
+    "no cache": (concat(), set_input(1, "past_key_values.1.key"), "its key comes from no node: export the model with"),
     "Attention with lengths": (SourceGraph("attention"), set_input(6, "scalar"), "nonpad_kv_seqlen"),
 }
 
@@ -317,11 +378,12 @@ def test_damaged_and_hostile_graphs(name: str, tmp_path: Path) -> None:
     assert digests(tmp_path) == before and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("op", ["gqa", "attention"])
+@pytest.mark.parametrize("op", ["gqa", "attention", "concat"])
 def test_flipped_bits_are_errors_or_harmless(op: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Whatever the bytes say, nothing but a SkvError comes out, and what passes can be rewritten."""
     caplog.set_level("CRITICAL", "onnx_ir")
-    path = SourceGraph(op, mask="bool" if op == "attention" else None, layers=1).write(tmp_path / "source")
+    graphs = {"gqa": SourceGraph(), "attention": SourceGraph("attention", mask="bool"), "concat": concat()}
+    path = dataclasses.replace(graphs[op], layers=1).write(tmp_path / "source")
     original, rng, refused = path.read_bytes(), np.random.default_rng(1), 0
     for _ in range(150):
         changed = bytearray(original)
