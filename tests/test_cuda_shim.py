@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from skv_export.cases import Case, attention_cases, layout_cases, make_inputs
+from skv_export.cases import (
+    Case,
+    attention_cases,
+    layout_cases,
+    make_inputs,
+    token_channel_cases,
+    token_channel_layouts,
+)
 from skv_export.layout import CacheLayout
 from skv_export.recipe import LayerConfig
 from skv_export.reference import append, decode_tile, load, rewind, rewind_floor, rotate
@@ -33,6 +41,7 @@ FOLDED_TOLERANCE = 6e-3
 """Loud keys per channel: scores of up to 45 from a float16 query with the scales folded in (2^-12 of each part)."""
 BFLOAT16_TOLERANCE = 8e-3
 """The output itself is rounded to 8 bits."""
+CASES = (*attention_cases(), *token_channel_cases())
 
 
 @pytest.fixture(scope="session")
@@ -47,12 +56,12 @@ def check(case: Case, kernels: Library, path: int, tolerance: float = 0.0) -> st
     return taken
 
 
-@pytest.mark.parametrize("case", attention_cases(), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_simple_kernels_equal_the_reference(case: Case, kernels: Library) -> None:
     assert check(case, kernels, SIMPLE).startswith("decode_simple")
 
 
-@pytest.mark.parametrize("case", attention_cases(), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_chosen_kernels_equal_the_reference(case: Case, kernels: Library) -> None:
     """Every case with float16 inputs, on the path that a call on a GPU takes; it must be the one that covers it."""
     k, v = case.layouts
@@ -73,9 +82,9 @@ INSTANCES = [
     (head_dim, pair, k, v)
     for head_dim in (64, 128, 256)
     for pair in PAIRS
-    for k in ("channel", "token")
-    for v in ("channel", "token")
-    if (head_dim, pair[1], k, v) != (256, 3, "token", "channel")  # see mma_instances.cuh
+    for k in ("channel", "token", "token_channel")
+    for v in ("channel", "token", "token_channel")
+    if (head_dim, pair[1], v) != (256, 3, "channel") or k == "channel"  # see mma_instances.cuh
 ]
 
 
@@ -89,7 +98,8 @@ def test_every_instance_of_decode_mma(instance: tuple[int, tuple[int, int], str,
         v_bits=v_bits,
         k_granularity=k_granularity,
         v_granularity=v_granularity,
-        v_rotation="hadamard" if v_granularity == "token" else "none",
+        k_rotation="hadamard" if k_granularity == "token_channel" else "none",
+        v_rotation="none" if v_granularity == "channel" else "hadamard",
         tile_tokens=(32, 64, 128)[turn % 3],
     )
     for heads, tokens in ((4, 1), (5, 3)):  # 8 columns of queries, and 16
@@ -119,7 +129,9 @@ def test_many_columns_take_several_blocks(kernels: Library) -> None:
         assert check(case, kernels, AUTO).startswith("decode_mma")
 
 
-LAYOUTS = [layout for i, layout in enumerate(layout_cases()) if i % 7 == 0]
+LAYOUTS = [
+    layout for cases in (layout_cases(), token_channel_layouts()) for layout in itertools.islice(cases, 0, None, 7)
+]
 
 
 def test_tiles_of_every_layout(kernels: Library) -> None:
@@ -180,20 +192,25 @@ class Pair:
 
 SMALL = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
 READ_BACK = [
-    {"k_bits": bits, "v_bits": bits, "v_rotation": rotation, "recent_type": recent}
-    for bits, rotation, recent in [
-        (2, "hadamard", "float16"),
-        (3, "none", "float"),
-        (5, "hadamard", "bfloat16"),
-        (16, "none", "float16"),
+    {"k_bits": bits, "v_bits": bits, "v_rotation": rotation, "recent_type": recent, "v_granularity": granularity}
+    for bits, rotation, recent, granularity in [
+        (2, "hadamard", "float16", "token"),
+        (3, "none", "float", "token"),
+        (5, "hadamard", "bfloat16", "token"),
+        (16, "none", "float16", "token"),
+        (3, "hadamard", "float16", "token_channel"),
+        (4, "none", "float", "token_channel"),
     ]
 ]
 
 
 @pytest.mark.parametrize("window", [0, 50])
-@pytest.mark.parametrize("changes", READ_BACK, ids=lambda c: f"{c['v_bits']} bits")
+@pytest.mark.parametrize("changes", READ_BACK, ids=lambda c: f"{c['v_bits']} bits per {c['v_granularity']}")
 def test_dequantize_and_rewind(changes: dict[str, object], window: int, kernels: Library) -> None:
-    for layout in CacheLayout.pair(dataclasses.replace(SMALL, **changes), 64, window):  # type: ignore[arg-type]
+    config = dataclasses.replace(SMALL, **changes)  # type: ignore[arg-type]
+    if config.v_granularity == "token_channel":
+        config = dataclasses.replace(config, k_granularity="token_channel")
+    for layout in CacheLayout.pair(config, 64, window):
         length = 210
         block = np.full((2, np.prod(layout.shape(300))), 0xFF, np.uint8)
         append(layout, block, 0, np.random.default_rng(0).standard_normal((2, length, 64)).astype(np.float32))

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 from harness import AUTO, SIMPLE, HostMemory, Library, difference  # noqa: E402
 
-from skv_export.cases import Case, attention_cases  # noqa: E402
+from skv_export.cases import Case, attention_cases, token_channel_cases  # noqa: E402
 from skv_export.recipe import LayerConfig  # noqa: E402
 
 NAMES = (
@@ -34,6 +34,8 @@ NAMES = (
     "odd sinks and recent",
     "keys per token, rotated",
     "values per channel",
+    "token_channel both",
+    "token_channel, chunk over three tiles",
 )
 LONG = Case(
     "three slabs for every warp of a block",
@@ -43,6 +45,11 @@ LONG = Case(
     past_lengths=(1700,),
     dtype="float16",
 )
+LONG_MEANS = dataclasses.replace(
+    LONG,
+    name="the same around means",
+    config=dataclasses.replace(LONG.config, k_granularity="token_channel", v_granularity="token_channel"),
+)
 ROWS = Case(
     "rows of a 16-bit tile overwritten by the call that moves it",
     LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32, k_bits=16, v_bits=16),
@@ -50,12 +57,18 @@ ROWS = Case(
     new_tokens=8,
     dtype="float16",
 )
-SHORT = ("the call flushes the first tile", "chunk with a past", "ragged batch", "keys per token, rotated")
+SHORT = (
+    "the call flushes the first tile",
+    "chunk with a past",
+    "ragged batch",
+    "keys per token, rotated",
+    "token_channel, chunk over three tiles",
+)
 
 
 def cases(names: tuple[str, ...]) -> list[Case]:
     """Cases with float16 inputs that take every kernel for head_dim 64 and K4V2."""
-    chosen = [case for case in attention_cases() if case.name in names]
+    chosen = [case for case in (*attention_cases(), *token_channel_cases()) if case.name in names]
     assert len(chosen) == len(names)
     return [dataclasses.replace(case, dtype="float16") for case in chosen]
 
@@ -65,7 +78,7 @@ def main() -> int:
     short = sys.argv[2:] == ["short"]
     kernels = Library(Path(sys.argv[1]), HostMemory(), multiprocessors=1)
     paths = set()
-    for case in [ROWS, *cases(SHORT)] if short else [ROWS, LONG, *cases(NAMES)]:
+    for case in [ROWS, *cases(SHORT)] if short else [ROWS, LONG, LONG_MEANS, *cases(NAMES)]:
         for path in (AUTO, SIMPLE) if case.new_tokens == 1 else (AUTO,):
             error, taken = difference(case, kernels, path)
             paths.add(taken.split()[0].rstrip(":"))

@@ -25,7 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gpu  # first: it finds the package  # isort: skip
 from harness import AUTO, MMA, SIMPLE, Library, difference  # isort: skip
 
-from skv_export.cases import Case, attention_cases, layout_cases, make_inputs
+from skv_export.cases import (
+    Case,
+    attention_cases,
+    layout_cases,
+    make_inputs,
+    token_channel_cases,
+    token_channel_layouts,
+)
 from skv_export.recipe import LayerConfig
 from skv_export.reference import decode_tile, quantized_kv_attention
 
@@ -35,7 +42,7 @@ PAIRS = ((8, 8), (4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
 
 def jobs(short: bool) -> Iterator[tuple[Case, int, float]]:
     """Cases, paths and tolerances."""
-    for case in attention_cases():
+    for case in (*attention_cases(), *token_channel_cases()):
         if case.config.recent_type == "bfloat16" and not gpu.HAS_BFLOAT16:
             continue
         if short and case.new_tokens > 8:
@@ -43,9 +50,9 @@ def jobs(short: bool) -> Iterator[tuple[Case, int, float]]:
         yield case, SIMPLE, case.tolerance
         half = dataclasses.replace(case, dtype="float16")
         yield half, AUTO, half.tolerance
-    granularities = ("channel", "token")
+    granularities = ("channel", "token", "token_channel")
     for d, (k, v), kg, vg in itertools.product((64, 128, 256), PAIRS, granularities, granularities):
-        if (d, v, kg, vg) == (256, 3, "token", "channel"):
+        if (d, v, vg) == (256, 3, "channel") and kg != "channel":
             continue  # see mma_instances.cuh
         config = LayerConfig(k_bits=k, v_bits=v, k_granularity=kg, v_granularity=vg)
         for heads, tokens, past in ((4, 1, 700), (5, 3, 300)) if short else ((4, 1, 5000), (5, 3, 3000), (16, 8, 900)):
@@ -103,7 +110,7 @@ def main() -> int:
         paths[taken.split()[0].rstrip(":")] += 1
         if not error <= tolerance:
             failures.append(f"{case.name}: {taken}: difference {error:.1e}, tolerance {tolerance:.1e}")
-    for layout in itertools.islice(layout_cases(), 0, None, 7):
+    for layout in itertools.islice(itertools.chain(layout_cases(), token_channel_layouts()), 0, None, 7):
         tile = np.random.default_rng(0).integers(0, 60, layout.tile_bytes).astype(np.uint8)  # finite parameters
         if not np.array_equal(kernels.decode_tile(layout, tile), decode_tile(layout, tile)):
             failures.append(f"decode_tile: {layout}")

@@ -52,17 +52,17 @@ MUTATIONS = (
     ),
     Mutation("rows later than the query not masked", "mma_warp.cuh", "return row > at || (", "return ("),
     Mutation(
-        "more scales copied than there are",
+        "more means copied than there are",
         "decode_mma.cuh",
-        "if (i < 4 * groups) async_copy16",
-        "if (i < 4 * groups + 4) async_copy16",
+        "copy_pieces<S::kMeans>(parameters + S::kScales, piece + a.value.means)",
+        "copy_pieces<S::kMeans + 16>(parameters + S::kScales, piece + a.value.means)",
         "address",
     ),
     Mutation(
         "copy not aligned",
         "codes.cuh",
-        "async_copy16(slab + place, from + i * step)",
-        "async_copy16(slab + place, from + i * step + 4)",
+        "async_copy16(to + row * 128, from + row * 4 * tile_tokens)",
+        "async_copy16(to + row * 128, from + row * 4 * tile_tokens + 4)",
     ),
     Mutation(
         "shared memory read that nobody wrote",
@@ -90,6 +90,24 @@ MUTATIONS = (
     ),
     Mutation(
         "stored scale not the unbiased one", "quantizer.cuh", "stored = divide(energy, xq)", "stored = scale + 0 * xq"
+    ),
+    Mutation(
+        "codes around the means as they were before their rounding",
+        "append.cu",
+        "means[e] = __fmul_rn(code, __half2float(grid.unit));",
+        "",
+    ),
+    Mutation(
+        "means of the values times the weights of half the tokens",
+        "mma_warp.cuh",
+        "multiplied(added(added(p[0][n][0], p[0][n][1]), added(p[1][n][0], p[1][n][1])), step)",
+        "multiplied(added(p[0][n][0], p[0][n][1]), step)",
+    ),
+    Mutation(
+        "means of the scores not kept for the rest of the tile",
+        "mma_warp.cuh",
+        "return scores[4 * n + c];",
+        "return scores[4 * n + c + (r != 0)];",
     ),
     Mutation(
         "rows overwritten while a tile is read from them",

@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_ops import attributes_of, session_of
 
-from skv_export.cases import Case, attention_cases, make_inputs
+from skv_export.cases import Case, attention_cases, make_inputs, token_channel_cases
 from skv_export.recipe import LayerConfig
 from skv_export.reference import quantized_kv_attention
 
@@ -25,6 +25,8 @@ NAMES = (
     "head sink",
     "float16, chunk",
     "softcap",
+    "token_channel both",
+    "token_channel, ragged batch",
 )
 
 
@@ -58,7 +60,9 @@ def compare(case: Case, outputs: list[np.ndarray], expected: tuple[np.ndarray, .
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("name", NAMES)
 def test_cases(name: str, dtype: str) -> None:
-    case = dataclasses.replace(next(c for c in attention_cases() if c.name == name), dtype=dtype)
+    case = dataclasses.replace(
+        next(c for c in (*attention_cases(), *token_channel_cases()) if c.name == name), dtype=dtype
+    )
     compare(case, *run(case, arrays_of(case)))
 
 

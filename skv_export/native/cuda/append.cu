@@ -48,7 +48,7 @@ struct Target {
   }
 };
 
-// Shared memory: four tokens' codes, and each warp's range of each channel.
+// Shared memory: four tokens' codes, and each warp's range of each channel (or, in `low`, its sum).
 template <int E>
 struct Shared {
   uint8_t codes[4][32 * E];
@@ -147,11 +147,74 @@ SKV_DEVICE void encode_per_channel(const Target<E>& target, Shared<E>& shared, u
   });
 }
 
+// Each channel's sum over the tile's tokens as a halving tree, x[:n/2] + x[n/2:] repeated. All threads.
+//
+// Warp w has the branch of tokens w, w + 4, ... It takes them in the order of reversed bits, so that what is to be
+// added is always the newest of what is kept: the partial sums of 1, 2, 4, ... tokens.
+template <int E>
+SKV_DEVICE void sum_over_tokens(const Target<E>& target, Shared<E>& shared, int first, float (&sum)[E]) {
+  constexpr int kLevels = 5;  // 128 tokens: 32 in each warp
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = target.cache.layout.tile_tokens / kWarps;
+  float kept[kLevels][E];
+  for (int i = 0; i < count; i++) {
+    int reversed = 0;
+    for (int bit = 1; bit < count; bit *= 2) reversed = 2 * reversed + ((i & bit) != 0);
+    target.content(first + kWarps * reversed + warp, sum);
+    bool carried = true;
+#pragma unroll
+    for (int level = 0; level < kLevels; level++) {
+      const bool adds = carried && i >> level & 1, keeps = carried && !adds;
+#pragma unroll
+      for (int e = 0; e < E; e++) {
+        if (adds) sum[e] = __fadd_rn(kept[level][e], sum[e]);
+        if (keeps) kept[level][e] = sum[e];
+      }
+      carried = adds;
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < E; e++) shared.low[warp][lane + 32 * e] = sum[e];
+  __syncthreads();
+#pragma unroll
+  for (int e = 0; e < E; e++) {
+    const int d = lane + 32 * e;
+    sum[e] = __fadd_rn(__fadd_rn(shared.low[0][d], shared.low[2][d]), __fadd_rn(shared.low[1][d], shared.low[3][d]));
+  }
+}
+
+// The tile's means, stored in 8 bits, as they are stored: reference._means.
+template <int E>
+SKV_DEVICE void encode_means(const Target<E>& target, Shared<E>& shared, uint8_t* tile, int first, float (&means)[E]) {
+  const Cache& c = target.cache;
+  const int lane = threadIdx.x % 32;
+  sum_over_tokens(target, shared, first, means);
+  float largest = 0;
+#pragma unroll
+  for (int e = 0; e < E; e++) {
+    means[e] = __fdiv_rn(means[e], float(c.layout.tile_tokens));
+    largest = fmaxf(largest, fabsf(means[e]));
+  }
+  for (int lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(kWarp, largest, lanes));
+  const MeanGrid grid(largest);
+  uint8_t* to = tile + c.means;
+#pragma unroll
+  for (int e = 0; e < E; e++) {
+    const float code = grid.code(means[e]);
+    if (threadIdx.x < 32) to[lane + 32 * e] = uint8_t(int8_t(code));
+    means[e] = __fmul_rn(code, __half2float(grid.unit));
+  }
+  if (threadIdx.x < 8) reinterpret_cast<half*>(to + c.dim)[lane] = lane == 0 ? grid.unit : __float2half_rn(0.f);
+}
+
 template <int E>
 SKV_DEVICE void encode_per_token(const Target<E>& target, Shared<E>& shared, uint8_t* tile, int first) {
   const Cache& c = target.cache;
   half* scales = reinterpret_cast<half*>(tile + c.code_bytes);
-  encode_codes<E>(target, shared, tile, first, [&](const float (&x)[E], int t, float (&codes)[E]) {
+  float means[E] = {};
+  if (c.means) encode_means(target, shared, tile, first, means);
+  encode_codes<E>(target, shared, tile, first, [&](float (&x)[E], int t, float (&codes)[E]) {
+#pragma unroll
+    for (int e = 0; e < E; e++) x[e] = __fsub_rn(x[e], means[e]);
     const int per_group = c.layout.group_size / 32;
     for (int group = 0; group < c.groups; group++) {
       const half scale = quantize_group(x, group * per_group, per_group, c.layout.bits, codes);

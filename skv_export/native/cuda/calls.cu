@@ -43,7 +43,9 @@ int check_layout(const SkvLayout& l) {
   if (l.head_dim < 1 || l.head_dim > 1024) return bad("head_dim", l.head_dim, "1 ... 1024");
   const bool known_bits = (l.bits >= 1 && l.bits <= 6) || l.bits == 8 || l.bits == 16;
   if (!known_bits) return bad("bits", l.bits, "1 2 3 4 5 6 8 or 16");
-  if (l.granularity != SKV_CHANNEL && l.granularity != SKV_TOKEN) return bad("granularity", l.granularity, "0 or 1");
+  if (l.granularity < SKV_CHANNEL || l.granularity > SKV_TOKEN_CHANNEL) {
+    return bad("granularity", l.granularity, "0, 1 or 2");
+  }
   if (l.rotation != SKV_ROTATION_NONE && l.rotation != SKV_HADAMARD) return bad("rotation", l.rotation, "0 or 1");
   if (l.group_size < 1 || padded_dim(l) % l.group_size) return bad("group_size", l.group_size, "a divisor of head_dim");
   if (l.num_sink_tokens < 0 || l.num_sink_tokens > 4096) return bad("num_sink_tokens", l.num_sink_tokens, "0 ... 4096");
@@ -60,7 +62,7 @@ int check_layout(const SkvLayout& l) {
     return fail(SKV_NOT_SUPPORTED, "%s cache: head_dim; got %d; expected at most %d on CUDA", tensor, l.head_dim,
                 kMaxDim);
   }
-  if (l.granularity == SKV_TOKEN && l.bits != 16 && l.group_size % 32) {
+  if (l.granularity != SKV_CHANNEL && l.bits != 16 && l.group_size % 32) {
     return fail(SKV_NOT_SUPPORTED, "%s cache: group_size; got %d; expected a multiple of 32 on CUDA", tensor,
                 l.group_size);
   }
@@ -186,7 +188,7 @@ MmaTable mma_table(int32_t dim) {
 const MmaInstance* find_mma(const Attention& a, const char** reason) {
   const SkvLayout &k = a.key.layout, &v = a.value.layout;
   const bool in_float = a.query.type == SKV_FLOAT && a.output_type == SKV_FLOAT;
-  const bool k_per_token = k.granularity == SKV_TOKEN, v_per_channel = v.granularity == SKV_CHANNEL;
+  const bool k_per_token = k.granularity != SKV_CHANNEL, v_per_channel = v.granularity == SKV_CHANNEL;
   *reason = in_float                                                  ? "float32 inputs"
             : a.lengths.tokens > kMaxDecodeTokens                     ? "more than 8 new tokens"
             : k.recent_type != SKV_FLOAT16                            ? "recent_type is not float16"
@@ -223,9 +225,9 @@ Plan plan(Attention& a, const SkvCudaContext& context) {
   }
   if (p.mma) {
     p.path = SKV_CUDA_MMA;
-    snprintf(path_text, sizeof path_text, "decode_mma K%dV%d D%d, keys per %s, values per %s", p.mma->k_bits,
-             p.mma->v_bits, p.mma->dim, p.mma->k_per_token ? "token" : "channel",
-             p.mma->v_per_channel ? "channel" : "token");
+    static const char* const names[] = {"channel", "token", "token_channel"};
+    snprintf(path_text, sizeof path_text, "decode_mma K%dV%d D%d, keys %s, values %s", p.mma->k_bits, p.mma->v_bits,
+             p.mma->dim, names[a.key.layout.granularity], names[a.value.layout.granularity]);
   } else {
     p.path = SKV_CUDA_SIMPLE;
     snprintf(path_text, sizeof path_text, "decode_simple: %s", reason);

@@ -11,11 +11,16 @@ namespace skv::cuda {
 
 constexpr uint32_t kHalf1024 = 0x64006400;
 constexpr uint32_t kMinus1024 = 0xE400E400;
+// Means are signed bytes: with the sign flipped, and under the exponent of 1024, one reads as 1152 + the code.
+constexpr uint32_t kFlipSigns = 0x80808080;
+constexpr uint32_t kMinus1152 = 0xE480E480;
+constexpr uint32_t kOne = 0x3C003C00;
 
 SKV_DEVICE uint32_t shifted_right(uint32_t x, int bits) { return bits >= 0 ? x >> bits : x << -bits; }
 SKV_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 SKV_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 SKV_DEVICE uint32_t multiplied(uint32_t a, uint32_t b) { return bits_of(__hmul2(half2_of(a), half2_of(b))); }
+SKV_DEVICE uint32_t added(uint32_t a, uint32_t b) { return bits_of(__hfma2(half2_of(a), half2_of(kOne), half2_of(b))); }
 
 // Codes of `Bits` bits: 2, 3 (a plane of 2 and one of 1), 4 or 8.
 template <int Bits>
@@ -83,6 +88,12 @@ struct KeyOrder {
     const uint32_t a = halves[first(x) / 2], b = halves[(first(x) + kDistance) / 2];
     return first(x) % 2 ? high_halves(a, b) : low_halves(a, b);
   }
+  // Pair x of 16 channels' means, from their flipped bytes.
+  static SKV_DEVICE uint32_t means(const uint32_t (&bytes)[4], int x, uint32_t half_1024) {
+    const int a = first(x), b = first(x) + kDistance;
+    const uint32_t both = __byte_perm(bytes[a / 4], bytes[b / 4], (4 + b % 4) << 8 | a % 4);
+    return added(and_or(both, 0x00ff00ff, half_1024), kMinus1152);
+  }
 };
 
 SKV_DEVICE void load16(const void* from, uint32_t* to) {
@@ -100,23 +111,29 @@ SKV_DEVICE void load8(const void* from, uint32_t* to) {
 
 // One slab of 32 tokens of a plane in shared memory, swizzled so that a warp's reads hit each bank once.
 //
-// Keys: rows [D*p/32] of 32 tokens, 4 bytes each. Values: rows [8] (four tokens) of D*p/8 words.
+// Keys: rows [D*p/32] of 32 tokens, 4 bytes each. Values: rows [8] (four tokens) of D*p/8 words. Both are copied in
+// pieces of 16 bytes. Lane 8 j + l takes piece l of eight, of rows whose swizzle is the same for all: so a lane's
+// addresses in global and in shared memory differ from each other by constants.
 template <int D, int Width>
 struct KeyPlane {
   static constexpr int kBytes = 4 * D * Width, kRows = D * Width / 32;
   static constexpr int kWordsPerLane = Width == 1 ? 1 : Width / 2;  // of a chunk; with 1 bit two lanes share a word
 
-  static SKV_DEVICE int at(int row, int piece) { return row * 128 + (piece ^ (row / kWordsPerLane & 3) << 1) * 16; }
+  static SKV_DEVICE int swizzle(int row) { return (row / kWordsPerLane & 3) << 1; }
+  static SKV_DEVICE int at(int row, int piece) { return row * 128 + (piece ^ swizzle(row)) * 16; }
 
-  static SKV_DEVICE void copy(uint8_t* slab, const uint8_t* plane, int tile_tokens, int first_token) {
-    const int lane = threadIdx.x % 32, row = lane / 8;
-    const uint8_t* from = plane + (row * tile_tokens + first_token) * 4 + lane % 8 * 16;
-    const int to = at(row, lane % 8), step = 4 * 4 * tile_tokens;
+  // Where this lane's first piece stands in a tile, and in a slab: row kWordsPerLane * j.
+  static SKV_DEVICE int lane_offset(int tile_tokens) {
+    const int row = threadIdx.x % 32 / 8 * kWordsPerLane;
+    return row * tile_tokens * 4 + (threadIdx.x % 8 ^ swizzle(row)) * 16;
+  }
+  static SKV_DEVICE int lane_place() { return threadIdx.x % 32 / 8 * kWordsPerLane * 128 + threadIdx.x % 8 * 16; }
+  // `from` and `to` are this lane's.
+  static SKV_DEVICE void copy(uint8_t* to, const uint8_t* from, int tile_tokens) {
 #pragma unroll
     for (int i = 0; i < (kRows + 3) / 4; i++) {
-      // Place of row + 4 i: no bit of 4 i meets one of the row, so that it is the first place but for constant bits.
-      const int place = to ^ (i * 512 + (4 * i / kWordsPerLane & 3) * 32);
-      if (kRows % 4 == 0 || row + 4 * i < kRows) async_copy16(slab + place, from + i * step);
+      const int row = i / kWordsPerLane * 4 * kWordsPerLane + i % kWordsPerLane;  // after the lane's first
+      if (kRows >= 4 || threadIdx.x % 32 / 8 < kRows) async_copy16(to + row * 128, from + row * 4 * tile_tokens);
     }
   }
   // Word j of this lane's channels of a chunk, for tokens 2r and 2r + 1 of a group of 16.
@@ -131,19 +148,26 @@ template <int D, int Width>
 struct ValuePlane {
   static constexpr int kBytes = 4 * D * Width, kPieces = D * Width / 32;  // of 16 bytes, per row
 
-  static SKV_DEVICE int at(int row, int piece) {
-    int swizzle = 0;
-    if (kPieces >= 8) swizzle = Width == 8 ? (row & 1) | (row & 2) << 1 : (row & 3) << 1;
-    if (kPieces == 4) swizzle = row & 2;
-    return (row * kPieces + (piece ^ swizzle)) * 16;
+  static SKV_DEVICE int swizzle(int row) {
+    if (kPieces >= 8) return Width == 8 ? (row & 1) | (row & 2) << 1 : (row & 3) << 1;
+    return kPieces == 4 ? row & 2 : 0;
   }
-  static SKV_DEVICE void copy(uint8_t* slab, const uint8_t* plane, int first_token) {
-    const uint8_t* from = plane + first_token / 4 * kPieces * 16;
+  static SKV_DEVICE int at(int row, int piece) { return (row * kPieces + (piece ^ swizzle(row))) * 16; }
+
+  static constexpr int kAtOnce = kPieces < 8 ? kPieces : 8;  // of a row, in one go: row j, and with 8 of them j + 4 too
+  static SKV_DEVICE int lane_row() { return threadIdx.x % 32 / kAtOnce; }
+  static SKV_DEVICE int lane_offset() {
+    return (lane_row() * kPieces + (threadIdx.x % kAtOnce ^ swizzle(lane_row()))) * 16;
+  }
+  static SKV_DEVICE int lane_place() { return (lane_row() * kPieces + threadIdx.x % kAtOnce) * 16; }
+  static SKV_DEVICE void copy(uint8_t* to, const uint8_t* from) {
+    if constexpr (kPieces < 8) {
+      if (lane_row() < 8) async_copy16(to, from);
+    } else {
 #pragma unroll
-    for (int i = 0; i < (kPieces * 8 + 31) / 32; i++) {
-      const int piece = threadIdx.x % 32 + 32 * i;
-      if (kPieces * 8 % 32 == 0 || piece < kPieces * 8) {
-        async_copy16(slab + at(piece / kPieces, piece % kPieces), from + piece * 16);
+      for (int i = 0; i < kPieces / 4; i++) {
+        const int further = (i % 2 * 4 * kPieces + i / 2 * 8) * 16;
+        async_copy16(to + further, from + further);
       }
     }
   }

@@ -8,32 +8,38 @@
 //
 // Keys per channel: the scales are folded into the query once per tile, offsets and the 1024s of the raw codes into the
 // scores' initial value. Keys per token: scores of each group of channels times the scale. Values per token: the scale
-// times the weight. Values per channel: scale and offset into the operand.
+// times the weight. Values per channel: scale and offset into the operand. Means per channel (token_channel): the
+// query's product with the keys' means once per tile, and the values' means times the sum of a slab's weights.
 #pragma once
 #include "mma_warp.cuh"
 
 namespace skv::cuda {
 
-// A warp's slabs in order: tiles `tile`, `tile + step`, ..., each cut into slabs of 32 tokens, copied ahead of their
-// use. Positions are counted on, not computed: a division costs more than a slab's scores.
+// A warp's slabs in order: tiles `tile`, `tile + kWarpCount`, ..., each cut into slabs of 32 tokens, copied ahead of
+// their use. Positions and addresses are counted on, not computed: a division costs more than a slab's scores. What a
+// lane copies beside codes is found from where its codes are, as registers are short.
 template <class S>
 struct Slabs {
-  const Attention& a;
-  const uint8_t *keys, *values;  // blocks
-  uint8_t* stages;
-  int tile, step, count;  // of the next slab to copy; slabs left to copy
-  int first_token = 0, stage = 0;
-  const uint8_t *key_tile, *value_tile;
+  using K = typename S::K;
+  using V = typename S::V;
+  using KPlane = KeyPlane<S::D, K::kWidth>;
+  using VPlane = ValuePlane<S::D, V::kWidth>;
 
-  SKV_DEVICE Slabs(const Attention& a, int64_t sequence_and_head, uint8_t* stages, int tile, int step, int count)
-      : a(a),
-        keys(block_of(a.key, sequence_and_head)),
-        values(block_of(a.value, sequence_and_head)),
-        stages(stages),
-        tile(tile),
-        step(step),
-        count(count) {
-    if (count > 0) find_tile();
+  const Attention& a;
+  const uint8_t *keys, *values;  // this lane's first piece of the next slab's codes
+  uint8_t* stages;
+  int tile, count;  // of the next slab to copy; slabs left to copy
+  int first_token = 0, stage = 0;
+  int key_scales, value_scales;  // from a lane's codes to its scales, but for the tile's code_bytes
+
+  SKV_DEVICE Slabs(const Attention& a, int64_t sequence_and_head, uint8_t* stages, int tile, int count)
+      : a(a), stages(stages), tile(tile), count(count) {
+    const int tokens = a.key.layout.tile_tokens, lane = threadIdx.x % 32;
+    const int scales = lane / 4 * tokens * 2 + lane % 4 * 16;
+    keys = block_of(a.key, sequence_and_head) + start(a.key) + KPlane::lane_offset(tokens);
+    values = block_of(a.value, sequence_and_head) + start(a.value) + VPlane::lane_offset();
+    key_scales = scales - KPlane::lane_offset(tokens);
+    value_scales = scales - VPlane::lane_offset();
   }
 
   // Starts copying the next slab; closes a group of copies in any case, so that groups can be counted.
@@ -44,59 +50,80 @@ struct Slabs {
       copy_values(to);
       count--;
       stage = stage + 1 < S::kStages ? stage + 1 : 0;
-      first_token += kSlab;
-      if (first_token == a.key.layout.tile_tokens) {
-        first_token = 0;
-        tile += step;
-        if (count > 0) find_tile();
-      }
+      advance();
     }
     async_commit();
   }
 
  private:
+  static constexpr int kKeyStep = 4 * kSlab, kValueStep = VPlane::kBytes;  // from slab to slab
+
   // Without a window every tile has a slot of its own.
-  SKV_DEVICE void find_tile() {
-    key_tile = keys + (a.window > 0 ? tile_start(a.key, tile) : tile * a.key.tile_bytes);
-    value_tile = values + (a.window > 0 ? tile_start(a.value, tile) : tile * a.value.tile_bytes);
+  SKV_DEVICE int64_t start(const Cache& c) const { return a.window > 0 ? tile_start(c, tile) : tile * c.tile_bytes; }
+  SKV_DEVICE int64_t to_next(const Cache& c) const {
+    if (a.window == 0) return S::kWarpCount * c.tile_bytes;
+    return tile_start(c, tile + S::kWarpCount) - tile_start(c, tile);
   }
-  SKV_DEVICE void copy_keys(uint8_t* to) const {
-    using K = typename S::K;
-    using Plane = KeyPlane<S::D, K::kWidth>;
+  SKV_DEVICE void advance() {
+    first_token += kSlab;
+    keys += kKeyStep;
+    values += kValueStep;
     const int tokens = a.key.layout.tile_tokens;
-    Plane::copy(to, key_tile, tokens, first_token);
-    if constexpr (K::kTwoPlanes) {
-      KeyPlane<S::D, 1>::copy(to + Plane::kBytes, key_tile + tokens * (S::D * K::kWidth / 8), tokens, first_token);
+    if (first_token < tokens) return;
+    first_token = 0;
+    keys += to_next(a.key) - tokens / kSlab * kKeyStep;
+    values += to_next(a.value) - tokens / kSlab * kValueStep;
+    tile += S::kWarpCount;
+  }
+
+  SKV_DEVICE void copy_keys(uint8_t* to) const {
+    const int tokens = a.key.layout.tile_tokens, lane = threadIdx.x % 32;
+    KPlane::copy(to + KPlane::lane_place(), keys, tokens);
+    if constexpr (K::kTwoPlanes) {  // lanes stand alike in both planes
+      KeyPlane<S::D, 1>::copy(to + KPlane::kBytes + KPlane::lane_place(), keys + tokens * (S::D * K::kWidth / 8),
+                              tokens);
     }
+    uint8_t* parameters = to + S::kKeyParameters;
     if constexpr (S::KPerToken) {
-      copy_scales(to + S::kKeyParameters, key_tile + a.key.code_bytes, a.key.groups, tokens, first_token);
-    } else if (first_token == 0) {
-      copy_bytes(to + S::kKeyParameters, key_tile + a.key.code_bytes);
+      const uint8_t* scales = keys + (a.key.code_bytes + key_scales - 2 * first_token);
+      if (lane < 4 * a.key.groups) async_copy16(parameters + 16 * lane, scales);
+    }
+    if (first_token != 0) return;
+    const uint8_t* piece = keys + (16 * lane - KPlane::lane_offset(tokens));
+    if constexpr (S::KPerToken) {
+      if (a.key.means) copy_pieces<S::kMeans>(parameters + S::kScales, piece + a.key.means);
+    } else {
+      copy_pieces<4 * S::D>(parameters, piece + a.key.code_bytes);
     }
   }
   SKV_DEVICE void copy_values(uint8_t* to) const {
-    using V = typename S::V;
-    using Plane = ValuePlane<S::D, V::kWidth>;
-    const int tokens = a.value.layout.tile_tokens;
-    Plane::copy(to + S::kValueCodes, value_tile, first_token);
+    const int tokens = a.value.layout.tile_tokens, lane = threadIdx.x % 32;
+    VPlane::copy(to + S::kValueCodes + VPlane::lane_place(), values);
+    const uint8_t* tile = values - first_token / kSlab * kValueStep;  // and this lane's offset
     if constexpr (V::kTwoPlanes) {
-      ValuePlane<S::D, 1>::copy(to + S::kValueCodes + Plane::kBytes, value_tile + tokens * (S::D * V::kWidth / 8),
-                                first_token);
+      using Second = ValuePlane<S::D, 1>;
+      const int offset = tokens * (S::D * V::kWidth / 8) + first_token / kSlab * Second::kBytes;
+      Second::copy(to + S::kValueCodes + VPlane::kBytes + Second::lane_place(),
+                   tile + (offset + Second::lane_offset() - VPlane::lane_offset()));
     }
+    uint8_t* parameters = to + S::kValueParameters;
+    const uint8_t* piece = tile + (16 * lane - VPlane::lane_offset());
     if constexpr (S::VPerChannel) {
-      copy_bytes(to + S::kValueParameters, value_tile + a.value.code_bytes);
+      copy_pieces<4 * S::D>(parameters, piece + a.value.code_bytes);
     } else {
-      copy_scales(to + S::kValueParameters, value_tile + a.value.code_bytes, a.value.groups, tokens, first_token);
+      const uint8_t* scales = tile + (a.value.code_bytes + value_scales + 2 * first_token);
+      if (lane < 4 * a.value.groups) async_copy16(parameters + 16 * lane, scales);
+      if (a.value.means) copy_pieces<S::kMeans>(parameters + S::kScales, piece + a.value.means);
     }
   }
-  // A tile's scales and offsets per channel.
-  static SKV_DEVICE void copy_bytes(uint8_t* to, const uint8_t* from) {
-    for (int i = threadIdx.x % 32; i < 4 * S::D / 16; i += 32) async_copy16(to + 16 * i, from + 16 * i);
-  }
-  // Scales per token: of 32 tokens, group by group.
-  static SKV_DEVICE void copy_scales(uint8_t* to, const uint8_t* from, int groups, int tokens, int first_token) {
-    const int i = threadIdx.x % 32;
-    if (i < 4 * groups) async_copy16(to + 16 * i, from + (i / 4 * tokens + first_token) * 2 + i % 4 * 16);
+  // So many bytes, of which `from` is this lane's first piece of 16.
+  template <int Bytes>
+  static SKV_DEVICE void copy_pieces(uint8_t* to, const uint8_t* from) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < Bytes / 16; i += 32) {
+      if (lane + i < Bytes / 16) async_copy16(to + 16 * (lane + i), from + 16 * i);
+    }
   }
 };
 
@@ -204,7 +231,7 @@ __global__ void __launch_bounds__(S::kThreadCount, S::kMinBlocks) decode_mma_ker
   const int tiles = from < tiles_end ? (tiles_end - from + S::kWarpCount - 1) / S::kWarpCount : 0;
   uint8_t* stages = shared + S::kSlabs + w * S::kStages * S::kStage;
   const int per_tile = a.key.layout.tile_tokens / kSlab;
-  Slabs<S> slabs(a, blockIdx.y, stages, work.first_tile + from, S::kWarpCount, tiles * per_tile);
+  Slabs<S> slabs(a, blockIdx.y, stages, work.first_tile + from, tiles * per_tile);
   Warp<S> warp(a, work, shared);
   for (int i = 0; i < S::kStages - 1; i++) slabs.copy();
   int stage = 0, position = a.key.layout.num_sink_tokens + (work.first_tile + from) * a.key.layout.tile_tokens;
@@ -220,7 +247,7 @@ __global__ void __launch_bounds__(S::kThreadCount, S::kMinBlocks) decode_mma_ker
     position += (S::kWarpCount - 1) * a.key.layout.tile_tokens;
   }
   for (int piece = from + tiles * S::kWarpCount; piece < work.end; piece += S::kWarpCount) {
-    warp.exact_piece(slabs.keys, slabs.values, (piece - work.tile_pieces) * kSlab);
+    warp.exact_piece(block_of(a.key, blockIdx.y), block_of(a.value, blockIdx.y), (piece - work.tile_pieces) * kSlab);
   }
   merge<S>(a, warp, reinterpret_cast<float*>(shared + S::kSlabs));
 }

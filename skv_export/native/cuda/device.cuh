@@ -21,6 +21,7 @@ struct Cache {
   SkvLayout layout;
   uint8_t* data;
   int64_t block_bytes, tile_bytes, code_bytes, rows_start;
+  int32_t means;                 // where a tile's means stand, int8 [dim] and their float16 unit; 0 = none
   int32_t dim, tiles, capacity;  // capacity: -1 = any length
   int32_t ring, groups;
   int32_t rotation_dim;  // 0 = not rotated
@@ -36,6 +37,8 @@ inline Cache make_cache(const SkvCache& c) {
   r.tile_bytes = tile_bytes(l);
   r.code_bytes = code_bytes(l);
   r.rows_start = c.block_bytes - full_bytes(l);
+  const bool has_means = l.granularity == SKV_TOKEN_CHANNEL && l.bits != 16;
+  r.means = has_means ? int32_t(r.code_bytes) + 2 * num_groups(l) * l.tile_tokens : 0;
   r.dim = padded_dim(l);
   r.tiles = int32_t(tiles_in(l, c.block_bytes));
   r.capacity = int32_t(capacity(l, c.block_bytes));
@@ -155,6 +158,12 @@ SKV_DEVICE void load_token(const Tokens& t, int64_t token, int head, float (&x)[
   for (int e = 0; e < E; e++) x[e] = lane + 32 * e < t.head_dim ? load(t.data, start + lane + 32 * e, t.type) : 0.f;
 }
 
+// The mean of a channel as a tile of granularity token_channel holds it.
+SKV_DEVICE float stored_mean(const Cache& c, const uint8_t* tile, int d) {
+  const half unit = *reinterpret_cast<const half*>(tile + c.means + c.dim);
+  return __fmul_rn(float(reinterpret_cast<const int8_t*>(tile)[c.means + d]), __half2float(unit));
+}
+
 // Token t of a tile, as reference.decode_tile.
 template <int E>
 SKV_DEVICE void decode_token(const Cache& c, const uint8_t* tile, int t, float (&x)[E]) {
@@ -184,6 +193,7 @@ SKV_DEVICE void decode_token(const Cache& c, const uint8_t* tile, int t, float (
     } else {
       const float middle = float((1 << l.bits) - 1) / 2;
       x[e] = __fmul_rn(__fsub_rn(float(code), middle), __half2float(parameters[d / l.group_size * tokens + t]));
+      if (c.means) x[e] = __fadd_rn(x[e], stored_mean(c, tile, d));
     }
   }
 }

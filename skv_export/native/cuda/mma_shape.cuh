@@ -24,11 +24,12 @@ struct MmaShape {
   using V = Codes<VBits>;
   using Order = KeyOrder<KBits>;
 
-  // A slab in shared memory.
+  // A slab in shared memory; scales per token have room for a tile's means behind them.
+  static constexpr int kScales = 64 * kChunks, kMeans = D + 16;
   static constexpr int kKeyParameters = 4 * D * KBits;
-  static constexpr int kValueCodes = kKeyParameters + (KPerToken ? 64 * kChunks : 4 * D);
+  static constexpr int kValueCodes = kKeyParameters + (KPerToken ? kScales + kMeans : 4 * D);
   static constexpr int kValueParameters = kValueCodes + 4 * D * VBits;
-  static constexpr int kStage = kValueParameters + (VPerChannel ? 4 * D : 64 * kChunks);
+  static constexpr int kStage = kValueParameters + (VPerChannel ? 4 * D : kScales + kMeans);
   static constexpr int kStages = 2;  // a slab takes longer than its copy; and two blocks fit in 100 KiB
   static constexpr int kWarpCount = 4 * kStages * kStage <= 80 * 1024 ? 4 : 2;
   static constexpr int kThreadCount = 32 * kWarpCount;
@@ -38,11 +39,13 @@ struct MmaShape {
       D > 128 || Blocks > 1 || VPerChannel || (D == 128 && (KBits != 4 || VBits == 3));
   static constexpr int kMinBlocks = (kManyRegisters ? 8 : kResidentWarps) / kWarpCount;
 
-  // Shared memory: queries, new rows, then the slabs, whose place the warps' results take at the end.
+  // Shared memory: queries, new rows, each warp's means of the scores, then the slabs, whose place the warps' results
+  // take at the end.
   static constexpr int kQueryStride = D + 8;  // halves; the 16 bytes keep rows off each other's banks
   static constexpr int kNewRows = kColumns * kQueryStride * 2;
   static constexpr int kMaxNew = 8;
-  static constexpr int kSlabs = kNewRows + 2 * kMaxNew * D * 2;
+  static constexpr int kMeanScores = kNewRows + 2 * kMaxNew * D * 2;
+  static constexpr int kSlabs = kMeanScores + (KPerToken ? kWarpCount * kColumns * 4 : 0);
   static constexpr int kSlabBytes = kWarpCount * kStages * kStage;
   static constexpr int kMergeBytes = kWarpCount * kColumns * (D + 2) * 4;
   static constexpr int kShared = kSlabs + (kSlabBytes > kMergeBytes ? kSlabBytes : kMergeBytes);

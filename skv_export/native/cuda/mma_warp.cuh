@@ -13,7 +13,7 @@ struct Warp {
 
   const Attention& a;
   const Work& work;
-  const unsigned char* shared;
+  unsigned char* shared;
   int r, c, first_column;
   uint32_t half_1024;
   float unit;       // a score times this is an exponent of 2
@@ -24,7 +24,7 @@ struct Warp {
   float start[B][kStarts][2];  // scores before the first product, of columns 2c and 2c + 1: the same for all tokens
   float o[B][4 * M][4], peak[B][2], sum[B][2];
 
-  SKV_DEVICE Warp(const Attention& a, const Work& work, const unsigned char* shared)
+  SKV_DEVICE Warp(const Attention& a, const Work& work, unsigned char* shared)
       : a(a), work(work), shared(shared), r(threadIdx.x % 32 / 4), c(threadIdx.x % 4) {
     first_column = blockIdx.z * S::kColumns;
     half_1024 = in_register(kHalf1024);
@@ -43,7 +43,13 @@ struct Warp {
         sum[n][i] = 0;
       }
     }
-    if constexpr (S::KPerToken) prepare_per_token();
+    if constexpr (S::KPerToken) {
+      prepare_per_token();
+#pragma unroll
+      for (int n = 0; n < B; n++) {
+        if (r == 0) mean_scores(n) = make_float2(0, 0);
+      }
+    }
   }
 
   // The query's pairs of a chunk, for the column of this lane's r.
@@ -116,16 +122,59 @@ struct Warp {
     for (int n = 0; n < B; n++) set_start(n, 0, sums[n]);
   }
 
+  // The query times a tile's means, for columns 2c and 2c + 1: in shared memory, as registers are short.
+  SKV_DEVICE float2& mean_scores(int n) const {
+    float2* scores = reinterpret_cast<float2*>(shared + S::kMeanScores) + threadIdx.x / 32 * S::kColumns / 2;
+    return scores[4 * n + c];
+  }
+  // As fold, with means instead of scales and offsets: their part of every score of the tile.
+  SKV_DEVICE void fold_means(const uint8_t* slab) {
+    const uint8_t* means = slab + S::kKeyParameters + S::kScales;
+    float sums[B][4] = {};
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+      uint32_t bytes[4];
+      load16(means + 64 * m + 16 * c, bytes);
+#pragma unroll
+      for (int i = 0; i < 4; i++) bytes[i] ^= kFlipSigns;
+#pragma unroll
+      for (int n = 0; n < B; n++) {
+        uint32_t pairs[8];
+        load_query(n, m, pairs);
+#pragma unroll
+        for (int x = 0; x < 8; x += 2) {
+          add_for_all(sums[n], Order::means(bytes, x, half_1024), Order::means(bytes, x + 1, half_1024), pairs[x],
+                      pairs[x + 1]);
+        }
+      }
+    }
+    const float step = __half2float(*reinterpret_cast<const half*>(means + S::D));
+#pragma unroll
+    for (int n = 0; n < B; n++) {
+      if (r == 0) mean_scores(n) = make_float2(sums[n][0] * step, sums[n][1] * step);
+    }
+    __syncwarp();
+  }
+
   // Scores of a slab: s[g][n] holds tokens 16 g + 2r (+ 1) and columns 2c (+ 1).
   SKV_DEVICE void slab_scores(const uint8_t* slab, float (&s)[2][B][4]) const {
     using Plane = KeyPlane<S::D, K::kWidth>;
     using Second = KeyPlane<S::D, 1>;
+    float means[B][2] = {};
+    if constexpr (S::KPerToken) {
+#pragma unroll
+      for (int n = 0; n < B; n++) {
+        const float2 both = mean_scores(n);
+        means[n][0] = both.x;
+        means[n][1] = both.y;
+      }
+    }
 #pragma unroll
     for (int g = 0; g < 2; g++) {
 #pragma unroll
       for (int n = 0; n < B; n++) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) s[g][n][e] = S::KPerToken ? 0 : start[n][0][e % 2];
+        for (int e = 0; e < 4; e++) s[g][n][e] = S::KPerToken ? means[n][e % 2] : start[n][0][e % 2];
       }
 #pragma unroll
       for (int m = 0; m < M; m++) {
@@ -315,9 +364,35 @@ struct Warp {
     }
   }
 
+  // Adds a slab's weights times the tile's means: 1152 + code in one half of the product, -1152 in the other.
+  SKV_DEVICE void add_means(const uint8_t* slab, const uint32_t (&p)[2][B][2]) {
+    const uint8_t* means = slab + S::kValueParameters + S::kScales;
+    const uint32_t step = *reinterpret_cast<const uint16_t*>(means + S::D) * 0x10001u;
+    uint32_t b[B][2];
+#pragma unroll
+    for (int n = 0; n < B; n++) {
+      b[n][0] = b[n][1] = multiplied(added(added(p[0][n][0], p[0][n][1]), added(p[1][n][0], p[1][n][1])), step);
+    }
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+      uint32_t bytes[2];
+      load8(means + 64 * m + 8 * r, bytes);
+#pragma unroll
+      for (int channel = 0; channel < 8; channel += 2) {
+        const uint32_t codes = bytes[channel / 4] ^ kFlipSigns, both = 0x5050 | channel % 4 * 0x0101u;
+        const uint32_t A[4] = {__byte_perm(codes, half_1024, both), __byte_perm(codes, half_1024, both + 0x0101),
+                               kMinus1152, kMinus1152};
+#pragma unroll
+        for (int n = 0; n < B; n++) mma(o[n][4 * m + channel / 2], A, b[n]);
+      }
+    }
+  }
+
   // A slab of a tile; `position` is its first token's.
   SKV_DEVICE void slab(const uint8_t* slab, bool starts_tile, int position) {
-    if constexpr (!S::KPerToken) {
+    if constexpr (S::KPerToken) {
+      if (a.key.means && starts_tile) fold_means(slab);
+    } else {
       if (starts_tile) fold(slab);
     }
     float s[2][B][4];
@@ -327,6 +402,9 @@ struct Warp {
     softmax(s, p, a.window > 0 && position <= last_query - a.window,
             [&](int token, int at) { return position + token <= at - a.window; });
     slab_values(slab, p);
+    if constexpr (!S::VPerChannel) {
+      if (a.value.means) add_means(slab, p);
+    }
   }
 
   // A piece of 32 exact rows: sinks, recent tokens and, from shared memory, new ones.
