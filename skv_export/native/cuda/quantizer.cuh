@@ -92,7 +92,7 @@ struct ChannelGrid {
 struct MeanGrid {
   half unit;
 
-  SKV_DEVICE explicit MeanGrid(float largest) : unit(__float2half_rn(saturated(__fdiv_rn(largest, 127.f)))) {}
+  SKV_DEVICE explicit MeanGrid(float largest) : unit() { unit = __float2half_rn(saturated(__fdiv_rn(largest, 127.f))); }
   SKV_DEVICE float code(float mean) const { return clamp(rintf(divide(mean, __half2float(unit))), -127.f, 127.f); }
 };
 
