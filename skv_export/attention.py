@@ -8,7 +8,7 @@ PyTorch what the exported graph computes in ONNX Runtime. ``SkvDecoder`` is that
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class LayerAttention:
         given: Attributes = {f.name: getattr(self.params, f.name) for f in dataclasses.fields(self.params)}
         given.update(do_rotary=int(self.params.do_rotary), rotary_interleaved=int(self.params.rotary_interleaved))
         given.update(layout_version=LAYOUT_VERSION)
-        for name in ("bits", "group_size", "granularity", "rotation"):
+        for name in ("bits", "group_size", "granularity", "rotation", "parameter_bits"):
             given.update({f"k_{name}": getattr(key, name), f"v_{name}": getattr(value, name)})
         for name in ("num_sink_tokens", "recent_tokens", "tile_tokens", "recent_type"):
             given[name] = getattr(key, name)
@@ -245,9 +245,9 @@ class AttentionCall:
     """One forward pass: transformers takes it as its cache, the hook finds the caches in it.
 
     Args:
-        configs: The recipe's options, layer by layer.
+        configs: The recipe's options, by layer.
         lengths: Of this call.
-        past_keys: uint8 ``[B, N_kv, rows, W]``, layer by layer.
+        past_keys: uint8 ``[B, N_kv, rows, W]``, in the order of ``configs``.
         past_values: The same.
     """
 
@@ -255,13 +255,13 @@ class AttentionCall:
 
     def __init__(
         self,
-        configs: Sequence[LayerConfig],
+        configs: Mapping[int, LayerConfig],
         lengths: Lengths,
         past_keys: Sequence[torch.Tensor],
         past_values: Sequence[torch.Tensor],
     ) -> None:
         self.configs, self.lengths = configs, lengths
-        self.past = list(zip(past_keys, past_values, strict=True))
+        self.past = dict(zip(configs, zip(past_keys, past_values, strict=True), strict=True))
         self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.layers: dict[int, LayerAttention] = {}
 
@@ -275,7 +275,7 @@ class AttentionCall:
         head_sink: torch.Tensor | None,
     ) -> torch.Tensor:
         """Runs the op for layer ``index`` and keeps what it returns; tensors as the hook gets them."""
-        if index in self.layers or index >= len(self.configs):
+        if index in self.layers or index not in self.configs:
             raise SkvError(
                 f"layer {index}: attention runs twice, or in a layer that num_hidden_layers does not count",
                 expected=f"once in each of {len(self.configs)} layers",
@@ -319,16 +319,23 @@ class SkvDecoder(torch.nn.Module):
 
     Args:
         model: A causal language model; its attention implementation is set to the hook.
-        configs: The recipe's options, layer by layer.
+        configs: The recipe's options, layer by layer; by index for a model that holds a few of its layers only.
         all_logits: Return the logits of every token instead of the last real one of each sequence.
 
     Raises:
         SkvError: The model's attention can't be replaced.
     """
 
-    def __init__(self, model: PreTrainedModel, configs: Sequence[LayerConfig], *, all_logits: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        configs: Sequence[LayerConfig] | Mapping[int, LayerConfig],
+        *,
+        all_logits: bool = False,
+    ) -> None:
         super().__init__()
-        self.model, self.configs, self.all_logits = model, tuple(configs), all_logits
+        self.model, self.all_logits = model, all_logits
+        self.configs = dict(configs) if isinstance(configs, Mapping) else dict(enumerate(configs))
         self._seen = _Seen()
         self._keep: torch.Tensor | None = None
         head: torch.nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -391,7 +398,7 @@ class SkvDecoder(torch.nn.Module):
         ).logits
         self._keep = None
         self._seen.layers = self._check(call)
-        present = [call.present[i] for i in range(len(self.configs))]
+        present = [call.present[i] for i in self.configs]
         return logits.float(), [p[0] for p in present], [p[1] for p in present]
 
     def _select(self, _module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
@@ -402,7 +409,7 @@ class SkvDecoder(torch.nn.Module):
         return (hidden.gather(1, self._keep[..., None].expand(-1, -1, hidden.shape[-1])), *args[1:])
 
     def _check(self, call: AttentionCall) -> tuple[LayerAttention, ...]:
-        missing = sorted(set(range(len(self.configs))) - set(call.layers))
+        missing = sorted(set(self.configs) - set(call.layers))
         if missing:
             raise SkvError(
                 f"{self.model.config.model_type}: layers without attention that the op replaces",
@@ -410,4 +417,4 @@ class SkvDecoder(torch.nn.Module):
                 expected=f"attention in each of {len(self.configs)} layers",
                 fix=_UNSUPPORTED,
             )
-        return tuple(call.layers[i] for i in range(len(self.configs)))
+        return tuple(call.layers[i] for i in self.configs)

@@ -165,7 +165,7 @@ def _ours(shape: AttentionShape, config: LayerConfig, threads: int) -> _Contende
         "layout_version": LAYOUT_VERSION,
     }
     for tensor, layout in zip("kv", layouts, strict=True):
-        for field in ("bits", "group_size", "granularity", "rotation"):
+        for field in ("bits", "group_size", "granularity", "rotation", "parameter_bits"):
             attributes[f"{tensor}_{field}"] = getattr(layout, field)
     for field in ("num_sink_tokens", "recent_tokens", "tile_tokens", "recent_type"):
         attributes[field] = getattr(config, field)

@@ -237,7 +237,7 @@ def attention_cases() -> tuple[Case, ...]:
 
 
 def token_channel_layouts() -> Iterator[CacheLayout]:
-    """The layouts of granularity ``token_channel``; by themselves, as CUDA does not have it."""
+    """The layouts of granularity ``token_channel``, as ``layout_cases``."""
     for head_dim, tile, bits, rotation in itertools.product(
         (64, 80, 96, 128, 256), TILE_TOKENS, BITS, ("none", "hadamard")
     ):
@@ -245,6 +245,45 @@ def token_channel_layouts() -> Iterator[CacheLayout]:
         for group in (g for g in (32, 64, 128) if padded % g == 0):
             for is_value in (False, True):
                 yield CacheLayout(head_dim, bits, "token_channel", rotation, group, 4, 32, tile, "float16", is_value)
+
+
+def byte_channel_layouts() -> Iterator[CacheLayout]:
+    """The layouts of granularity ``channel`` with parameters in 8 bits."""
+    for head_dim, tile, bits, rotation, is_value in itertools.product(
+        (64, 80, 96, 128, 256), TILE_TOKENS, BITS, ("none", "hadamard"), (False, True)
+    ):
+        yield CacheLayout(head_dim, bits, "channel", rotation, 32, 4, 32, tile, "float16", is_value, parameter_bits=8)
+
+
+def byte_channel_cases() -> tuple[Case, ...]:
+    """Cases of the whole op with granularity ``channel`` and parameters in 8 bits."""
+    keys = LayerConfig(k_parameter_bits=8, num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
+    both = dataclasses.replace(keys, v_granularity="channel", v_rotation="none", v_parameter_bits=8)
+    cases = [
+        Case("byte channels, keys", keys),
+        Case("byte channels, both", both),
+        Case("byte channels, the default form", LayerConfig(k_parameter_bits=8), past_lengths=(300,)),
+        Case(
+            "byte channels, values alone", dataclasses.replace(both, k_parameter_bits=16), num_heads=9, kv_num_heads=3
+        ),
+        Case("byte channels, keys rotated", dataclasses.replace(both, k_rotation="hadamard")),
+        Case("byte channels, keys around the mean", dataclasses.replace(both, k_granularity="token_channel")),
+        Case("byte channels, head_dim 80, padded", both, head_dim=80),
+        Case("byte channels, head_dim 96", both, head_dim=96),
+        Case("byte channels, head_dim 128", both, head_dim=128),
+        Case("byte channels, head_dim 256", both, head_dim=256, num_heads=2, kv_num_heads=1),
+        Case("byte channels, tile 128", dataclasses.replace(both, tile_tokens=128), past_lengths=(500,)),
+        Case("byte channels, ragged batch", both, past_lengths=(200, 3, 68)),
+        Case("byte channels, chunk over three tiles", both, new_tokens=100, past_lengths=(130,)),
+        Case("byte channels, sliding window, ring wrapped", both, past_lengths=(500,), local_window_size=70),
+        Case("byte channels, softcap", both, softcap=20.0),
+        Case("byte channels, float16", both, dtype="float16"),
+    ]
+    cases += [
+        Case(f"byte channels K{k}V{v}", dataclasses.replace(both, k_bits=k, v_bits=v))
+        for k, v in ((1, 1), (2, 2), (3, 3), (5, 4), (6, 8), (8, 5), (16, 2), (2, 16))
+    ]
+    return tuple(cases)
 
 
 def token_channel_cases() -> tuple[Case, ...]:

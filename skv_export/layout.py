@@ -23,6 +23,8 @@ from skv_export.recipe import LayerConfig
 LAYOUT_VERSION = 1
 CHANNEL_MULTIPLE = 32
 """head_dim is rounded up to a multiple of this in the cache; the added channels are zero."""
+UNIT_CHANNELS = 32
+"""Channels whose scales and offsets have common units, where these have 8 bits."""
 WIDTH_MULTIPLE = 16
 """Blocks, planes and parameters start on a boundary of this many bytes."""
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
@@ -53,9 +55,10 @@ class CacheLayout:
         recent_type: Number format of the full-precision rows.
         is_value: Values are packed along tokens, keys along channels.
         local_window_size: Tokens a query sees, itself included; 0 = all. Then the tiles are a ring.
+        parameter_bits: Bits of each scale and offset: 16, or with ``channel`` 8.
 
     Raises:
-        SkvError: ``group_size`` does not divide ``padded_dim``, or a size is out of range.
+        SkvError: ``group_size`` does not divide ``padded_dim``, or a number is out of range.
     """
 
     head_dim: int
@@ -69,6 +72,7 @@ class CacheLayout:
     recent_type: str
     is_value: bool
     local_window_size: int = 0
+    parameter_bits: int = 16
 
     def __post_init__(self) -> None:
         tensor = "value" if self.is_value else "key"
@@ -81,6 +85,12 @@ class CacheLayout:
                 got=self.group_size,
                 expected=" or ".join(map(str, sizes)),
                 fix=f"Set --{tensor[0]}-group-size to one of these, or leave it out.",
+            )
+        if self.parameter_bits != 16 and (self.parameter_bits != 8 or self.granularity != "channel"):
+            raise SkvError(
+                f"{tensor} cache: parameter_bits with granularity {self.granularity}",
+                got=self.parameter_bits,
+                expected="16 or 8" if self.granularity == "channel" else 16,
             )
 
     @classmethod
@@ -102,6 +112,7 @@ class CacheLayout:
             rotation=config.k_rotation,
             group_size=config.k_group_size or default_group,
             is_value=False,
+            parameter_bits=config.k_parameter_bits if config.k_granularity == "channel" else 16,
             **common,
         )
         value = cls(
@@ -110,6 +121,7 @@ class CacheLayout:
             rotation=config.v_rotation,
             group_size=config.v_group_size or default_group,
             is_value=True,
+            parameter_bits=config.v_parameter_bits if config.v_granularity == "channel" else 16,
             **common,
         )
         return key, value
@@ -149,9 +161,14 @@ class CacheLayout:
         if self.bits == 16:
             return 0
         if self.granularity == "channel":
-            return 2 * 2 * self.padded_dim
+            return 2 * self.padded_dim + (self.unit_bytes if self.parameter_bits == 8 else 2 * self.padded_dim)
         means = self.padded_dim + WIDTH_MULTIPLE if self.granularity == "token_channel" else 0
         return 2 * self.num_groups * self.tile_tokens + means
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of the bfloat16 units of scales and offsets in 8 bits, two for each 32 channels."""
+        return -(-4 * self.padded_dim // UNIT_CHANNELS // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
     @property
     def tile_bytes(self) -> int:
@@ -254,13 +271,13 @@ class CacheLayout:
 
     # Codes and parameters of a tile.
 
-    def pack_tile(self, codes: Bytes, scale: Half, offset: Half | Bytes | None) -> Bytes:
+    def pack_tile(self, codes: Bytes, scale: Half | Bytes, offset: Half | Bytes | None) -> Bytes:
         """Packs one or more tiles.
 
         Args:
             codes: ``[..., T, D]``, unpacked integers.
-            scale: ``channel``: ``[..., D]``; else ``[..., D/g, T]``.
-            offset: ``channel``: ``[..., D]``; ``token``: None; ``token_channel``: ``pack_means``.
+            scale: ``channel``: ``[..., D]``, in 8 bits ``pack_channels`` with the offsets; else ``[..., D/g, T]``.
+            offset: ``channel``: ``[..., D]``, in 8 bits None; ``token``: None; ``token_channel``: ``pack_means``.
 
         Returns:
             ``[..., tile_bytes]``.
@@ -270,7 +287,7 @@ class CacheLayout:
         lead = codes.shape[:-2]
         return np.concatenate([p.reshape(*lead, -1) for p in parts], axis=-1)
 
-    def unpack_tile(self, tile: Bytes) -> tuple[Bytes, Half, Half | Bytes | None]:
+    def unpack_tile(self, tile: Bytes) -> tuple[Bytes, Half | Bytes, Half | Bytes | None]:
         """Inverse of ``pack_tile``."""
         codes = np.zeros((*tile.shape[:-1], self.tile_tokens, self.padded_dim), np.uint8)
         start = 0
@@ -278,6 +295,8 @@ class CacheLayout:
             end = start + self.tile_tokens * self.padded_dim * width // 8
             codes |= self._unpack_plane(tile[..., start:end], width) << np.uint8(shift)
             start = end
+        if self.parameter_bits == 8:
+            return codes, tile[..., start : self.tile_bytes], None
         if self.granularity == "channel":
             parameters = np.ascontiguousarray(tile[..., start : self.tile_bytes]).view("<f2")
             return codes, parameters[..., : self.padded_dim], parameters[..., self.padded_dim :]
@@ -285,6 +304,32 @@ class CacheLayout:
         scale = np.ascontiguousarray(tile[..., start:means]).view("<f2")
         scale = scale.reshape(*tile.shape[:-1], self.num_groups, self.tile_tokens)
         return codes, scale, tile[..., means : self.tile_bytes] if self.granularity == "token_channel" else None
+
+    def pack_channels(self, scale: Bytes, offset: NDArray[np.int8], units: NDArray[np.float32]) -> Bytes:
+        """Bytes of scales and offsets in 8 bits, each ``code * unit``.
+
+        Args:
+            scale: ``[..., D]``.
+            offset: ``[..., D]``.
+            units: ``[..., 2, D/32]``, of the scales and of the offsets; exact in bfloat16.
+
+        Returns:
+            ``[..., parameter_bytes]``: scale ``[D]``, offset ``[D]``, bfloat16 units ``[2][D/32]``, zeros.
+        """
+        d, lead = self.padded_dim, scale.shape[:-1]
+        packed = np.zeros((*lead, self.parameter_bytes), np.uint8)
+        packed[..., :d], packed[..., d : 2 * d] = scale, offset.view(np.uint8)
+        held = _bytes(units.astype(ml_dtypes.bfloat16).view(np.uint16)).reshape(*lead, -1)
+        packed[..., 2 * d : 2 * d + held.shape[-1]] = held
+        return packed
+
+    def unpack_channels(self, packed: Bytes) -> tuple[Bytes, NDArray[np.int8], NDArray[np.float32]]:
+        """Inverse of ``pack_channels``."""
+        d = self.padded_dim
+        held = np.ascontiguousarray(packed[..., 2 * d : 2 * d + 4 * d // UNIT_CHANNELS])
+        units = held.view("<u2").astype(np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
+        offset = np.ascontiguousarray(packed[..., d : 2 * d]).view(np.int8)
+        return packed[..., :d], offset, units.reshape(*packed.shape[:-1], 2, d // UNIT_CHANNELS)
 
     def pack_means(self, codes: NDArray[np.int8], unit: Half) -> Bytes:
         """Bytes ``[..., D + 16]`` of means ``codes * unit``: int8 ``[..., D]``, float16 ``[...]``, zeros."""

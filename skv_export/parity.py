@@ -161,7 +161,7 @@ def layer_config(layer: LayerCache) -> LayerConfig:
     """The options that make a layer's layouts."""
     values: dict[str, Any] = {}
     for letter, layout in (("k", layer.key), ("v", layer.value)):
-        for name in ("bits", "granularity", "rotation", "group_size"):
+        for name in ("bits", "granularity", "rotation", "group_size", "parameter_bits"):
             values[f"{letter}_{name}"] = getattr(layout, name)
     for name in ("num_sink_tokens", "recent_tokens", "tile_tokens", "recent_type"):
         values[name] = getattr(layer.key, name)

@@ -19,6 +19,7 @@ BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 """Bit widths of keys and of values; 16 leaves a tensor unquantized."""
 GRANULARITIES = ("channel", "token", "token_channel")
 ROTATIONS = ("none", "hadamard")
+PARAMETER_BITS = (16, 8)
 TILE_TOKENS = (32, 64, 128)
 RECENT_TYPES = ("float16", "float", "bfloat16")
 DTYPES = ("fp32", "fp16", "bf16")
@@ -31,6 +32,8 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "v_granularity": GRANULARITIES,
     "k_rotation": ROTATIONS,
     "v_rotation": ROTATIONS,
+    "k_parameter_bits": PARAMETER_BITS,
+    "v_parameter_bits": PARAMETER_BITS,
     "tile_tokens": TILE_TOKENS,
     "recent_type": RECENT_TYPES,
     "dtype": DTYPES,
@@ -58,6 +61,8 @@ class LayerConfig:
         v_rotation: ``none`` or ``hadamard``, on values; the output is rotated back.
         k_group_size: Channels that share a scale, not with ``channel``; 0 = 64 if that divides D, else 32.
         v_group_size: The same for values.
+        k_parameter_bits: Bits of each scale and offset of ``channel``: 16 or 8; the other granularities have no choice.
+        v_parameter_bits: The same for values.
         num_sink_tokens: First tokens kept in full precision.
         recent_tokens: Last tokens kept in full precision, at least.
         tile_tokens: Tokens quantized together.
@@ -72,6 +77,8 @@ class LayerConfig:
     v_rotation: str = "hadamard"
     k_group_size: int = 0
     v_group_size: int = 0
+    k_parameter_bits: int = 16
+    v_parameter_bits: int = 16
     num_sink_tokens: int = 4
     recent_tokens: int = 64
     tile_tokens: int = 64

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from skv_export.errors import SkvError
-from skv_export.layout import Bytes, CacheLayout, Half
+from skv_export.layout import UNIT_CHANNELS, Bytes, CacheLayout, Half
 
 Float = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -57,7 +58,13 @@ def to_half(x: Float) -> Half:
     return np.clip(x, -_HALF_MAX, _HALF_MAX).astype(np.float16)
 
 
-def quantize(layout: CacheLayout, x: Float) -> tuple[Bytes, Half, Half | Bytes | None]:
+def _to_bfloat(x: Float) -> Float:
+    """Rounds to bfloat16, to nearest even."""
+    rounded: Float = x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    return rounded
+
+
+def quantize(layout: CacheLayout, x: Float) -> tuple[Bytes, Half | Bytes, Half | Bytes | None]:
     """Quantizes tiles.
 
     Args:
@@ -68,7 +75,7 @@ def quantize(layout: CacheLayout, x: Float) -> tuple[Bytes, Half, Half | Bytes |
         codes ``[..., T, D]``, scale and offset as ``CacheLayout.pack_tile`` takes them.
     """
     if layout.granularity == "channel":
-        return _quantize_channel(x, layout.bits)
+        return _quantize_channel(layout, x)
     means = None
     if layout.granularity == "token_channel":
         means = _means(layout, x)
@@ -78,11 +85,11 @@ def quantize(layout: CacheLayout, x: Float) -> tuple[Bytes, Half, Half | Bytes |
     return codes.reshape(x.shape), scale.swapaxes(-1, -2), means
 
 
-def dequantize(layout: CacheLayout, codes: Bytes, scale: Half, offset: Half | Bytes | None) -> Float:
+def dequantize(layout: CacheLayout, codes: Bytes, scale: Half | Bytes, offset: Half | Bytes | None) -> Float:
     """Inverse of ``quantize`` up to its error: float32 ``[..., T, D]``."""
     if layout.granularity == "channel":
-        assert offset is not None
-        return codes * scale.astype(np.float32)[..., None, :] + offset.astype(np.float32)[..., None, :]
+        per_channel, start = _stored_channels(layout, scale, offset)
+        return codes * per_channel[..., None, :] + start[..., None, :]
     per_channel = np.repeat(scale.astype(np.float32).swapaxes(-1, -2), layout.group_size, axis=-1)
     x: Float = (codes - np.float32((2**layout.bits - 1) / 2)) * per_channel
     return x if offset is None else x + _stored_means(layout, offset.view(np.uint8))
@@ -102,14 +109,49 @@ def _stored_means(layout: CacheLayout, means: Bytes) -> Float:
     return (codes * unit.astype(np.float32)[..., None])[..., None, :]
 
 
-def _quantize_channel(x: Float, bits: int) -> tuple[Bytes, Half, Half]:
+def _quantize_channel(layout: CacheLayout, x: Float) -> tuple[Bytes, Half | Bytes, Half | None]:
     """Asymmetric min-max over the tile's tokens, per channel; codes from the stored scale and offset."""
-    levels = np.float32(2**bits - 1)
-    low, high = x.min(axis=-2) + np.float32(0), x.max(axis=-2)  # a minimum of -0 and 0 is 0
-    offset, scale = to_half(low), to_half((high - low) / levels)
-    scale32, offset32 = scale.astype(np.float32)[..., None, :], offset.astype(np.float32)[..., None, :]
-    codes = np.rint(_divide(x - offset32, scale32))
+    levels = np.float32(2**layout.bits - 1)
+    low, high = x.min(axis=-2) + np.float32(0), x.max(axis=-2) + np.float32(0)  # of -0 and 0 both are 0
+    scale: Half | Bytes = to_half((high - low) / levels)
+    offset: Half | None = to_half(low)
+    if layout.parameter_bits == 8:
+        scale, offset = _channels_in_bytes(layout, low, high, levels), None
+    per_channel, start = _stored_channels(layout, scale, offset)
+    codes = np.rint(_divide(x - start[..., None, :], per_channel[..., None, :]))
     return np.clip(codes, 0, levels).astype(np.uint8), scale, offset
+
+
+def _channels_in_bytes(layout: CacheLayout, low: Float, high: Float, levels: np.float32) -> Bytes:
+    """Scales and offsets of channels ``[..., D]`` in 8 bits, ``code * unit``, as ``pack_channels`` gives them.
+
+    Offsets are rounded down and scales up: nothing is clipped. Each 32 channels have units of their own, as one channel
+    with a large constant (a bias) would coarsen the offsets of all; the units are bfloat16, whose exponent reaches to
+    255 times less than the smallest scale.
+    """
+
+    def in_units(numbers: Float, largest_code: int) -> tuple[Float, Float]:
+        groups = numbers.reshape(*numbers.shape[:-1], -1, UNIT_CHANNELS)
+        unit = _to_bfloat(np.abs(groups).max(axis=-1) / np.float32(largest_code))
+        return _divide(groups, unit[..., None]).reshape(numbers.shape), unit
+
+    offset, offset_unit = in_units(low, 127)
+    offset = np.clip(np.floor(offset), -128, 127)
+    start = offset * np.repeat(offset_unit, UNIT_CHANNELS, axis=-1)
+    scale, scale_unit = in_units(np.maximum(high - start, np.float32(0)) / levels, 255)
+    scale = np.clip(np.ceil(scale), 0, 255)
+    units = np.stack([scale_unit, offset_unit], axis=-2)
+    return layout.pack_channels(scale.astype(np.uint8), offset.astype(np.int8), units)
+
+
+def _stored_channels(layout: CacheLayout, scale: Half | Bytes, offset: Half | Bytes | None) -> tuple[Float, Float]:
+    """Scales and offsets ``[..., D]`` as they are read back."""
+    if layout.parameter_bits == 8:
+        scale_codes, offset_codes, units = layout.unpack_channels(scale.view(np.uint8))
+        per_channel = np.repeat(units, UNIT_CHANNELS, axis=-1)
+        return scale_codes * per_channel[..., 0, :], offset_codes * per_channel[..., 1, :]
+    assert offset is not None
+    return scale.astype(np.float32), offset.astype(np.float32)
 
 
 def _quantize_midrise(x: Float, bits: int) -> tuple[Bytes, Half]:

@@ -17,7 +17,14 @@ import native
 import numpy as np
 import pytest
 
-from skv_export.cases import Case, attention_cases, expected_of, make_inputs
+from skv_export.cases import (
+    Case,
+    attention_cases,
+    byte_channel_cases,
+    expected_of,
+    make_inputs,
+    token_channel_cases,
+)
 from skv_export.library import SkvAttention, library_path
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +46,8 @@ def test_kernels_of_this_processor(isa: str) -> None:
     )
     if chosen.stdout.strip() != isa:
         pytest.skip(f"{isa}: not supported by this processor (it has {chosen.stdout.strip()})")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_native.py"]
+    files = ["test_native.py", "test_byte_channels.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(f"tests/{f}" for f in files)]
     command += ["-k", "attention or append or any or threads or long or dequantize or golden"]
     result = subprocess.run(command, env=forced(isa), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
@@ -156,6 +164,7 @@ def test_neon_kernels_under_emulation(tmp_path: Path) -> None:
     for command in (configure, ["cmake", "--build", str(build), "--parallel", "2"]):
         subprocess.run(command, check=True, capture_output=True)
     cases = [c for c in attention_cases() if any(word in c.name for word in EMULATED) and "prompt" not in c.name]
+    cases += [*token_channel_cases()[:8], *byte_channel_cases()[:8]]
     assert len(cases) > 70
     command = [qemu, "-cpu", "max", "-L", "/usr/aarch64-linux-gnu"]
     assert replay(command, compiler, build / "libskv_ops.so", tmp_path, cases) == "neon"

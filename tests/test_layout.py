@@ -20,10 +20,12 @@ unhurried = settings(deadline=None)
 def layouts(draw: st.DrawFn, *, bits: tuple[int, ...] = BITS, windows: bool = True) -> CacheLayout:
     head_dim = draw(st.integers(1, 200))
     padded = -(-head_dim // 32) * 32
+    granularity, parameter_bits = draw(st.sampled_from((("channel", 16), ("channel", 8), ("token", 16))))
     return CacheLayout(
         head_dim=head_dim,
         bits=draw(st.sampled_from(bits)),
-        granularity=draw(st.sampled_from(("channel", "token"))),
+        granularity=granularity,
+        parameter_bits=parameter_bits,
         rotation=draw(st.sampled_from(("none", "hadamard"))),
         group_size=draw(st.sampled_from([g for g in (32, 64, 96, 128) if padded % g == 0])),
         num_sink_tokens=draw(st.integers(0, 9)),
@@ -70,7 +72,9 @@ def test_every_token_has_one_place(layout: CacheLayout, length: int) -> None:
 def test_packing_loses_nothing(layout: CacheLayout, seed: int) -> None:
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 2**layout.bits, (2, layout.tile_tokens, layout.padded_dim), np.uint8)
-    if layout.granularity == "channel":
+    if layout.parameter_bits == 8:
+        parameters = [rng.integers(0, 256, (2, layout.parameter_bytes), np.uint8)]
+    elif layout.granularity == "channel":
         parameters = [rng.standard_normal((2, layout.padded_dim)).astype(np.float16) for _ in range(2)]
     else:
         parameters = [rng.standard_normal((2, layout.num_groups, layout.tile_tokens)).astype(np.float16)]
@@ -162,5 +166,7 @@ def test_a_block_of_a_wrong_size_is_refused() -> None:
             layout.tiles_in(size)
     with pytest.raises(SkvError, match="padded head_dim 96 is no multiple of the group size; got 64"):
         CacheLayout(80, 4, "token", "none", 64, 4, 64, 64, "float16", False)
+    with pytest.raises(SkvError, match="value cache: parameter_bits with granularity token; got 8; expected 16"):
+        CacheLayout(64, 4, "token", "none", 64, 4, 64, 64, "float16", True, parameter_bits=8)
     with pytest.raises(SkvError, match="head_dim; got 2000"):
         CacheLayout(2000, 4, "token", "none", 32, 4, 64, 64, "float16", False)

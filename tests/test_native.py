@@ -184,6 +184,8 @@ def golden_cases() -> dict[str, tuple[CacheLayout, np.ndarray]]:
         "token_k": {"k_granularity": "token", "k_rotation": "hadamard", "k_group_size": 32},
         "channel_v": {"v_granularity": "channel", "v_rotation": "none", "v_bits": 6},
         "k16v16": {"k_bits": 16, "v_bits": 16},
+        "byte_channels": {"k_parameter_bits": 8, "v_granularity": "channel", "v_parameter_bits": 8},
+        "token_channel": {"k_granularity": "token_channel", "k_rotation": "hadamard", "v_granularity": "token_channel"},
     }.items():
         for layout in CacheLayout.pair(dataclasses.replace(SMALL, **change), 32):  # type: ignore[arg-type]
             index = np.arange(1 * 101 * 32).reshape(1, 101, 32)

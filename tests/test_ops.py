@@ -15,7 +15,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from skv_export.cases import Case, attention_cases, make_inputs, token_channel_cases
+from skv_export.cases import Case, attention_cases, byte_channel_cases, make_inputs, token_channel_cases
 from skv_export.layout import CacheLayout
 from skv_export.library import library_path
 from skv_export.recipe import LayerConfig
@@ -45,7 +45,7 @@ def attributes_of(params: AttentionParams, layouts: tuple[CacheLayout, CacheLayo
         "layout_version": 1,
         **{f"{t}_{name}": getattr(layout, name)
            for t, layout in (("k", key), ("v", value))
-           for name in ("bits", "group_size", "granularity", "rotation")},
+           for name in ("bits", "group_size", "granularity", "rotation", "parameter_bits")},
         **{name: getattr(key, name) for name in ("num_sink_tokens", "recent_tokens", "tile_tokens", "recent_type")},
     }  # fmt: skip
 
@@ -107,7 +107,9 @@ def assert_same(got: list[np.ndarray], expected: list[np.ndarray], tolerance: fl
         assert np.array_equal(cache, reference), f"{name}: {np.count_nonzero(cache != reference)} bytes differ"
 
 
-@pytest.mark.parametrize("case", [*attention_cases(), *token_channel_cases()], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [*attention_cases(), *token_channel_cases(), *byte_channel_cases()], ids=lambda c: c.name
+)
 def test_case_equals_the_reference(case: Case) -> None:
     arrays = arrays_of(case)
     got = run(arrays, attributes_of(case.params, case.layouts))
@@ -398,6 +400,9 @@ BAD_ATTRIBUTES: list[tuple[dict[str, Any], str]] = [
     ({"num_sink_tokens": "4"}, NODE + "num_sink_tokens; got a string; expected an integer"),
     ({"k_granularity": "group"}, NODE + "k_granularity; got 'group'; expected channel or token or token_channel"),
     ({"v_granularity": 1}, NODE + "v_granularity; got an integer; expected a string"),
+    ({"k_parameter_bits": 12}, NODE + "k_parameter_bits; got 12; expected 16, or 8 with granularity channel"),
+    ({"k_granularity": "token", "k_parameter_bits": 8}, NODE + "k_parameter_bits; got 8; expected 16, or 8 with"),
+    ({"v_parameter_bits": 4}, NODE + "v_parameter_bits; got 4; expected 8 ... 16"),
     ({"v_rotation": "dct"}, NODE + "v_rotation; got 'dct'; expected none or hadamard"),
     ({"recent_type": "float8"}, NODE + "recent_type; got 'float8'; expected float16 or float or bfloat16"),
     ({"tile_tokens": 48}, NODE + "tile_tokens; got 48; expected 32 or 64 or 128"),

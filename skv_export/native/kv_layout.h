@@ -29,10 +29,11 @@ typedef struct SkvLayout {
   int32_t recent_type;  // SkvType
   int32_t is_value;
   int32_t local_window_size;
+  int32_t parameter_bits;  // of each scale and offset: 16, or with SKV_CHANNEL 8
 } SkvLayout;
 
 #ifdef __cplusplus
-static_assert(sizeof(SkvLayout) == 44, "SkvLayout is read through ctypes: keep it and layout.py in step");
+static_assert(sizeof(SkvLayout) == 48, "SkvLayout is read through ctypes: keep it and layout.py in step");
 
 namespace skv {
 
@@ -45,9 +46,14 @@ SKV_HD int64_t row_bytes(const SkvLayout& l) { return int64_t{padded_dim(l)} * t
 SKV_HD int64_t code_bytes(const SkvLayout& l) {
   return l.bits == 16 ? l.tile_tokens * row_bytes(l) : int64_t{l.tile_tokens} * padded_dim(l) * l.bits / 8;
 }
+// Scales and offsets in 8 bits: uint8 [D], int8 [D], then bfloat16 units [2][D/32], of the scales and of the offsets,
+// each for 32 channels; what these units take, zeros included.
+SKV_HD int unit_bytes(const SkvLayout& l) { return (padded_dim(l) / 8 + 15) / 16 * 16; }
 SKV_HD int64_t parameter_bytes(const SkvLayout& l) {
   if (l.bits == 16) return 0;
-  if (l.granularity == SKV_CHANNEL) return int64_t{4} * padded_dim(l);
+  if (l.granularity == SKV_CHANNEL) {
+    return 2 * padded_dim(l) + (l.parameter_bits == 8 ? unit_bytes(l) : 2 * padded_dim(l));
+  }
   const int means = l.granularity == SKV_TOKEN_CHANNEL ? padded_dim(l) + 16 : 0;
   return int64_t{2} * num_groups(l) * l.tile_tokens + means;
 }

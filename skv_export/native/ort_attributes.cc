@@ -125,6 +125,12 @@ SkvLayout read_layout(const Reader& reader, bool is_value) {
                   {{"channel", SKV_CHANNEL}, {"token", SKV_TOKEN}, {"token_channel", SKV_TOKEN_CHANNEL}});
   layout.rotation = reader.text(name("k_rotation", "v_rotation"), name("none", "hadamard"),
                                 {{"none", SKV_ROTATION_NONE}, {"hadamard", SKV_HADAMARD}});
+  const char* bits = name("k_parameter_bits", "v_parameter_bits");
+  layout.parameter_bits = reader.integer(bits, 16, 8, 16);
+  const bool bytes = layout.parameter_bits == 8 && layout.granularity == SKV_CHANNEL;
+  if (!bytes && layout.parameter_bits != 16) {
+    reader.bad(bits, std::to_string(layout.parameter_bits), "16, or 8 with granularity channel");
+  }
   layout.group_size = reader.integer(name("k_group_size", "v_group_size"), 0, 0, kMaxHeadDim);
   layout.num_sink_tokens = reader.integer("num_sink_tokens", 4, 0, kMaxKeptTokens);
   layout.recent_tokens = reader.integer("recent_tokens", 64, 0, kMaxKeptTokens);

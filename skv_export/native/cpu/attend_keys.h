@@ -62,14 +62,14 @@ void Attend::quantize_queries_by_group() {
 // scale is made up for at the middle code: its sum enters the constant exactly.
 void Attend::fold_channel_scales(const uint8_t* tile) {
   const F middle = Simd::set(static_cast<float>((1 << k_.bits) - 1) / 2);
-  const uint8_t *scales = tile + k_.parameters, *offsets = scales + 2 * dim_;
+  load_channels(k_, tile, key_scale_, key_offset_);
   for (int m = 0; m < rows_; m++) {
     const float* query = job_.queries + static_cast<int64_t>(m) * dim_;
     for (int s = 0; s < dim_ / section_; s++) {
       F constant = Simd::set(0), sum;
       for (int d = s * section_; d < (s + 1) * section_; d += kLanes) {
-        const F q = Simd::load(query + d), folded = q * Simd::load_half(scales + 2 * d);
-        constant = Simd::fma(q, Simd::load_half(offsets + 2 * d), constant);
+        const F q = Simd::load(query + d), folded = q * Simd::load(key_scale_ + d);
+        constant = Simd::fma(q, Simd::load(key_offset_ + d), constant);
         constant = Simd::fma(folded, middle, constant);
         Simd::store(work_ + d, folded);
       }

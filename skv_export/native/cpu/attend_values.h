@@ -58,8 +58,7 @@ void Attend::weigh(const uint8_t* tile) {
 
 void Attend::load_channel_parameters(const uint8_t* tile) {
   alignas(64) float offsets[kMaxDim];
-  load_row(SKV_FLOAT16, tile + v_.parameters, work_, dim_);
-  load_row(SKV_FLOAT16, tile + v_.parameters + 2 * dim_, offsets, dim_);
+  load_channels(v_, tile, work_, offsets);
   for (int p = 0; p < v_.num_planes; p++) {
     const int fields = 8 / v_.planes[p].width, positions = dim_ / fields;
     for (int k = 0; k < positions; k++) {

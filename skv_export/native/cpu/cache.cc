@@ -55,6 +55,7 @@ TileShape make_shape(const SkvLayout& l) {
   s.rotation_dim = rotation_dim(l);
   s.bits = l.bits;
   s.channel = l.granularity == SKV_CHANNEL;
+  s.byte_channels = s.channel && l.parameter_bits == 8;
   s.group_size = s.channel ? s.dim : l.group_size;
   s.tile_tokens = l.tile_tokens;
   s.row_type = l.recent_type;

@@ -106,7 +106,12 @@ int check_layout(const SkvLayout& l, const char* tensor) {
   }
   if (int status = check_range(tensor, "recent_type", l.recent_type, SKV_FLOAT16, SKV_BFLOAT16)) return status;
   if (int status = check_range(tensor, "is_value", l.is_value, 0, 1)) return status;
-  return check_range(tensor, "local_window_size", l.local_window_size, 0, INT32_MAX - kMaxRunTokens);
+  if (int status = check_range(tensor, "local_window_size", l.local_window_size, 0, INT32_MAX - kMaxRunTokens)) {
+    return status;
+  }
+  if (l.parameter_bits == 16 || (l.parameter_bits == 8 && l.granularity == SKV_CHANNEL)) return SKV_OK;
+  return fail(SKV_INVALID_ARGUMENT, "%s cache: parameter_bits; got %d; expected 16%s", tensor, l.parameter_bits,
+              l.granularity == SKV_CHANNEL ? " or 8" : " (8 only with SKV_CHANNEL)");
 }
 
 int check_cache(const SkvCache& cache, const char* tensor) {

@@ -18,6 +18,7 @@ struct TileShape {
   int32_t tile_tokens;  // T
   int32_t row_type;     // SkvType of full-precision rows
   bool channel;         // scale and offset per channel; else a scale per token and group
+  bool byte_channels;   // these in 8 bits
   bool is_value;
   int32_t num_planes;
   struct Plane {

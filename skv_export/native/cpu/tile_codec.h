@@ -304,6 +304,64 @@ void unpack_strip(const TileShape& s, const uint8_t* tile, int first, uint8_t* c
 
 // Tiles.
 
+// Numbers in 8 bits as they are read back: code * unit, a bfloat16 unit for each 32 channels.
+template <class Code>
+void load_byte_parameters(const uint8_t* codes, const uint8_t* units, int dim, float* out) {
+  for (int first = 0; first < dim; first += 32) {
+    const float unit = bits_to_float(uint32_t{load16(units, first / 32)} << 16);
+    for (int d = first; d < first + 32; d++) out[d] = static_cast<float>(static_cast<Code>(codes[d])) * unit;
+  }
+}
+
+// Scales [D] and offsets [D] of a tile's channels.
+void load_channels(const TileShape& s, const uint8_t* tile, float* scale, float* offset) {
+  const uint8_t *parameters = tile + s.parameters, *units = parameters + 2 * s.dim;
+  if (s.byte_channels) {
+    load_byte_parameters<uint8_t>(parameters, units, s.dim, scale);
+    load_byte_parameters<int8_t>(parameters + s.dim, units + s.dim / 16, s.dim, offset);
+  } else {
+    load_row(SKV_FLOAT16, parameters, scale, s.dim);
+    load_row(SKV_FLOAT16, parameters + 2 * s.dim, offset, s.dim);
+  }
+}
+
+// Numbers [D] in 8 bits (reference: _channels_in_bytes): unsigned codes are rounded up, signed ones down.
+template <class Code>
+void store_byte_parameters(const float* numbers, int dim, uint8_t* codes, uint8_t* units) {
+  constexpr bool kSigned = static_cast<Code>(-1) < 0;
+  constexpr float kLow = kSigned ? -128.0f : 0.0f, kHigh = kSigned ? 127.0f : 255.0f;
+  for (int first = 0; first < dim; first += 32) {
+    float largest = 0;
+    for (int d = first; d < first + 32; d++) {
+      const float size = numbers[d] < 0.0f ? -numbers[d] : numbers[d];
+      largest = size > largest ? size : largest;
+    }
+    const uint16_t stored_unit = float_to_bfloat(largest / kHigh);
+    const float unit = bits_to_float(uint32_t{stored_unit} << 16);
+    store16(units, first / 32, stored_unit);
+    for (int d = first; d < first + 32; d++) {
+      const float quotient = divide(numbers[d], unit);
+      const float code = kSigned ? __builtin_floorf(quotient) : __builtin_ceilf(quotient);
+      codes[d] = static_cast<uint8_t>(static_cast<Code>(code < kLow ? kLow : code > kHigh ? kHigh : code));
+    }
+  }
+}
+
+// From the smallest and largest numbers [D] of the channels; overwrites `high`.
+void encode_byte_channels(const TileShape& s, const float* low, float* high, float levels, uint8_t* tile) {
+  uint8_t *scales = tile + s.parameters, *offsets = scales + s.dim, *units = offsets + s.dim;
+  const int held = s.dim / 8;  // of the units' bytes
+  memset(units + held, 0, static_cast<size_t>((held + 15) / 16 * 16 - held));
+  float start[skv::kMaxDim];
+  store_byte_parameters<int8_t>(low, s.dim, offsets, units + s.dim / 16);
+  load_byte_parameters<int8_t>(offsets, units + s.dim / 16, s.dim, start);
+  for (int d = 0; d < s.dim; d++) {
+    const float range = high[d] - start[d];
+    high[d] = (range > 0.0f ? range : 0.0f) / levels;
+  }
+  store_byte_parameters<uint8_t>(high, s.dim, scales, units);
+}
+
 void encode_channel_parameters(const TileShape& s, const float* content, float* scale, float* offset, uint8_t* tile) {
   const float levels = static_cast<float>((1 << s.bits) - 1);
   float low[skv::kMaxDim], high[skv::kMaxDim];
@@ -318,13 +376,18 @@ void encode_channel_parameters(const TileShape& s, const float* content, float* 
   }
   uint8_t* parameters = tile + s.parameters;
   for (int d = 0; d < s.dim; d++) {
-    const uint16_t stored_scale = float_to_half((high[d] - low[d]) / levels);
-    const uint16_t stored_offset = float_to_half(low[d] + 0.0f);  // a minimum of -0 and 0 is 0
-    store16(parameters, d, stored_scale);
-    store16(parameters, s.dim + d, stored_offset);
-    scale[d] = half_to_float(stored_scale);
-    offset[d] = half_to_float(stored_offset);
+    low[d] += 0.0f;  // of -0 and 0 both are 0
+    high[d] += 0.0f;
   }
+  if (s.byte_channels) {
+    encode_byte_channels(s, low, high, levels, tile);
+  } else {
+    for (int d = 0; d < s.dim; d++) {
+      store16(parameters, d, float_to_half((high[d] - low[d]) / levels));
+      store16(parameters, s.dim + d, float_to_half(low[d]));
+    }
+  }
+  load_channels(s, tile, scale, offset);
 }
 
 // Means of a tile's channels in 8 bits: int8 codes [D], then the float16 unit, then zeros (reference: _means).
@@ -404,14 +467,14 @@ void decode_strip(const TileShape& s, const uint8_t* tile, int first, float* row
   unpack_strip(s, tile, first, codes);
   const uint8_t* parameters = tile + s.parameters;
   const float middle = static_cast<float>((1 << s.bits) - 1) / 2;
-  float scale[kStrip], means[skv::kMaxDim];
+  float scale[kStrip], means[skv::kMaxDim], steps[skv::kMaxDim], offsets[skv::kMaxDim];
   if (s.means) load_means(s, tile, means);
+  if (s.channel) load_channels(s, tile, steps, offsets);
   for (int d = 0; d < s.dim; d++) {
     const uint8_t* channel = codes + d * kStrip;
     float* out = strip + d * kStrip;
     if (s.channel) {
-      const float step = half_to_float(load16(parameters, d)), offset = half_to_float(load16(parameters, s.dim + d));
-      for (int t = 0; t < kStrip; t++) out[t] = static_cast<float>(channel[t]) * step + offset;
+      for (int t = 0; t < kStrip; t++) out[t] = static_cast<float>(channel[t]) * steps[d] + offsets[d];
       continue;
     }
     if (d % s.group_size == 0) {
