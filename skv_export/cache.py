@@ -102,13 +102,15 @@ class Cache:
                     expected=f"{floor} ... {held}, or 0",
                     fix="Start the sequence again, or export with more recent_tokens.",
                 )
-        if self._device != "cpu":
-            raise SkvError("rewind: only on the CPU for now", fix="Start the sequence again, or use the cpu provider.")
         for layout, buffer in self._tensors.values():
             heads, block_bytes = buffer.shape()[1], math.prod(buffer.shape()[2:])
             for b in np.flatnonzero((new != 0) & (new != self.lengths)).tolist():
                 held, wanted = int(self.lengths[b]), int(new[b])
-                self._library.rewind(layout, buffer.data_ptr(), block_bytes, heads, b, held, wanted)
+                self._library.rewind(
+                    layout, buffer.data_ptr(), block_bytes, heads, b, held, wanted, device=self._device
+                )
+        if self._device == "cuda":  # the next call runs on a stream of ONNX Runtime's
+            self._library.synchronize()
         self.lengths[:] = new
 
     def reorder(self, indices: ArrayLike) -> None:

@@ -30,6 +30,7 @@ _FIX = "Install the package with `pip install .`, or build with cmake and set SK
 
 # The enumerations of kv_layout.h number these names in this order.
 _ENUMS = {"granularity": GRANULARITIES, "rotation": ROTATIONS, "recent_type": RECENT_TYPES}
+_DEFAULT_STREAM = None
 _TYPES = {np.dtype(np.float16): 0, np.dtype(np.float32): 1}
 
 
@@ -98,6 +99,10 @@ class Library:
                 ctypes.POINTER(SkvCache), ctypes.c_int32, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64
             ]  # fmt: skip
             self._c.skv_attention.argtypes = [ctypes.POINTER(SkvAttention), ctypes.c_void_p]
+            if self.cuda_build:
+                self._c.skv_cuda_rewind.argtypes = [*self._c.skv_rewind.argtypes, ctypes.c_void_p]
+                self._c.skv_cuda_synchronize.argtypes = [ctypes.c_void_p]
+                self._c.skv_cuda_last_error.restype = ctypes.c_char_p
         except (OSError, AttributeError) as error:
             raise SkvError(
                 f"native library {path}: can't be loaded",
@@ -122,7 +127,16 @@ class Library:
         return self._text("skv_cuda_build")
 
     def rewind(
-        self, layout: CacheLayout, data: int, block_bytes: int, kv_num_heads: int, b: int, length: int, new_length: int
+        self,
+        layout: CacheLayout,
+        data: int,
+        block_bytes: int,
+        kv_num_heads: int,
+        b: int,
+        length: int,
+        new_length: int,
+        *,
+        device: str = "cpu",
     ) -> None:
         """Makes the blocks of sequence ``b`` a cache of ``new_length`` tokens (``reference.rewind``), in place.
 
@@ -134,12 +148,25 @@ class Library:
             b: Index of the sequence in the batch.
             length: Tokens held.
             new_length: Tokens to hold.
+            device: Where ``data`` is, ``cpu`` or ``cuda``; there it is done when ``synchronize`` returns.
 
         Raises:
             SkvError: Too far back, or an unusable block.
         """
         held = SkvCache(SkvLayout.of(layout), data, block_bytes)
-        self._check("rewind", self._c.skv_rewind(ctypes.byref(held), kv_num_heads, b, length, new_length))
+        arguments = ctypes.byref(held), kv_num_heads, b, length, new_length
+        if device == "cuda":
+            self._check("rewind", self._c.skv_cuda_rewind(*arguments, _DEFAULT_STREAM), "skv_cuda_last_error")
+        else:
+            self._check("rewind", self._c.skv_rewind(*arguments))
+
+    def synchronize(self) -> None:
+        """Waits for what was started on the GPU.
+
+        Raises:
+            SkvError: It failed there.
+        """
+        self._check("synchronize", self._c.skv_cuda_synchronize(_DEFAULT_STREAM), "skv_cuda_last_error")
 
     def attention(
         self,
@@ -192,9 +219,9 @@ class Library:
     def _text(self, name: str) -> str:
         return bytes(getattr(self._c, name)()).decode()
 
-    def _check(self, what: str, status: int) -> None:
+    def _check(self, what: str, status: int, reason: str = "skv_last_error") -> None:
         if status:
-            raise SkvError(f"native library: {what} failed", got=self._text("skv_last_error") or f"status {status}")
+            raise SkvError(f"native library: {what} failed", got=self._text(reason) or f"status {status}")
 
 
 def library_path() -> Path:

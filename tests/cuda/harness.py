@@ -270,7 +270,8 @@ def build_ort_shim(out: Path) -> Path:
     """Compiles the op's CUDA side over the shim, for ONNX Runtime's CPU provider: ``libskv_ops_shim.so``."""
     native = SOURCES.parent
     files = [f for f in sorted(SOURCES.glob("*.cu")) if f.name != "runtime.cu"]
-    files += [SHIM / "cuda_shim.cc", SHIM / "ort_shim.cc", native / "cpu" / "checks.cc", native / "ort_ops_cuda.cc"]
+    files += [SHIM / "cuda_shim.cc", SHIM / "ort_shim.cc", native / "ort_ops_cuda.cc"]
+    files += [native / "cpu" / f"{name}.cc" for name in ("attention", "cache", "checks", "unit_scalar")]
     files += [native / f"ort_{name}.cc" for name in ("attributes", "op", "prepare", "runtime")]
     return build(out, "libskv_ops_shim.so", files, native, ['-DSKV_CUDA_PROVIDER="CPUExecutionProvider"'])
 

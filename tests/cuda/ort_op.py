@@ -5,16 +5,23 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_ops import attributes_of, session_of
 
+from skv_export.cache import Cache
 from skv_export.cases import Case, attention_cases, make_inputs, token_channel_cases
+from skv_export.errors import SkvError
+from skv_export.layout import CacheLayout
+from skv_export.library import load_library
+from skv_export.model_config import LayerCache
 from skv_export.recipe import LayerConfig
-from skv_export.reference import quantized_kv_attention
+from skv_export.reference import append, quantized_kv_attention, rewind
 
 SMALL = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
 NAMES = (
@@ -93,3 +100,32 @@ def test_a_length_beyond_the_capacity_is_an_error() -> None:
     arrays["total_sequence_length"] = np.array([10**6], np.int32)
     with pytest.raises(Exception, match="capacity of"):
         session_of(arrays, attributes_of(case.params, case.layouts)).run(None, arrays)
+
+
+def test_rewind_of_a_cache_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cache.rewind by addresses of the device, which the shim has in the host's memory."""
+    on_host = ort.OrtValue.ortvalue_from_shape_and_type
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", lambda shape, dtype, _: on_host(shape, dtype))
+    unbound = SimpleNamespace(bind_ortvalue_input=lambda *_: None, bind_ortvalue_output=lambda *_: None)
+    both = dataclasses.replace(SMALL, k_granularity="token_channel", v_granularity="token_channel")
+    layers = [LayerCache(4, 2, 0, *CacheLayout.pair(config, 64)) for config in (SMALL, both)]
+    library = load_library()
+    monkeypatch.setattr(library._c, "skv_rewind", None)  # it must not be asked
+    cache = Cache(unbound, layers, 3, 300, "cuda", library)
+    cache.lengths[:] = held = 210, 100, 150
+    expected = {}
+    rng = np.random.default_rng(0)
+    for (name, (layout, buffer)), seed in zip(cache._tensors.items(), range(4), strict=True):
+        array = np.full(buffer.shape(), 0xFF, np.uint8)
+        for b, length in enumerate(held):
+            append(layout, array[b].reshape(2, -1), 0, rng.standard_normal((2, length, 64)).astype(np.float32) + seed)
+        buffer.update_inplace(array)
+        rewind(layout, array[0].reshape(2, -1), 210, 180)
+        rewind(layout, array[2].reshape(2, -1), 150, 149)
+        expected[name] = array
+    with pytest.raises(SkvError, match="rewind of sequence 1"):
+        cache.rewind([180, 10, 149])
+    cache.rewind([180, 100, 149])
+    for name, array in expected.items():
+        assert np.array_equal(cache.data(*name.split(".")), array)
+    assert cache.lengths.tolist() == [180, 100, 149]

@@ -1,11 +1,11 @@
 // Owns the C interface of the CUDA kernels: kernels.h's functions with `skv_cuda_` in front, on device pointers and a
 // stream.
 //
-// Nothing here waits for the device, allocates, or reads device memory on the host; grids depend on shapes only. So
-// every call can be captured in a CUDA graph. Arguments are checked before anything is launched; what only the device
-// knows (the lengths in seqlens_k and query_seqlens) the kernels check themselves: a sequence whose lengths can't be is
-// not touched, and its output is NaN. Each function returns an SkvStatus and leaves the reason in skv_cuda_last_error()
-// of the calling thread.
+// Nothing here but skv_cuda_synchronize waits for the device, allocates, or reads device memory on the host; grids
+// depend on shapes only. So every call can be captured in a CUDA graph. Arguments are checked before anything is
+// launched; what only the device knows (the lengths in seqlens_k and query_seqlens) the kernels check themselves: a
+// sequence whose lengths can't be is not touched, and its output is NaN. Each function returns an SkvStatus and leaves
+// the reason in skv_cuda_last_error() of the calling thread.
 #pragma once
 #include "../kernels.h"
 
@@ -79,6 +79,9 @@ SKV_API int skv_cuda_device(int32_t* multiprocessors, int32_t* architecture);
 SKV_API int skv_cuda_flag_create(int32_t** flag);
 SKV_API void skv_cuda_flag_destroy(int32_t* flag);
 SKV_API int skv_cuda_copy(void* to, const void* from, int64_t bytes, void* stream);
+
+// Waits for what has been started on a stream.
+SKV_API int skv_cuda_synchronize(void* stream);
 
 SKV_API const char* skv_cuda_last_error(void);
 

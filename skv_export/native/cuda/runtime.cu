@@ -47,6 +47,12 @@ int skv_cuda_flag_create(int32_t** flag) {
 
 void skv_cuda_flag_destroy(int32_t* flag) { cudaFreeHost(flag); }
 
+int skv_cuda_synchronize(void* stream) {
+  const cudaError_t error = cudaStreamSynchronize(static_cast<cudaStream_t>(stream));
+  if (error == cudaSuccess) return SKV_OK;
+  return skv::cuda::fail(SKV_RUNTIME_ERROR, "CUDA: a kernel failed; got %s", cudaGetErrorString(error));
+}
+
 int skv_cuda_copy(void* to, const void* from, int64_t bytes, void* stream) {
   const cudaError_t error =
       cudaMemcpyAsync(to, from, size_t(bytes), cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream));
