@@ -3,7 +3,8 @@
     python benchmarks/quality.py [CHECKPOINT] [--windows 16] [--state quality.jsonl] [--baselines kivi,kivi-k4v2,hf-hqq]
 
 OMP_NUM_THREADS=1 is fastest on a busy machine: threads wait for each other at every operation. With --state it goes on
-where it stopped. Markdown, fewest bits first.
+where it stopped, and --first 4 measures the first four windows only, so that slow contenders can have fewer. --only
+names contenders of the list. Markdown, fewest bits first; on the Pareto front of bits and KL divergence in bold.
 """
 
 from __future__ import annotations
@@ -14,41 +15,68 @@ from pathlib import Path
 
 from skv_export import compare, contenders
 from skv_export.checkpoint import demo_checkpoint, resolve
+from skv_export.errors import SkvError
 from skv_export.quality import read_text
 from skv_export.recipe import Recipe
 
-OURS = "near-lossless,balanced,small,smallest"
-CENTERED = ((4, 4), (4, 3), (4, 2))
-DEFAULT_FORM = "K4V3,K4V2,K3V3,K3V2,K2V2"
+RECIPES = "near-lossless,balanced,small,smallest,quarot,kvarn"
+PAIRS = ((4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2), (2, 4))
+FORMS: dict[str, dict[str, int | str]] = {
+    "": {},
+    ", 8-bit parameters": {"k_parameter_bits": 8},
+    ", token_channel": {"k_granularity": "token_channel", "k_rotation": "hadamard"},
+}
+"""What is put behind a pair's name, and what it stands for; keys of the default form are per channel, in 16 bits."""
 
 
 def everybody(baselines: str) -> list[contenders.Contender]:
-    """The contenders: recipes of 2.5 to 4.5 bits, other pairs of their form, the default form, the literature."""
-    centered = Recipe().with_options(k_granularity="token_channel", k_rotation="hadamard")
-    found = contenders.parse_configs(OURS, Recipe())
-    for k, v in CENTERED:
-        found.append(contenders.of_recipe(f"K{k}V{v}, token_channel", centered.with_options(k_bits=k, v_bits=v)))
-    found += contenders.parse_configs(DEFAULT_FORM + ",quarot,kvarn,turboquant", Recipe())
+    """The contenders: recipes, the pairs in each form (less what a recipe is already), the literature."""
+    found: list[contenders.Contender] = [*contenders.parse_configs(RECIPES, Recipe())]
+    for suffix, options in FORMS.items():
+        for k, v in PAIRS:
+            recipe = Recipe().with_options(k_bits=k, v_bits=v, **options)
+            contender = contenders.of_recipe(f"K{k}V{v}{suffix}", recipe)
+            if contender.key not in {c.key for c in found}:
+                found.append(contender)
     return found + contenders.parse_baselines(baselines)
+
+
+def chosen(everyone: list[contenders.Contender], names: str) -> list[contenders.Contender]:
+    """Those of the names, separated by semicolons as names have commas; all if there are none."""
+    wanted = [name.strip() for name in names.split(";") if name.strip()]
+    by_name = {contender.name: contender for contender in everyone}
+    unknown = [name for name in wanted if name not in by_name]
+    if unknown:
+        raise SkvError("--only", got="; ".join(unknown), expected="; ".join(by_name))
+    return [by_name[name] for name in wanted] or everyone
 
 
 def markdown(result: compare.Result) -> str:
     """The table for RESULTS.md."""
-    first = result.rows[0]
     front = {row.name for row in compare.pareto(result.rows)}
     lines = [
-        f"Perplexity in full precision {first.ppl_reference:.3f}; {first.windows} windows of {result.window} tokens.",
+        f"Perplexity in full precision {result.rows[0].ppl_reference:.3f}; windows of {result.window} tokens.",
         "",
-        "| | bits at 8k | perplexity | KLD mean | KLD p99 | KLD max | top-1 |",
-        "|---|---|---|---|---|---|---|",
+        "| | bits at 8k | perplexity | KLD mean | KLD p99 | KLD max | top-1 | windows |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(result.rows, key=lambda row: row.effective_bits):
         name = f"**{row.name}**" if row.name in front else row.name
         lines.append(
             f"| {name} | {row.effective_bits:.3f} | {row.ppl_change_percent:+.2f}% ± {row.ppl_stderr_percent:.2f} | "
             f"{row.kld_mean:.5f} ± {row.kld_stderr:.5f} | {row.kld_p99:.4f} | {row.kld_max:.2f} | "
-            f"{row.top1_agreement:.2%} |"
+            f"{row.top1_agreement:.2%} | {row.windows} |"
         )
+    return "\n".join(lines)
+
+
+def by_position(result: compare.Result) -> str:
+    """Change of perplexity in percent, by the part of the window."""
+    parts = len(result.rows[0].ppl_change_by_position)
+    ends = [result.window * (i + 1) // parts for i in range(parts)]
+    lines = [f"| up to token | {' | '.join(map(str, ends))} |", "|---" * (parts + 1) + "|"]
+    for row in sorted(result.rows, key=lambda row: row.effective_bits):
+        lines.append(f"| {row.name} | {' | '.join(f'{x:+.2f}' for x in row.ppl_change_by_position)} |")
     return "\n".join(lines)
 
 
@@ -58,8 +86,10 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("--text", type=Path, help="Default: the shipped prose.")
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--first", type=int, help="Measure only the first so many of them.")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--baselines", default="kivi,kivi-k4v2")
+    parser.add_argument("--only", default="", help="Contenders, separated by semicolons. Default: all.")
     parser.add_argument("--state", type=Path)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -69,14 +99,15 @@ def main() -> None:
 
     result = compare.run(
         resolve(given.checkpoint or demo_checkpoint()),
-        everybody(given.baselines),
+        chosen(everybody(given.baselines), given.only),
         read_text(given.text),
         windows=given.windows,
         window=given.window,
+        first=given.first,
         state=given.state,
         progress=progress,
     )
-    print(markdown(result))
+    print(markdown(result), by_position(result), sep="\n\n")
     if given.json:
         given.json.write_text(result.to_json(), encoding="utf-8")
 

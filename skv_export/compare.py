@@ -261,6 +261,7 @@ def run(
     *,
     windows: int = 16,
     window: int = 1024,
+    first: int | None = None,
     state: Path | None = None,
     progress: Progress | None = None,
     loaded: tuple[PreTrainedModel, Any] | None = None,
@@ -273,6 +274,7 @@ def run(
         text: What to predict.
         windows: Windows of text; fewer if the text has no more.
         window: Tokens per window.
+        first: Measure only so many of these windows, 1 or more; ``state`` lets the others be added later.
         state: File of finished windows; what it holds of this model and text is not measured again.
         progress: Called after each window of each contender.
         loaded: The model and tokenizer, if they are loaded already.
@@ -288,6 +290,7 @@ def run(
     cut = cut_windows(tokenizer, text, windows, window)
     digest = hashlib.sha256(cut.numpy().tobytes()).hexdigest()[:16]
     done = _State(state, f"{source}:{digest}")
+    cut = cut[:first]
     tick = progress or (lambda *_: None)
     for i, ids in enumerate(cut):
         missing = [c for c in contenders if done.get(c, i) is None]

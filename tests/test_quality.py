@@ -137,6 +137,16 @@ def test_an_interrupted_run_goes_on_where_it_stopped(loaded: tuple[Any, Any], tm
     assert seen == [1, 2, 3]
 
 
+def test_the_first_windows_are_those_of_the_whole_run(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    state = tmp_path / "state.jsonl"
+    wanted = contenders.parse_configs("K4V4", SMALL)
+    row = run(loaded, wanted, state=state, first=2).rows[0]
+    assert row.windows == 2 == len(state.read_text().splitlines())
+    seen: list[int] = []
+    assert run(loaded, wanted, state=state, progress=lambda _, done, __: seen.append(done)).rows[0].windows == 3
+    assert seen == [3]
+
+
 def test_a_damaged_state_is_refused(loaded: tuple[Any, Any], tmp_path: Path) -> None:
     state = tmp_path / "state.jsonl"
     state.write_text("not JSON\n{}\n")
