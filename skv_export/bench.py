@@ -27,7 +27,7 @@ from skv_export.reference import append
 
 BASELINES = {"ort-gqa-fp32": 32, "ort-gqa-int8": 8, "ort-gqa-int4": 4}
 """ONNX Runtime's GroupQueryAttention by the bits of its cache, which keys and values share."""
-_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _WARM_UP = 3
 
 
@@ -113,14 +113,14 @@ def bench_attention(
         raise SkvError("bench: num_heads", got=shape.num_heads, expected=f"a multiple of {shape.kv_num_heads}")
     if repetitions < 1:
         raise SkvError("bench: repetitions", got=repetitions, expected="at least 1")
-    if clock not in _CLOCKS:
-        raise SkvError("bench: clock", got=clock, expected=" or ".join(_CLOCKS))
+    if clock not in CLOCKS:
+        raise SkvError("bench: clock", got=clock, expected=" or ".join(CLOCKS))
     for name in baselines:
         if name not in BASELINES:
             raise SkvError("bench: baseline", got=name, expected=", ".join(BASELINES))
     contenders = [_ours(shape, config, threads) for config in configs]
     contenders += [_group_query_attention(shape, name, threads) for name in baselines]
-    return _rows(contenders, _in_turns(contenders, repetitions, _CLOCKS[clock]), baselines)
+    return _rows(contenders, _in_turns(contenders, repetitions, CLOCKS[clock]), baselines)
 
 
 def _in_turns(contenders: list[_Contender], repetitions: int, now: Callable[[], float]) -> list[list[float]]:

@@ -18,6 +18,13 @@ _JSON = click.option("--json", "json_file", type=click.Path(path_type=Path), hel
 _THREADS = click.option(
     "--threads", default=0, show_default=True, type=click.IntRange(0), help="0 = the runtime's choice."
 )
+_CLOCK = click.option(
+    "--clock",
+    default="wall",
+    show_default=True,
+    type=click.Choice(["wall", "cpu"]),
+    help="cpu = processor time: with --threads 1, for a machine that others use too.",
+)
 
 
 @click.group("bench")
@@ -36,9 +43,17 @@ def bench_command() -> None:
 @click.option("--baseline", default="ort-gqa-fp32,ort-gqa-int8,ort-gqa-int4", show_default=True, help="Commas between.")
 @click.option("--repetitions", default=30, show_default=True, type=click.IntRange(1))
 @_THREADS
+@_CLOCK
 @_JSON
 def attention(
-    k_bits: int, v_bits: int, baseline: str, repetitions: int, threads: int, json_file: Path | None, **shape: int
+    k_bits: int,
+    v_bits: int,
+    baseline: str,
+    repetitions: int,
+    threads: int,
+    clock: str,
+    json_file: Path | None,
+    **shape: int,
 ) -> None:
     """Time one decode step of one layer's attention, in turns with ONNX Runtime's own GroupQueryAttention.
 
@@ -53,25 +68,30 @@ def attention(
         baselines=[name for name in baseline.split(",") if name],
         threads=threads,
         repetitions=repetitions,
+        clock=clock,
     )
     _print(bench.format_rows(rows), rows, json_file)
 
 
 @bench_command.command("model")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--against", type=click.Path(path_type=Path), help="A folder of onnxruntime-genai's model builder.")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="A folder of onnxruntime-genai's model builder, with weights of any kind.",
+)
 @click.option("--context", default="128,2048,7000", show_default=True, help="Prompt lengths, commas between.")
 @click.option("--rounds", default=2, show_default=True, type=click.IntRange(1), help="Processes each, in turns.")
 @click.option("--steps", default=32, show_default=True, type=click.IntRange(1), help="Decode steps per process.")
 @_THREADS
+@_CLOCK
 @_JSON
-def bench_model_command(
-    folder: Path, against: Path | None, context: str, rounds: int, steps: int, threads: int, json_file: Path | None
-) -> None:
+def bench_model_command(folder: Path, context: str, json_file: Path | None, **options: Any) -> None:
     """Time prefill and decode of FOLDER, and its peak memory.
 
     \b
     skv-export bench model smollm2 --against smollm2-genai --context 128,2048,7000
+    skv-export bench model smollm2-int4 --against smollm2-genai-int4 --threads 1 --clock cpu
     """
     from skv_export import bench_model
     from skv_export.errors import SkvError
@@ -79,9 +99,7 @@ def bench_model_command(
     if not all(part.isdecimal() and int(part) > 0 for part in context.split(",")):
         raise SkvError("--context", got=repr(context), expected="lengths such as 128,2048")
     lengths = [int(part) for part in context.split(",")]
-    rows = bench_model.bench_model(
-        folder, against=against, context=lengths, threads=threads, rounds=rounds, steps=steps
-    )
+    rows = bench_model.bench_model(folder, context=lengths, **options)
     _print(bench_model.format_rows(rows), rows, json_file)
 
 

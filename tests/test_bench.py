@@ -108,3 +108,15 @@ def test_command_line_prints_the_rows_and_how_to_repeat_them(tmp_path: Path, mon
     assert set(rows[0]) == {"name", "ms_median", "ms_min", "ms_max", "bytes", "gb_per_s", "speedup"}
     refused = CliRunner().invoke(main, ["bench", "model", str(tmp_path), "--context", "some"])
     assert refused.exit_code == 1 and "--context; got 'some'" in refused.output
+
+
+def test_the_clock_is_passed_on(tmp_path: Path) -> None:
+    """Processor time of one thread: no more than the wall's, and what the process did before does not count."""
+    folder = Tiny().write(tmp_path / "model")
+    arguments = ["bench", "model", str(folder), "--context", "64", "--rounds", "1", "--steps", "3", "--threads", "1"]
+    result = CliRunner().invoke(main, [*arguments, "--clock", "cpu", "--json", str(tmp_path / "rows.json")])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert 0 < row["ms_min"] <= row["ms_median"] < 1e3 and 0 < row["prefill_seconds"] < 1
+    with pytest.raises(SkvError, match="bench: clock; got moon; expected wall or cpu"):
+        bench_model.bench_model(folder, clock="moon")

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-from skv_export import genai
+from skv_export import bench_model, genai
 from skv_export.export import export_model
 from skv_export.recipe import LayerConfig, Recipe
 from skv_export.rewrite import Rewrite, rewrite_model
@@ -120,6 +120,15 @@ def test_genai_gives_the_runtimes_tokens(
     (expected,) = Session(out).generate([PROMPT], max_new_tokens=60)
     # genai leaves out the token that ends a text.
     assert generate(out, [PROMPT], 60) == [expected[:-1] if expected[-1] == 2 else expected]
+
+
+def test_bench_takes_turns_with_a_build_of_any_precision(build: Callable[..., Path], tmp_path: Path) -> None:
+    """int4 weights on both sides: what is compared is the cache."""
+    source = build("int4")
+    out = rewrite_model(source, out=tmp_path / "out", recipe=SMALL)
+    ours, theirs = bench_model.bench_model(out, against=source, context=(40,), threads=1, rounds=1, steps=3)
+    assert (ours.name, theirs.name) == ("skv", "genai")
+    assert ours.speedup == pytest.approx(theirs.ms_median / ours.ms_median) and ours.prefill_seconds > 0
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (4, 2)])
