@@ -2,7 +2,8 @@
 
 ``python benchmarks/gpu_bench.py [--json FILE]``; needs only the source tree, nvcc, torch and numpy. Every row compares
 calls timed in the same run: the kernels (attention and append of one token per sequence) and torch's
-scaled_dot_product_attention with GQA over an fp16 cache of the same length.
+scaled_dot_product_attention with GQA over an fp16 cache of the same length. Where onnxruntime-gpu and onnx are at hand,
+ONNX Runtime's own GroupQueryAttention over fp16 and int8 caches has rows too.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import importlib.util
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +76,9 @@ class Decode:
         half, tokens_each, scale, softcap, not_finite = 0, 1, 0.0, 0.0, None
         numbers = half, batch, tokens_each, heads, kv_heads, scale, softcap, not_finite
         self.call = SkvAttention(*caches, *tokens, self.output.data_ptr(), *lengths_and_sink, *numbers)
-        self.context = Context(None, None, 0, length + 1, AUTO, -1, kernels.multiprocessors)
+        self.context = Context(
+            torch.cuda.current_stream().cuda_stream, None, 0, length + 1, AUTO, -1, kernels.multiprocessors
+        )
         self.arguments = ctypes.byref(self.call), ctypes.byref(self.context)
         size = kernels.lib.skv_cuda_scratch_bytes(*self.arguments)
         scratch = torch.empty(size, dtype=torch.uint8, device="cuda")
@@ -96,32 +101,113 @@ def fp16_us(batch: int, heads: int, kv_heads: int, length: int) -> float:
     return median_us(lambda: attention(query, key, value, enable_gqa=True))
 
 
+class GroupQueryAttention:
+    """The same call of ONNX Runtime's own op, its cache bound in place.
+
+    Args:
+        batch: Sequences.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        length: Tokens in the cache.
+        bits: Of the cache: 16 (on a CPU 32) or 8.
+        device: ``cuda``, on the current stream, or ``cpu``.
+    """
+
+    path = "ONNX Runtime GroupQueryAttention"
+
+    def __init__(self, batch: int, heads: int, kv_heads: int, length: int, bits: int, device: str = "cuda") -> None:
+        import onnxruntime as ort
+
+        from skv_export.bench import AttentionShape, group_query_attention, step_model
+
+        shape = AttentionShape(length, heads, kv_heads, D, batch)
+        node, specs = group_query_attention(shape, bits, np.float32 if device == "cpu" else np.float16)
+        providers: list[object] = ["CPUExecutionProvider"]
+        if device == "cuda":
+            stream = str(torch.cuda.current_stream().cuda_stream)
+            providers.insert(0, ("CUDAExecutionProvider", {"user_compute_stream": stream}))
+        session = ort.InferenceSession(step_model(node, specs), providers=providers)
+        if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+            sys.exit("gpu_bench: onnxruntime's CUDA provider did not start: pip install 'skv-export[gpu]'")
+        self.tensors = {name: self.values(name, dtype, size, device) for name, (dtype, size) in specs.items()}
+        self.tensors["seqlens_k"].fill_(length)
+        self.tensors["output"] = torch.empty_like(self.tensors["query"])
+        total = np.array(length + 1, np.int32)
+        self.binding = session.io_binding()
+        self.binding.bind_cpu_input("total_sequence_length", total)
+        at = {name: (device, 0, specs[name][0], specs[name][1]) for name in specs}
+        for name in (name for name in specs if name != "total_sequence_length"):
+            self.binding.bind_input(name, *at[name], self.tensors[name].data_ptr())
+        for name, like in (("output", "query"), ("present_key", "past_key"), ("present_value", "past_value")):
+            held = self.tensors[name if name == "output" else like]
+            self.binding.bind_output(name, *at[like], held.data_ptr())
+        options = ort.RunOptions()  # the events time the stream; waiting for it here would add the host's part
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self.run = lambda: session.run_with_iobinding(self.binding, options)
+        self.bytes = 2 * batch * kv_heads * length * D * bits // 8
+
+    @staticmethod
+    def values(name: str, dtype: np.dtype[Any], size: tuple[int, ...], device: str) -> torch.Tensor:
+        if name.endswith("_scale"):
+            return torch.full(size, 0.02, device=device)
+        if dtype == np.int8:
+            return torch.randint(-100, 100, size, dtype=torch.int8, device=device)
+        if dtype == np.int32:
+            return torch.zeros(size, dtype=torch.int32, device=device)
+        return torch.randn(size, dtype=torch.half if dtype == np.float16 else torch.float, device=device)
+
+    def __call__(self) -> None:
+        self.run()
+
+
+def has_onnxruntime() -> bool:
+    """Whether ONNX Runtime can take part."""
+    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
+        return False
+    import onnxruntime as ort
+
+    return "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+def contenders(
+    kernels: Library, batch: int, heads: int, length: int, with_onnxruntime: bool
+) -> Iterator[tuple[str, Decode | GroupQueryAttention]]:
+    """Caches and calls for one shape, one at a time: together they would not fit."""
+    for k_bits, v_bits in ((4, 2), (4, 4), (8, 8)):
+        config = dataclasses.replace(LayerConfig(), k_bits=k_bits, v_bits=v_bits)
+        yield config.name, Decode(kernels, config, batch, heads, 8, length)
+    for bits, name in ((16, "fp16"), (8, "int8")) if with_onnxruntime else ():
+        yield name, GroupQueryAttention(batch, heads, 8, length, bits)
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    card, kernels, copy = gpu.require(), gpu.load(), copy_bandwidth()
+    card, kernels, with_onnxruntime = gpu.require(), gpu.load(), has_onnxruntime()
+    torch.cuda.set_stream(torch.cuda.Stream())  # one for all
+    copy = copy_bandwidth()
     print(f"{card}: copy {copy / 1e9:.0f} GB/s (bytes read and written)\n")
+    if not with_onnxruntime:
+        print("ONNX Runtime takes no part: onnxruntime-gpu and onnx are not installed.\n")
     print("| heads | batch | tokens | cache | us | GB/s | of copy | fp16 us | speedup | path |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     rows = []
     for heads, batch, length in ((h, b, n) for h in (32, 64) for b in (1, 8) for n in (4096, 32768, 131072)):
         full = fp16_us(batch, heads, 8, length)
-        for k_bits, v_bits in ((4, 2), (4, 4), (8, 8)):
-            config = dataclasses.replace(LayerConfig(), k_bits=k_bits, v_bits=v_bits)
-            decode = Decode(kernels, config, batch, heads, 8, length)
-            us = median_us(decode)
-            rate = decode.bytes / us * 1e6
-            row = {"heads": heads, "batch": batch, "tokens": length, "cache": config.name, "us": us, "gb_s": rate / 1e9,
-                   "of_copy": rate / copy, "fp16_us": full, "speedup": full / us, "path": decode.path}  # fmt: skip
+        for cache, call in contenders(kernels, batch, heads, length, with_onnxruntime):
+            us = median_us(call)
+            rate = call.bytes / us * 1e6
+            row = {"heads": heads, "batch": batch, "tokens": length, "cache": cache, "us": us, "gb_s": rate / 1e9,
+                   "of_copy": rate / copy, "fp16_us": full, "speedup": full / us, "path": call.path}  # fmt: skip
             rows.append(row)
             print(
-                f"| {heads}/8 | {batch} | {length} | {config.name} | {us:.1f} | {rate / 1e9:.0f} | {rate / copy:.0%} "
-                f"| {full:.1f} | {full / us:.2f} | {decode.path} |",
+                f"| {heads}/8 | {batch} | {length} | {cache} | {us:.1f} | {rate / 1e9:.0f} | {rate / copy:.0%} "
+                f"| {full:.1f} | {full / us:.2f} | {call.path} |",
                 flush=True,
             )
-            del decode
+            del call
         torch.cuda.empty_cache()
     if options.json:
         options.json.write_text(json.dumps({"card": card, "copy_gb_s": copy / 1e9, "rows": rows}, indent=1))
