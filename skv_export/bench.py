@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ from skv_export.reference import append
 
 BASELINES = {"ort-gqa-fp32": 32, "ort-gqa-int8": 8, "ort-gqa-int4": 4}
 """ONNX Runtime's GroupQueryAttention by the bits of its cache, which keys and values share."""
+Spec = tuple[np.dtype[Any], tuple[int, ...]]
+"""Type and shape of a tensor."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _WARM_UP = 3
 
@@ -174,25 +176,51 @@ def _ours(shape: AttentionShape, config: LayerConfig, threads: int) -> _Contende
     return _Contender(f"skv-{config.name}", _step(shape, node, caches, {}, threads), used)
 
 
-def _group_query_attention(shape: AttentionShape, name: str, threads: int) -> _Contender:
-    """ONNX Runtime's op over a cache of 32, 8 or 4 bits, with static scales per channel where it is quantized."""
-    bits = BASELINES[name]
+def group_query_attention(
+    shape: AttentionShape, bits: int, dtype: type[np.floating[Any]] = np.float32
+) -> tuple[onnx.NodeProto, dict[str, Spec]]:
+    """ONNX Runtime's op, one new token per sequence, with static scales per channel where its cache is quantized.
+
+    Args:
+        shape: What is computed.
+        bits: Of the cache: 8, 4, or those of ``dtype``.
+        dtype: Of queries, keys, values and output.
+
+    Returns:
+        The node, and its inputs; a cache has room for ``context + 1`` tokens.
+    """
+    rows = {"query": shape.num_heads, "key": shape.kv_num_heads, "value": shape.kv_num_heads}
+    specs: dict[str, Spec] = {
+        name: (np.dtype(dtype), (shape.batch, 1, heads * shape.head_dim)) for name, heads in rows.items()
+    }
     width = shape.head_dim // 2 if bits == 4 else shape.head_dim
-    past = (shape.batch, shape.kv_num_heads, shape.context + 1, width)
+    held = np.dtype({8: np.int8, 4: np.uint8}.get(bits, dtype))
+    for name in ("past_key", "past_value"):
+        specs[name] = held, (shape.batch, shape.kv_num_heads, shape.context + 1, width)
+    specs["seqlens_k"] = np.dtype(np.int32), (shape.batch,)
+    specs["total_sequence_length"] = np.dtype(np.int32), ()
+    inputs = list(_INPUTS)
+    attributes: dict[str, Any] = {"num_heads": shape.num_heads, "kv_num_heads": shape.kv_num_heads}
+    if bits in (4, 8):
+        inputs += [""] * (12 - len(inputs)) + ["k_scale", "v_scale"]
+        for name in ("k_scale", "v_scale"):
+            specs[name] = np.dtype(np.float32), (shape.kv_num_heads * shape.head_dim,)
+        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": bits}
+    return helper.make_node("GroupQueryAttention", inputs, _OUTPUTS, domain="com.microsoft", **attributes), specs
+
+
+def _group_query_attention(shape: AttentionShape, name: str, threads: int) -> _Contender:
+    """ONNX Runtime's op over a cache of 32, 8 or 4 bits."""
+    bits = BASELINES[name]
+    node, specs = group_query_attention(shape, bits)
     rng = np.random.default_rng(0)
     caches: list[NDArray[Any]] = []
-    for _ in range(2):
+    for dtype, past in (specs["past_key"], specs["past_value"]):
         if bits == 32:
             caches.append(rng.standard_normal(past, np.float32))
         else:
-            caches.append(rng.integers(0, 100, past, np.int8).view(np.int8 if bits == 8 else np.uint8))
-    inputs, scales = list(_INPUTS), {}
-    attributes: dict[str, Any] = {"num_heads": shape.num_heads, "kv_num_heads": shape.kv_num_heads}
-    if bits < 32:
-        inputs += [""] * (12 - len(inputs)) + ["k_scale", "v_scale"]
-        scales = {key: np.full(shape.kv_num_heads * shape.head_dim, 0.02, np.float32) for key in ("k_scale", "v_scale")}
-        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": bits}
-    node = helper.make_node("GroupQueryAttention", inputs, _OUTPUTS, domain="com.microsoft", **attributes)
+            caches.append(rng.integers(0, 100, past, np.int8).view(dtype))
+    scales = {name: np.full(size, 0.02, np.float32) for name, (_, size) in specs.items() if name.endswith("_scale")}
     used = 2 * shape.batch * shape.kv_num_heads * shape.context * shape.head_dim * bits // 8
     return _Contender(name, _step(shape, node, caches, scales, threads), used)
 
@@ -245,21 +273,28 @@ def _step(
     return step
 
 
-def _session(node: onnx.NodeProto, arrays: dict[str, NDArray[Any]], threads: int) -> ort.InferenceSession:
+def step_model(node: onnx.NodeProto, inputs: Mapping[str, Spec]) -> bytes:
+    """A model of one attention node, which returns ``output``, ``present_key`` and ``present_value``."""
+
     def infos(names: Sequence[str], like: Sequence[str]) -> Iterator[onnx.ValueInfoProto]:
         for name, other in zip(names, like, strict=True):
-            array = arrays[other]
-            yield helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+            dtype, shape = inputs[other]
+            yield helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), shape)
 
     outputs = infos(_OUTPUTS, ("query", "past_key", "past_value"))
-    graph = helper.make_graph([node], "step", list(infos(list(arrays), list(arrays))), list(outputs))
+    graph = helper.make_graph([node], "step", list(infos(list(inputs), list(inputs))), list(outputs))
     opsets = [helper.make_opsetid(domain, version) for domain, version in (("", 20), (node.domain, 1))]
+    model: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+    return model
+
+
+def _session(node: onnx.NodeProto, arrays: dict[str, NDArray[Any]], threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     # A session whose threads went on spinning would take the cores from the next contender.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.register_custom_ops_library(str(library_path()))
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+    model = step_model(node, {name: (array.dtype, array.shape) for name, array in arrays.items()})
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
