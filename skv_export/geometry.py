@@ -108,11 +108,14 @@ def _parts(w: AttentionWeights, n: int, n_kv: int) -> list[tuple[Float, Float | 
 def grid_error(bits: int, tile_tokens: int) -> float:
     """Mean squared error of a ``channel`` quantizer over the squared range of its tile.
 
-    A uniform grid's error, but for the two extreme tokens, which are exact; with one bit most are far from both.
+    A uniform grid's error. From three bits on the two extreme tokens are exact; below, levels are the middles of equal
+    cells, and theirs is three times the others' (half a cell, squared).
     """
     if bits == 16:
         return 0.0
-    return (1 - 2 / tile_tokens) * (1.5 if bits == 1 else 1.0) / (12 * (2**bits - 1) ** 2)
+    if bits > 2:
+        return (1 - 2 / tile_tokens) / (12 * (2**bits - 1) ** 2)
+    return (1 + 4 / tile_tokens) / (12 * 4**bits)
 
 
 def _curve(granularity: str, tile_tokens: int) -> dict[int, float]:

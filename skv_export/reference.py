@@ -20,6 +20,9 @@ Int32 = NDArray[np.int32]
 
 MIDRISE_STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
 """MSE-optimal step of a uniform mid-rise quantizer of N(0, 1), by bits: where the scale's fit starts."""
+CHANNEL_MARGIN = {1: np.float32(1 / 4), 2: np.float32(1 / 8)}
+"""By bits, what of a channel's range lies beyond the lowest and the highest level: so few levels are the middles of
+equal cells. With more bits they reach to the ends: the extreme tokens then matter more than the many."""
 _HALF_MAX = np.float32(65504.0)
 
 
@@ -110,9 +113,12 @@ def _stored_means(layout: CacheLayout, means: Bytes) -> Float:
 
 
 def _quantize_channel(layout: CacheLayout, x: Float) -> tuple[Bytes, Half | Bytes, Half | None]:
-    """Asymmetric min-max over the tile's tokens, per channel; codes from the stored scale and offset."""
+    """Asymmetric, over the tile's range per channel; codes from the stored scale and offset."""
     levels = np.float32(2**layout.bits - 1)
     low, high = x.min(axis=-2) + np.float32(0), x.max(axis=-2) + np.float32(0)  # of -0 and 0 both are 0
+    if layout.bits in CHANNEL_MARGIN:
+        margin = (high - low) * CHANNEL_MARGIN[layout.bits]
+        low, high = low + margin, high - margin
     scale: Half | Bytes = to_half((high - low) / levels)
     offset: Half | None = to_half(low)
     if layout.parameter_bits == 8:

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import AttentionInterface
 
 from skv_export.errors import SkvError
 from skv_export.layout import CacheLayout
 from skv_export.recipe import Recipe
-from skv_export.reference import decode_tile, dequantize, encode_tile, quantize, rotate, stored
+from skv_export.reference import decode_tile, encode_tile, rotate, stored, to_half
 
 ATTENTION_NAME = "skv_simulated"
 """Name under which the hook is registered with transformers."""
@@ -146,22 +147,30 @@ class KiviCache:
         return x.half().float()
 
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
-        """The op's own min-max quantizer, over KIVI's groups."""
+        """Min-max over KIVI's groups."""
         heads, tokens, dim = x.shape
         g = self.group_size
         if self.is_value:
             groups = x.reshape(heads, tokens * dim // g, g, 1)
         else:
             groups = x[:, : tokens // g * g].reshape(heads, tokens // g, g, dim)
-        layout = CacheLayout(dim, self.bits, "channel", "none", dim, 0, 0, g, "float16", self.is_value)
-        content = groups.half().float().numpy()
-        out = torch.from_numpy(dequantize(layout, *quantize(layout, content))).reshape(heads, -1, dim)
+        out = torch.from_numpy(_min_max(groups.half().float().numpy(), self.bits)).reshape(heads, -1, dim)
         return torch.cat([out, x[:, out.shape[1] :]], 1)
 
     def effective_bits(self, context_length: int) -> float:
         """Codes, a scale and a minimum per group, and room for the exact tokens."""
         held = context_length - min(context_length, self.residual)
         return (held * (self.bits + 32 / self.group_size) + (context_length - held) * 16) / context_length
+
+
+def _min_max(x: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+    """``[..., T, D]`` on ``2**bits`` levels from the smallest to the largest of each T numbers, as read back."""
+    levels = np.float32(2**bits - 1)
+    low, high = x.min(-2, keepdims=True), x.max(-2, keepdims=True)
+    scale, offset = (to_half(y).astype(np.float32) for y in ((high - low) / levels, low))
+    codes = np.rint((x - offset) / np.where(scale > 0, scale, np.float32(1)))
+    read: NDArray[np.float32] = np.clip(codes, 0, levels) * scale + offset
+    return read
 
 
 def attend(

@@ -170,3 +170,15 @@ def test_a_block_of_a_wrong_size_is_refused() -> None:
         CacheLayout(64, 4, "token", "none", 64, 4, 64, 64, "float16", True, parameter_bits=8)
     with pytest.raises(SkvError, match="head_dim; got 2000"):
         CacheLayout(2000, 4, "token", "none", 32, 4, 64, 64, "float16", False)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_few_levels_per_channel_are_the_middles_of_equal_cells(bits: int) -> None:
+    """Up to two bits; with more the lowest and the highest number are levels themselves."""
+    layout = CacheLayout(32, bits, "channel", "none", 32, 0, 0, 32, "float16", False)
+    x = np.repeat(np.linspace(0, 56, 32, dtype=np.float32)[:, None], 32, axis=1)
+    codes, scale, offset = quantize(layout, x)
+    assert offset is not None
+    levels = offset[0] + scale[0] * np.arange(2**bits)
+    assert levels.tolist() == {1: [14, 42], 2: [7, 21, 35, 49], 3: [0, 8, 16, 24, 32, 40, 48, 56]}[bits]
+    assert np.abs(dequantize(layout, codes, scale, offset) - x).max() <= scale[0] / 2

@@ -379,6 +379,12 @@ void encode_channel_parameters(const TileShape& s, const float* content, float* 
     low[d] += 0.0f;  // of -0 and 0 both are 0
     high[d] += 0.0f;
   }
+  // Up to two bits the levels are the middles of equal cells (reference: CHANNEL_MARGIN).
+  for (int d = 0; s.bits <= 2 && d < s.dim; d++) {
+    const float margin = (high[d] - low[d]) * (s.bits == 1 ? 0.25f : 0.125f);
+    low[d] += margin;
+    high[d] -= margin;
+  }
   if (s.byte_channels) {
     encode_byte_channels(s, low, high, levels, tile);
   } else {
