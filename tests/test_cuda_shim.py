@@ -14,6 +14,8 @@ import pytest
 from skv_export.cases import (
     Case,
     attention_cases,
+    byte_channel_cases,
+    byte_channel_layouts,
     layout_cases,
     make_inputs,
     token_channel_cases,
@@ -41,7 +43,7 @@ FOLDED_TOLERANCE = 6e-3
 """Loud keys per channel: scores of up to 45 from a float16 query with the scales folded in (2^-12 of each part)."""
 BFLOAT16_TOLERANCE = 8e-3
 """The output itself is rounded to 8 bits."""
-CASES = (*attention_cases(), *token_channel_cases())
+CASES = (*attention_cases(), *token_channel_cases(), *byte_channel_cases())
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +104,9 @@ def test_every_instance_of_decode_mma(instance: tuple[int, tuple[int, int], str,
         v_rotation="none" if v_granularity == "channel" else "hadamard",
         tile_tokens=(32, 64, 128)[turn % 3],
     )
-    for heads, tokens in ((4, 1), (5, 3)):  # 8 columns of queries, and 16
+    for i, (heads, tokens) in enumerate(((4, 1), (5, 3))):  # 8 columns of queries, and 16
+        bits = (16, 8)[(turn + i) % 2]
+        config = dataclasses.replace(config, k_parameter_bits=bits, v_parameter_bits=bits)
         case = Case(
             f"instance {instance} {heads} {tokens}",
             config,
@@ -130,7 +134,9 @@ def test_many_columns_take_several_blocks(kernels: Library) -> None:
 
 
 LAYOUTS = [
-    layout for cases in (layout_cases(), token_channel_layouts()) for layout in itertools.islice(cases, 0, None, 7)
+    layout
+    for cases in (layout_cases(), token_channel_layouts(), byte_channel_layouts())
+    for layout in itertools.islice(cases, 0, None, 7)
 ]
 
 
@@ -141,6 +147,8 @@ def test_tiles_of_every_layout(kernels: Library) -> None:
         length = layout.full_rows + 5
         rng = np.random.default_rng(layout.bits)
         x = rng.standard_normal((1, length, layout.head_dim)).astype(np.float32)
+        x[0, :, 0], x[0, 5] = 3, 0
+        x[0, :, 1] = np.where(np.arange(length) % 2, np.float32(0), np.float32(-0.0))
         block = np.full((1, np.prod(layout.shape(length + 1))), 0xFF, np.uint8)
         appended = append_on_device(kernels, layout, other, block, x)
         append(layout, block, 0, x)
@@ -199,6 +207,7 @@ READ_BACK = [
         (5, "hadamard", "bfloat16", "token"),
         (16, "none", "float16", "token"),
         (3, "hadamard", "float16", "token_channel"),
+        (2, "none", "float16", "channel"),
         (4, "none", "float", "token_channel"),
     ]
 ]
@@ -208,8 +217,8 @@ READ_BACK = [
 @pytest.mark.parametrize("changes", READ_BACK, ids=lambda c: f"{c['v_bits']} bits per {c['v_granularity']}")
 def test_dequantize_and_rewind(changes: dict[str, object], window: int, kernels: Library) -> None:
     config = dataclasses.replace(SMALL, **changes)  # type: ignore[arg-type]
-    if config.v_granularity == "token_channel":
-        config = dataclasses.replace(config, k_granularity="token_channel")
+    if config.v_granularity != "token":
+        config = dataclasses.replace(config, k_granularity=config.v_granularity, k_parameter_bits=8, v_parameter_bits=8)
     for layout in CacheLayout.pair(config, 64, window):
         length = 210
         block = np.full((2, np.prod(layout.shape(300))), 0xFF, np.uint8)

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 from harness import AUTO, SIMPLE, HostMemory, Library, difference  # noqa: E402
 
-from skv_export.cases import Case, attention_cases, token_channel_cases  # noqa: E402
+from skv_export.cases import Case, attention_cases, byte_channel_cases, token_channel_cases  # noqa: E402
 from skv_export.recipe import LayerConfig  # noqa: E402
 
 NAMES = (
@@ -34,6 +34,7 @@ NAMES = (
     "odd sinks and recent",
     "keys per token, rotated",
     "values per channel",
+    "byte channels, both",
     "token_channel both",
     "token_channel, chunk over three tiles",
 )
@@ -68,7 +69,8 @@ SHORT = (
 
 def cases(names: tuple[str, ...]) -> list[Case]:
     """Cases with float16 inputs that take every kernel for head_dim 64 and K4V2."""
-    chosen = [case for case in (*attention_cases(), *token_channel_cases()) if case.name in names]
+    everything = (*attention_cases(), *token_channel_cases(), *byte_channel_cases())
+    chosen = [case for case in everything if case.name in names]
     assert len(chosen) == len(names)
     return [dataclasses.replace(case, dtype="float16") for case in chosen]
 

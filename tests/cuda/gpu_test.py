@@ -28,6 +28,8 @@ from harness import AUTO, MMA, SIMPLE, Library, difference  # isort: skip
 from skv_export.cases import (
     Case,
     attention_cases,
+    byte_channel_cases,
+    byte_channel_layouts,
     layout_cases,
     make_inputs,
     token_channel_cases,
@@ -42,7 +44,7 @@ PAIRS = ((8, 8), (4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
 
 def jobs(short: bool) -> Iterator[tuple[Case, int, float]]:
     """Cases, paths and tolerances."""
-    for case in (*attention_cases(), *token_channel_cases()):
+    for case in (*attention_cases(), *token_channel_cases(), *byte_channel_cases()):
         if case.config.recent_type == "bfloat16" and not gpu.HAS_BFLOAT16:
             continue
         if short and case.new_tokens > 8:
@@ -110,7 +112,8 @@ def main() -> int:
         paths[taken.split()[0].rstrip(":")] += 1
         if not error <= tolerance:
             failures.append(f"{case.name}: {taken}: difference {error:.1e}, tolerance {tolerance:.1e}")
-    for layout in itertools.islice(itertools.chain(layout_cases(), token_channel_layouts()), 0, None, 7):
+    layouts = itertools.chain(layout_cases(), token_channel_layouts(), byte_channel_layouts())
+    for layout in itertools.islice(layouts, 0, None, 7):
         tile = np.random.default_rng(0).integers(0, 60, layout.tile_bytes).astype(np.uint8)  # finite parameters
         if not np.array_equal(kernels.decode_tile(layout, tile), decode_tile(layout, tile)):
             failures.append(f"decode_tile: {layout}")

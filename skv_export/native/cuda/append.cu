@@ -100,6 +100,26 @@ SKV_DEVICE void encode_codes(const Target<E>& target, Shared<E>& shared, uint8_t
   }
 }
 
+// A channel's scale and offset from its range over the tile. Whole warps: 32 channels have common units.
+SKV_DEVICE void store_channel(const Cache& c, uint8_t* parameters, int d, float low, float high, float levels) {
+  if (c.layout.parameter_bits == 16) {
+    store(parameters, d, SKV_FLOAT16, saturated(__fdiv_rn(__fsub_rn(high, low), levels)));
+    store(parameters, c.dim + d, SKV_FLOAT16, saturated(low));
+    return;
+  }
+  const InBytes<int8_t> offset(low);
+  const InBytes<uint8_t> scale(__fdiv_rn(fmaxf(__fsub_rn(high, offset.value()), 0.f), levels));
+  parameters[d] = scale.byte();
+  parameters[c.dim + d] = offset.byte();
+  uint16_t* units = reinterpret_cast<uint16_t*>(parameters + 2 * c.dim);
+  const int groups = c.dim / 32;
+  if (d % 32 == 0) {
+    units[d / 32] = scale.unit;
+    units[groups + d / 32] = offset.unit;
+  }
+  if (d < (c.parameter_bytes - 2 * c.dim) / 2 - 2 * groups) units[2 * groups + d] = 0;
+}
+
 template <int E>
 SKV_DEVICE void encode_per_channel(const Target<E>& target, Shared<E>& shared, uint8_t* tile, int first) {
   const Cache& c = target.cache;
@@ -125,25 +145,30 @@ SKV_DEVICE void encode_per_channel(const Target<E>& target, Shared<E>& shared, u
     shared.high[warp][lane + 32 * e] = high[e];
   }
   __syncthreads();
-  half* parameters = reinterpret_cast<half*>(tile + c.code_bytes);
-#pragma unroll
-  for (int e = 0; e < E; e++) {
-    const int d = lane + 32 * e;
-    low[e] = shared.low[0][d];
-    high[e] = shared.high[0][d];
+  uint8_t* parameters = tile + c.code_bytes;
+  const float levels = float((1 << c.layout.bits) - 1);
+  for (int d = threadIdx.x; d < c.dim; d += kThreads) {
+    float lowest = shared.low[0][d], highest = shared.high[0][d];
     for (int w = 1; w < kWarps; w++) {
-      low[e] = fminf(low[e], shared.low[w][d]);
-      high[e] = fmaxf(high[e], shared.high[w][d]);
+      lowest = fminf(lowest, shared.low[w][d]);
+      highest = fmaxf(highest, shared.high[w][d]);
     }
-    if (warp == 0) {
-      const ChannelGrid grid(low[e], high[e], c.layout.bits);
-      parameters[d] = grid.scale;
-      parameters[c.dim + d] = grid.offset;
+    lowest = __fadd_rn(lowest, 0.f);  // of -0 and 0 both are 0
+    highest = __fadd_rn(highest, 0.f);
+    if (c.layout.bits <= 2) {  // the levels are the middles of equal cells (reference.CHANNEL_MARGIN)
+      const float margin = __fmul_rn(__fsub_rn(highest, lowest), c.layout.bits == 1 ? 0.25f : 0.125f);
+      lowest = __fadd_rn(lowest, margin);
+      highest = __fsub_rn(highest, margin);
     }
+    store_channel(c, parameters, d, lowest, highest, levels);
   }
+  __syncthreads();
   encode_codes<E>(target, shared, tile, first, [&](const float (&x)[E], int, float (&codes)[E]) {
 #pragma unroll
-    for (int e = 0; e < E; e++) codes[e] = ChannelGrid(low[e], high[e], c.layout.bits).code(x[e]);
+    for (int e = 0; e < E; e++) {
+      const ChannelParameters channel(c, parameters, lane + 32 * e);
+      codes[e] = clamp(rintf(divide(__fsub_rn(x[e], channel.offset), channel.scale)), 0.f, levels);
+    }
   });
 }
 

@@ -58,8 +58,8 @@ int check_layout(const SkvLayout& l) {
   if (l.local_window_size < 0 || l.local_window_size > (1 << 30)) {
     return bad("local_window_size", l.local_window_size, "0 ... 2^30");
   }
-  if (l.parameter_bits != 16) {
-    return fail(SKV_NOT_SUPPORTED, "%s cache: parameter_bits; got %d; expected 16 on CUDA", tensor, l.parameter_bits);
+  if (l.parameter_bits != 16 && (l.parameter_bits != 8 || l.granularity != SKV_CHANNEL)) {
+    return bad("parameter_bits", l.parameter_bits, "16, or 8 with granularity channel");
   }
   if (padded_dim(l) > kMaxDim) {
     return fail(SKV_NOT_SUPPORTED, "%s cache: head_dim; got %d; expected at most %d on CUDA", tensor, l.head_dim,

@@ -11,16 +11,31 @@ namespace skv::cuda {
 
 constexpr uint32_t kHalf1024 = 0x64006400;
 constexpr uint32_t kMinus1024 = 0xE400E400;
+constexpr uint32_t kOne = 0x3C003C00;
 // Means are signed bytes: with the sign flipped, and under the exponent of 1024, one reads as 1152 + the code.
 constexpr uint32_t kFlipSigns = 0x80808080;
 constexpr uint32_t kMinus1152 = 0xE480E480;
-constexpr uint32_t kOne = 0x3C003C00;
 
 SKV_DEVICE uint32_t shifted_right(uint32_t x, int bits) { return bits >= 0 ? x >> bits : x << -bits; }
 SKV_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 SKV_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 SKV_DEVICE uint32_t multiplied(uint32_t a, uint32_t b) { return bits_of(__hmul2(half2_of(a), half2_of(b))); }
 SKV_DEVICE uint32_t added(uint32_t a, uint32_t b) { return bits_of(__hfma2(half2_of(a), half2_of(kOne), half2_of(b))); }
+
+// Parameters of channels in 8 bits are code * unit, the unit a bfloat16. Its product with 256 (scales) or 128 (offsets)
+// is a half even where it is none itself; the code, which stands under the exponent of 1024, becomes the fraction of
+// that.
+SKV_DEVICE uint32_t unit_times(const uint8_t* unit, float factor) {
+  const float x = __uint_as_float(uint32_t{*reinterpret_cast<const uint16_t*>(unit)} << 16) * factor;
+  const float finite = fminf(x, 65504.f);
+  return bits_of(__floats2half2_rn(finite, finite));
+}
+SKV_DEVICE uint32_t scale_fraction(uint32_t raw) {  // raw / 256 - 4, exactly
+  return bits_of(__hfma2(half2_of(raw), half2_of(0x1C001C00), half2_of(0xC400C400)));
+}
+SKV_DEVICE uint32_t offset_fraction(uint32_t raw) {  // raw / 128 - 9, exactly: signs are flipped
+  return bits_of(__hfma2(half2_of(raw), half2_of(0x20002000), half2_of(0xC880C880)));
+}
 
 // Codes of `Bits` bits: 2, 3 (a plane of 2 and one of 1), 4 or 8.
 template <int Bits>
@@ -88,11 +103,10 @@ struct KeyOrder {
     const uint32_t a = halves[first(x) / 2], b = halves[(first(x) + kDistance) / 2];
     return first(x) % 2 ? high_halves(a, b) : low_halves(a, b);
   }
-  // Pair x of 16 channels' means, from their flipped bytes.
-  static SKV_DEVICE uint32_t means(const uint32_t (&bytes)[4], int x, uint32_t half_1024) {
+  // Pair x of 16 consecutive bytes, under the exponent of 1024.
+  static SKV_DEVICE uint32_t bytes(const uint32_t (&all)[4], int x, uint32_t half_1024) {
     const int a = first(x), b = first(x) + kDistance;
-    const uint32_t both = __byte_perm(bytes[a / 4], bytes[b / 4], (4 + b % 4) << 8 | a % 4);
-    return added(and_or(both, 0x00ff00ff, half_1024), kMinus1152);
+    return and_or(__byte_perm(all[a / 4], all[b / 4], (4 + b % 4) << 8 | a % 4), 0x00ff00ff, half_1024);
   }
 };
 

@@ -93,7 +93,7 @@ struct Slabs {
     if constexpr (S::KPerToken) {
       if (a.key.means) copy_pieces<S::kMeans>(parameters + S::kScales, piece + a.key.means);
     } else {
-      copy_pieces<4 * S::D>(parameters, piece + a.key.code_bytes);
+      copy_pieces<4 * S::D>(parameters, piece + a.key.code_bytes, a.key.parameter_bytes);
     }
   }
   SKV_DEVICE void copy_values(uint8_t* to) const {
@@ -109,20 +109,20 @@ struct Slabs {
     uint8_t* parameters = to + S::kValueParameters;
     const uint8_t* piece = tile + (16 * lane - VPlane::lane_offset());
     if constexpr (S::VPerChannel) {
-      copy_pieces<4 * S::D>(parameters, piece + a.value.code_bytes);
+      copy_pieces<4 * S::D>(parameters, piece + a.value.code_bytes, a.value.parameter_bytes);
     } else {
       const uint8_t* scales = tile + (a.value.code_bytes + value_scales + 2 * first_token);
       if (lane < 4 * a.value.groups) async_copy16(parameters + 16 * lane, scales);
       if (a.value.means) copy_pieces<S::kMeans>(parameters + S::kScales, piece + a.value.means);
     }
   }
-  // So many bytes, of which `from` is this lane's first piece of 16.
-  template <int Bytes>
-  static SKV_DEVICE void copy_pieces(uint8_t* to, const uint8_t* from) {
+  // So many bytes, Most at most, of which `from` is this lane's first piece of 16.
+  template <int Most>
+  static SKV_DEVICE void copy_pieces(uint8_t* to, const uint8_t* from, int bytes = Most) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < Bytes / 16; i += 32) {
-      if (lane + i < Bytes / 16) async_copy16(to + 16 * (lane + i), from + 16 * i);
+    for (int i = 0; i < Most / 16; i += 32) {
+      if (lane + i < bytes / 16) async_copy16(to + 16 * (lane + i), from + 16 * i);
     }
   }
 };
@@ -212,7 +212,8 @@ SKV_DEVICE void merge(const Attention& a, Warp<S>& warp, float* merged) {
 template <class S>
 __global__ void __launch_bounds__(S::kThreadCount, S::kMinBlocks) decode_mma_kernel(Attention a) {
   SKV_DYNAMIC_SHARED(shared);
-  const int b = blockIdx.y / a.kv_num_heads, head = blockIdx.y % a.kv_num_heads, w = threadIdx.x / 32;
+  const int b = blockIdx.y / a.kv_num_heads, head = blockIdx.y % a.kv_num_heads;
+  const int w = __shfl_sync(kWarp, int(threadIdx.x / 32), 0);  // the same for the warp, as the compiler then knows
   const Work work(a, b);
   if (work.begin >= work.end) {  // nothing: sums of zero, which the merge of the splits passes over
     for (int i = threadIdx.x; i < S::kColumns; i += S::kThreadCount) {

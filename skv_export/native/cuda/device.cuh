@@ -21,7 +21,8 @@ struct Cache {
   SkvLayout layout;
   uint8_t* data;
   int64_t block_bytes, tile_bytes, code_bytes, rows_start;
-  int32_t means;                 // where a tile's means stand, int8 [dim] and their float16 unit; 0 = none
+  int32_t means;  // where a tile's means stand, int8 [dim] and their float16 unit; 0 = none
+  int32_t parameter_bytes;
   int32_t dim, tiles, capacity;  // capacity: -1 = any length
   int32_t ring, groups;
   int32_t rotation_dim;  // 0 = not rotated
@@ -37,6 +38,7 @@ inline Cache make_cache(const SkvCache& c) {
   r.tile_bytes = tile_bytes(l);
   r.code_bytes = code_bytes(l);
   r.rows_start = c.block_bytes - full_bytes(l);
+  r.parameter_bytes = int32_t(parameter_bytes(l));
   const bool has_means = l.granularity == SKV_TOKEN_CHANNEL && l.bits != 16;
   r.means = has_means ? int32_t(r.code_bytes) + 2 * num_groups(l) * l.tile_tokens : 0;
   r.dim = padded_dim(l);
@@ -158,6 +160,22 @@ SKV_DEVICE void load_token(const Tokens& t, int64_t token, int head, float (&x)[
   for (int e = 0; e < E; e++) x[e] = lane + 32 * e < t.head_dim ? load(t.data, start + lane + 32 * e, t.type) : 0.f;
 }
 
+// A channel's scale and offset over a tile, from the tile's parameters.
+struct ChannelParameters {
+  float scale, offset;
+
+  SKV_DEVICE ChannelParameters(const Cache& c, const uint8_t* parameters, int d) : scale(), offset() {
+    if (c.layout.parameter_bits == 8) {
+      const uint8_t* units = parameters + 2 * c.dim;
+      scale = __fmul_rn(float(parameters[d]), load(units, d / 32, SKV_BFLOAT16));
+      offset = __fmul_rn(float(int8_t(parameters[c.dim + d])), load(units, (c.dim + d) / 32, SKV_BFLOAT16));
+    } else {
+      scale = load(parameters, d, SKV_FLOAT16);
+      offset = load(parameters, c.dim + d, SKV_FLOAT16);
+    }
+  }
+};
+
 // The mean of a channel as a tile of granularity token_channel holds it.
 SKV_DEVICE float stored_mean(const Cache& c, const uint8_t* tile, int d) {
   const half unit = *reinterpret_cast<const half*>(tile + c.means + c.dim);
@@ -173,7 +191,7 @@ SKV_DEVICE void decode_token(const Cache& c, const uint8_t* tile, int t, float (
     for (int e = 0; e < E; e++) x[e] = load(tile, int64_t{t} * c.dim + lane + 32 * e, l.recent_type);
     return;
   }
-  const half* parameters = reinterpret_cast<const half*>(tile + c.code_bytes);
+  const half* scales = reinterpret_cast<const half*>(tile + c.code_bytes);
 #pragma unroll
   for (int e = 0; e < E; e++) {
     const int d = lane + 32 * e;
@@ -189,10 +207,11 @@ SKV_DEVICE void decode_token(const Cache& c, const uint8_t* tile, int t, float (
       plane += tokens * (c.dim * width / 8);
     }
     if (l.granularity == SKV_CHANNEL) {
-      x[e] = __fadd_rn(__fmul_rn(float(code), __half2float(parameters[d])), __half2float(parameters[c.dim + d]));
+      const ChannelParameters channel(c, tile + c.code_bytes, d);
+      x[e] = __fadd_rn(__fmul_rn(float(code), channel.scale), channel.offset);
     } else {
       const float middle = float((1 << l.bits) - 1) / 2;
-      x[e] = __fmul_rn(__fsub_rn(float(code), middle), __half2float(parameters[d / l.group_size * tokens + t]));
+      x[e] = __fmul_rn(__fsub_rn(float(code), middle), __half2float(scales[d / l.group_size * tokens + t]));
       if (c.means) x[e] = __fadd_rn(x[e], stored_mean(c, tile, d));
     }
   }

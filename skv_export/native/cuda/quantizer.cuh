@@ -74,18 +74,24 @@ SKV_DEVICE half quantize_group(const float (&x)[E], int first, int count, int bi
   return __float2half_rn(empty ? 0.f : saturated(stored));
 }
 
-// A channel's stored scale and offset from its range over the tile, and the code of a value under them.
-struct ChannelGrid {
-  half scale, offset;
-  float levels;
+// A number of each of 32 channels in 8 bits, `code * unit`: signed codes are rounded down, unsigned ones up, the unit
+// is a bfloat16 (reference._channels_in_bytes). A whole warp.
+template <class Code>
+struct InBytes {
+  uint16_t unit;
+  float code;
 
-  SKV_DEVICE ChannelGrid(float low, float high, int bits)
-      : scale(), offset(__float2half_rn(saturated(low))), levels(float((1 << bits) - 1)) {
-    scale = __float2half_rn(saturated(__fdiv_rn(__fsub_rn(high, low), levels)));
+  SKV_DEVICE explicit InBytes(float x) : unit(), code() {
+    constexpr bool kSigned = Code(-1) < 0;
+    constexpr float kLow = kSigned ? -128.f : 0.f, kHigh = kSigned ? 127.f : 255.f;
+    float largest = fabsf(x);
+    for (int lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(kWarp, largest, lanes));
+    unit = bfloat16_bits(__fdiv_rn(largest, kHigh));
+    const float quotient = divide(x, load(&unit, 0, SKV_BFLOAT16));
+    code = clamp(kSigned ? floorf(quotient) : ceilf(quotient), kLow, kHigh);
   }
-  SKV_DEVICE float code(float x) const {
-    return clamp(rintf(divide(__fsub_rn(x, __half2float(offset)), __half2float(scale))), 0.f, levels);
-  }
+  SKV_DEVICE float value() const { return __fmul_rn(code, load(&unit, 0, SKV_BFLOAT16)); }
+  SKV_DEVICE uint8_t byte() const { return uint8_t(Code(code)); }
 };
 
 // The unit of a tile's means, from the largest, and the 8-bit code of one.
