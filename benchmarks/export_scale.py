@@ -8,9 +8,9 @@
 tokenizer), exports it once per --options, and copies the checkpoint; all of it is deleted again. `genai` exports
 the demo model and builds it with onnxruntime-genai's model builder, from the same safetensors, in turns.
 
-Every export is a process of its own. Its peak is that of its resident memory, mapped pages of files included; the
-anonymous part of it, which can't be given back, is sampled. Files are dropped from the page cache before they are read,
-and a copy ends when it is on the disk, as an export does. Output: Markdown for RESULTS.md.
+Every export is a process of its own. Its peak is that of its resident memory, mapped pages of files included, beside
+the peak of the anonymous part, which can't be given back; both are sampled. Files are dropped from the page cache
+before they are read, and a copy ends when it is on the disk, as an export does. Output: Markdown for RESULTS.md.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class Run:
 
 def measured(command: Sequence[str]) -> Run:
     """Runs a command to its end; exits with the end of what it said where it fails."""
-    anonymous = 0
+    peak = anonymous = 0
     with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -164,6 +164,8 @@ def measured(command: Sequence[str]) -> Run:
             done, status, usage = os.wait4(process.pid, os.WNOHANG)
             if done:
                 break
+            # Not the usage's ru_maxrss: on Linux that is the parent's at least.
+            peak = max(peak, _status(process.pid, "VmHWM"))
             anonymous = max(anonymous, _status(process.pid, "RssAnon"))
             time.sleep(SAMPLE_SECONDS)
         seconds = time.perf_counter() - start
@@ -171,8 +173,7 @@ def measured(command: Sequence[str]) -> Run:
         if process.returncode:
             log.seek(0)
             sys.exit(f"{shlex.join(command)}: exit code {process.returncode}\n{log.read().decode()[-2000:]}")
-    # Linux counts the parent's memory at the fork too; it is far below what any of these commands needs.
-    return Run(seconds, usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss, anonymous)
+    return Run(seconds, usage.ru_utime + usage.ru_stime, peak, anonymous)
 
 
 def _status(pid: int, key: str) -> int:
