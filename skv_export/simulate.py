@@ -10,7 +10,7 @@ reference op.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -130,12 +130,14 @@ class KiviCache:
         is_value: Values, not keys.
         residual: Exact tokens, at most.
         group_size: Numbers that share a scale and a minimum, both float16.
+        local_window_size: Tokens a query sees, itself included; 0 = all. Only these are held, as by our cache.
     """
 
     bits: int
     is_value: bool
     residual: int = 128
     group_size: int = 32
+    local_window_size: int = 0
     num_sink_tokens: int = 0
 
     def quantized_tokens(self, length: int) -> int:
@@ -159,8 +161,9 @@ class KiviCache:
 
     def effective_bits(self, context_length: int) -> float:
         """Codes, a scale and a minimum per group, and room for the exact tokens."""
-        held = context_length - min(context_length, self.residual)
-        return (held * (self.bits + 32 / self.group_size) + (context_length - held) * 16) / context_length
+        seen = min(context_length, self.local_window_size or context_length)
+        exact = min(seen, self.residual)
+        return ((seen - exact) * (self.bits + 32 / self.group_size) + exact * 16) / seen
 
 
 def _min_max(x: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
@@ -288,7 +291,12 @@ class Simulation:
     @classmethod
     def of_kivi(cls, k_bits: int, v_bits: int) -> Simulation:
         """Returns the simulation of KIVI's cache."""
-        return cls(lambda *_: (KiviCache(k_bits, False), KiviCache(v_bits, True)))
+
+        def make(index: int, head_dim: int, window: int) -> tuple[TensorCache, TensorCache]:
+            key, value = KiviCache(k_bits, False), KiviCache(v_bits, True)
+            return replace(key, local_window_size=window), replace(value, local_window_size=window)
+
+        return cls(make)
 
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> Simulation:

@@ -106,6 +106,17 @@ def test_effective_bits_of_a_window_are_those_of_the_tokens_it_sees() -> None:
     assert both.effective_bits(8192) == pytest.approx(total / (8192 + 256))
 
 
+def test_effective_bits_of_kivi_are_those_of_the_tokens_a_window_sees() -> None:
+    """128 of the tokens are exact: of 512 that weighs far more than of 8,192."""
+    assert KiviCache(2, False).effective_bits(8192) == (8064 * 3 + 128 * 16) / 8192
+    assert KiviCache(2, True, local_window_size=512).effective_bits(8192) == (384 * 3 + 128 * 16) / 512
+    simulation = Simulation.of_kivi(4, 2)
+    for index, window in enumerate((0, 512)):
+        simulation.layer(index, 1, 64, window)
+    wide, narrow = (8064 * (5 + 3) + 128 * 32) / 2, (384 * (5 + 3) + 128 * 32) / 2
+    assert simulation.effective_bits(8192) == pytest.approx((wide + narrow) / (8192 + 512))
+
+
 def test_kivi_quantizes_in_its_own_groups() -> None:
     x = torch.randn(2, 300, 64)
     keys, values = KiviCache(2, False), KiviCache(2, True)
