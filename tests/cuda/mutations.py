@@ -54,8 +54,8 @@ MUTATIONS = (
     Mutation(
         "more means copied than there are",
         "decode_mma.cuh",
-        "copy_pieces<S::kMeans>(parameters + S::kScales, piece + a.value.means)",
-        "copy_pieces<S::kMeans + 16>(parameters + S::kScales, piece + a.value.means)",
+        "copy_pieces<S::kMeans>(parameters + S::kScales, values + (piece + a.value.means))",
+        "copy_pieces<S::kMeans + 16>(parameters + S::kScales, values + (piece + a.value.means))",
         "address",
     ),
     Mutation(

@@ -30,7 +30,7 @@ struct Slabs {
   uint8_t* stages;
   int tile, count;  // of the next slab to copy; slabs left to copy
   int first_token = 0, stage = 0;
-  int key_scales, value_scales;  // from a lane's codes to its scales, but for the tile's code_bytes
+  int key_scales, value_scales;  // from a lane's codes to its scales, in a tile's first slab
 
   SKV_DEVICE Slabs(const Attention& a, int64_t sequence_and_head, uint8_t* stages, int tile, int count)
       : a(a), stages(stages), tile(tile), count(count) {
@@ -38,8 +38,8 @@ struct Slabs {
     const int scales = lane / 4 * tokens * 2 + lane % 4 * 16;
     keys = block_of(a.key, sequence_and_head) + start(a.key) + KPlane::lane_offset(tokens);
     values = block_of(a.value, sequence_and_head) + start(a.value) + VPlane::lane_offset();
-    key_scales = scales - KPlane::lane_offset(tokens);
-    value_scales = scales - VPlane::lane_offset();
+    key_scales = int(a.key.code_bytes) + scales - KPlane::lane_offset(tokens);
+    value_scales = int(a.value.code_bytes) + scales - VPlane::lane_offset();
   }
 
   // Starts copying the next slab; closes a group of copies in any case, so that groups can be counted.
@@ -56,7 +56,7 @@ struct Slabs {
   }
 
  private:
-  static constexpr int kKeyStep = 4 * kSlab, kValueStep = VPlane::kBytes;  // from slab to slab
+  static constexpr int kKeyStep = 4, kValueStep = S::D * V::kWidth / 8;  // from token to token
 
   // Without a window every tile has a slot of its own.
   SKV_DEVICE int64_t start(const Cache& c) const { return a.window > 0 ? tile_start(c, tile) : tile * c.tile_bytes; }
@@ -66,15 +66,18 @@ struct Slabs {
   }
   SKV_DEVICE void advance() {
     first_token += kSlab;
-    keys += kKeyStep;
-    values += kValueStep;
+    keys += kSlab * kKeyStep;
+    values += kSlab * kValueStep;
     const int tokens = a.key.layout.tile_tokens;
     if (first_token < tokens) return;
     first_token = 0;
-    keys += to_next(a.key) - tokens / kSlab * kKeyStep;
-    values += to_next(a.value) - tokens / kSlab * kValueStep;
+    keys += to_next(a.key) - tokens * kKeyStep;
+    values += to_next(a.value) - tokens * kValueStep;
     tile += S::kWarpCount;
   }
+
+  // From a lane's codes of this slab to its scales: two bytes per token, where the codes have `step`.
+  SKV_DEVICE int scales_after(int of_first_slab, int step) const { return of_first_slab + first_token * (2 - step); }
 
   SKV_DEVICE void copy_keys(uint8_t* to) const {
     const int tokens = a.key.layout.tile_tokens, lane = threadIdx.x % 32;
@@ -85,35 +88,34 @@ struct Slabs {
     }
     uint8_t* parameters = to + S::kKeyParameters;
     if constexpr (S::KPerToken) {
-      const uint8_t* scales = keys + (a.key.code_bytes + key_scales - 2 * first_token);
-      if (lane < 4 * a.key.groups) async_copy16(parameters + 16 * lane, scales);
+      if (lane < 4 * a.key.groups) async_copy16(parameters + 16 * lane, keys + scales_after(key_scales, kKeyStep));
     }
     if (first_token != 0) return;
-    const uint8_t* piece = keys + (16 * lane - KPlane::lane_offset(tokens));
+    const int piece = 16 * lane - KPlane::lane_offset(tokens);  // from this lane's first codes of the tile
     if constexpr (S::KPerToken) {
-      if (a.key.means) copy_pieces<S::kMeans>(parameters + S::kScales, piece + a.key.means);
+      if (a.key.means) copy_pieces<S::kMeans>(parameters + S::kScales, keys + (piece + a.key.means));
     } else {
-      copy_pieces<4 * S::D>(parameters, piece + a.key.code_bytes, a.key.parameter_bytes);
+      copy_pieces<4 * S::D>(parameters, keys + (piece + int(a.key.code_bytes)), a.key.parameter_bytes);
     }
   }
   SKV_DEVICE void copy_values(uint8_t* to) const {
     const int tokens = a.value.layout.tile_tokens, lane = threadIdx.x % 32;
     VPlane::copy(to + S::kValueCodes + VPlane::lane_place(), values);
-    const uint8_t* tile = values - first_token / kSlab * kValueStep;  // and this lane's offset
     if constexpr (V::kTwoPlanes) {
       using Second = ValuePlane<S::D, 1>;
-      const int offset = tokens * (S::D * V::kWidth / 8) + first_token / kSlab * Second::kBytes;
+      const int second = tokens * kValueStep + first_token * (S::D / 8 - kValueStep);
       Second::copy(to + S::kValueCodes + VPlane::kBytes + Second::lane_place(),
-                   tile + (offset + Second::lane_offset() - VPlane::lane_offset()));
+                   values + (second + Second::lane_offset() - VPlane::lane_offset()));
     }
     uint8_t* parameters = to + S::kValueParameters;
-    const uint8_t* piece = tile + (16 * lane - VPlane::lane_offset());
+    const int piece = 16 * lane - VPlane::lane_offset() - first_token * kValueStep;
     if constexpr (S::VPerChannel) {
-      copy_pieces<4 * S::D>(parameters, piece + a.value.code_bytes, a.value.parameter_bytes);
+      copy_pieces<4 * S::D>(parameters, values + (piece + int(a.value.code_bytes)), a.value.parameter_bytes);
     } else {
-      const uint8_t* scales = tile + (a.value.code_bytes + value_scales + 2 * first_token);
-      if (lane < 4 * a.value.groups) async_copy16(parameters + 16 * lane, scales);
-      if (a.value.means) copy_pieces<S::kMeans>(parameters + S::kScales, piece + a.value.means);
+      if (lane < 4 * a.value.groups) {
+        async_copy16(parameters + 16 * lane, values + scales_after(value_scales, kValueStep));
+      }
+      if (a.value.means) copy_pieces<S::kMeans>(parameters + S::kScales, values + (piece + a.value.means));
     }
   }
   // So many bytes, Most at most, of which `from` is this lane's first piece of 16.
