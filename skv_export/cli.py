@@ -21,6 +21,7 @@ from skv_export.recipe import (
     RECENT_TYPES,
     ROTATIONS,
     TILE_TOKENS,
+    WEIGHTS,
     LayerConfig,
     Recipe,
     shipped_recipes,
@@ -97,13 +98,22 @@ _RECIPE_OPTIONS: dict[str, tuple[Any, str]] = {
     "recent_tokens": (int, "Last tokens kept in full precision, at least."),
     "tile_tokens": (TILE_TOKENS, "Tokens quantized together."),
     "recent_type": (RECENT_TYPES, "Number format of the tokens kept in full precision."),
-    "dtype": (DTYPES, "Number format of weights and activations."),
+    "dtype": (DTYPES, "Number format of activations, and of weights that are not quantized."),
+    "weights": (WEIGHTS, "Number format of weights; int8 and int4 in blocks of 32, the rest as --dtype."),
+}
+_SWITCHES = {
+    "quantize_head": "Whether --weights int8 or int4 takes in the output embedding.",
+    "quantize_embeddings": "Whether --weights int8 or int4 takes in the input embedding.",
 }
 
 
 def _recipe_options(command: _Command) -> _Command:
     """Adds --recipe and one flag per recipe key; the defaults shown are the recipe's."""
-    defaults = {**dataclasses.asdict(LayerConfig()), "dtype": Recipe().dtype}
+    defaults = {**dataclasses.asdict(LayerConfig()), "dtype": Recipe().dtype, "weights": "as --dtype"}
+    for key, text in reversed(_SWITCHES.items()):
+        names = "--{0}/--no-{0}".format(key.replace("_", "-"))
+        help_text = f"{text}  [default: {'yes' if getattr(Recipe(), key) else 'no'}]"
+        command = click.option(names, key, default=None, help=help_text)(command)
     for key, (choices, text) in reversed(_RECIPE_OPTIONS.items()):
         kind = choices if choices is int else click.Choice(choices)
         help_text = f"{text}  [default: {defaults[key]}]"
@@ -162,6 +172,7 @@ def model(
     skv-export model ./Qwen3-0.6B --recipe qwen3 --dry-run
     skv-export model ./Qwen3-0.6B --budget 3.25
     skv-export model model.gguf --k-bits 8 --v-bits 4 --dtype fp16
+    skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --weights int4
     skv-export model genai-folder/model.onnx --k-bits 4 --v-bits 4
     """
     from skv_export import export, onnx_source, rewrite
@@ -171,9 +182,11 @@ def model(
     is_onnx = onnx_source.is_onnx(source)
     if budget is not None:
         resolved = _within_budget(source, budget, resolved, options)
-    if is_onnx and (all_logits or options["dtype"]):
+    if is_onnx and (all_logits or options["dtype"] or options["weights"]):
         raise SkvError(
-            "--all-logits and --dtype", got="an ONNX model", fix="Leave them out: its weights stay as they are."
+            "--all-logits, --dtype and --weights",
+            got="an ONNX model",
+            fix="Leave them out: its weights stay as they are.",
         )
     plan = rewrite.plan(source, resolved) if is_onnx else export.plan(source, resolved)
     click.echo(plan.table())

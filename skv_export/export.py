@@ -7,17 +7,19 @@ knows of each layer is what the traced graph will have. ``export_model`` loads t
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from skv_export import genai
+from skv_export import genai, skeleton, stamp
 from skv_export.attention import LayerAttention, SkvDecoder
+from skv_export.block_weights import stored_bytes
 from skv_export.checkpoint import Source, resolve
 from skv_export.errors import SkvError
 from skv_export.folder import (
@@ -26,7 +28,6 @@ from skv_export.folder import (
     generation_config,
     output_folder,
     pretrained_arguments,
-    write_configs,
     write_json,
     write_tokenizer,
 )
@@ -35,16 +36,12 @@ from skv_export.layout import cache_bytes
 from skv_export.library import library_path
 from skv_export.model_config import CONFIG_FILE, LayerCache, ModelConfig
 from skv_export.recipe import Recipe
+from skv_export.skeleton import Skeleton
 from skv_export.supported import check_config, check_windows, context_length, prepare_model
+from skv_export.weights import Weights, download
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PHASES = {
-    "reading the configuration": 0.0,
-    "loading the weights": 0.1,
-    "tracing": 0.35,
-    "translating": 0.6,
-    "writing": 0.85,
-}
+PHASES = {"reading the configuration": 0.0, "opening the weights": 0.1, "building the graph": 0.15, "writing": 0.5}
 """Phases of an export, and the fraction of its time that has passed when each starts."""
 PLAN_LENGTHS = (4096, 32768, 131072)
 """Lengths at which a plan compares the cache with an fp16 one."""
@@ -62,7 +59,7 @@ class Plan:
         recipe: The options.
         model_type: Hugging Face's name of the architecture.
         layers: Attention of each layer, as the graph will have it.
-        weight_bytes: Size of the weights in the recipe's ``dtype``, tied ones once.
+        weight_bytes: Size of the weights as the recipe wants them, tied ones once.
         context_length: Tokens that the model can attend to.
     """
 
@@ -97,7 +94,7 @@ class Plan:
         """Returns the plan as text."""
         lines = [
             f"{self.source}: {self.model_type}, {len(self.layers)} layers, context {self.context_length:,}",
-            f"weights: {self.recipe.dtype}, {_size(self.weight_bytes)}",
+            self._weights_row(),
             "",
         ]
         lines += [f"  {row}" for row in self._layer_rows()]
@@ -108,6 +105,17 @@ class Plan:
             lines.append(f"  {length:>7,} tokens: {_size(ours):>9} instead of {_size(half):>9} in fp16, {ratio}")
         pairs = [layer.layouts for layer in self.layers]
         return "\n".join([*lines, "", genai.advice(self.recipe.layers(len(pairs)), pairs, self.context_length)])
+
+    def _weights_row(self) -> str:
+        recipe = self.recipe
+        if not recipe.weight_bits:
+            return f"weights: {recipe.dtype}, {_size(self.weight_bytes)}"
+        kept = [
+            *(["the output embedding"] if not recipe.quantize_head else []),
+            *(["the input embedding"] if not recipe.quantize_embeddings else []),
+        ]
+        rest = f" but for {' and '.join(kept)}" if kept else ""
+        return f"weights: matrices in {recipe.weights}{rest}, the rest in {recipe.dtype}, {_size(self.weight_bytes)}"
 
     def _layer_rows(self) -> list[str]:
         """One line for each run of equal layers."""
@@ -143,7 +151,7 @@ def plan(source: str | Path | Source, recipe: Recipe | None = None) -> Plan:
         SkvError: The checkpoint, its architecture or the recipe can't be used; the message says why.
     """
     resolved = resolve(source)
-    return _plan(resolved, recipe or Recipe(), load_config(resolved))
+    return _plan(resolved, recipe or Recipe(), load_config(resolved))[0]
 
 
 def load_config(source: Source) -> PreTrainedConfig:
@@ -158,15 +166,14 @@ def load_config(source: Source) -> PreTrainedConfig:
         raise SkvError(f"{source}: transformers can't read its configuration", got=str(error)[:500]) from error
 
 
-def _plan(source: Source, recipe: Recipe, config: PreTrainedConfig) -> Plan:
+def _plan(source: Source, recipe: Recipe, config: PreTrainedConfig) -> tuple[Plan, Skeleton]:
     check_config(config)
     count = int(config.num_hidden_layers)
     configs = recipe.layers(count)
     try:
-        with torch.device("meta"), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[recipe.dtype])  # type: ignore[no-untyped-call]
-            prepare_model(model)
-            decoder = SkvDecoder(model, configs)
+        model = skeleton.build(config, DTYPES[recipe.dtype])
+        decoder = SkvDecoder(model.model, configs)
+        with model.running():
             cache = [torch.empty(2, 1, 1, 1, dtype=torch.uint8)] * count  # its bytes don't matter to shapes
             decoder(*_example_inputs(cache, cache))
     except (AttributeError, ImportError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
@@ -175,15 +182,15 @@ def _plan(source: Source, recipe: Recipe, config: PreTrainedConfig) -> Plan:
             f"{config.model_type}: can't be exported: its model does not run with the op as its attention", got=got
         ) from error
     check_windows(config, [layer.params.local_window_size for layer in decoder.layers])
-    parameters = {id(p): p for p in model.parameters()}
-    return Plan(
+    planned = Plan(
         source=source,
         recipe=recipe,
         model_type=config.model_type,
         layers=decoder.layers,
-        weight_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
+        weight_bytes=stored_bytes(model.model, recipe),
         context_length=context_length(config),
     )
+    return planned, model
 
 
 def _example_inputs(past_keys: list[torch.Tensor], past_values: list[torch.Tensor]) -> tuple[Any, ...]:
@@ -223,17 +230,16 @@ def export_model(
     with _Phases(progress) as phases:
         phases.start("reading the configuration")
         config = load_config(resolved)
-        planned = _plan(resolved, recipe or Recipe(), config)
+        planned, model = _plan(resolved, recipe or Recipe(), config)
         with output_folder(target, planned.weight_bytes, force=force) as folder:
-            phases.start("loading the weights")
-            model = load_model(resolved, config, planned.recipe.dtype)
-            phases.start("tracing")
-            program = _trace(model, planned, all_logits)
-            phases.start("translating")
-            graph = build(program, planned.layers)
+            phases.start("opening the weights")
+            local = download(resolved)
+            weights = Weights(local, model.model)
+            phases.start("building the graph")
+            graph = _build(planned, model, weights, all_logits)
             phases.start("writing")
             save(graph, folder, phases.advance)
-            _write_beside(folder, planned, model, all_logits)
+            _write_beside(folder, planned, local, model.model.config, all_logits)
     return target
 
 
@@ -306,69 +312,88 @@ def load_model(source: Source, config: PreTrainedConfig, dtype: str) -> PreTrain
     return model
 
 
-def _trace(model: PreTrainedModel, planned: Plan, all_logits: bool) -> torch.export.ExportedProgram:
-    decoder = SkvDecoder(model, planned.recipe.layers(len(planned.layers)), all_logits=all_logits).eval()
-    keys, values = (
-        [
-            torch.zeros(2, layer.params.kv_num_heads, rows, layer.layouts[which].width, dtype=torch.uint8)
-            for layer in planned.layers
-        ]
-        for which, rows in ((0, 2), (1, 3))
-    )
+def _build(planned: Plan, model: Skeleton, weights: Weights, all_logits: bool) -> ir.Model:
+    """Returns the graph: of a few layers, the others stamped, where that can be; else all layers are traced."""
+    samples = stamp.choose(model.model, planned.layers)
+    if samples is not None:
+        with stamp.cut(model.model, samples):
+            program = _trace(planned, model, samples.traced, all_logits)
+        if (graph := build(program, weights, planned.layers, planned.recipe, samples)) is not None:
+            return graph
+    program = _trace(planned, model, range(len(planned.layers)), all_logits)
+    whole = build(program, weights, planned.layers, planned.recipe)
+    assert whole is not None
+    return whole
+
+
+def _trace(planned: Plan, model: Skeleton, traced: Sequence[int], all_logits: bool) -> torch.export.ExportedProgram:
+    configs = planned.recipe.layers(len(planned.layers))
+    decoder = SkvDecoder(model.model, {i: configs[i] for i in traced}, all_logits=all_logits).eval()
+    with model.running():
+        keys, values = (
+            [
+                torch.zeros(2, layer.params.kv_num_heads, rows, layer.layouts[which].width, dtype=torch.uint8)
+                for layer in (planned.layers[i] for i in traced)
+            ]
+            for which, rows in ((0, 2), (1, 3))
+        )
+        inputs = _example_inputs(keys, values)
     dim = torch.export.Dim
     batch, tokens, columns = dim("batch_size"), dim("sequence_length"), dim("total_sequence_length")
     ids = {0: batch, 1: tokens}
-    caches = [{0: batch, 2: dim.DYNAMIC}] * len(planned.layers)
+    caches = [{0: batch, 2: dim.DYNAMIC}] * len(traced)
     shapes = (ids, {0: batch, 1: columns}, ids, caches, caches)
     with torch.no_grad():
-        program = torch.export.export(decoder, _example_inputs(keys, values), dynamic_shapes=shapes, strict=False)
-    if decoder.layers != planned.layers:
-        raise SkvError(f"{planned.model_type}: the loaded model's attention is not what its configuration says")
-    return program
+        return torch.export.export(decoder, inputs, dynamic_shapes=shapes, strict=False)
 
 
-def _write_beside(folder: Path, planned: Plan, model: PreTrainedModel, all_logits: bool) -> None:
-    """Writes every file but the graph and its weights."""
-    write_configs(folder, model)
-    write_tokenizer(planned.source, folder)
+def _write_beside(folder: Path, planned: Plan, local: Source, config: PreTrainedConfig, all_logits: bool) -> None:
+    """Writes every file but the graph and its weights; ``local`` is the source on this disk."""
+    generation = generation_config(local, config)
+    generation.save_pretrained(folder)
+    config.save_pretrained(folder)
+    write_tokenizer(local, folder)
     (folder / "recipe.toml").write_text(planned.recipe.to_toml(), encoding="utf-8")
-    config = _model_config(planned, model, all_logits)
-    hidden_size = int(model.config.hidden_size)
-    write_json(folder / CONFIG_FILE, config.to_dict(hidden_size))
-    generation = generation_config(model)
+    ours = _model_config(planned, config, generation, all_logits)
+    hidden_size = int(config.hidden_size)
+    write_json(folder / CONFIG_FILE, ours.to_dict(hidden_size))
     given = {
         name: getattr(generation, name) for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
     }
-    search = {name: value for name, value in given.items() if value is not None}
-    base = {"search": search}
-    write_json(folder / genai.CONFIG_FILE, genai.genai_config(config, hidden_size, INPUT_NAMES, base))
+    base = {"search": {name: value for name, value in given.items() if value is not None}}
+    write_json(folder / genai.CONFIG_FILE, genai.genai_config(ours, hidden_size, INPUT_NAMES, base))
     shutil.copyfile(library_path(), folder / genai.LIBRARY_FILE)
 
 
-def _model_config(planned: Plan, model: PreTrainedModel, all_logits: bool) -> ModelConfig:
-    generation, source = generation_config(model), planned.source
+def _model_config(
+    planned: Plan, config: PreTrainedConfig, generation: GenerationConfig, all_logits: bool
+) -> ModelConfig:
+    source, recipe = planned.source, planned.recipe
 
     def token(name: str) -> Any:
         given = getattr(generation, name, None)
-        return getattr(model.config, name, None) if given is None else given
+        return getattr(config, name, None) if given is None else given
 
     eos = token("eos_token_id")
     ends = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
     pad = token("pad_token_id")
     return ModelConfig(
         model_type=planned.model_type,
-        dtype=planned.recipe.dtype,
-        vocab_size=int(model.config.vocab_size),
+        dtype=recipe.dtype,
+        vocab_size=int(config.vocab_size),
         context_length=planned.context_length,
         bos_token_id=token("bos_token_id"),
         eos_token_id=ends,
         pad_token_id=ends[0] if pad is None and ends else pad,
         all_logits=all_logits,
+        weights=recipe.weights if recipe.weight_bits else "",
+        quantize_head=recipe.quantize_head,
+        quantize_embeddings=recipe.quantize_embeddings,
         source={
             "kind": source.kind,
             "name": source.repo_id or source.gguf_file or (source.path.resolve().name if source.path else ""),
             "revision": source.revision,
-            "sha256": digest(source, model.config),
+            "sha256": digest(source, config),
         },
         layers=tuple(
             LayerCache(x.params.num_heads, x.params.kv_num_heads, x.params.local_window_size, *x.layouts)

@@ -6,6 +6,7 @@ Everything is written into a folder beside the target, synced to disk, and renam
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig
 
 from skv_export.checkpoint import Source
 from skv_export.errors import SkvError
@@ -41,27 +42,56 @@ _SAMPLE = "The capital of France is Paris.\n  def f(x):\n\treturn x + 1  # naïv
 def output_folder(out: Path, weight_bytes: int, *, force: bool = False) -> Iterator[Path]:
     """Gives a folder to write into that becomes ``out`` when the block ends, and vanishes if it fails.
 
+    What a killed run left behind is removed by the next one for the same ``out``.
+
     Args:
         out: The target.
         weight_bytes: What the largest file will take; checked against the free space first.
         force: Replace ``out`` if it exists: the old folder stays whole until the new one is.
 
     Raises:
-        SkvError: ``out`` exists, its parent can't be written to, or the disk is (or gets) full.
+        SkvError: ``out`` exists or is being written, its parent can't be written to, or the disk is (or gets) full.
     """
-    check_target(out, weight_bytes, force=force)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+    temporary = out.parent / f".{out.name}.part"
+    check_target(out, 0, force=force)
     try:
-        temporary.chmod(0o755)
-        yield temporary
-        _sync(temporary)
-        _swap(temporary, out)
+        with _locked(temporary):
+            _empty(temporary)
+            check_target(out, weight_bytes, force=force)
+            try:
+                yield temporary
+                _sync(temporary)
+                _swap(temporary, out)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise SkvError(
             f"{out}: can't be written", got=str(error), fix="Free some space or choose another --out."
         ) from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Makes a folder and holds it against other processes while the block runs."""
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise SkvError(
+            f"{folder}: another process is writing it", fix="Wait for it to end, or choose another --out."
+        ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def check_target(out: Path, weight_bytes: int, *, force: bool = False) -> None:
@@ -169,15 +199,20 @@ def pretrained_arguments(source: Source) -> dict[str, Any]:
     return arguments
 
 
-def write_configs(folder: Path, model: PreTrainedModel) -> None:
-    """Writes ``config.json`` and ``generation_config.json``."""
-    generation_config(model).save_pretrained(folder)
-    model.config.save_pretrained(folder)
+def generation_config(source: Source, config: PreTrainedConfig) -> GenerationConfig:
+    """Returns how a checkpoint on this disk wants text to be generated; by its configuration if it does not say.
 
-
-def generation_config(model: PreTrainedModel) -> GenerationConfig:
-    """Returns how the checkpoint wants text to be generated."""
-    return model.generation_config or GenerationConfig.from_model_config(model.config)
+    Raises:
+        SkvError: It says so in a way that transformers can't read.
+    """
+    if source.path is None or not (source.path / "generation_config.json").is_file() or source.gguf_file:
+        return GenerationConfig.from_model_config(config)
+    try:
+        return GenerationConfig.from_pretrained(source.path, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise SkvError(
+            f"{source}: generation_config.json", got=str(error)[:300], fix="Correct or remove it."
+        ) from error
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -169,6 +169,7 @@ def _config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     arch = str(metadata.get("general.architecture", ""))
     config: dict[str, Any] = {
         "model_type": _MODEL_TYPES.get(arch, arch),
+        "gguf_architecture": arch,
         "_name_or_path": metadata.get("general.name", ""),
     }
     for key, name in _CONFIG_KEYS.items():

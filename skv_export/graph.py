@@ -17,15 +17,18 @@ import torch
 from onnxscript import opset23
 
 from skv_export.attention import ATTRIBUTE_TYPES, DOMAIN, OP_NAME, LayerAttention
+from skv_export.block_weights import MICROSOFT, quantize_graph
 from skv_export.errors import SkvError
 from skv_export.genai import cache_widths
 from skv_export.passes import simplify
+from skv_export.recipe import Recipe
+from skv_export.stamp import BOUNDARY, Samples, stamp
+from skv_export.stored import Named, Stored, write_external
+from skv_export.weights import Weights
 
 OPSET = 23
 """The first with RMSNormalization and RotaryEmbedding; ONNX Runtime has kernels for both from 1.24 on."""
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
-EXTERNAL_BYTES = 1024
-"""Weights larger than this stand in ``DATA_FILE``."""
 
 INPUTS = (
     "query",
@@ -55,35 +58,74 @@ Progress = Callable[[float], None]
 """Called with the fraction of the work that is done."""
 
 
-def build(program: torch.export.ExportedProgram, layers: Sequence[LayerAttention]) -> ir.Model:
+def build(
+    program: torch.export.ExportedProgram,
+    weights: Weights,
+    layers: Sequence[LayerAttention],
+    recipe: Recipe,
+    samples: Samples | None = None,
+) -> ir.Model | None:
     """Returns the graph of a traced ``SkvDecoder``, with the ecosystem's names of inputs and outputs.
+
+    Args:
+        program: The trace, of a model without weights.
+        weights: Where they are when the graph is written.
+        layers: Attention of each layer of the model.
+        recipe: Says which weights are quantized.
+        samples: Which of them the trace has, if not all.
+
+    Returns:
+        The graph; None if the traced layers can't stand for the others.
 
     Raises:
         SkvError: The graph does not have one attention node per layer.
     """
-    caches = [f"{i}.{tensor}" for tensor in ("key", "value") for i in range(len(layers))]
+    traced = range(len(layers)) if samples is None else samples.traced
+    caches = [f"{i}.{tensor}" for tensor in ("key", "value") for i in traced]
     inputs = [*INPUT_NAMES, *(f"past_key_values.{name}" for name in caches)]
     model = translate(program, inputs, ["logits", *(f"present.{name}" for name in caches)])
+    _store_weights(model.graph, weights, samples.original if samples is not None else str)
     simplify(model)
+    quantize_graph(model.graph, recipe)
+    if samples is not None and not stamp(model.graph, samples):
+        return None
     count = sum(node.op_type == OP_NAME and node.domain == DOMAIN for node in model.graph)
     if count != len(layers):
         raise SkvError("graph: attention nodes", got=count, expected=f"one in each of {len(layers)} layers")
     _name(model.graph, layers)
+    if recipe.weight_bits:
+        model.opset_imports[MICROSOFT] = 1
     return model
 
 
 def save(model: ir.Model, folder: Path, progress: Progress = lambda fraction: None) -> None:
-    """Writes ``MODEL_FILE`` and ``DATA_FILE``, one weight in memory at a time."""
+    """Writes ``MODEL_FILE`` and ``DATA_FILE``; weights are read, converted and written slab by slab.
 
-    def written(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
-        progress(info.index / info.total)
+    Raises:
+        OSError: The disk is full.
+        SkvError: The checkpoint does not hold what the graph needs.
+    """
+    write_external(model, folder / DATA_FILE, progress)
+    ir.save(model, folder / MODEL_FILE)
 
-    path = folder / MODEL_FILE
-    ir.save(model, path, external_data=DATA_FILE, size_threshold_bytes=EXTERNAL_BYTES, callback=written)
+
+def _store_weights(graph: ir.Graph, weights: Weights, original: Callable[[str], str]) -> None:
+    """Puts the checkpoint's tensors in place of the trace's empty ones, under their names in the whole model."""
+    traced = tuple(graph.initializers.items())
+    graph.initializers.clear()
+    for name, value in traced:
+        given = original(name.removeprefix("model."))
+        if given not in weights or value.dtype is None or value.shape is None:
+            graph.register_initializer(value)
+            continue
+        form = Named(weights.canonical(given), value.dtype)
+        value.name = given
+        value.const_value = Stored(form, weights, value.dtype, value.shape, given)
+        graph.register_initializer(value)
 
 
 def _name(graph: ir.Graph, layers: Sequence[LayerAttention]) -> None:
-    """Names dimensions and weights, and puts each layer's keys and values side by side."""
+    """Names dimensions, and puts each layer's keys and values side by side."""
     by_name = {str(value.name): value for value in (*graph.inputs, *graph.outputs)}
     for name in INPUT_NAMES:
         columns = "total_sequence_length" if name == "attention_mask" else "sequence_length"
@@ -109,8 +151,6 @@ def _name(graph: ir.Graph, layers: Sequence[LayerAttention]) -> None:
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape, value.type = None, None
-    for value in tuple(graph.initializers.values()):
-        value.name = str(value.name).removeprefix("model.")
 
 
 # Translation.
@@ -130,6 +170,9 @@ def register_schema() -> None:
         kind = option.Optional if optional else option.Single
         return schema.FormalParameter(name, fixed.get(name, "T"), param_option=kind)
 
+    floats = ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")
+    one, same = ([parameter(name, False)] for name in ("hidden", "same"))
+    onnx.defs.register_schema(schema(BOUNDARY, DOMAIN, 1, inputs=one, outputs=same, type_constraints=[floats]))
     onnx.defs.register_schema(
         schema(
             OP_NAME,
@@ -137,7 +180,7 @@ def register_schema() -> None:
             1,
             inputs=[parameter(name, i in (1, 2) or i > 6) for i, name in enumerate(INPUTS)],
             outputs=[parameter(name, False) for name in OUTPUTS],
-            type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
+            type_constraints=[floats],
             attributes=[schema.Attribute(name, kinds[kind], "") for name, kind in ATTRIBUTE_TYPES.items()],
         )
     )
@@ -162,6 +205,10 @@ def _attention(  # type: ignore[no-untyped-def]
     return op.QuantizedKVAttention(*(given.get(name) for name in INPUTS), **attributes)
 
 
+def _boundary(hidden):  # type: ignore[no-untyped-def]
+    return onnxscript.values.Opset(DOMAIN, 1).LayerBoundary(hidden)
+
+
 def _to_dtype(x, dtype, non_blocking=False, copy=False, memory_format=None):  # type: ignore[no-untyped-def]
     return opset23.Cast(x, to=dtype)
 
@@ -178,6 +225,7 @@ def translate(
     register_schema()
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.skv.quantized_kv_attention.default: _attention,
+        torch.ops.skv.layer_boundary.default: _boundary,
         torch.ops.aten.to.dtype: _to_dtype,
     }
     _drop_no_ops(program.graph_module)

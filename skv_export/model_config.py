@@ -44,16 +44,19 @@ class ModelConfig:
 
     Attributes:
         model_type: Architecture, by Hugging Face's name.
-        dtype: Number format of the weights: ``fp32``, ``fp16`` or ``bf16``.
+        dtype: Number format of activations: ``fp32``, ``fp16`` or ``bf16``.
         vocab_size: Columns of the logits.
         context_length: Tokens that the model was trained for.
         bos_token_id: First token, if the model has one.
         eos_token_id: Tokens that end a sequence.
         pad_token_id: Token that fills finished sequences.
         all_logits: The graph returns every position's logits, not only the last one's.
-        right_padded: The graph takes padding on the right only (a rewritten one); else on either side.
         source: What the folder was exported from: ``kind``, ``name``, ``revision``, ``sha256``.
         layers: Each layer's cache.
+        right_padded: The graph takes padding on the right only (a rewritten one); else on either side.
+        weights: ``int8`` or ``int4`` where the export quantized weights; else "".
+        quantize_head: Whether the output embedding is among them.
+        quantize_embeddings: Whether the input embedding is.
     """
 
     model_type: str
@@ -67,6 +70,9 @@ class ModelConfig:
     source: Mapping[str, Any]
     layers: tuple[LayerCache, ...]
     right_padded: bool = False
+    weights: str = ""
+    quantize_head: bool = True
+    quantize_embeddings: bool = False
 
     @classmethod
     def load(cls, folder: Path | str) -> ModelConfig:
@@ -106,6 +112,9 @@ class ModelConfig:
                 source=dict(values["source"]),
                 layers=layers,
                 right_padded=values.get("padding") == "right",
+                weights=str(values.get("weights", "")),
+                quantize_head=bool(values.get("quantize_head", True)),
+                quantize_embeddings=bool(values.get("quantize_embeddings", False)),
             )
         except (KeyError, TypeError, ValueError, SkvError) as error:
             got = f"no key {error}" if isinstance(error, KeyError) else str(error)

@@ -195,7 +195,7 @@ def check(
     try:
         session = twins.unquantized(folder, execution_provider=execution_provider)
         exact = compare(model, session, tokens, tolerance.exact, tolerance.rows, same_cache=False)
-        session = twins.plain(folder, execution_provider=execution_provider)
+        session = twins.exact_products(folder, execution_provider=execution_provider)
         quantized = compare(model, session, tokens, tolerance.most, tolerance.rows, same_cache=True)
     finally:
         model.set_attn_implementation(attention)

@@ -6,25 +6,29 @@ at a time, in the graph's order; what it makes unused is removed afterwards.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
-import torch
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
+from skv_export.stored import Named, Stored, applied
+
 SMALL_BYTES = 1 << 16
-"""Constants up to this size are folded while the graph is built; larger ones are weights, computed when written."""
+"""Constants up to this size are folded while the graph is built."""
 
 
 def simplify(model: ir.Model) -> None:
     """Runs all passes on a translated decoder, in place."""
     common.InlinePass()(model)
-    _share_tied_weights(model.graph)
+    _deduplicate(model.graph)
     _fold_constants(model)
+    _fold_weights(model.graph)
     builder = _Builder(model.graph)
     for rewrite in _REWRITES:
         for node in tuple(model.graph):
@@ -32,30 +36,20 @@ def simplify(model: ir.Model) -> None:
                 rewrite(builder, node)
         common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    common.DeduplicateInitializersPass()(model)
+    _deduplicate(model.graph)
     common.CommonSubexpressionEliminationPass()(model)
     for cleanup in (common.RemoveUnusedNodesPass, common.RemoveUnusedFunctionsPass, common.RemoveUnusedOpsetsPass):
         cleanup()(model)
     common.ClearMetadataAndDocStringPass()(model)
 
 
-def _share_tied_weights(graph: ir.Graph) -> None:
-    """Makes one initializer of those that are views of the same memory: tied embeddings are stored once."""
-    first: dict[tuple[object, ...], ir.Value] = {}
-    for name, value in tuple(graph.initializers.items()):
-        tensor = getattr(value.const_value, "raw", None)
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        same = first.setdefault((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()), value)
-        if same is not value and tensor.numel():
-            value.replace_all_uses_with(same)
-            del graph.initializers[name]
-
-
 def _fold_constants(model: ir.Model) -> None:
+    """Computes what depends on small constants only; weights are out of sight meanwhile, lest they are read."""
+    weights = {value: value.const_value for value in model.graph.initializers.values() if _is_stored(value)}
+    for value in weights:
+        value.const_value = None
+
     def should_fold(node: ir.Node) -> bool | None:
-        if node.op_type == "Transpose":  # of a weight: see _weight
-            return False
         sizes = [v.const_value.nbytes for v in node.inputs if v is not None and v.const_value is not None]
         return False if max(sizes, default=0) > SMALL_BYTES else None
 
@@ -66,6 +60,53 @@ def _fold_constants(model: ir.Model) -> None:
         output_size_limit=SMALL_BYTES,
         should_fold=should_fold,
     )
+    for value, tensor in weights.items():
+        value.const_value = tensor
+
+
+def _is_stored(value: ir.Value | None) -> bool:
+    return value is not None and isinstance(value.const_value, Stored)
+
+
+def _fold_weights(graph: ir.Graph) -> None:
+    """Makes weights of what is computed from weights alone; a matrix's Transpose waits for ``_weight``."""
+    for node in tuple(graph):
+        if node.domain or len(node.outputs) != 1 or node.op_type == "Transpose":
+            continue
+        tensors = [None if v is None else ir.convenience.get_const_tensor(v) for v in node.inputs]
+        known = all(v is None or tensor is not None for v, tensor in zip(node.inputs, tensors, strict=True))
+        stored = [tensor for tensor in tensors if isinstance(tensor, Stored)]
+        output = node.outputs[0]
+        if not known or not stored or output.shape is None or output.dtype is None or output.is_graph_output():
+            continue
+        if not output.shape.is_static() or math.prod(output.shape.numpy()) > max(tensor.size for tensor in stored):
+            continue
+        folded = applied(node, tensors, output.dtype, output.shape)
+        value = ir.Value(name=folded.name, type=output.type, shape=output.shape, const_value=folded)
+        if folded.name in graph.initializers:
+            value.name = folded.name = f"{folded.name}.{len(graph.initializers)}"
+        graph.register_initializer(value)
+        output.replace_all_uses_with(value)
+        graph.remove(node, safe=True)
+
+
+def _deduplicate(graph: ir.Graph) -> None:
+    """Makes one initializer of equal ones: tied weights, and small constants."""
+    first: dict[object, ir.Value] = {}
+    for name, value in tuple(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or value.is_graph_output():
+            continue
+        if isinstance(tensor, Stored):
+            key: object = (tensor.dtype, tensor.form)
+        elif tensor.nbytes <= SMALL_BYTES:
+            key = (tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes())
+        else:
+            continue
+        same = first.setdefault(key, value)
+        if same is not value:
+            value.replace_all_uses_with(same)
+            del graph.initializers[name]
 
 
 _SWAPPED = [0, 2, 1, 3]
@@ -190,6 +231,22 @@ def _reshape(builder: _Builder, node: ir.Node) -> None:
     node.attributes.pop("allowzero", None)
 
 
+def _dimension(builder: _Builder, node: ir.Node) -> None:
+    """Reads a dimension from the first of the graph's inputs that has it."""
+    source = node.inputs[0] if node.op_type == "Shape" else None
+    start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", 0)
+    if source is None or not source.is_graph_input() or source.shape is None or end != start + 1:
+        return
+    dim = source.shape[start]
+    for value in builder.graph.inputs:
+        axes = [i for i, other in enumerate(value.shape or ()) if other == dim and not _unknown(other)]
+        if axes and value is not source:
+            same = builder.before(node, "Shape", value, like=node.outputs[0], start=axes[0], end=axes[0] + 1)
+            builder.replace(node, same)
+        if axes:
+            return
+
+
 def _slice(builder: _Builder, node: ir.Node) -> None:
     """Drops a Slice that keeps everything."""
     if node.op_type != "Slice" or node.inputs[0] is None:
@@ -201,7 +258,14 @@ def _slice(builder: _Builder, node: ir.Node) -> None:
 
 
 def _transpose(builder: _Builder, node: ir.Node) -> None:
-    """Cancels a Transpose against the one before it."""
+    """Drops a Transpose that changes nothing, and cancels one against the one before it."""
+    if (
+        node.op_type == "Transpose"
+        and (only := _permutation(node)) == sorted(only or [0])
+        and node.inputs[0] is not None
+    ):
+        builder.replace(node, node.inputs[0])
+        return
     before = _made_by(node.inputs[0] if node.op_type == "Transpose" else None, "Transpose")
     first, second = _permutation(before), _permutation(node)
     if before is None or before.inputs[0] is None or first is None or second is None:
@@ -397,31 +461,30 @@ def _weight(builder: _Builder, node: ir.Node) -> None:
     """Stores a transposed weight transposed; a tied embedding, which is also read as it is, goes into a Gemm."""
     transposed = _made_by(node.inputs[1] if node.op_type == "MatMul" else None, "Transpose")
     weight = transposed.inputs[0] if transposed is not None else None
-    if transposed is None or weight is None or weight.const_value is None or _permutation(transposed) != [1, 0]:
+    if transposed is None or weight is None or _permutation(transposed) != [1, 0]:
+        return
+    tensor = weight.const_value
+    if not isinstance(tensor, Stored) or not isinstance(tensor.form, Named):
         return
     x, graph = node.inputs[0], builder.graph
     if all(use.node is transposed for use in weight.uses()) and _only_user(transposed.outputs[0]) is node:
-        tensor, name = weight.const_value, str(weight.name)
-        lazy = ir.LazyTensor(
-            lambda: ir.tensor(_transposed(tensor)), tensor.dtype, ir.Shape(tensor.shape.numpy()[::-1]), name=name
-        )
-        stored = ir.Value(name=name, type=weight.type, shape=lazy.shape, const_value=lazy)
-        builder.replace(transposed, stored)
+        name, shape = str(weight.name), ir.Shape(tensor.shape.numpy()[::-1])
+        form = dataclasses.replace(tensor.form, transposed=True)
+        stored = Stored(form, tensor.reader, tensor.dtype, shape, name)
+        replacement = ir.Value(name=name, type=weight.type, shape=shape, const_value=stored)
+        builder.replace(transposed, replacement)
         del graph.initializers[name]
-        graph.register_initializer(stored)
+        graph.register_initializer(replacement)
     elif x is not None and (size := _static(weight, 1)) is not None and (rows_out := _static(weight, 0)) is not None:
         flat = builder.before(node, "Reshape", x, builder.ints(-1, size))
         product = builder.before(node, "Gemm", flat, weight, transB=1)
         lead = builder.before(node, "Shape", x, start=0, end=-1)
-        shape = builder.before(node, "Concat", lead, builder.ints(rows_out), axis=0)
-        builder.replace(node, builder.before(node, "Reshape", product, shape, like=node.outputs[0]))
-
-
-def _transposed(tensor: ir.TensorProtocol) -> NDArray[Any]:
-    return np.ascontiguousarray(tensor.numpy().T)
+        target = builder.before(node, "Concat", lead, builder.ints(rows_out), axis=0)
+        builder.replace(node, builder.before(node, "Reshape", product, target, like=node.outputs[0]))
 
 
 _REWRITES: tuple[Callable[[_Builder, ir.Node], None], ...] = (
+    _dimension,
     _slice,
     _reshape,
     _transpose,

@@ -23,6 +23,8 @@ PARAMETER_BITS = (16, 8)
 TILE_TOKENS = (32, 64, 128)
 RECENT_TYPES = ("float16", "float", "bfloat16")
 DTYPES = ("fp32", "fp16", "bf16")
+WEIGHT_BITS = {"int8": 8, "int4": 4}
+WEIGHTS = (*DTYPES, *WEIGHT_BITS)
 GROUP_SIZES = (128, 64, 32)
 
 _CHOICES: dict[str, tuple[object, ...]] = {
@@ -37,6 +39,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "tile_tokens": TILE_TOKENS,
     "recent_type": RECENT_TYPES,
     "dtype": DTYPES,
+    "weights": WEIGHTS,
 }
 _RANGES: dict[str, tuple[int, int]] = {
     "k_group_size": (0, 1024),
@@ -98,6 +101,10 @@ PER_LAYER_KEYS = tuple(f.name for f in dataclasses.fields(LayerConfig) if f.name
 """Keys that a ``[[layers]]`` table may set; sinks, recent tokens and tiles are one for the whole model."""
 
 
+_WEIGHT_KEYS = ("weights", "quantize_head", "quantize_embeddings")
+_MODEL_KEYS = ("dtype", *_WEIGHT_KEYS, "description")
+
+
 @dataclass(frozen=True)
 class LayerOverride:
     """One ``[[layers]]`` table of a recipe: ``index`` names the layers, ``values`` what differs there."""
@@ -108,27 +115,49 @@ class LayerOverride:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an export does to a model's cache.
+    """What an export does to a model's cache, and to its weights.
 
     Attributes:
         default: The options of every layer that no override names.
         overrides: Per-layer differences; where two name a layer, the later one wins.
-        dtype: Number format of weights and activations: ``fp32``, ``fp16`` or ``bf16``.
+        dtype: Number format of activations, and of weights that are not quantized: ``fp32``, ``fp16`` or ``bf16``.
+        weights: Number format of weights: ``int8``, ``int4``, or the same as ``dtype``, which "" stands for.
+        quantize_head: Whether the output embedding is among the weights in int8 or int4.
+        quantize_embeddings: Whether the input embedding is.
         description: One line on what the recipe is for.
     """
 
     default: LayerConfig = dataclasses.field(default_factory=LayerConfig)
     overrides: tuple[LayerOverride, ...] = ()
     dtype: str = "fp32"
+    weights: str = ""
+    quantize_head: bool = True
+    quantize_embeddings: bool = False
     description: str = ""
 
     def __post_init__(self) -> None:
         _check("dtype", self.dtype)
+        if self.weights:
+            _check("weights", self.weights)
+        if self.weights in DTYPES and self.weights != self.dtype:
+            raise SkvError(
+                f"weights {self.weights} with dtype {self.dtype}",
+                expected="one number format for both, or weights in int8 or int4",
+                fix="Set one of the two.",
+            )
+        for name in ("quantize_head", "quantize_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise SkvError(name, got=repr(getattr(self, name)), expected="true or false")
         for override in self.overrides:
             self._apply(override)
 
     def _apply(self, override: LayerOverride, base: LayerConfig | None = None) -> LayerConfig:
         return dataclasses.replace(base or self.default, **dict(override.values))
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of a quantized weight; 0 where weights are numbers of ``dtype``."""
+        return WEIGHT_BITS.get(self.weights, 0)
 
     def layer(self, index: int) -> LayerConfig:
         """Returns the options that hold for layer ``index``."""
@@ -162,19 +191,17 @@ class Recipe:
             SkvError: Unknown key or a value outside its choices.
         """
         given = {key: value for key, value in options.items() if value is not None}
-        own = {key: given.pop(key) for key in ("dtype", "description") if key in given}
+        own = _with_dtype({key: given.pop(key) for key in _MODEL_KEYS if key in given})
         _reject_unknown(given, [f.name for f in dataclasses.fields(LayerConfig)], "options")
         for key, value in given.items():
             _check(key, value)
         overrides = tuple(
             LayerOverride(o.index, tuple(item for item in o.values if item[0] not in given)) for o in self.overrides
         )
-        return Recipe(
-            default=dataclasses.replace(self.default, **given),
-            overrides=tuple(o for o in overrides if o.values),
-            dtype=own.get("dtype", self.dtype),
-            description=own.get("description", self.description),
-        )
+        if "dtype" in own and self.weights in DTYPES:
+            own.setdefault("weights", "")
+        default = dataclasses.replace(self.default, **given)
+        return dataclasses.replace(self, default=default, overrides=tuple(o for o in overrides if o.values), **own)
 
     @classmethod
     def per_layer(cls, bits: list[tuple[int, int]], base: Recipe | None = None) -> Recipe:
@@ -201,7 +228,7 @@ class Recipe:
             SkvError: Unknown key, wrong type, or a value outside its choices; the message names ``source`` and the key.
         """
         names = [f.name for f in dataclasses.fields(LayerConfig)]
-        _reject_unknown(values, [*names, "dtype", "description", "layers"], source)
+        _reject_unknown(values, [*names, *_MODEL_KEYS, "layers"], source)
         tables = values.get("layers", [])
         if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
             raise SkvError(f"{source}: layers", got=type(tables).__name__, expected="an array of tables, [[layers]]")
@@ -211,8 +238,7 @@ class Recipe:
         return cls(
             default=LayerConfig(**{key: values[key] for key in names if key in values}),
             overrides=tuple(_override(table, source) for table in tables),
-            dtype=values.get("dtype", cls.dtype),
-            description=description,
+            **_with_dtype({key: values[key] for key in _MODEL_KEYS if key in values}),
         )
 
     @classmethod
@@ -238,6 +264,8 @@ class Recipe:
         """Returns the resolved recipe as TOML; ``Recipe.load`` of it gives an equal recipe."""
         lines = [f"description = {_toml(self.description)}"] if self.description else []
         lines.append(f"dtype = {_toml(self.dtype)}")
+        if self.weight_bits:
+            lines += [f"{key} = {_toml(getattr(self, key))}" for key in _WEIGHT_KEYS]
         lines += [f"{f.name} = {_toml(getattr(self.default, f.name))}" for f in dataclasses.fields(LayerConfig)]
         for override in self.overrides:
             lines += ["", "[[layers]]", f"index = {_toml(list(override.index))}"]
@@ -245,7 +273,16 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
 
+def _with_dtype(given: dict[str, Any]) -> dict[str, Any]:
+    """Weights in a number format of activations say that of the activations, too."""
+    if given.get("weights") in DTYPES:
+        given.setdefault("dtype", given["weights"])
+    return given
+
+
 def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
         return f'"{escaped}"'

@@ -1,6 +1,7 @@
 """Owns the variants of an exported graph that verification runs, made in memory; their weights stay the folder's.
 
-The twins are the exported graph but for one thing: which logits it returns, or how many bits its cache has.
+The twins are the exported graph but for one thing: which logits it returns, how many bits its cache has, or how its
+products with quantized weights are computed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import onnx
 
+from skv_export.block_weights import CODES
 from skv_export.errors import SkvError
 from skv_export.layout import CacheLayout
 from skv_export.model_config import LayerCache, ModelConfig
@@ -23,6 +25,22 @@ _GATHERS = ("GatherElements", "GatherND", "Gather")
 def plain(folder: Path, *, execution_provider: str = "cpu") -> Session:
     """Returns a session of the exported graph itself, as the twins': it shares the machine's cores with torch."""
     return Session(folder, execution_provider=execution_provider, spinning=False)
+
+
+def exact_products(folder: Path, *, execution_provider: str = "cpu") -> Session:
+    """Returns a session whose quantized weights meet activations that are not rounded: PyTorch's products, then."""
+    config = ModelConfig.load(folder)
+    if not config.weights:
+        return plain(folder, execution_provider=execution_provider)
+    return _session(folder, execution_provider, _with_exact_products(_load(folder)), config)
+
+
+def _with_exact_products(model: onnx.ModelProto) -> onnx.ModelProto:
+    for node in model.graph.node:
+        for attribute in node.attribute if node.op_type == "MatMulNBits" else ():
+            if attribute.name == "accuracy_level":
+                attribute.i = 1  # float32
+    return model
 
 
 def all_logits(folder: Path, *, execution_provider: str = "cpu") -> Session:
@@ -57,11 +75,11 @@ def all_logits(folder: Path, *, execution_provider: str = "cpu") -> Session:
 def unquantized(folder: Path, *, execution_provider: str = "cpu") -> Session:
     """Returns a session whose cache rounds nothing: 16 bits for keys and values, which are rows of float32 then.
 
-    All else is the exported graph; a difference to PyTorch comes from the graph, and no code can flip.
+    All else is ``exact_products``; a difference to PyTorch comes from the graph, and no code can flip.
     """
     config = ModelConfig.load(folder)
     layers = tuple(_unquantized(layer) for layer in config.layers)
-    model = _load(folder)
+    model = _with_exact_products(_load(folder))
     for node in model.graph.node:
         for attribute in node.attribute if node.domain == "skv" else ():
             if attribute.name in ("k_bits", "v_bits"):
@@ -85,6 +103,12 @@ def _unquantized(layer: LayerCache) -> LayerCache:
 def _session(folder: Path, execution_provider: str, model: onnx.ModelProto, config: ModelConfig) -> Session:
     graph = model.SerializeToString()
     return Session(folder, execution_provider=execution_provider, spinning=False, model=graph, config=config)
+
+
+def quantized_weights(folder: Path) -> list[str]:
+    """Returns the names of the matrices that an exported graph holds in 4 or 8 bits."""
+    names = [tensor.name for tensor in _load(folder).graph.initializer]
+    return [name.removesuffix(f".{CODES}") for name in names if name.endswith(f".{CODES}")]
 
 
 def _load(folder: Path) -> onnx.ModelProto:

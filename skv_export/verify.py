@@ -1,7 +1,8 @@
 """Owns `skv-export verify`: that an exported folder computes what PyTorch computes, in three levels, and the report.
 
 ``op``: the library against the reference, case by case. ``graph``: the exported graph against PyTorch with the same
-quantized cache (``parity.py``). ``quality``: against the unquantized model (``quality.py``). torch waits until needed.
+quantized cache and weights (``parity.py``). ``quality``: against the unquantized model (``quality.py``). torch waits
+until needed.
 """
 
 from __future__ import annotations
@@ -257,7 +258,7 @@ def run(
         report = dataclasses.replace(report, op=check_op())
     if not set(levels) & {"graph", "quality"}:
         return report
-    from skv_export import parity, quality, twins
+    from skv_export import block_weights, parity, quality, twins
 
     source = _source(config, checkpoint)
     model = load_model(source, config)
@@ -266,7 +267,8 @@ def run(
     if "graph" in levels:
         count = sum(parity.step_counts(config.layers[0].key))
         (tokens,) = quality.text_windows(tokenizer, prose, 1, count).tolist()
-        graph = parity.check(model, folder, tokens, execution_provider=execution_provider, tolerance=tolerance)
+        with block_weights.rounded(model, twins.quantized_weights(folder), config):
+            graph = parity.check(model, folder, tokens, execution_provider=execution_provider, tolerance=tolerance)
         report = dataclasses.replace(report, graph=graph)
     if "quality" in levels:
         length = min(window_tokens, config.context_length)

@@ -7,8 +7,9 @@ import hashlib
 import http.server
 import json
 import logging
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from huggingface_hub import constants, snapshot_download
 from tiny_graph import SMALL, Tiny
 from transformers import AutoTokenizer, pipeline
 
+from skv_export import export, verify
 from skv_export import hub as hub_module
-from skv_export import verify
 from skv_export.cases import attention_cases
 from skv_export.cli import main
 from skv_export.errors import SkvError
+from skv_export.model_config import ModelConfig
 from skv_export.modeling import SkvForCausalLM
 from skv_export.runtime import Session
 
@@ -111,7 +113,12 @@ class Hub:
         if files is None or file not in files:
             code = "RevisionNotFound" if files is None else "EntryNotFound"
             return self.send(request, b"", 404, {"X-Error-Code": code, "X-Repo-Commit": sha(files or {})})
-        return self.send(request, files[file], 200, {"ETag": f'"{digest(files[file])}"', "X-Repo-Commit": sha(files)})
+        data, headers = files[file], {"ETag": f'"{digest(files[file])}"', "X-Repo-Commit": sha(files)}
+        if match := re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range") or ""):
+            part = data[int(match[1]) : int(match[2]) + 1]
+            headers["Content-Range"] = f"bytes {match[1]}-{int(match[1]) + len(part) - 1}/{len(data)}"
+            return self.send(request, part, 206, headers)
+        return self.send(request, data, 200, headers)
 
     def send(self, request: Any, data: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
         request.send_response(status)
@@ -322,3 +329,24 @@ def test_transformers_pipeline(folder: Path, caplog: pytest.LogCaptureFixture) -
     assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
     with pytest.raises(SkvError, match="execution_provider"):
         pipeline("text-generation", model=model, tokenizer=tokenizer, device="cuda:0")
+
+
+def test_a_checkpoint_of_the_hub_is_exported_as_the_folder_it_was_pushed_from(
+    hub: Hub, tiny_checkpoint: Callable[..., Path], tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # of transformers' own downloads, read when imported
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    checkpoint = tiny_checkpoint("qwen3")
+    files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    files["generation_config.json"] = json.dumps({"temperature": 0.6, "do_sample": True, "eos_token_id": [5]}).encode()
+    hub.repos["me/qwen"] = {"main": {**files, "pytorch_model.bin": b"a pickle"}}
+    out, local = (
+        export.export_model(source, out=tmp_path / name, progress=lambda *_: None)
+        for name, source in (("out", "me/qwen"), ("local", checkpoint))
+    )
+    for name in ("model.onnx", "model.onnx.data", "config.json"):
+        assert (out / name).read_bytes() == (local / name).read_bytes(), name
+    config = ModelConfig.load(out)
+    assert (config.source["kind"], config.source["name"], config.eos_token_id) == ("hub", "me/qwen", (5,))
+    assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.6
+    assert not any(path.endswith(".bin") for _, path in hub.log)

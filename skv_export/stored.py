@@ -1,0 +1,245 @@
+"""Owns weights inside a graph: known by name, type and what is done to them, computed only when they are written.
+
+A form is an expression over the checkpoint's tensors. Forms are compared and renamed without reading anything, which
+is how one layer's weights stand for those of its like; written, a weight passes through memory in slabs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+
+from skv_export.errors import SkvError
+
+SLAB_BYTES = 32 << 20
+"""Bytes that are converted at a time."""
+EXTERNAL_BYTES = 1024
+"""Tensors of at least this size stand in the data file."""
+_PAGE_BYTES, _PAGED_BYTES = 4096, 1 << 20
+"""Tensors from ``_PAGED_BYTES`` on start at a page, so that a runtime can map them; others at 64 bytes."""
+
+_TORCH = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.INT64: torch.int64,
+    ir.DataType.BOOL: torch.bool,
+}
+
+
+class Reader(Protocol):
+    """Gives a checkpoint's tensors by the model's names; see ``weights.Weights``."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Reads a tensor."""
+
+    def release(self) -> None:
+        """Lets go of what was read last."""
+
+
+class Form(Protocol):
+    """What a weight is, as an expression over the checkpoint's tensors."""
+
+    def slabs(self, reader: Reader) -> Iterator[torch.Tensor]:
+        """Computes the tensor; pieces of its flattened elements, in order."""
+
+    def renamed(self, rename: Callable[[str], str]) -> Form:
+        """Returns the same over other tensors."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """A tensor of the checkpoint in the graph's number format, transposed if it is a matrix that is stored so.
+
+    Attributes:
+        name: The model's name of it.
+        dtype: The number format to store.
+        transposed: Whether rows become columns.
+    """
+
+    name: str
+    dtype: ir.DataType
+    transposed: bool = False
+
+    def slabs(self, reader: Reader) -> Iterator[torch.Tensor]:
+        """As ``Form`` says."""
+        tensor, dtype = reader.tensor(self.name), _TORCH[self.dtype]
+        if self.transposed:
+            tensor = tensor.T
+        if tensor.dim() < 2:
+            yield tensor.to(dtype)
+            return
+        step = max(1, SLAB_BYTES // (tensor[0].numel() * dtype.itemsize))
+        for start in range(0, len(tensor), step):
+            yield tensor[start : start + step].to(dtype).contiguous()
+
+    def renamed(self, rename: Callable[[str], str]) -> Named:
+        """As ``Form`` says."""
+        return Named(rename(self.name), self.dtype, self.transposed)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A small tensor that no checkpoint holds: ``data`` is a serialized TensorProto."""
+
+    data: bytes
+
+    def slabs(self, reader: Reader) -> Iterator[torch.Tensor]:
+        """As ``Form`` says."""
+        yield torch.from_numpy(onnx.numpy_helper.to_array(onnx.TensorProto.FromString(self.data)))
+
+    def renamed(self, rename: Callable[[str], str]) -> Constant:
+        """As ``Form`` says."""
+        return self
+
+
+@dataclass(frozen=True)
+class Applied:
+    """An operator of ONNX on other forms.
+
+    Attributes:
+        node: A serialized NodeProto with inputs ``0``, ``1``, ... and output ``y``.
+        inputs: What it is applied to, with their shapes; None = left out.
+    """
+
+    node: bytes
+    inputs: tuple[tuple[Form, tuple[int, ...]] | None, ...]
+
+    def slabs(self, reader: Reader) -> Iterator[torch.Tensor]:
+        """As ``Form`` says."""
+        feeds: dict[str, NDArray[Any]] = {}
+        for i, given in enumerate(self.inputs):
+            if given is not None:
+                form, shape = given
+                feeds[str(i)] = _numpy(torch.cat([slab.reshape(-1) for slab in form.slabs(reader)]).reshape(shape))
+        (result,) = ReferenceEvaluator(onnx.NodeProto.FromString(self.node)).run(None, feeds)
+        yield _torch(np.ascontiguousarray(result))
+
+    def renamed(self, rename: Callable[[str], str]) -> Applied:
+        """As ``Form`` says."""
+        return Applied(self.node, tuple(x and (x[0].renamed(rename), x[1]) for x in self.inputs))
+
+
+def applied(node: ir.Node, tensors: Sequence[ir.TensorProtocol | None], dtype: ir.DataType, shape: ir.Shape) -> Stored:
+    """Returns what a node of ONNX computes from weights and constants, named after the first weight."""
+    inputs: list[tuple[Form, tuple[int, ...]] | None] = []
+    for tensor in tensors:
+        if tensor is None:
+            inputs.append(None)
+            continue
+        form = tensor.form if isinstance(tensor, Stored) else Constant(_proto(tensor))
+        inputs.append((form, tuple(int(n) for n in tensor.shape.numpy())))
+    proto = onnx.NodeProto(op_type=node.op_type, input=["" if x is None else str(i) for i, x in enumerate(inputs)])
+    proto.output.append("y")
+    proto.attribute.extend(ir.to_proto(attribute) for attribute in node.attributes.values())
+    first = next(tensor for tensor in tensors if isinstance(tensor, Stored))
+    form = Applied(proto.SerializeToString(deterministic=True), tuple(inputs))
+    return Stored(form, first.reader, dtype, shape, f"{first.name}.{node.op_type.lower()}")
+
+
+def _proto(tensor: ir.TensorProtocol) -> bytes:
+    array = onnx.numpy_helper.from_array(tensor.numpy())
+    return array.SerializeToString(deterministic=True)
+
+
+def _numpy(tensor: torch.Tensor) -> NDArray[Any]:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ir.DataType.BFLOAT16.numpy())
+    return tensor.numpy()
+
+
+def _torch(array: NDArray[Any]) -> torch.Tensor:
+    if array.dtype == ir.DataType.BFLOAT16.numpy():
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+class Stored(ir.LazyTensor):
+    """A tensor of the graph whose bytes are computed when they are asked for.
+
+    Args:
+        form: What it is.
+        reader: Where its weights come from.
+        dtype: Number format.
+        shape: Its sizes.
+        name: The initializer's name.
+    """
+
+    def __init__(self, form: Form, reader: Reader, dtype: ir.DataType, shape: ir.Shape, name: str) -> None:
+        super().__init__(self._whole, dtype=dtype, shape=shape, name=name)
+        self.form, self.reader = form, reader
+
+    def _whole(self) -> ir.TensorProtocol:
+        data = np.frombuffer(b"".join(self.pieces()), self.dtype.numpy())
+        return ir.Tensor(data.reshape(self.shape.numpy()), dtype=self.dtype, name=self.name)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Computes the tensor's bytes, slab by slab.
+
+        Raises:
+            SkvError: The weights do not make as many bytes as the graph says.
+        """
+        count = 0
+        for slab in self.form.slabs(self.reader):
+            data = slab.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            count += len(data)
+            yield data
+        if count != self.nbytes:
+            raise SkvError(f"weight {self.name}", got=f"{count} bytes", expected=f"{self.nbytes}")
+
+
+def write_external(model: ir.Model, path: Path, progress: Callable[[float], None]) -> int:
+    """Writes the tensors of a graph into a data file, slab by slab, and makes the graph refer to it.
+
+    The file gets its full size first, so that a disk without room for it is noticed before any work.
+
+    Args:
+        model: Its initializers become external tensors; small ones are computed and stay in the graph.
+        path: The data file.
+        progress: Told of the fraction of the bytes that is written.
+
+    Returns:
+        Bytes of the file.
+
+    Raises:
+        OSError: The disk is full.
+        SkvError: The checkpoint does not hold what the graph needs.
+    """
+    places: list[tuple[ir.Value, ir.TensorProtocol, int]] = []
+    end = 0
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor.nbytes < EXTERNAL_BYTES:
+            if isinstance(tensor, Stored):
+                value.const_value = ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
+            continue
+        alignment = _PAGE_BYTES if tensor.nbytes >= _PAGED_BYTES else 64
+        start = math.ceil(end / alignment) * alignment
+        places.append((value, tensor, start))
+        end = start + tensor.nbytes
+    with path.open("wb") as file:
+        if end:
+            os.posix_fallocate(file.fileno(), 0, end)
+        for value, tensor, start in places:
+            file.seek(start)
+            for piece in tensor.pieces() if isinstance(tensor, Stored) else (tensor.tobytes(),):
+                file.write(piece)
+                progress(file.tell() / end)
+            if isinstance(tensor, Stored):
+                tensor.reader.release()
+            place = (path.name, start, tensor.nbytes, tensor.dtype)
+            shape = ir.Shape(tensor.shape.numpy())
+            value.const_value = ir.ExternalTensor(*place, shape=shape, name=str(value.name), base_dir=path.parent)
+    return end
