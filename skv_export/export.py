@@ -15,7 +15,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from skv_export import genai, skeleton, stamp
 from skv_export.attention import LayerAttention, SkvDecoder
@@ -37,7 +37,7 @@ from skv_export.library import library_path
 from skv_export.model_config import CONFIG_FILE, LayerCache, ModelConfig
 from skv_export.recipe import Recipe
 from skv_export.skeleton import Skeleton
-from skv_export.supported import check_config, check_windows, context_length, prepare_model
+from skv_export.supported import check_config, check_windows, context_length
 from skv_export.weights import Weights, download
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -275,41 +275,6 @@ class _Phases:
         elif self._bar is not None:
             self._bar.set_description(name)
             self._bar.update(done - self._bar.n)
-
-
-def load_model(source: Source, config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
-    """Loads a checkpoint, made ready for tracing; what is missing is an error, never a random number.
-
-    Args:
-        source: The checkpoint.
-        config: Its configuration.
-        dtype: A key of ``DTYPES``.
-
-    Raises:
-        SkvError: transformers can't load it, or tensors are missing or do not fit.
-    """
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.pretrained,
-            config=config,
-            dtype=DTYPES[dtype],
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
-            use_safetensors=True,
-            **pretrained_arguments(source),
-        )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise SkvError(f"{source}: transformers can't load its weights", got=str(error)[:500]) from error
-    model: PreTrainedModel = loaded[0]
-    wrong = [*loaded[1]["missing_keys"], *(key for key, *_ in loaded[1]["mismatched_keys"])]
-    if wrong:
-        raise SkvError(
-            f"{source}: tensors are missing or have another shape",
-            got=", ".join(sorted(wrong)[:4]),
-            fix="Download the checkpoint again.",
-        )
-    prepare_model(model)
-    return model
 
 
 def _build(planned: Plan, model: Skeleton, weights: Weights, all_logits: bool) -> ir.Model:

@@ -300,11 +300,11 @@ def load_model(source: Source, config: ModelConfig) -> PreTrainedModel:
     Raises:
         SkvError: It is another model than the folder's, or can't be loaded whole.
     """
-    from skv_export import export
+    from skv_export import export, weights
 
     given = export.load_config(source)
     found = {"model_type": given.model_type, "vocab_size": given.vocab_size, "layers": given.num_hidden_layers}
     expected = {"model_type": config.model_type, "vocab_size": config.vocab_size, "layers": len(config.layers)}
     if found != expected:
         raise SkvError(f"{source}: not what the folder was exported from", got=found, expected=expected)
-    return export.load_model(source, given, config.dtype).float()  # type: ignore[no-untyped-call]
+    return weights.load_model(source, given, export.DTYPES[config.dtype]).float()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Owns a checkpoint's weights on their way into the graph: read one at a time, under the model's own names.
+"""Owns a checkpoint's weights: read one at a time on their way into a graph, or all at once into PyTorch.
 
 A checkpoint may name and cut its tensors otherwise than the model does (experts one by one, projections fused, GGUF's
 names and orders). What belongs together is what transformers' own loader says; what it would do for a whole model,
@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_gguf_pytorch_utils import (
@@ -32,6 +32,8 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from skv_export.checkpoint import Checkpoint, Source
 from skv_export.errors import SkvError
+from skv_export.folder import pretrained_arguments
+from skv_export.supported import prepare_model
 
 _DOWNLOADED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
 
@@ -58,6 +60,37 @@ def download(source: Source) -> Source:
     except (OSError, ValueError, HTTPError) as error:
         raise SkvError(f"{source}: can't be downloaded", got=str(error)[:500], fix="Check the connection.") from error
     return Source("safetensors", Path(folder))
+
+
+def load_model(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Loads a whole checkpoint into PyTorch, ready for tracing; what is missing is an error, never a random number.
+
+    Args:
+        source: The checkpoint.
+        config: Its configuration.
+        dtype: Number format of the weights.
+
+    Raises:
+        SkvError: transformers can't load it, or tensors are missing or do not fit.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.pretrained,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            use_safetensors=True,
+            **pretrained_arguments(source),
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise SkvError(f"{source}: transformers can't load its weights", got=str(error)[:500]) from error
+    model: PreTrainedModel = loaded[0]
+    wrong = [*loaded[1]["missing_keys"], *(key for key, *_ in loaded[1]["mismatched_keys"])]
+    if wrong:
+        raise _unfit(source, wrong)
+    prepare_model(model)
+    return model
 
 
 @dataclass

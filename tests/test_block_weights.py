@@ -17,6 +17,7 @@ from skv_export.checkpoint import Source
 from skv_export.errors import SkvError
 from skv_export.model_config import ModelConfig
 from skv_export.recipe import Recipe
+from skv_export.weights import load_model
 
 EXACT = Recipe().with_options(k_bits=16, v_bits=16, recent_type="float")
 
@@ -76,7 +77,7 @@ def test_export_computes_with_the_rounded_weights(
     )
     config = ModelConfig.load(out)
     assert config.weights == weights and Recipe.load(out / "recipe.toml") == recipe
-    model = export.load_model(checkpoint, export.load_config(checkpoint), "fp32")
+    model = load_model(checkpoint, export.load_config(checkpoint), torch.float32)
     ids = torch.randint(3, 320, (1, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         original = model(ids).logits[0, -1].numpy()

@@ -20,6 +20,7 @@ from skv_export.export import Plan
 from skv_export.recipe import Recipe
 from skv_export.runtime import Session
 from skv_export.stored import Stored
+from skv_export.weights import load_model
 
 _TURNS = ["sliding_attention", "full_attention"] * 3
 DEEP: dict[str, dict[str, Any]] = {
@@ -180,7 +181,7 @@ def test_a_deep_model_computes_what_pytorch_does(
     out = export.export_model(checkpoint, out=tmp_path / "out", recipe=exact, progress=lambda *_: None)
     assert traced in ([2], [4])
     config = export.load_config(Source("safetensors", checkpoint))
-    model = export.load_model(Source("safetensors", checkpoint), config, "fp32")
+    model = load_model(Source("safetensors", checkpoint), config, torch.float32)
     ids = torch.randint(3, 320, (1, 30), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(ids).logits[0, -1].numpy()

@@ -16,7 +16,7 @@ from skv_export import export, skeleton
 from skv_export.checkpoint import Source, demo_checkpoint, resolve
 from skv_export.errors import SkvError
 from skv_export.stored import Named, Stored
-from skv_export.weights import Weights
+from skv_export.weights import Weights, load_model
 
 EXPERTS = {
     "mixtral": {"num_local_experts": 12, "num_experts_per_tok": 2},
@@ -27,7 +27,7 @@ EXPERTS = {
 
 def weights_of(source: Source) -> tuple[Weights, PreTrainedModel]:
     config = export.load_config(source)
-    return Weights(source, skeleton.build(config, torch.float32).model), export.load_model(source, config, "fp32")
+    return Weights(source, skeleton.build(config, torch.float32).model), load_model(source, config, torch.float32)
 
 
 def assert_same(source: Source) -> None:
