@@ -75,14 +75,16 @@ class Named:
     def slabs(self, reader: Reader) -> Iterator[torch.Tensor]:
         """As ``Form`` says."""
         tensor, dtype = reader.tensor(self.name), _TORCH[self.dtype]
-        if self.transposed:
-            tensor = tensor.T
         if tensor.dim() < 2:
             yield tensor.to(dtype)
             return
-        step = max(1, SLAB_BYTES // (tensor[0].numel() * dtype.itemsize))
-        for start in range(0, len(tensor), step):
-            yield tensor[start : start + step].to(dtype).contiguous()
+        across = 1 if self.transposed else 0
+        row_bytes = tensor.numel() // tensor.shape[across] * dtype.itemsize
+        for slab in torch.split(tensor, max(1, SLAB_BYTES // row_bytes), across):
+            dense = slab.contiguous().to(
+                dtype
+            )  # torch transposes what is dense four times as fast as a view of columns
+            yield dense.T.contiguous() if self.transposed else dense
 
     def renamed(self, rename: Callable[[str], str]) -> Named:
         """As ``Form`` says."""
@@ -184,7 +186,7 @@ class Stored(ir.LazyTensor):
         data = np.frombuffer(b"".join(self.pieces()), self.dtype.numpy())
         return ir.Tensor(data.reshape(self.shape.numpy()), dtype=self.dtype, name=self.name)
 
-    def pieces(self) -> Iterator[bytes]:
+    def pieces(self) -> Iterator[memoryview]:
         """Computes the tensor's bytes, slab by slab.
 
         Raises:
@@ -192,8 +194,8 @@ class Stored(ir.LazyTensor):
         """
         count = 0
         for slab in self.form.slabs(self.reader):
-            data = slab.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            count += len(data)
+            data = slab.contiguous().view(-1).view(torch.uint8).numpy().data
+            count += data.nbytes
             yield data
         if count != self.nbytes:
             raise SkvError(f"weight {self.name}", got=f"{count} bytes", expected=f"{self.nbytes}")
