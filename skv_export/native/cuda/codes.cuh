@@ -22,21 +22,6 @@ SKV_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, 
 SKV_DEVICE uint32_t multiplied(uint32_t a, uint32_t b) { return bits_of(__hmul2(half2_of(a), half2_of(b))); }
 SKV_DEVICE uint32_t added(uint32_t a, uint32_t b) { return bits_of(__hfma2(half2_of(a), half2_of(kOne), half2_of(b))); }
 
-// Parameters of channels in 8 bits are code * unit, the unit a bfloat16. Its product with 256 (scales) or 128 (offsets)
-// is a half even where it is none itself; the code, which stands under the exponent of 1024, becomes the fraction of
-// that.
-SKV_DEVICE uint32_t unit_times(const uint8_t* unit, float factor) {
-  const float x = __uint_as_float(uint32_t{*reinterpret_cast<const uint16_t*>(unit)} << 16) * factor;
-  const float finite = fminf(x, 65504.f);
-  return bits_of(__floats2half2_rn(finite, finite));
-}
-SKV_DEVICE uint32_t scale_fraction(uint32_t raw) {  // raw / 256 - 4, exactly
-  return bits_of(__hfma2(half2_of(raw), half2_of(0x1C001C00), half2_of(0xC400C400)));
-}
-SKV_DEVICE uint32_t offset_fraction(uint32_t raw) {  // raw / 128 - 9, exactly: signs are flipped
-  return bits_of(__hfma2(half2_of(raw), half2_of(0x20002000), half2_of(0xC880C880)));
-}
-
 // Codes of `Bits` bits: 2, 3 (a plane of 2 and one of 1), 4 or 8.
 template <int Bits>
 struct Codes {

@@ -1,5 +1,6 @@
 // Owns what one warp of decode_mma computes: scores, weights and values of 32 tokens at a time (see decode_mma.cuh).
 #pragma once
+#include "channels.cuh"
 #include "mma_shape.cuh"
 
 namespace skv::cuda {
@@ -89,36 +90,6 @@ struct Warp {
     start[n][S::KPerToken ? m : 0][1] = d[1];
   }
 
-  // Scales and offsets of this lane's 16 channels of a chunk, in the order of the query's pairs.
-  SKV_DEVICE void load_channels(const uint8_t* parameters, int m, uint32_t (&scales)[8], uint32_t (&offsets)[8]) const {
-    uint32_t s[8], o[8];
-    if (a.key.layout.parameter_bits == 8) {
-      uint32_t low[4], high[4];
-      load16(parameters + 64 * m + 16 * c, low);
-      load16(parameters + S::D + 64 * m + 16 * c, high);
-      const uint8_t* unit = parameters + 2 * S::D + (2 * m + c / 2) * 2;  // of 32 channels
-      const uint32_t scale = unit_times(unit, 256), offset = unit_times(unit + S::D / 16, 128);
-#pragma unroll
-      for (int i = 0; i < 4; i++) high[i] ^= kFlipSigns;
-#pragma unroll
-      for (int x = 0; x < 8; x++) {
-        scales[x] = multiplied(scale_fraction(Order::bytes(low, x, half_1024)), scale);
-        offsets[x] = multiplied(offset_fraction(Order::bytes(high, x, half_1024)), offset);
-      }
-      return;
-    }
-    const uint8_t* from = parameters + (64 * m + 16 * c) * 2;
-    load16(from, s);
-    load16(from + 16, s + 4);
-    load16(from + 2 * S::D, o);
-    load16(from + 2 * S::D + 16, o + 4);
-#pragma unroll
-    for (int x = 0; x < 8; x++) {
-      scales[x] = Order::pair(s, x);
-      offsets[x] = Order::pair(o, x);
-    }
-  }
-
   // Folds a tile's scales into the query and its offsets into the scores' start. With q' = half(q * scale), a key's
   // score is q * offset + q * scale * center + q' * (code - center): the rounding of q' meets no more than half the
   // range.
@@ -127,7 +98,8 @@ struct Warp {
 #pragma unroll
     for (int m = 0; m < M; m++) {
       uint32_t scales[8], offsets[8];  // in pairs, as the query
-      load_channels(slab + S::kKeyParameters, m, scales, offsets);
+      load_channels<S::D, Order>(slab + S::kKeyParameters, 64 * m + 16 * c, a.key.layout.parameter_bits == 8, half_1024,
+                                 scales, offsets);
 #pragma unroll
       for (int n = 0; n < B; n++) {
         uint32_t pairs[8];
@@ -333,20 +305,6 @@ struct Warp {
     }
   }
 
-  // Scales and offsets of two channels of the values.
-  SKV_DEVICE void load_two_channels(const uint8_t* parameters, int d, uint32_t& scales, uint32_t& offsets) const {
-    if (a.value.layout.parameter_bits == 8) {
-      const uint8_t* unit = parameters + 2 * S::D + d / 32 * 2;
-      const uint32_t low = *reinterpret_cast<const uint16_t*>(parameters + d);
-      const uint32_t high = *reinterpret_cast<const uint16_t*>(parameters + S::D + d) ^ (kFlipSigns & 0xffff);
-      scales = multiplied(scale_fraction(__byte_perm(low, half_1024, 0x5150)), unit_times(unit, 256));
-      offsets = multiplied(offset_fraction(__byte_perm(high, half_1024, 0x5150)), unit_times(unit + S::D / 16, 128));
-    } else {
-      scales = *reinterpret_cast<const uint32_t*>(parameters + 2 * d);
-      offsets = *reinterpret_cast<const uint32_t*>(parameters + 2 * (S::D + d));
-    }
-  }
-
   SKV_DEVICE void slab_values(const uint8_t* slab, const uint32_t (&p)[2][B][2]) {
     using Plane = ValuePlane<S::D, V::kWidth>;
     using Second = ValuePlane<S::D, 1>;
@@ -375,7 +333,8 @@ struct Warp {
           uint32_t scales = 0, offsets = 0;  // of channel and channel + 1
           if constexpr (S::VPerChannel) {    // x = scale * (code - middle) + (offset + scale * middle)
             const uint32_t middle = V::minus_middle() ^ 0x80008000;
-            load_two_channels(parameters, 64 * m + 8 * r + channel, scales, offsets);
+            load_two_channels<S::D>(parameters, 64 * m + 8 * r + channel, a.value.layout.parameter_bits == 8, half_1024,
+                                    scales, offsets);
             offsets = bits_of(__hfma2(half2_of(scales), half2_of(middle), half2_of(offsets)));
           }
           uint32_t A[4];  // channel, channel + 1 for even tokens, then for odd ones
