@@ -52,7 +52,8 @@ def quantize(weight: NDArray[np.float32], bits: int) -> tuple[NDArray[Any], NDAr
     )
 
     config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=False, bits=bits)
-    codes, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(weight.T))
+    columns = torch.from_numpy(weight).T.contiguous().numpy()  # numpy's own copy of a transpose is far slower
+    codes, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(columns)
     return codes, scales.astype(np.float32), zeros
 
 
@@ -71,10 +72,16 @@ def _unpacked(packed: NDArray[Any], bits: int) -> NDArray[Any]:
 
 
 @functools.lru_cache(maxsize=1)  # the three parts of a weight are written one behind the other
-def _parts(source: Named, bits: int, reader: Any) -> dict[str, torch.Tensor]:
-    slabs = dataclasses.replace(source, dtype=ir.DataType.FLOAT).slabs(reader)
-    made = zip(*(quantize(slab.numpy(), bits) for slab in slabs), strict=True)
-    return {part: torch.from_numpy(np.concatenate(pieces)) for part, pieces in zip(PARTS, made, strict=True)}
+def _parts(source: Named, bits: int, rows: int, reader: Any) -> dict[str, torch.Tensor]:
+    made: dict[str, NDArray[Any]] = {}
+    start = 0
+    for slab in dataclasses.replace(source, dtype=ir.DataType.FLOAT).slabs(reader):
+        for part, piece in zip(PARTS, quantize(slab.numpy(), bits), strict=True):
+            if not start:
+                made[part] = np.empty((rows, *piece.shape[1:]), piece.dtype)
+            made[part][start : start + len(slab)] = piece
+        start += len(slab)
+    return {part: torch.from_numpy(array) for part, array in made.items()}
 
 
 @dataclass(frozen=True)
@@ -83,23 +90,25 @@ class Quantized:
 
     Attributes:
         source: The matrix ``[N, K]``; its ``dtype`` is that of the scales.
+        rows: N.
         bits: 4 or 8.
         part: One of ``PARTS``.
     """
 
     source: Named
+    rows: int
     bits: int
     part: str
 
     def slabs(self, reader: Reader) -> Iterator[torch.Tensor]:
         """As ``stored.Form`` says."""
         hashable: Any = reader
-        tensor = _parts(self.source, self.bits, hashable)[self.part]
+        tensor = _parts(self.source, self.bits, self.rows, hashable)[self.part]
         yield tensor.to(_SCALE_TYPES[self.source.dtype]) if self.part == SCALES else tensor
 
     def renamed(self, rename: Any) -> Quantized:
         """As ``stored.Form`` says."""
-        return Quantized(self.source.renamed(rename), self.bits, self.part)
+        return dataclasses.replace(self, source=self.source.renamed(rename))
 
 
 _SCALE_TYPES = {
@@ -208,7 +217,7 @@ def _initializers(graph: ir.Graph, matrix: Stored, bits: int) -> list[ir.Value]:
     for part, (dtype, shape) in kinds.items():
         name = f"{matrix.name}.{part}"
         if name not in graph.initializers:
-            stored = Stored(Quantized(matrix.form, bits, part), matrix.reader, dtype, ir.Shape(shape), name)
+            stored = Stored(Quantized(matrix.form, rows, bits, part), matrix.reader, dtype, ir.Shape(shape), name)
             value = ir.Value(name=name, type=ir.TensorType(dtype), shape=stored.shape, const_value=stored)
             graph.register_initializer(value)
         values.append(graph.initializers[name])

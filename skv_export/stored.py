@@ -45,7 +45,7 @@ class Reader(Protocol):
         """Reads a tensor."""
 
     def release(self) -> None:
-        """Lets go of what was read last."""
+        """Lets go of what was read last, but for tensors that are still held; these are read again where needed."""
 
 
 class Form(Protocol):
@@ -77,6 +77,7 @@ class Named:
         tensor, dtype = reader.tensor(self.name), _TORCH[self.dtype]
         if tensor.dim() < 2:
             yield tensor.to(dtype)
+            reader.release()
             return
         across = 1 if self.transposed else 0
         row_bytes = tensor.numel() // tensor.shape[across] * dtype.itemsize
@@ -85,6 +86,9 @@ class Named:
                 dtype
             )  # torch transposes what is dense four times as fast as a view of columns
             yield dense.T.contiguous() if self.transposed else dense
+            if not self.transposed:  # slabs of columns read every page of the file again
+                reader.release()
+        reader.release()
 
     def renamed(self, rename: Callable[[str], str]) -> Named:
         """As ``Form`` says."""
@@ -239,8 +243,6 @@ def write_external(model: ir.Model, path: Path, progress: Callable[[float], None
             for piece in tensor.pieces() if isinstance(tensor, Stored) else (tensor.tobytes(),):
                 file.write(piece)
                 progress(file.tell() / end)
-            if isinstance(tensor, Stored):
-                tensor.reader.release()
             place = (path.name, start, tensor.nbytes, tensor.dtype)
             shape = ir.Shape(tensor.shape.numpy())
             value.const_value = ir.ExternalTensor(*place, shape=shape, name=str(value.name), base_dir=path.parent)

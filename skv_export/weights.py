@@ -126,6 +126,7 @@ class Weights:
             _GgufNames(source, model) if source.kind == "gguf" else _SafetensorsNames(source)
         )
         self._last: tuple[_Group, dict[str, torch.Tensor]] | None = None
+        self._members: list[str] = []
         stored = {self.canonical(name) for name in self._shapes}
         unfit = [name for name in stored if name not in self._groups or not self._fits(self._groups[name])]
         if unfit:
@@ -146,6 +147,7 @@ class Weights:
             SkvError: It has another shape than the model wants.
         """
         group = self._groups[self.canonical(name)]
+        self._members = [member for member, _ in group.members]
         if self._last is None or self._last[0] is not group:
             self._last = None
             self._last = group, self._convert(group)
@@ -156,10 +158,9 @@ class Weights:
         return tensor
 
     def release(self) -> None:
-        """Lets go of what was read last; views of it become invalid as memory, not as addresses."""
-        if self._last is not None:
-            self._tensors.release(name for name, _ in self._last[0].members)
-            self._last = None
+        """Lets go of the memory of what was read last; tensors that are still held stay valid, and are read again."""
+        self._tensors.release(self._members)
+        self._last = None
 
     def _fits(self, group: _Group) -> bool:
         """Whether a tensor that is taken as it is has the right shape; of others, reading them tells."""
