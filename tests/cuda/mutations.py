@@ -110,6 +110,12 @@ MUTATIONS = (
         "return scores[4 * n + c + (r != 0)];",
     ),
     Mutation(
+        "offsets in 8 bits read with the unit of the scales",
+        "channels.cuh",
+        "offset = unit_times(unit + D / 16, 128)",
+        "offset = unit_times(unit, 128)",
+    ),
+    Mutation(
         "rows overwritten while a tile is read from them",
         "append.cu",
         "  __syncthreads();  // the tile has been read",
