@@ -259,31 +259,15 @@ def byte_channel_cases() -> tuple[Case, ...]:
     """Cases of the whole op with granularity ``channel`` and parameters in 8 bits."""
     keys = LayerConfig(k_parameter_bits=8, num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
     both = dataclasses.replace(keys, v_granularity="channel", v_rotation="none", v_parameter_bits=8)
-    cases = [
+    values = dataclasses.replace(both, k_parameter_bits=16)
+    return (
         Case("byte channels, keys", keys),
-        Case("byte channels, both", both),
         Case("byte channels, the default form", LayerConfig(k_parameter_bits=8), past_lengths=(300,)),
-        Case(
-            "byte channels, values alone", dataclasses.replace(both, k_parameter_bits=16), num_heads=9, kv_num_heads=3
-        ),
+        Case("byte channels, values alone", values, num_heads=9, kv_num_heads=3),
         Case("byte channels, keys rotated", dataclasses.replace(both, k_rotation="hadamard")),
         Case("byte channels, keys around the mean", dataclasses.replace(both, k_granularity="token_channel")),
-        Case("byte channels, head_dim 80, padded", both, head_dim=80),
-        Case("byte channels, head_dim 96", both, head_dim=96),
-        Case("byte channels, head_dim 128", both, head_dim=128),
-        Case("byte channels, head_dim 256", both, head_dim=256, num_heads=2, kv_num_heads=1),
-        Case("byte channels, tile 128", dataclasses.replace(both, tile_tokens=128), past_lengths=(500,)),
-        Case("byte channels, ragged batch", both, past_lengths=(200, 3, 68)),
-        Case("byte channels, chunk over three tiles", both, new_tokens=100, past_lengths=(130,)),
-        Case("byte channels, sliding window, ring wrapped", both, past_lengths=(500,), local_window_size=70),
-        Case("byte channels, softcap", both, softcap=20.0),
-        Case("byte channels, float16", both, dtype="float16"),
-    ]
-    cases += [
-        Case(f"byte channels K{k}V{v}", dataclasses.replace(both, k_bits=k, v_bits=v))
-        for k, v in ((1, 1), (2, 2), (3, 3), (5, 4), (6, 8), (8, 5), (16, 2), (2, 16))
-    ]
-    return tuple(cases)
+        *_cases_of("byte channels", both),
+    )
 
 
 def token_channel_cases() -> tuple[Case, ...]:
@@ -293,25 +277,28 @@ def token_channel_cases() -> tuple[Case, ...]:
     )
     both = dataclasses.replace(keys, v_granularity="token_channel")
     plain = dataclasses.replace(both, k_rotation="none", v_rotation="none")
-    cases = [
-        Case("token_channel keys", keys),
-        Case("token_channel both", both),
-        Case("token_channel values", LayerConfig(v_granularity="token_channel"), past_lengths=(300,)),
+    return (
+        Case("token_channel, keys", keys),
+        Case("token_channel, values", LayerConfig(v_granularity="token_channel"), past_lengths=(300,)),
         Case("token_channel, not rotated", plain, num_heads=9, kv_num_heads=3),
-        Case("token_channel, head_dim 80, padded", both, head_dim=80),
-        Case("token_channel, head_dim 96", both, head_dim=96),
-        Case("token_channel, head_dim 128, one group", dataclasses.replace(both, k_group_size=128), head_dim=128),
-        Case("token_channel, head_dim 256", both, head_dim=256, num_heads=2, kv_num_heads=1),
-        Case("token_channel, tile 128", dataclasses.replace(both, tile_tokens=128), past_lengths=(500,)),
+        Case("token_channel, one group", dataclasses.replace(both, k_group_size=128), head_dim=128),
         Case("token_channel, groups of 32", dataclasses.replace(both, k_group_size=32, v_group_size=32)),
-        Case("token_channel, ragged batch", both, past_lengths=(200, 3, 68)),
-        Case("token_channel, chunk over three tiles", both, new_tokens=100, past_lengths=(130,)),
-        Case("token_channel, sliding window, ring wrapped", both, past_lengths=(500,), local_window_size=70),
-        Case("token_channel, softcap", both, softcap=20.0),
-        Case("token_channel, float16", both, dtype="float16"),
-    ]
-    cases += [
-        Case(f"token_channel K{k}V{v}", dataclasses.replace(both, k_bits=k, v_bits=v))
-        for k, v in ((1, 1), (2, 2), (3, 3), (5, 4), (6, 8), (8, 5), (16, 2), (2, 16))
-    ]
-    return tuple(cases)
+        *_cases_of("token_channel", both),
+    )
+
+
+def _cases_of(name: str, config: LayerConfig) -> Iterator[Case]:
+    """Every shape of call, and pairs of bits, for keys and values of one form."""
+    yield Case(f"{name}, both", config)
+    yield Case(f"{name}, head_dim 80, padded", config, head_dim=80)
+    yield Case(f"{name}, head_dim 96", config, head_dim=96)
+    yield Case(f"{name}, head_dim 128", config, head_dim=128)
+    yield Case(f"{name}, head_dim 256", config, head_dim=256, num_heads=2, kv_num_heads=1)
+    yield Case(f"{name}, tile 128", dataclasses.replace(config, tile_tokens=128), past_lengths=(500,))
+    yield Case(f"{name}, ragged batch", config, past_lengths=(200, 3, 68))
+    yield Case(f"{name}, chunk over three tiles", config, new_tokens=100, past_lengths=(130,))
+    yield Case(f"{name}, sliding window, ring wrapped", config, past_lengths=(500,), local_window_size=70)
+    yield Case(f"{name}, softcap", config, softcap=20.0)
+    yield Case(f"{name}, float16", config, dtype="float16")
+    for k, v in ((1, 1), (2, 2), (3, 3), (5, 4), (6, 8), (8, 5), (16, 2), (2, 16)):
+        yield Case(f"{name} K{k}V{v}", dataclasses.replace(config, k_bits=k, v_bits=v))

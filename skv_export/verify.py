@@ -134,7 +134,7 @@ def _one_node(case: Case, feeds: dict[str, Any]) -> bytes:
     config = {
         name: getattr(case.config, name) for name in ("num_sink_tokens", "recent_tokens", "tile_tokens", "recent_type")
     }
-    for name in ("bits", "group_size", "granularity", "rotation"):
+    for name in ("bits", "group_size", "granularity", "rotation", "parameter_bits"):
         config |= {f"k_{name}": getattr(key, name), f"v_{name}": getattr(value, name)}
     params = dataclasses.asdict(case.params)
     params |= {name: int(params[name]) for name in ("do_rotary", "rotary_interleaved")}

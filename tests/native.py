@@ -15,7 +15,8 @@ from functools import cache
 
 import numpy as np
 
-from skv_export.cases import Case, Inputs
+from skv_export import reference
+from skv_export.cases import Case, Inputs, expected_of, make_inputs
 from skv_export.layout import CacheLayout
 from skv_export.library import SkvAttention, SkvCache, SkvLayout, SkvTokens, library_path
 
@@ -225,3 +226,30 @@ def rewind(layout: CacheLayout, block: np.ndarray, length: int, new_length: int)
     memory.check()
     block[...] = memory.array
     check(status)
+
+
+def assert_append_is_the_references(layout: CacheLayout, x: np.ndarray, counts: Sequence[int]) -> None:
+    """Appends ``x``, ``[N_kv, tokens, D]``, in calls of ``counts`` tokens: the bytes are the reference's."""
+    rows, width = layout.shape(x.shape[1])
+    got, want = (np.full((len(x), rows * width), 0xFF, np.uint8) for _ in range(2))
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        reference.append(layout, want, 0, x)
+    append(layout, got, 0, x, counts)
+    assert np.array_equal(got, want), (layout, np.abs(x).max())
+
+
+def assert_random_tile_is_the_references(layout: CacheLayout) -> None:
+    """Whatever stands in a tile, both read the same numbers."""
+    raw = np.random.default_rng(layout.tile_bytes).integers(0, 256, layout.tile_bytes, np.uint8)
+    with np.errstate(invalid="ignore", over="ignore"):
+        want = reference.decode_tile(layout, raw)
+    assert np.array_equal(decode_tile(layout, raw), want, equal_nan=True), layout
+
+
+def assert_attention_is_the_references(case: Case) -> None:
+    """Both caches' bytes are equal, and the output is within the case's tolerance."""
+    inputs = make_inputs(case)
+    want = expected_of(case, inputs)
+    output, key, value = Call(case, inputs).run()
+    assert np.array_equal(key, want[1]) and np.array_equal(value, want[2])
+    assert np.abs(output - want[0]).max() <= case.tolerance * np.abs(want[0]).max()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from skv_export import reference
-from skv_export.cases import byte_channel_cases, byte_channel_layouts, expected_of, make_inputs
+from skv_export.cases import byte_channel_cases, byte_channel_layouts
 from skv_export.layout import CacheLayout
 from skv_export.library import SkvLayout
 from skv_export.recipe import LayerConfig
@@ -96,10 +96,7 @@ def test_random_bytes_decode_to_the_library_s_numbers() -> None:
     for chosen in byte_channel_layouts():
         if chosen.tile_tokens != 32:
             continue
-        raw = np.random.default_rng(chosen.tile_bytes).integers(0, 256, chosen.tile_bytes, np.uint8)
-        with np.errstate(invalid="ignore", over="ignore"):
-            want = decode_tile(chosen, raw)
-        assert np.array_equal(native.decode_tile(chosen, raw), want, equal_nan=True), chosen
+        native.assert_random_tile_is_the_references(chosen)
 
 
 @pytest.mark.parametrize("is_value", [False, True], ids=["keys", "values"])
@@ -111,11 +108,7 @@ def test_append_writes_the_bytes_of_the_reference(head_dim: int, is_value: bool)
         count = 2 * one.tile_tokens + one.full_rows + 3
         rng = np.random.default_rng(zlib.crc32(repr(one).encode()))
         x = (rng.standard_normal((1, count, head_dim)) + 2 * rng.standard_normal(head_dim)).astype(np.float32)
-        rows, width = one.shape(count)
-        got, want = (np.full((1, rows * width), 0xFF, np.uint8) for _ in range(2))
-        reference.append(one, want, 0, x)
-        native.append(one, got, 0, x, [count - 5, 5])
-        assert np.array_equal(got, want), one
+        native.assert_append_is_the_references(one, x, [count - 5, 5])
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
@@ -129,12 +122,7 @@ def test_any_numbers(bits: int) -> None:
             x[0, :, 3] = np.where(np.arange(80) % 2, np.float32(-0.0), np.float32(0))
             x[0, :, 4], x[0, :, 5] = np.float32(-0.0), np.where(np.arange(80) % 2, np.float32(0), np.float32(-0.0))
             for scale in (1, 1e-20, 1e-38, 1e9, 1e36):
-                rows, width = one.shape(80)
-                got, want = (np.full((1, rows * width), 0xFF, np.uint8) for _ in range(2))
-                with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-                    reference.append(one, want, 0, x * np.float32(scale))
-                native.append(one, got, 0, x * np.float32(scale), [80])
-                assert np.array_equal(got, want), (one, scale)
+                native.assert_append_is_the_references(one, x * np.float32(scale), [80])
 
 
 def test_rewind_restores_rows_from_tiles() -> None:
@@ -153,9 +141,4 @@ def test_rewind_restores_rows_from_tiles() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_attention_is_the_reference_s(name: str) -> None:
-    case = CASES[name]
-    inputs = make_inputs(case)
-    want = expected_of(case, inputs)
-    output, key, value = native.Call(case, inputs).run()
-    assert np.array_equal(key, want[1]) and np.array_equal(value, want[2])
-    assert np.abs(output - want[0]).max() <= case.tolerance * np.abs(want[0]).max()
+    native.assert_attention_is_the_references(CASES[name])

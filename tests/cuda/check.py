@@ -35,7 +35,7 @@ NAMES = (
     "keys per token, rotated",
     "values per channel",
     "byte channels, both",
-    "token_channel both",
+    "token_channel, both",
     "token_channel, chunk over three tiles",
 )
 LONG = Case(

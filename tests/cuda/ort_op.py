@@ -33,7 +33,7 @@ NAMES = (
     "float16, chunk",
     "softcap",
     "byte channels, both",
-    "token_channel both",
+    "token_channel, both",
     "token_channel, ragged batch",
 )
 
