@@ -185,7 +185,7 @@ class Attend {
   float query_step_[kMaxQueryRows][kMaxGroups];  // of each section: a group, or with scales per channel all channels
   float query_base_[kMaxQueryRows][kMaxGroups];  // what is added to step * dot
   alignas(64) float key_scale_[kMaxDim], key_offset_[kMaxDim];  // of a tile's channels
-  float query_mean_[kMaxQueryRows];              // query * the tile's means, the same for all its tokens
+  float query_mean_[kMaxQueryRows];                             // query * the tile's means, the same for all its tokens
 
   // Weights as bytes: [row][group][high, low][token], and where a vector spans groups also [row][high,
   // low][quad][group].
