@@ -82,9 +82,8 @@ class Named:
         across = 1 if self.transposed else 0
         row_bytes = tensor.numel() // tensor.shape[across] * dtype.itemsize
         for slab in torch.split(tensor, max(1, SLAB_BYTES // row_bytes), across):
-            dense = slab.contiguous().to(
-                dtype
-            )  # torch transposes what is dense four times as fast as a view of columns
+            # Dense before it is transposed: four times as fast in torch as a view of columns.
+            dense = slab.contiguous().to(dtype)
             yield dense.T.contiguous() if self.transposed else dense
             if not self.transposed:  # slabs of columns read every page of the file again
                 reader.release()
