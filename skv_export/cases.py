@@ -287,6 +287,11 @@ def token_channel_cases() -> tuple[Case, ...]:
     )
 
 
+def op_cases() -> tuple[Case, ...]:
+    """Every case of the whole op."""
+    return (*attention_cases(), *token_channel_cases(), *byte_channel_cases())
+
+
 def _cases_of(name: str, config: LayerConfig) -> Iterator[Case]:
     """Every shape of call, and pairs of bits, for keys and values of one form."""
     yield Case(f"{name}, both", config)

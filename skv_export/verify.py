@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from skv_export.cases import Case, Inputs, Outcome, attention_cases, expected_of, make_inputs
+from skv_export.cases import Case, Inputs, Outcome, expected_of, make_inputs, op_cases
 from skv_export.checkpoint import Source, demo_checkpoint, resolve
 from skv_export.errors import SkvError
 from skv_export.layout import LAYOUT_VERSION
@@ -67,7 +67,7 @@ def check_op(cases: Sequence[Case] | None = None, library: Library | None = None
     """Runs every case through the library, directly and as ONNX Runtime's op, and compares with the reference."""
     library = library or load_library()
     worst, worst_case, failures = 0.0, "", []
-    cases = attention_cases() if cases is None else cases
+    cases = op_cases() if cases is None else cases
     for case in tqdm(cases, unit="case", desc="op", disable=None):
         inputs = make_inputs(case)
         expected = expected_of(case, inputs)

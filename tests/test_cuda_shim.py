@@ -13,12 +13,10 @@ import pytest
 
 from skv_export.cases import (
     Case,
-    attention_cases,
-    byte_channel_cases,
     byte_channel_layouts,
     layout_cases,
     make_inputs,
-    token_channel_cases,
+    op_cases,
     token_channel_layouts,
 )
 from skv_export.layout import CacheLayout
@@ -43,7 +41,7 @@ FOLDED_TOLERANCE = 6e-3
 """Loud keys per channel: scores of up to 45 from a float16 query with the scales folded in (2^-12 of each part)."""
 BFLOAT16_TOLERANCE = 8e-3
 """The output itself is rounded to 8 bits."""
-CASES = (*attention_cases(), *token_channel_cases(), *byte_channel_cases())
+CASES = op_cases()
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, pipeline
 
 from skv_export import export, verify
 from skv_export import hub as hub_module
-from skv_export.cases import attention_cases
+from skv_export.cases import op_cases
 from skv_export.cli import main
 from skv_export.errors import SkvError
 from skv_export.model_config import ModelConfig
@@ -253,8 +253,8 @@ def test_generate_takes_a_hub_id(hub: Hub, folder: Path, revision: str | None) -
 
 def test_verify_takes_a_hub_id(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub_module.push(folder, "me/tiny", token="hf_token")
-    cases = attention_cases()[:1]
-    monkeypatch.setattr(verify, "attention_cases", lambda: cases)
+    cases = op_cases()[:1]
+    monkeypatch.setattr(verify, "op_cases", lambda: cases)
     result = CliRunner().invoke(main, ["verify", "me/tiny", "--level", "op"])
     assert result.exit_code == 0, result.output
     assert str(hub_module.fetch("me/tiny", local_files_only=True)) in result.output and "1 cases" in result.output

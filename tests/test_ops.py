@@ -15,7 +15,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from skv_export.cases import Case, attention_cases, byte_channel_cases, make_inputs, token_channel_cases
+from skv_export.cases import Case, make_inputs, op_cases
 from skv_export.layout import CacheLayout
 from skv_export.library import library_path
 from skv_export.recipe import LayerConfig
@@ -107,9 +107,7 @@ def assert_same(got: list[np.ndarray], expected: list[np.ndarray], tolerance: fl
         assert np.array_equal(cache, reference), f"{name}: {np.count_nonzero(cache != reference)} bytes differ"
 
 
-@pytest.mark.parametrize(
-    "case", [*attention_cases(), *token_channel_cases(), *byte_channel_cases()], ids=lambda c: c.name
-)
+@pytest.mark.parametrize("case", op_cases(), ids=lambda c: c.name)
 def test_case_equals_the_reference(case: Case) -> None:
     arrays = arrays_of(case)
     got = run(arrays, attributes_of(case.params, case.layouts))
@@ -215,7 +213,7 @@ def run_in_place(session: ort.InferenceSession, arrays: Arrays, caches: Sequence
 
 @pytest.mark.parametrize("name", ["default", "chunk over three tiles", "sliding window, ring wrapped", "ragged chunks"])
 def test_one_buffer_for_past_and_present_equals_two(name: str) -> None:
-    case = next(c for c in attention_cases() if c.name == name)
+    case = next(c for c in op_cases() if c.name == name)
     arrays = arrays_of(case)
     session = session_of(arrays, attributes_of(case.params, case.layouts))
     apart = session.run(None, arrays)

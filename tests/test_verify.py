@@ -20,7 +20,7 @@ from tiny_graph import EXACT, SMALL, VOCAB, Tiny
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from skv_export import quality, twins, verify
-from skv_export.cases import Case, attention_cases
+from skv_export.cases import Case, op_cases
 from skv_export.errors import SkvError
 from skv_export.export import export_model
 from skv_export.layout import CacheLayout
@@ -42,7 +42,7 @@ TOKENS = np.random.default_rng(3).integers(3, VOCAB, 300).tolist()
 def test_every_case_passes() -> None:
     result = verify.check_op()
     assert result.failures == ()
-    assert result.cases == len(attention_cases()) > 100
+    assert result.cases == len(op_cases()) > 100
     assert 0 < result.worst < 1 and result.worst_case
 
 
@@ -76,7 +76,7 @@ class _Wrong(Library):
     ],
 )
 def test_a_wrong_kernel_is_named_with_its_case(fault: str, message: str) -> None:
-    result = verify.check_op(attention_cases()[:1], _Wrong(fault))
+    result = verify.check_op(op_cases()[:1], _Wrong(fault))
     (failure,) = result.failures
     assert re.match(message, failure), failure
 
@@ -262,7 +262,7 @@ def test_a_level_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 
 
 def test_op_level_needs_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "attention_cases", lambda: (Case("small", SMALL),))
+    monkeypatch.setattr(verify, "op_cases", lambda: (Case("small", SMALL),))
     report = verify.run(Tiny().write(tmp_path), levels=["op"])
     assert report.passed and report.op is not None and report.op.cases == 1
 

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 from harness import AUTO, SIMPLE, HostMemory, Library, difference  # noqa: E402
 
-from skv_export.cases import Case, attention_cases, byte_channel_cases, token_channel_cases  # noqa: E402
+from skv_export.cases import Case, op_cases  # noqa: E402
 from skv_export.recipe import LayerConfig  # noqa: E402
 
 NAMES = (
@@ -69,7 +69,7 @@ SHORT = (
 
 def cases(names: tuple[str, ...]) -> list[Case]:
     """Cases with float16 inputs that take every kernel for head_dim 64 and K4V2."""
-    everything = (*attention_cases(), *token_channel_cases(), *byte_channel_cases())
+    everything = op_cases()
     chosen = [case for case in everything if case.name in names]
     assert len(chosen) == len(names)
     return [dataclasses.replace(case, dtype="float16") for case in chosen]

@@ -27,12 +27,10 @@ from harness import AUTO, MMA, SIMPLE, Library, difference  # isort: skip
 
 from skv_export.cases import (
     Case,
-    attention_cases,
-    byte_channel_cases,
     byte_channel_layouts,
     layout_cases,
     make_inputs,
-    token_channel_cases,
+    op_cases,
     token_channel_layouts,
 )
 from skv_export.recipe import LayerConfig
@@ -44,7 +42,7 @@ PAIRS = ((8, 8), (4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
 
 def jobs(short: bool) -> Iterator[tuple[Case, int, float]]:
     """Cases, paths and tolerances."""
-    for case in (*attention_cases(), *token_channel_cases(), *byte_channel_cases()):
+    for case in op_cases():
         if case.config.recent_type == "bfloat16" and not gpu.HAS_BFLOAT16:
             continue
         if short and case.new_tokens > 8:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_ops import attributes_of, session_of
 
 from skv_export.cache import Cache
-from skv_export.cases import Case, attention_cases, byte_channel_cases, make_inputs, token_channel_cases
+from skv_export.cases import Case, make_inputs, op_cases
 from skv_export.errors import SkvError
 from skv_export.layout import CacheLayout
 from skv_export.library import load_library
@@ -68,7 +68,7 @@ def compare(case: Case, outputs: list[np.ndarray], expected: tuple[np.ndarray, .
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("name", NAMES)
 def test_cases(name: str, dtype: str) -> None:
-    cases = (*attention_cases(), *token_channel_cases(), *byte_channel_cases())
+    cases = op_cases()
     case = dataclasses.replace(next(c for c in cases if c.name == name), dtype=dtype)
     compare(case, *run(case, arrays_of(case)))
 
