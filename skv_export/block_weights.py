@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from skv_export.model_config import ModelConfig
 from skv_export.recipe import WEIGHT_BITS, Recipe
-from skv_export.stored import Named, Reader, Stored
+from skv_export.stored import TORCH_TYPES, Named, Reader, Stored
 
 BLOCK = 32
 """Inputs that share a scale; what MatMulNBits' kernels are fastest with, and onnxruntime-genai's default."""
@@ -104,18 +104,11 @@ class Quantized:
         """As ``stored.Form`` says."""
         hashable: Any = reader
         tensor = _parts(self.source, self.bits, self.rows, hashable)[self.part]
-        yield tensor.to(_SCALE_TYPES[self.source.dtype]) if self.part == SCALES else tensor
+        yield tensor.to(TORCH_TYPES[self.source.dtype]) if self.part == SCALES else tensor
 
-    def renamed(self, rename: Any) -> Quantized:
+    def renamed(self, rename: Callable[[str], str]) -> Quantized:
         """As ``stored.Form`` says."""
         return dataclasses.replace(self, source=self.source.renamed(rename))
-
-
-_SCALE_TYPES = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-}
 
 
 # The graph.

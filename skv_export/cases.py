@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from skv_export.layout import Bytes, CacheLayout
+from skv_export.quantizer import Float
 from skv_export.recipe import BITS, TILE_TOKENS, LayerConfig
-from skv_export.reference import AttentionParams, Float, Int32, append, quantized_kv_attention
+from skv_export.reference import AttentionParams, Int32, append, quantized_kv_attention
 
 Outcome = tuple[Float, Bytes, Bytes]
 """Of one call: output, present_key, present_value."""
@@ -285,6 +286,11 @@ def token_channel_cases() -> tuple[Case, ...]:
         Case("token_channel, groups of 32", dataclasses.replace(both, k_group_size=32, v_group_size=32)),
         *_cases_of("token_channel", both),
     )
+
+
+def all_layouts() -> Iterator[CacheLayout]:
+    """Every layout: those of ``layout_cases`` and of the forms beside them."""
+    return itertools.chain(layout_cases(), token_channel_layouts(), byte_channel_layouts())
 
 
 def op_cases() -> tuple[Case, ...]:

@@ -59,6 +59,11 @@ class Source:
         return str(self.path / self.gguf_file) if self.path and self.gguf_file else str(self.path)
 
 
+def hub_endpoint() -> str | None:
+    """The hub that HF_ENDPOINT names now; huggingface_hub itself reads it once, when it is imported."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
 def resolve(checkpoint: str | Path | Source, *, revision: str | None = None, validate: bool = True) -> Source:
     """Says what ``checkpoint`` is, and checks the headers of its files before anything else reads them.
 
@@ -279,8 +284,7 @@ class Checkpoint:
         from huggingface_hub import get_token, hf_hub_url
 
         assert self.source.repo_id
-        endpoint = os.environ.get("HF_ENDPOINT") or None  # read now: huggingface_hub reads it once, when imported
-        url = hf_hub_url(self.source.repo_id, name, revision=self.source.revision, endpoint=endpoint)
+        url = hf_hub_url(self.source.repo_id, name, revision=self.source.revision, endpoint=hub_endpoint())
         token = get_token()
         return RemoteFile(url, {"authorization": f"Bearer {token}"} if token else {}, f"{self.source}/{name}")
 

@@ -5,7 +5,6 @@ Native code goes neither way: a fetched model runs with the library that is inst
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from skv_export import __version__
+from skv_export.checkpoint import hub_endpoint
 from skv_export.errors import SkvError
 from skv_export.model_config import CONFIG_FILE, ModelConfig
 
@@ -180,8 +180,7 @@ def _brief(error: Exception) -> str:
 
 
 def _api(token: str | bool | None) -> HfApi:
-    endpoint = os.environ.get("HF_ENDPOINT") or None  # read now: huggingface_hub reads it once, when imported
-    return HfApi(endpoint=endpoint, token=token, library_name="skv_export", library_version=__version__)
+    return HfApi(endpoint=hub_endpoint(), token=token, library_name="skv_export", library_version=__version__)
 
 
 def _card(repo_id: str, config: ModelConfig) -> str:

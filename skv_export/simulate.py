@@ -20,8 +20,9 @@ from transformers import AttentionInterface
 
 from skv_export.errors import SkvError
 from skv_export.layout import CacheLayout
+from skv_export.quantizer import decode_tile, encode_tile, rotate, to_half
 from skv_export.recipe import Recipe
-from skv_export.reference import decode_tile, encode_tile, rotate, stored, to_half
+from skv_export.reference import stored
 
 ATTENTION_NAME = "skv_simulated"
 """Name under which the hook is registered with transformers."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ EXTERNAL_BYTES = 1024
 _PAGE_BYTES, _PAGED_BYTES = 4096, 1 << 20
 """Tensors from ``_PAGED_BYTES`` on start at a page, so that a runtime can map them; others at 64 bytes."""
 
-_TORCH = {
+TORCH_TYPES = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.FLOAT16: torch.float16,
     ir.DataType.BFLOAT16: torch.bfloat16,
@@ -74,7 +75,7 @@ class Named:
 
     def slabs(self, reader: Reader) -> Iterator[torch.Tensor]:
         """As ``Form`` says."""
-        tensor, dtype = reader.tensor(self.name), _TORCH[self.dtype]
+        tensor, dtype = reader.tensor(self.name), TORCH_TYPES[self.dtype]
         if tensor.dim() < 2:
             yield tensor.to(dtype)
             reader.release()
@@ -129,7 +130,7 @@ class Applied:
                 form, shape = given
                 feeds[str(i)] = _numpy(torch.cat([slab.reshape(-1) for slab in form.slabs(reader)]).reshape(shape))
         (result,) = ReferenceEvaluator(onnx.NodeProto.FromString(self.node)).run(None, feeds)
-        yield _torch(np.ascontiguousarray(result))
+        yield to_torch(np.ascontiguousarray(result))
 
     def renamed(self, rename: Callable[[str], str]) -> Applied:
         """As ``Form`` says."""
@@ -164,10 +165,13 @@ def _numpy(tensor: torch.Tensor) -> NDArray[Any]:
     return tensor.numpy()
 
 
-def _torch(array: NDArray[Any]) -> torch.Tensor:
+def to_torch(array: NDArray[Any]) -> torch.Tensor:
+    """Returns a view of an array; of a read-only one, it is only to be read."""
     if array.dtype == ir.DataType.BFLOAT16.numpy():
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+        return to_torch(array.view(np.int16)).view(torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 class Stored(ir.LazyTensor):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from skv_export import reference
+from skv_export import quantizer, reference
 from skv_export.checkpoint import Source
 from skv_export.errors import SkvError
 from skv_export.layout import CacheLayout
@@ -102,9 +102,9 @@ def quantized(layout: CacheLayout, x: Tensor) -> Tensor:
     y = reference.stored(layout, x.numpy()).astype(np.float32)
     span = slice(sinks, sinks + tiles * t)
     content = y[:, span].reshape(y.shape[0], tiles, t, -1)
-    y[:, span] = reference.dequantize(layout, *reference.quantize(layout, content)).reshape(y.shape[0], tiles * t, -1)
+    y[:, span] = quantizer.dequantize(layout, *quantizer.quantize(layout, content)).reshape(y.shape[0], tiles * t, -1)
     if layout.rotation == "hadamard":
-        y = reference.rotate(y, layout.rotation_dim)
+        y = quantizer.rotate(y, layout.rotation_dim)
     return torch.from_numpy(np.ascontiguousarray(y[..., : layout.head_dim]))
 
 

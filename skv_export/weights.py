@@ -8,15 +8,12 @@ names and orders). What belongs together is what transformers' own loader says; 
 from __future__ import annotations
 
 import copy
-import os
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -30,9 +27,10 @@ from transformers.modeling_gguf_pytorch_utils import (
     load_gguf_checkpoint,
 )
 
-from skv_export.checkpoint import Checkpoint, Source
+from skv_export.checkpoint import Checkpoint, Source, hub_endpoint
 from skv_export.errors import SkvError
 from skv_export.folder import pretrained_arguments
+from skv_export.stored import to_torch
 from skv_export.supported import prepare_model
 
 _DOWNLOADED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
@@ -52,10 +50,9 @@ def download(source: Source) -> Source:
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     patterns = [*_DOWNLOADED, *Checkpoint(source).shards()]
-    endpoint = os.environ.get("HF_ENDPOINT") or None  # read now: huggingface_hub reads it once, when imported
     try:
         folder = snapshot_download(
-            str(source.repo_id), revision=source.revision, allow_patterns=patterns, endpoint=endpoint
+            str(source.repo_id), revision=source.revision, allow_patterns=patterns, endpoint=hub_endpoint()
         )
     except (OSError, ValueError, HTTPError) as error:
         raise SkvError(f"{source}: can't be downloaded", got=str(error)[:500], fix="Check the connection.") from error
@@ -238,7 +235,7 @@ class _SafetensorsNames:
         return self._checkpoint.shape(name)
 
     def read(self, name: str) -> torch.Tensor:
-        return _torch(self._checkpoint.tensor(name))
+        return to_torch(self._checkpoint.tensor(name))
 
     def release(self, names: Iterable[str]) -> None:
         self._checkpoint.release(names)
@@ -297,12 +294,3 @@ class _GgufNames:
 
     def release(self, names: Iterable[str]) -> None:
         """Nothing is kept: dequantizing copies."""
-
-
-def _torch(array: NDArray[Any]) -> torch.Tensor:
-    """Returns a view of a read-only array; it is only read."""
-    if array.dtype == ml_dtypes.bfloat16:
-        return _torch(array.view(np.int16)).view(torch.bfloat16)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(array)

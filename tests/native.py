@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from functools import cache
 
 import numpy as np
 
-from skv_export import reference
+from skv_export import quantizer, reference
 from skv_export.cases import Case, Inputs, expected_of, make_inputs
 from skv_export.layout import CacheLayout
 from skv_export.library import SkvAttention, SkvCache, SkvLayout, SkvTokens, library_path
@@ -238,11 +239,19 @@ def assert_append_is_the_references(layout: CacheLayout, x: np.ndarray, counts: 
     assert np.array_equal(got, want), (layout, np.abs(x).max())
 
 
+def assert_append_of_two_tiles_is_the_references(layout: CacheLayout) -> None:
+    """The same with random tokens that fill two tiles and begin a third, in two calls."""
+    count = 2 * layout.tile_tokens + layout.full_rows + 3
+    rng = np.random.default_rng(zlib.crc32(repr(layout).encode()))
+    x = rng.standard_normal((1, count, layout.head_dim)) + 2 * rng.standard_normal(layout.head_dim)
+    assert_append_is_the_references(layout, x.astype(np.float32), [count - 5, 5])
+
+
 def assert_random_tile_is_the_references(layout: CacheLayout) -> None:
     """Whatever stands in a tile, both read the same numbers."""
     raw = np.random.default_rng(layout.tile_bytes).integers(0, 256, layout.tile_bytes, np.uint8)
     with np.errstate(invalid="ignore", over="ignore"):
-        want = reference.decode_tile(layout, raw)
+        want = quantizer.decode_tile(layout, raw)
     assert np.array_equal(decode_tile(layout, raw), want, equal_nan=True), layout
 
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from skv_export import analyze, measure, reference
+from skv_export import analyze, measure, quantizer, reference
 from skv_export.allocation import allocate_bits, allocate_bits_optimal, allocate_options
 from skv_export.architectures import AttentionConfig, AttentionReader, AttentionWeights
 from skv_export.budget import CacheBudget
@@ -28,8 +28,8 @@ from skv_export.errors import SkvError
 from skv_export.geometry import MIDRISE_ERROR, RANGE_SQUARE, geometry, grid_error
 from skv_export.layout import CacheLayout
 from skv_export.norms import SPECTRUM, lanczos, norms
+from skv_export.quantizer import dequantize, quantize
 from skv_export.recipe import LayerConfig, Recipe
-from skv_export.reference import dequantize, quantize
 
 # Norms.
 
@@ -392,6 +392,6 @@ def test_expected_error_of_keys_is_the_quantizers(granularity: str) -> None:
     x = np.random.default_rng(0).standard_normal((2, 4 + 64 * 6, 64)) + 3 * np.random.default_rng(1).standard_normal(64)
     x = x.astype(np.float32)
     content = reference.prepare(layout, x)[:, 4:].reshape(2, 6, 64, 64)
-    measured = np.square(reference.decode_tile(layout, reference.encode_tile(layout, content)) - content).mean()
+    measured = np.square(quantizer.decode_tile(layout, quantizer.encode_tile(layout, content)) - content).mean()
     expected = float(measure.expected_error(layout, torch.from_numpy(x))[:, 4:].mean())
     assert 0.8 < expected / measured < 1.25

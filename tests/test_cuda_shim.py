@@ -11,17 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from skv_export.cases import (
-    Case,
-    byte_channel_layouts,
-    layout_cases,
-    make_inputs,
-    op_cases,
-    token_channel_layouts,
-)
+from skv_export.cases import Case, all_layouts, make_inputs, op_cases
 from skv_export.layout import CacheLayout
+from skv_export.quantizer import decode_tile, rotate
 from skv_export.recipe import LayerConfig
-from skv_export.reference import append, decode_tile, load, rewind, rewind_floor, rotate
+from skv_export.reference import append, load, rewind, rewind_floor
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 from harness import (
@@ -131,11 +125,7 @@ def test_many_columns_take_several_blocks(kernels: Library) -> None:
         assert check(case, kernels, AUTO).startswith("decode_mma")
 
 
-LAYOUTS = [
-    layout
-    for cases in (layout_cases(), token_channel_layouts(), byte_channel_layouts())
-    for layout in itertools.islice(cases, 0, None, 7)
-]
+LAYOUTS = list(itertools.islice(all_layouts(), 0, None, 7))
 
 
 def test_tiles_of_every_layout(kernels: Library) -> None:

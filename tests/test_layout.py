@@ -10,8 +10,9 @@ from hypothesis.extra import numpy as hnp
 
 from skv_export.errors import SkvError
 from skv_export.layout import CacheLayout
+from skv_export.quantizer import MIDRISE_STEP, decode_tile, dequantize, quantize, to_half
 from skv_export.recipe import BITS, TILE_TOKENS
-from skv_export.reference import MIDRISE_STEP, append, decode_tile, dequantize, load, quantize, stored, to_half
+from skv_export.reference import append, load, stored
 
 unhurried = settings(deadline=None)
 

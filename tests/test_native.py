@@ -14,7 +14,7 @@ import native
 import numpy as np
 import pytest
 
-from skv_export import reference
+from skv_export import quantizer, reference
 from skv_export.cases import Case, attention_cases, layout_cases, make_inputs
 from skv_export.layout import CacheLayout
 from skv_export.library import SkvAttention, SkvCache, SkvLayout
@@ -133,7 +133,7 @@ def test_any_bytes_dequantize_as_the_reference_does(is_value: bool) -> None:
     for layout in (c for c in layout_cases() if c.is_value == is_value and c.tile_tokens == 32):
         tile = rng.integers(0, 256, layout.tile_bytes, np.uint8)
         with np.errstate(invalid="ignore", over="ignore"):
-            want = reference.decode_tile(layout, tile)
+            want = quantizer.decode_tile(layout, tile)
         got = native.decode_tile(layout, tile)
         assert np.array_equal(np.isnan(got), np.isnan(want)) and np.array_equal(got, want, equal_nan=True), layout
 
@@ -147,7 +147,7 @@ def test_dequantize_reads_the_cache_back(length: int) -> None:
             reference.append(layout, block, 0, x)
             want, _ = reference.load(layout, block, length)
             if layout.rotation == "hadamard":
-                want = reference.rotate(want, layout.rotation_dim)
+                want = quantizer.rotate(want, layout.rotation_dim)
             blocks = np.stack([np.full_like(block, 0x7F), block])
             for h in range(2):
                 assert np.array_equal(native.dequantize(layout, blocks, 1, h, length, stride=70), want[h])

@@ -10,6 +10,7 @@ import pytest
 from skv_export.cases import Case, attention_cases, make_inputs
 from skv_export.errors import SkvError
 from skv_export.layout import CacheLayout
+from skv_export.quantizer import rotate, tree_sum
 from skv_export.recipe import LayerConfig
 from skv_export.reference import (
     AttentionParams,
@@ -19,9 +20,7 @@ from skv_export.reference import (
     quantized_kv_attention,
     rewind,
     rewind_floor,
-    rotate,
     stored,
-    tree_sum,
 )
 
 SMALL = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)

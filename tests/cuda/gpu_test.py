@@ -25,16 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gpu  # first: it finds the package  # isort: skip
 from harness import AUTO, MMA, SIMPLE, Library, difference  # isort: skip
 
-from skv_export.cases import (
-    Case,
-    byte_channel_layouts,
-    layout_cases,
-    make_inputs,
-    op_cases,
-    token_channel_layouts,
-)
+from skv_export.cases import Case, all_layouts, make_inputs, op_cases
+from skv_export.quantizer import decode_tile
 from skv_export.recipe import LayerConfig
-from skv_export.reference import decode_tile, quantized_kv_attention
+from skv_export.reference import quantized_kv_attention
 
 FOLDED_TOLERANCE = 6e-3  # as in test_cuda_shim.py
 PAIRS = ((8, 8), (4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
@@ -110,7 +104,7 @@ def main() -> int:
         paths[taken.split()[0].rstrip(":")] += 1
         if not error <= tolerance:
             failures.append(f"{case.name}: {taken}: difference {error:.1e}, tolerance {tolerance:.1e}")
-    layouts = itertools.chain(layout_cases(), token_channel_layouts(), byte_channel_layouts())
+    layouts = all_layouts()
     for layout in itertools.islice(layouts, 0, None, 7):
         tile = np.random.default_rng(0).integers(0, 60, layout.tile_bytes).astype(np.uint8)  # finite parameters
         if not np.array_equal(kernels.decode_tile(layout, tile), decode_tile(layout, tile)):
