@@ -16,7 +16,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from skv_export.errors import SkvError
-from skv_export.layout import LAYOUT_VERSION, CacheLayout
+from skv_export.layout import LAYOUT_VERSION, CacheLayout, options_of
 from skv_export.recipe import LayerConfig
 from skv_export.reference import AttentionParams, quantized_kv_attention
 
@@ -49,15 +49,9 @@ class LayerAttention:
 
     def attributes(self) -> Attributes:
         """Returns the op's attributes, all of them (design: section 3)."""
-        key, value = self.layouts
         given: Attributes = {f.name: getattr(self.params, f.name) for f in dataclasses.fields(self.params)}
         given.update(do_rotary=int(self.params.do_rotary), rotary_interleaved=int(self.params.rotary_interleaved))
-        given.update(layout_version=LAYOUT_VERSION)
-        for name in ("bits", "group_size", "granularity", "rotation", "parameter_bits"):
-            given.update({f"k_{name}": getattr(key, name), f"v_{name}": getattr(value, name)})
-        for name in ("num_sink_tokens", "recent_tokens", "tile_tokens", "recent_type"):
-            given[name] = getattr(key, name)
-        return given
+        return given | {"layout_version": LAYOUT_VERSION} | options_of(*self.layouts)
 
     @classmethod
     def from_attributes(cls, attributes: Attributes, head_dim: int) -> LayerAttention:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from skv_export.errors import SkvError
-from skv_export.layout import LAYOUT_VERSION, Bytes, CacheLayout
+from skv_export.layout import LAYOUT_VERSION, Bytes, CacheLayout, options_of
 from skv_export.library import library_path
 from skv_export.recipe import LayerConfig
 from skv_export.reference import append
@@ -165,12 +165,8 @@ def _ours(shape: AttentionShape, config: LayerConfig, threads: int) -> _Contende
         "num_heads": shape.num_heads,
         "kv_num_heads": shape.kv_num_heads,
         "layout_version": LAYOUT_VERSION,
+        **options_of(*layouts),
     }
-    for tensor, layout in zip("kv", layouts, strict=True):
-        for field in ("bits", "group_size", "granularity", "rotation", "parameter_bits"):
-            attributes[f"{tensor}_{field}"] = getattr(layout, field)
-    for field in ("num_sink_tokens", "recent_tokens", "tile_tokens", "recent_type"):
-        attributes[field] = getattr(config, field)
     node = helper.make_node("QuantizedKVAttention", _INPUTS, _OUTPUTS, domain="skv", **attributes)
     used = shape.batch * shape.kv_num_heads * sum(layout.block_bytes(shape.context) for layout in layouts)
     return _Contender(f"skv-{config.name}", _step(shape, node, caches, {}, threads), used)

@@ -376,6 +376,14 @@ def layout_fields() -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(CacheLayout))
 
 
+def options_of(key: CacheLayout, value: CacheLayout) -> dict[str, Any]:
+    """Inverse of ``CacheLayout.pair``: a ``LayerConfig``'s options, resolved; the op's attributes have these names."""
+    own = ("bits", "group_size", "granularity", "rotation", "parameter_bits")
+    common = ("num_sink_tokens", "recent_tokens", "tile_tokens", "recent_type")
+    given = {f"{letter}_{name}": getattr(one, name) for name in own for letter, one in (("k", key), ("v", value))}
+    return given | {name: getattr(key, name) for name in common}
+
+
 def cache_bytes(layouts: list[tuple[CacheLayout, CacheLayout]], kv_num_heads: list[int], max_length: int) -> int:
     """Bytes of a whole model's cache for one sequence of ``max_length`` tokens, as allocated."""
     return sum(

@@ -25,7 +25,7 @@ from skv_export import twins
 from skv_export.attention import SkvDecoder
 from skv_export.cache import Cache
 from skv_export.errors import SkvError
-from skv_export.layout import Bytes, CacheLayout
+from skv_export.layout import Bytes, CacheLayout, options_of
 from skv_export.model_config import LayerCache, ModelConfig
 from skv_export.recipe import LayerConfig
 from skv_export.runtime import Session
@@ -159,13 +159,8 @@ class TorchDecoder:
 
 def layer_config(layer: LayerCache) -> LayerConfig:
     """The options that make a layer's layouts."""
-    values: dict[str, Any] = {}
-    for letter, layout in (("k", layer.key), ("v", layer.value)):
-        for name in ("bits", "granularity", "rotation", "group_size", "parameter_bits"):
-            values[f"{letter}_{name}"] = getattr(layout, name)
-    for name in ("num_sink_tokens", "recent_tokens", "tile_tokens", "recent_type"):
-        values[name] = getattr(layer.key, name)
-    return LayerConfig(**values)
+    options: dict[str, Any] = options_of(layer.key, layer.value)
+    return LayerConfig(**options_of(layer.key, layer.value))
 
 
 def step_counts(layout: CacheLayout) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from skv_export.cases import Case, Inputs, Outcome, expected_of, make_inputs, op_cases
 from skv_export.checkpoint import Source, demo_checkpoint, resolve
 from skv_export.errors import SkvError
-from skv_export.layout import LAYOUT_VERSION
+from skv_export.layout import LAYOUT_VERSION, options_of
 from skv_export.library import Library, load_library
 from skv_export.model_config import ModelConfig
 from skv_export.runtime import load_tokenizer
@@ -130,17 +130,11 @@ def _one_node(case: Case, feeds: dict[str, Any]) -> bytes:
 
     names = ["query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", *[""] * 4]
     names += ["head_sink", *[""] * 4, "query_seqlens"]
-    key, value = case.layouts
-    config = {
-        name: getattr(case.config, name) for name in ("num_sink_tokens", "recent_tokens", "tile_tokens", "recent_type")
-    }
-    for name in ("bits", "group_size", "granularity", "rotation", "parameter_bits"):
-        config |= {f"k_{name}": getattr(key, name), f"v_{name}": getattr(value, name)}
     params = dataclasses.asdict(case.params)
     params |= {name: int(params[name]) for name in ("do_rotary", "rotary_interleaved")}
     node = helper.make_node(
         "QuantizedKVAttention", [n if n in feeds else "" for n in names], ["output", "present_key", "present_value"],
-        domain="skv", layout_version=LAYOUT_VERSION, **params, **config,
+        domain="skv", layout_version=LAYOUT_VERSION, **params, **options_of(*case.layouts),
     )  # fmt: skip
 
     def info(name: str, like: str) -> Any:
