@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -159,7 +158,6 @@ class TorchDecoder:
 
 def layer_config(layer: LayerCache) -> LayerConfig:
     """The options that make a layer's layouts."""
-    options: dict[str, Any] = options_of(layer.key, layer.value)
     return LayerConfig(**options_of(layer.key, layer.value))
 
 
