@@ -20,8 +20,6 @@ from skv_export.layout import LAYOUT_VERSION, CacheLayout, options_of
 from skv_export.recipe import LayerConfig
 from skv_export.reference import AttentionParams, quantized_kv_attention
 
-DOMAIN = "skv"
-OP_NAME = "QuantizedKVAttention"
 ATTENTION_NAME = "skv"
 """Name under which the hook is registered with transformers."""
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from skv_export.errors import SkvError
-from skv_export.layout import LAYOUT_VERSION, Bytes, CacheLayout, options_of
+from skv_export.layout import DOMAIN, LAYOUT_VERSION, OP_NAME, Bytes, CacheLayout, options_of
 from skv_export.library import library_path
 from skv_export.recipe import LayerConfig
 from skv_export.reference import append
@@ -167,7 +167,7 @@ def _ours(shape: AttentionShape, config: LayerConfig, threads: int) -> _Contende
         "layout_version": LAYOUT_VERSION,
         **options_of(*layouts),
     }
-    node = helper.make_node("QuantizedKVAttention", _INPUTS, _OUTPUTS, domain="skv", **attributes)
+    node = helper.make_node(OP_NAME, _INPUTS, _OUTPUTS, domain=DOMAIN, **attributes)
     used = shape.batch * shape.kv_num_heads * sum(layout.block_bytes(shape.context) for layout in layouts)
     return _Contender(f"skv-{config.name}", _step(shape, node, caches, {}, threads), used)
 

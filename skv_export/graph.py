@@ -16,10 +16,11 @@ import onnxscript
 import torch
 from onnxscript import opset23
 
-from skv_export.attention import ATTRIBUTE_TYPES, DOMAIN, OP_NAME, LayerAttention
+from skv_export.attention import ATTRIBUTE_TYPES, LayerAttention
 from skv_export.block_weights import MICROSOFT, quantize_graph
 from skv_export.errors import SkvError
 from skv_export.genai import cache_widths
+from skv_export.layout import DOMAIN, OP_NAME
 from skv_export.passes import simplify
 from skv_export.recipe import Recipe
 from skv_export.stamp import BOUNDARY, Samples, stamp

@@ -20,6 +20,10 @@ from numpy.typing import NDArray
 from skv_export.errors import SkvError
 from skv_export.recipe import LayerConfig
 
+DOMAIN = "skv"
+OP_NAME = "QuantizedKVAttention"
+"""The op that reads and writes such caches, and its domain."""
+
 LAYOUT_VERSION = 1
 CHANNEL_MULTIPLE = 32
 """head_dim is rounded up to a multiple of this in the cache; the added channels are zero."""

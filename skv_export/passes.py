@@ -483,6 +483,25 @@ def _weight(builder: _Builder, node: ir.Node) -> None:
         builder.replace(node, builder.before(node, "Reshape", product, target, like=node.outputs[0]))
 
 
+def _top_k(builder: _Builder, node: ir.Node) -> None:
+    """TopK takes no bfloat16 before opset 24: the router of a mixture of experts picks in float32, which is exact."""
+    x = node.inputs[0] if node.op_type == "TopK" else None
+    if x is None or x.dtype != ir.DataType.BFLOAT16:
+        return
+    wide = builder.before(node, "Cast", x, to=ir.DataType.FLOAT)
+    wide.type, wide.shape = ir.TensorType(ir.DataType.FLOAT), x.shape
+    node.replace_input_with(0, wide)
+    values = node.outputs[0]
+    cast = ir.node("Cast", [values], {"to": ir.DataType.BFLOAT16}, name=f"{node.name}_values")
+    narrow = cast.outputs[0]
+    narrow.name, narrow.type, narrow.shape = f"{values.name}_bfloat16", values.type, values.shape
+    values.type = wide.type
+    builder.graph.insert_after(node, cast)
+    for use in tuple(values.uses()):
+        if use.node is not cast:
+            use.node.replace_input_with(use.idx, narrow)
+
+
 _REWRITES: tuple[Callable[[_Builder, ir.Node], None], ...] = (
     _dimension,
     _slice,
@@ -494,4 +513,5 @@ _REWRITES: tuple[Callable[[_Builder, ir.Node], None], ...] = (
     _flat_rotary,
     _reshape,
     _weight,
+    _top_k,
 )

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from skv_export.errors import SkvError
 from skv_export.library import Library
 
 EXECUTION_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
+"""Session option ("1") without which ``check_placement`` learns nothing."""
+
+_SHAPE_OPS = {"Cast", "Concat", "Gather", "Reshape", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze"}
+"""Ops on shapes, which are the CPU's anyway."""
 
 
 def check_provider(name: str, available: Sequence[str], library: Library) -> None:
@@ -34,6 +44,54 @@ def check_provider(name: str, available: Sequence[str], library: Library) -> Non
         raise SkvError(
             f"execution provider cuda: {library.path} was built without CUDA",
             fix="Build it where nvcc is found, with SKV_CUDA=on.",
+        )
+
+
+def preload(name: str) -> None:
+    """Loads CUDA's libraries from the Python environment's own packages, where the system's loader does not look.
+
+    Args:
+        name: ``cpu`` or ``cuda``. What can't be loaded is said on standard error: the system may still have it.
+    """
+    if name == "cuda":
+        import onnxruntime as ort
+
+        with contextlib.redirect_stdout(sys.stderr):
+            ort.preload_dlls()
+
+
+def check_placement(session: Any, name: str, op_type: str) -> None:
+    """Checks where ONNX Runtime has put a session's nodes: it gives the CPU what a provider can't do, without a word.
+
+    Args:
+        session: An ``InferenceSession`` with ``RECORD_PLACEMENT``.
+        name: ``cpu`` or ``cuda``.
+        op_type: The op that must be the provider's.
+
+    Raises:
+        SkvError: It is the CPU's. Others there than arithmetic on shapes are a RuntimeWarning.
+    """
+    if name == "cpu":
+        return
+    on_cpu: Counter[str] = Counter()
+    for part in session.get_provider_graph_assignment_info():
+        if part.ep_name == EXECUTION_PROVIDERS["cpu"]:
+            on_cpu.update(node.op_type for node in part.get_nodes())
+    if on_cpu[op_type]:
+        raise SkvError(
+            f"execution provider {name}: {op_type}",
+            got=f"{on_cpu[op_type]} nodes on the CPU",
+            expected="none",
+            fix="Export with --dtype fp16 or bf16, with the skv-export that is installed.",
+        )
+    slow = {kind: count for kind, count in on_cpu.items() if kind not in _SHAPE_OPS}
+    if slow:
+        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(slow.items()))
+        warnings.warn(
+            f"this ONNX Runtime runs {listed} on the CPU: every call waits for copies to it and back. "
+            "Another --dtype or --weights may avoid that.",
+            RuntimeWarning,
+            stacklevel=2,
         )
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from skv_export.attention import DOMAIN, OP_NAME, LayerAttention
+from skv_export.attention import LayerAttention
 from skv_export.attention_nodes import AttentionNode
 from skv_export.genai import cache_widths
+from skv_export.layout import DOMAIN, OP_NAME
 
 _PREFIX = "skv"
 

@@ -17,9 +17,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from skv_export.cache import Cache
 from skv_export.errors import SkvError
+from skv_export.layout import OP_NAME
 from skv_export.library import Library, library_path, load_library
 from skv_export.model_config import CONFIG_FILE, ModelConfig, read_json
-from skv_export.providers import EXECUTION_PROVIDERS, brief, check_provider, load_error, ort_errors
+from skv_export.providers import (
+    EXECUTION_PROVIDERS,
+    RECORD_PLACEMENT,
+    brief,
+    check_placement,
+    check_provider,
+    load_error,
+    ort_errors,
+    preload,
+)
 from skv_export.sampling import Sampler, Sampling
 
 __all__ = [
@@ -84,11 +94,13 @@ class Session:
         path = self.folder / MODEL_FILE
         if model is None and not path.is_file():
             raise SkvError(f"{path}: no such file", fix="Export the model with `skv-export model`.")
+        preload(self.execution_provider)
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder))
+        options.add_session_config_entry(RECORD_PLACEMENT, "1")
         providers = [EXECUTION_PROVIDERS[self.execution_provider], EXECUTION_PROVIDERS["cpu"]]
         try:
             options.register_custom_ops_library(str(self.library.path))
@@ -103,6 +115,7 @@ class Session:
                 got=", ".join(session.get_providers()),
                 fix="Install its libraries: pip install 'skv-export[gpu]'; `skv-export doctor` says what is there.",
             )
+        check_placement(session, self.execution_provider, OP_NAME)
         return session
 
     def _check_graph(self) -> None:

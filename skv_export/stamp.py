@@ -16,7 +16,8 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from skv_export.attention import DOMAIN, LayerAttention
+from skv_export.attention import LayerAttention
+from skv_export.layout import DOMAIN
 from skv_export.stored import Stored
 
 BOUNDARY = "LayerBoundary"

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from skv_export.cases import Case, Inputs, Outcome, expected_of, make_inputs, op_cases
 from skv_export.checkpoint import Source, demo_checkpoint, resolve
 from skv_export.errors import SkvError
-from skv_export.layout import LAYOUT_VERSION, options_of
+from skv_export.layout import DOMAIN, LAYOUT_VERSION, OP_NAME, options_of
 from skv_export.library import Library, load_library
 from skv_export.model_config import ModelConfig
 from skv_export.runtime import load_tokenizer
@@ -133,8 +133,8 @@ def _one_node(case: Case, feeds: dict[str, Any]) -> bytes:
     params = dataclasses.asdict(case.params)
     params |= {name: int(params[name]) for name in ("do_rotary", "rotary_interleaved")}
     node = helper.make_node(
-        "QuantizedKVAttention", [n if n in feeds else "" for n in names], ["output", "present_key", "present_value"],
-        domain="skv", layout_version=LAYOUT_VERSION, **params, **options_of(*case.layouts),
+        OP_NAME, [n if n in feeds else "" for n in names], ["output", "present_key", "present_value"],
+        domain=DOMAIN, layout_version=LAYOUT_VERSION, **params, **options_of(*case.layouts),
     )  # fmt: skip
 
     def info(name: str, like: str) -> Any:

@@ -28,6 +28,7 @@ INPUTS = (
     "position_ids", "attention_bias", "head_sink", "", "", "q_norm_weight", "k_norm_weight", "query_seqlens",
 )  # fmt: skip
 OUTPUTS = ("output", "present_key", "present_value")
+PROVIDERS = [os.environ.get("SKV_TEST_PROVIDER", "CPUExecutionProvider")]
 Arrays = dict[str, Any]  # numpy arrays by input
 
 
@@ -79,7 +80,7 @@ def session_of(
         setattr(session_options, name, value)
     session_options.register_custom_ops_library(str(library_path()))
     model = model_of(arrays, attributes, shapes)
-    return ort.InferenceSession(model, session_options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model, session_options, providers=PROVIDERS)
 
 
 def run(arrays: Arrays, attributes: Mapping[str, Any], **options: Any) -> list[np.ndarray]:

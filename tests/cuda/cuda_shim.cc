@@ -19,6 +19,9 @@
 #include <ucontext.h>
 #endif
 
+// Of runtime_shim.cc, where it is loaded: does the work when the stream's turn comes.
+extern "C" void skv_shim_enqueue(void* stream, std::function<void()>* work) __attribute__((weak));
+
 namespace shim {
 namespace {
 
@@ -267,7 +270,9 @@ void die(const char* what) {
   abort();
 }
 
-void launch(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> body) {
+namespace {
+
+void run_grid(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> body) {
   s.threads = size.x * size.y * size.z;
   s.block.size = size;
   s.block.grid = grid;
@@ -300,6 +305,17 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> bod
       }
   acquire(&s.launch_end);
   for (char* memory : shared) free(memory);
+}
+
+}  // namespace
+
+void launch(void* stream, dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> body) {
+  std::function<void()> kernel = [=] { run_grid(grid, size, shared_bytes, body); };
+  if (skv_shim_enqueue != nullptr) {
+    skv_shim_enqueue(stream, &kernel);
+  } else {
+    kernel();
+  }
 }
 
 void block_barrier(int line) { wait(State::kAtBlockBarrier, 0, line, &s.block_sync); }

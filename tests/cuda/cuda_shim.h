@@ -60,8 +60,9 @@ dim3 thread_index();
 unsigned lane();
 [[noreturn]] void die(const char* what);
 
-// Runs `body` once per thread of the grid.
-void launch(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> body);
+// Runs `body` once per thread of the grid: at once, or in the order of a stream of runtime_shim.cc where that is
+// loaded.
+void launch(void* stream, dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> body);
 
 // Barriers; `line` is the call site.
 void block_barrier(int line);

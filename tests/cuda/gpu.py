@@ -26,6 +26,11 @@ except ImportError:  # a bare machine: only the number format's name is needed, 
 from harness import SOURCES, Array, Library  # noqa: E402
 
 
+def can_pack(parameter_bits: int, recent_type: str) -> bool:
+    """Whether the reference has bfloat16 numbers where a layout holds some."""
+    return HAS_BFLOAT16 or (parameter_bits != 8 and recent_type != "bfloat16")
+
+
 class DeviceMemory:
     """torch tensors between sentinels."""
 

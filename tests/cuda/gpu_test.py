@@ -37,7 +37,8 @@ PAIRS = ((8, 8), (4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
 def jobs(short: bool) -> Iterator[tuple[Case, int, float]]:
     """Cases, paths and tolerances."""
     for case in op_cases():
-        if case.config.recent_type == "bfloat16" and not gpu.HAS_BFLOAT16:
+        config = case.config
+        if not gpu.can_pack(min(config.k_parameter_bits, config.v_parameter_bits), config.recent_type):
             continue
         if short and case.new_tokens > 8:
             continue
@@ -104,8 +105,9 @@ def main() -> int:
         paths[taken.split()[0].rstrip(":")] += 1
         if not error <= tolerance:
             failures.append(f"{case.name}: {taken}: difference {error:.1e}, tolerance {tolerance:.1e}")
-    layouts = all_layouts()
-    for layout in itertools.islice(layouts, 0, None, 7):
+    for layout in itertools.islice(all_layouts(), 0, None, 7):
+        if not gpu.can_pack(layout.parameter_bits, layout.recent_type):
+            continue
         tile = np.random.default_rng(0).integers(0, 60, layout.tile_bytes).astype(np.uint8)  # finite parameters
         if not np.array_equal(kernels.decode_tile(layout, tile), decode_tile(layout, tile)):
             failures.append(f"decode_tile: {layout}")

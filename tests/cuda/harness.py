@@ -10,6 +10,8 @@ import ctypes
 import dataclasses
 import hashlib
 import os
+import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -266,17 +268,95 @@ def build_shim(out: Path, *, flags: Sequence[str] = (), sources: Path = SOURCES,
     return build(out, "libskv_cuda_shim.so", [*files, SHIM / "cuda_shim.cc"], sources.parent, flags)
 
 
-def build_ort_shim(out: Path) -> Path:
-    """Compiles the op's CUDA side over the shim, for ONNX Runtime's CPU provider: ``libskv_ops_shim.so``."""
+def build_ort_shim(out: Path, runtime: Path | None = None, instead: Path | None = None) -> Path:
+    """Compiles the op's CUDA side over the shim: ``libskv_ops_shim.so``.
+
+    Args:
+        out: As for ``build_shim``.
+        runtime: The folder of ``build_runtime``: the library registers the op for both providers then, as the real one
+            does. None = for the CPU provider, with the host's memory for the device's.
+        instead: A file that takes the place of the source of its name.
+    """
     native = SOURCES.parent
-    files = [f for f in sorted(SOURCES.glob("*.cu")) if f.name != "runtime.cu"]
+    files = [f for f in sorted(SOURCES.glob("*.cu")) if runtime or f.name != "runtime.cu"]
     files += [SHIM / "cuda_shim.cc", SHIM / "ort_shim.cc", native / "ort_ops_cuda.cc"]
     files += [native / "cpu" / f"{name}.cc" for name in ("attention", "cache", "checks", "unit_scalar")]
     files += [native / f"ort_{name}.cc" for name in ("attributes", "op", "prepare", "runtime")]
-    return build(out, "libskv_ops_shim.so", files, native, ['-DSKV_CUDA_PROVIDER="CPUExecutionProvider"'])
+    if runtime is not None:
+        files += [native / "ort_ops.cc", native / "ort_prefill.cc"]
+    if instead is not None:
+        files = [instead if f.name == instead.name else f for f in files]
+    if runtime is None:
+        return build(out, "libskv_ops_shim.so", files, native, ['-DSKV_CUDA_PROVIDER="CPUExecutionProvider"'])
+    flags = ["-DSKV_WITH_CUDA", f"-I{cuda_headers()}"]
+    return build(out, "libskv_ops_shim.so", files, native, flags, [str(runtime / CUDART)])
 
 
-def build(out: Path, name: str, files: Sequence[Path], native: Path, flags: Sequence[str]) -> Path:
+def cuda_headers() -> Path | None:
+    """The folder of nvcc's ``cuda_runtime_api.h``, if there is one."""
+    if shutil.which("nvcc") is None:
+        return None
+    # A wrapper script's own path says nothing.
+    dry_run = subprocess.run(["nvcc", "--dryrun", "-c", "nothing.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", dry_run, re.MULTILINE)
+    folder = Path(top[1]) / "include" if top else None
+    return folder if folder and (folder / "cuda_runtime_api.h").is_file() else None
+
+
+CUDART = "libcudart.so.13"
+# What the provider's start asks of libraries that the shim has nothing of.
+HARMLESS = {"cublasCreate_v2", "cublasDestroy_v2", "cublasSetMathMode", "cublasGetMathMode", "cublasSetStream_v2"}
+HARMLESS |= {"cublasLtCreate", "cublasLtDestroy"}
+
+
+def build_runtime(out: Path, provider: Path) -> Path:
+    """Builds the libraries that ONNX Runtime's CUDA provider is linked with, over ``runtime_shim.cc``.
+
+    Args:
+        out: As for ``build_shim``.
+        provider: ``libonnxruntime_providers_cuda.so``: what it asks for and the shim has not ends the process.
+
+    Returns:
+        A folder for ``LD_LIBRARY_PATH``.
+    """
+    run = lambda *command: subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: E731
+    wanted: dict[str, set[str]] = {}
+    for line in run("readelf", "--dynamic", str(provider)).splitlines():
+        if "(NEEDED)" in line and (name := line.split("[")[1].rstrip("]")).startswith("libcu"):
+            wanted[name] = set()
+    for symbol in (line.split()[-1] for line in run("nm", "-D", "--undefined-only", str(provider)).splitlines()):
+        name, _, library = symbol.partition("@")
+        if library in wanted or name.startswith("cu"):
+            wanted[library or "libcuda.so.1"].add(name)
+
+    shim = SHIM / "runtime_shim.cc"
+    source = "".join(f"{name} {' '.join(sorted(names))}\n" for name, names in sorted(wanted.items()))
+    folder = out / hashlib.sha256(shim.read_bytes() + source.encode()).hexdigest()[:16]
+    if folder.exists():
+        return folder
+    partial = folder.with_suffix(f".{os.getpid()}")
+    partial.mkdir(parents=True)
+    compiled = partial / "runtime_shim.o"
+    run("g++", "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{cuda_headers()}", "-c", str(shim),
+        "-o", str(compiled))  # fmt: skip
+    there = {line.split()[-1] for line in run("nm", "--defined-only", str(compiled)).splitlines()}
+    for name in sorted(wanted, key=lambda name: name != CUDART):  # the others are linked with it
+        stubs = partial / f"{name}.c"
+        bodies = {f: "" if f in HARMLESS else f'skv_shim_missing("{f}");' for f in sorted(wanted[name] - there)}
+        functions = [f"int {f}() {{ {body} return 0; }}" for f, body in bodies.items()]
+        stubs.write_text("\n".join(["void skv_shim_missing(const char*);", *functions, ""]))
+        versions = partial / f"{name}.map"
+        versions.write_text(f"{name} {{ global: *; }};\n")
+        own = [str(compiled)] if name == CUDART else [str(partial / CUDART)]
+        run("g++", "-shared", "-fPIC", "-x", "c", str(stubs), "-x", "none", *own, f"-Wl,-soname,{name}",
+            f"-Wl,--version-script={versions}", "-o", str(partial / name))  # fmt: skip
+    partial.rename(folder)
+    return folder
+
+
+def build(
+    out: Path, name: str, files: Sequence[Path], native: Path, flags: Sequence[str], libraries: Sequence[str] = ()
+) -> Path:
     """Compiles files, each once per content of the sources, and links them."""
     headers = [*native.glob("*.h"), *native.glob("c*/*.h"), *native.glob("cuda/*.cuh"), SHIM / "cuda_shim.h"]
     command = ["g++", "-x", "c++", "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
@@ -302,11 +382,11 @@ def build(out: Path, name: str, files: Sequence[Path], native: Path, flags: Sequ
     out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(x) for x in pool.map(compile_, files)]
-    digest = hashlib.sha256(" ".join(objects).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(" ".join([*objects, *libraries]).encode()).hexdigest()[:16]
     library = out / digest / name
     if not library.exists():
         library.parent.mkdir(exist_ok=True)
         partial = library.with_suffix(f".{os.getpid()}")
-        subprocess.run(["g++", "-shared", *flags, *objects, "-o", str(partial)], check=True)
+        subprocess.run(["g++", "-shared", *flags, *objects, *libraries, "-o", str(partial)], check=True)
         partial.rename(library)
     return library

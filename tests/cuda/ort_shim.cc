@@ -1,10 +1,18 @@
-// Owns the op's CUDA side in a runtime without CUDA: registers what ort_ops_cuda.cc defines for the CPU provider (it is
-// built with SKV_CUDA_PROVIDER set), and stands in for cuda/runtime.cu on the host's memory, and for cpu/dispatch.cc.
+// Owns what the op's library has else in tests of its CUDA side, over the shim. It stands in for cpu/dispatch.cc; and,
+// without a CUDA provider, for cuda/runtime.cu on the host's memory and for ort_ops.cc: it registers what
+// ort_ops_cuda.cc defines for the CPU provider (built with SKV_CUDA_PROVIDER set).
 #include <cstring>
 
 #include "cpu/isa.h"
 #include "cuda/kernels_cuda.h"
 #include "ort_op.h"
+
+const skv::Unit& skv::unit() { return kUnitScalar; }
+extern "C" const char* skv_cpu_isa(void) { return skv::unit().name; }
+extern "C" const char* skv_version(void) { return "shim"; }
+extern "C" const char* skv_cuda_build(void) { return "shim"; }
+
+#if !defined(SKV_WITH_CUDA)
 
 int skv_cuda_device(int32_t* multiprocessors, int32_t* architecture) {
   *multiprocessors = 4;
@@ -20,13 +28,7 @@ int skv_cuda_copy(void* to, const void* from, int64_t bytes, void*) {
   std::memcpy(to, from, static_cast<size_t>(bytes));
   return SKV_OK;
 }
-
 int skv_cuda_synchronize(void*) { return SKV_OK; }
-
-const skv::Unit& skv::unit() { return kUnitScalar; }
-extern "C" const char* skv_cpu_isa(void) { return skv::unit().name; }
-extern "C" const char* skv_version(void) { return "shim"; }
-extern "C" const char* skv_cuda_build(void) { return "shim"; }
 
 extern "C" SKV_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const skv::ort::ApiBase* base) {
   using namespace skv::ort;
@@ -40,3 +42,5 @@ extern "C" SKV_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options, cons
     check(api().AddCustomOpDomain(options, domain));
   });
 }
+
+#endif

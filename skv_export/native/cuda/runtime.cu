@@ -1,10 +1,11 @@
 // Owns what the kernels' callers need of the CUDA runtime: whether there is a device that can run them, a flag that
-// device and host both see, copies. Not part of the CPU shim's build.
+// device and host both see, copies. No kernels: any C++ compiler takes it.
+#include <cuda_runtime_api.h>
+
 #include <cstdio>
 
 #include "errors.h"
 #include "kernels_cuda.h"
-#include "portable.cuh"
 
 namespace {
 

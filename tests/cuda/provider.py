@@ -1,0 +1,131 @@
+"""The op under ONNX Runtime's CUDA provider, over runtime_shim.cc: memory, order, graphs, where an export's nodes go.
+
+Run by test_cuda_provider.py with its libraries in place. A device read or written by the host ends the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from conftest import TINY
+from test_ops import OUTPUTS, PROVIDERS, arrays_of, attributes_of, model_of
+
+from skv_export.cases import Case
+from skv_export.export import export_model
+from skv_export.library import library_path
+from skv_export.recipe import LayerConfig, Recipe
+from skv_export.reference import quantized_kv_attention
+from skv_export.runtime import MODEL_FILE, Session
+
+SMALL = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
+STEPS = 40  # a tile and more
+# What may run on the CPU: arithmetic on shapes, which are there.
+SHAPE_OPS = {"Cast", "Concat", "Reshape", "Squeeze", "Sub"}
+
+
+@pytest.fixture(scope="module")
+def shim() -> Any:
+    """The runtime's own counters."""
+    library = ctypes.CDLL("libcudart.so.13")
+    library.skv_shim_replays.restype = library.skv_shim_launches.restype = ctypes.c_int64
+    return library
+
+
+def on_device(array: np.ndarray) -> ort.OrtValue:
+    return ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0)
+
+
+def decode(case: Case, provider_options: dict[str, str]) -> None:
+    """Decodes with one buffer for past and present, from inputs that stand in place, against the reference."""
+    arrays = arrays_of(case)
+    layout = case.layouts[0]
+    most = layout.capacity(int(np.prod(arrays["past_key"].shape[2:])))
+    assert most is not None and most >= case.past_lengths[0] + STEPS
+    arrays["total_sequence_length"] = np.array(most, np.int32)  # a bound: the sequence's own length is seqlens_k's
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.register_custom_ops_library(str(library_path()))
+    session = ort.InferenceSession(
+        model_of(arrays, attributes_of(case.params, case.layouts)),
+        options,
+        providers=[(PROVIDERS[0], provider_options)],
+    )
+    past = {"past_key": arrays["past_key"], "past_value": arrays["past_value"]}
+    held = {name: on_device(x) for name, x in arrays.items() if name != "total_sequence_length"}
+    output = on_device(np.zeros_like(arrays["query"]))
+    binding = session.io_binding()
+    for name, value in held.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_cpu_input("total_sequence_length", arrays["total_sequence_length"])
+    for name, value in zip(OUTPUTS, (output, held["past_key"], held["past_value"]), strict=True):
+        binding.bind_ortvalue_output(name, value)
+
+    rng = np.random.default_rng(0)
+    for step in range(STEPS):
+        new = {name: rng.standard_normal(arrays[name].shape).astype(case.dtype) for name in ("query", "key", "value")}
+        new["seqlens_k"] = np.array([length + step for length in case.past_lengths], np.int32)
+        for name, x in new.items():
+            held[name].update_inplace(x)
+        session.run_with_iobinding(binding)
+        floats = {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in new.items()}
+        expected, *presents = quantized_kv_attention(case.params, case.layouts, **floats, **past)
+        past = dict(zip(past, presents, strict=True))
+        difference = np.abs(output.numpy().astype(np.float32) - expected).max()
+        assert difference <= case.tolerance * np.abs(expected).max(), step
+    for name, expected_bytes in past.items():
+        assert np.array_equal(held[name].numpy(), expected_bytes)
+
+
+CASES = [
+    Case("two sequences", SMALL, past_lengths=(70, 3), dtype="float16"),
+    Case("K8V8, per token", dataclasses.replace(SMALL, k_bits=8, v_bits=8, k_granularity="token"), dtype="float16"),
+    Case("decode_simple", dataclasses.replace(SMALL, k_bits=5), past_lengths=(66,)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_decoding_in_place(case: Case, shim: Any) -> None:
+    before = shim.skv_shim_launches()
+    decode(case, {})
+    assert shim.skv_shim_launches() - before >= 3 * STEPS, "the CPU's kernel ran"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_decoding_as_a_cuda_graph(case: Case, shim: Any) -> None:
+    """Captured once; every later step is the same launches, with what stands in the bound buffers then."""
+    before = shim.skv_shim_replays()
+    decode(case, {"enable_cuda_graph": "1"})
+    assert shim.skv_shim_replays() - before >= STEPS - 2
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [*((arch, "bf16") for arch in TINY), ("llama", "fp16"), ("gpt_oss", "fp16"), ("llama", "fp32")]
+)
+def test_all_but_shapes_run_on_the_gpu(
+    arch: str, dtype: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """No node falls back to the CPU, where every layer would wait for copies."""
+    out = export_model(
+        tiny_checkpoint(arch), out=tmp_path / "model", recipe=Recipe(dtype=dtype), progress=lambda *_: None
+    )
+    assigned: dict[str, Counter[str]] = {}
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    options.register_custom_ops_library(str(library_path()))
+    session = ort.InferenceSession(str(out / MODEL_FILE), options, providers=[*PROVIDERS, "CPUExecutionProvider"])
+    for part in session.get_provider_graph_assignment_info():
+        assigned.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
+    assert set(assigned["CPUExecutionProvider"]) <= SHAPE_OPS
+    assert assigned[PROVIDERS[0]]["QuantizedKVAttention"] == len(Session(out, execution_provider="cuda").config.layers)
