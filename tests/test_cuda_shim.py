@@ -18,6 +18,7 @@ from skv_export.recipe import LayerConfig
 from skv_export.reference import append, load, rewind, rewind_floor
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
+import gpu_test
 from harness import (
     AUTO,
     INVALID_ARGUMENT,
@@ -281,6 +282,27 @@ def test_bad_arguments_are_refused_before_anything_is_launched(kernels: Library)
     refused("scratch; got", scratch_bytes=0)
     refused("type; got 9", type=9)
     refused("exchanged", key_cache__layout__is_value=1)
+
+
+def test_prompts_of_any_length_but_in_decode_simple(kernels: Library) -> None:
+    """A grid's z has room for 65535 groups of 4 queries; only decode_simple needs it."""
+    case = Case("long", SMALL, num_heads=16, kv_num_heads=1, dtype="float16")
+    _, call, context = kernels.prepare(case, make_inputs(case))
+    call.tokens = 131_072
+    size = kernels.lib.skv_cuda_scratch_bytes
+    assert size(ctypes.byref(call), ctypes.byref(context)) > 0
+    context.path = SIMPLE
+    assert size(ctypes.byref(call), ctypes.byref(context)) == -INVALID_ARGUMENT
+    assert b"at most 262140 for decode_simple" in kernels.lib.skv_cuda_last_error()
+
+
+def test_the_gpu_test_itself(kernels: Library) -> None:
+    """``make gpu-test`` needs a card; what else it does, it does here, with the shim in the card's place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_test.gpu, "require", lambda: "shim")
+        patch.setattr(gpu_test.gpu, "load", lambda: kernels)
+        patch.setattr(sys, "argv", ["gpu_test.py", "--short"])
+        assert gpu_test.main() == 0
 
 
 def test_not_finite_input_is_stored_as_zero_and_reported(kernels: Library) -> None:

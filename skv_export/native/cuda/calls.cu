@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kMaxSplits = 256;
 constexpr int kMaxDecodeTokens = 8;
-constexpr int64_t kMaxGrid = 65535;
+constexpr int64_t kMaxGrid = 65535;  // of a grid's y and z
 
 thread_local char path_text[256];
 
@@ -126,8 +126,9 @@ int check_call(const SkvAttention& call, const SkvCudaContext& context, bool att
     return wrong("batch * kv_num_heads", int64_t{call.batch} * call.kv_num_heads, "at most 65535 on CUDA");
   }
   const int64_t queries = int64_t{call.tokens} * (call.num_heads / call.kv_num_heads);
-  if (attends && queries > 4 * kMaxGrid)
-    return wrong("tokens * num_heads / kv_num_heads", queries, "at most 262140 on CUDA");
+  if (attends && queries > INT32_MAX - 1024) {
+    return wrong("tokens * num_heads / kv_num_heads", queries, "below 2^31 - 1024 on CUDA");
+  }
   if (!call.seqlens_k || !call.key.data || !call.value.data || (attends && (!call.query.data || !call.output))) {
     return fail(SKV_INVALID_ARGUMENT, "query, key, value, output or seqlens_k; got null; expected device pointers");
   }
@@ -242,6 +243,14 @@ Plan plan(Attention& a, const SkvCudaContext& context) {
   return p;
 }
 
+int check_plan(const Attention& a, const Plan& p) {
+  if (p.path != SKV_CUDA_SIMPLE || a.columns <= 4 * kMaxGrid) return SKV_OK;
+  return fail(SKV_INVALID_ARGUMENT,
+              "tokens * num_heads / kv_num_heads; got %d; expected at most %lld for decode_simple. Give a prompt in "
+              "pieces, or export with --dtype fp16 or bf16.",
+              a.columns, static_cast<long long>(4 * kMaxGrid));
+}
+
 int attend(Attention& a, const Plan& p, const SkvCudaContext& context) {
   uint8_t* scratch = static_cast<uint8_t*>(context.scratch);
   if (p.path == SKV_CUDA_PREFILL) {
@@ -274,6 +283,7 @@ int skv_cuda_attention(const SkvAttention* call, const SkvCudaContext* context) 
   if (call->batch == 0 || call->tokens == 0) return SKV_OK;
   Attention a = describe(*call, *context);
   const Plan p = plan(a, *context);
+  if (const int status = check_plan(a, p)) return status;
   if (!context->scratch || context->scratch_bytes < p.scratch_bytes) {
     return fail(SKV_INVALID_ARGUMENT, "scratch; got %lld bytes; expected %lld",
                 static_cast<long long>(context->scratch_bytes), static_cast<long long>(p.scratch_bytes));
@@ -291,7 +301,9 @@ int skv_cuda_append(const SkvAttention* call, const SkvCudaContext* context) {
 int64_t skv_cuda_scratch_bytes(const SkvAttention* call, const SkvCudaContext* context) {
   if (const int status = check_call(*call, *context, true)) return -status;
   Attention a = describe(*call, *context);
-  return plan(a, *context).scratch_bytes;
+  const Plan p = plan(a, *context);
+  if (const int status = check_plan(a, p)) return -status;
+  return p.scratch_bytes;
 }
 
 const char* skv_cuda_path(const SkvAttention* call, const SkvCudaContext* context) {

@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(S::kThreadCount, S::kMinBlocks) decode_mma_ker
   SKV_DYNAMIC_SHARED(shared);
   const int b = blockIdx.y / a.kv_num_heads, head = blockIdx.y % a.kv_num_heads;
   const int w = __shfl_sync(kWarp, int(threadIdx.x / 32), 0);  // the same for the warp, as the compiler then knows
-  const Work work(a, b);
+  const Work work(a, b, S::kWarpCount);
   if (work.begin >= work.end) {  // nothing: sums of zero, which the merge of the splits passes over
     for (int i = threadIdx.x; i < S::kColumns; i += S::kThreadCount) {
       const int column = blockIdx.z * S::kColumns + i;

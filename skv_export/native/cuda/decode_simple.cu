@@ -113,17 +113,30 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Attention a) {
   if (s.valid && token < s.fresh) {
     const int64_t first = int64_t{blockIdx.y} * a.splits * a.columns + column;
     const float sink = a.head_sink ? load(a.head_sink, head, a.output_type) : -INFINITY;
-    float highest = sink;
-    for (int i = 0; i < a.splits; i++) highest = fmaxf(highest, a.peaks[first + int64_t{i} * a.columns].x);
-    float total = a.head_sink ? expf(sink - highest) : 0.f;
+    // Lanes over splits for the weights, then lanes over channels: no load waits for the one before it.
+    SKV_DYNAMIC_SHARED(shared);
+    float* weights = reinterpret_cast<float*>(shared) + threadIdx.x / 32 * a.splits;
+    float highest = sink, total = 0;
+    for (int i = lane; i < a.splits; i += 32) highest = fmaxf(highest, a.peaks[first + int64_t{i} * a.columns].x);
+    for (int l = 16; l > 0; l /= 2) highest = fmaxf(highest, __shfl_xor_sync(kWarp, highest, l));
+    for (int i = lane; i < a.splits; i += 32) {
+      const float2 peak = a.peaks[first + int64_t{i} * a.columns];
+      weights[i] = peak.y > 0 ? expf(peak.x - highest) : 0.f;  // 0: no tokens, and nothing written
+      total += weights[i] * (peak.y > 0 ? peak.y : 0.f);
+    }
+    for (int l = 16; l > 0; l /= 2) total += __shfl_xor_sync(kWarp, total, l);
+    if (a.head_sink) total += expf(sink - highest);
+    __syncwarp();
+    const float* partial = a.partial + first * 32 * E + lane;
+    const int64_t step = int64_t{a.columns} * 32 * E;
+#pragma unroll 8
     for (int i = 0; i < a.splits; i++) {
-      const int64_t row = first + int64_t{i} * a.columns;
-      const float2 peak = a.peaks[row];
-      if (!(peak.y > 0)) continue;
-      const float weight = expf(peak.x - highest);
-      total += weight * peak.y;
+      const float weight = weights[i];
 #pragma unroll
-      for (int e = 0; e < E; e++) out[e] += weight * a.partial[row * 32 * E + lane + 32 * e];
+      for (int e = 0; e < E; e++) {
+        const float x = partial[i * step + 32 * e];
+        out[e] += weight > 0 ? weight * x : 0.f;
+      }
     }
 #pragma unroll
     for (int e = 0; e < E; e++) out[e] /= total;
@@ -149,7 +162,8 @@ cudaError_t decode_simple(const Attention& a, void* stream) {
 cudaError_t combine(const Attention& a, void* stream) {
   const dim3 grid((a.columns + kWarps - 1) / kWarps, a.batch * a.kv_num_heads);
   return with_channels(a.key, [&](auto channels) {
-    return launch(combine_kernel<decltype(channels)::value>, grid, kThreads, 0, stream, a);
+    return launch(combine_kernel<decltype(channels)::value>, grid, kThreads, kWarps * a.splits * sizeof(float), stream,
+                  a);
   });
 }
 

@@ -58,7 +58,7 @@ struct Work {
   int in_tiles, exact;          // tokens
   int begin, end;               // pieces of this block
 
-  SKV_DEVICE Work(const Attention& a, int b) : s(sequence(a.lengths, b, a.key, a.value)) {
+  SKV_DEVICE Work(const Attention& a, int b, int warps) : s(sequence(a.lengths, b, a.key, a.value)) {
     const SkvLayout& l = a.key.layout;
     const int low = a.window > 0 && s.past + 1 > a.window ? s.past + 1 - a.window : 0;
     in_tiles = quantized(l, s.past);
@@ -68,7 +68,8 @@ struct Work {
     tile_pieces = tiles - first_tile;
     exact = s.past - in_tiles + s.fresh;
     const int pieces = s.valid && s.fresh > 0 ? tile_pieces + (exact + kSlab - 1) / kSlab : 0;
-    const int share = (pieces + a.splits - 1) / a.splits;
+    // In whole rounds of a block's warps: where there are few pieces, few blocks have all of them.
+    const int rounds = (pieces + a.splits * warps - 1) / (a.splits * warps), share = rounds * warps;
     begin = blockIdx.x * share;
     end = begin + share < pieces ? begin + share : pieces;
   }

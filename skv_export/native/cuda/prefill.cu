@@ -27,7 +27,7 @@ struct Prefill {
     r = threadIdx.x % 32 / 4;
     c = threadIdx.x % 4;
     warp_row = threadIdx.x / 32 * 16;
-    first_row = blockIdx.x * kRows;
+    first_row = int(gridDim.x - 1 - blockIdx.x) * kRows;  // the last rows see the most keys: they start first
 #pragma unroll
     for (int i = 0; i < D / 8; i++) {
 #pragma unroll
