@@ -24,10 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "cuda"))
 import gpu  # isort: skip
-from harness import AUTO, Context, Library  # isort: skip
+from harness import AUTO, Library  # isort: skip
 
 from skv_export.layout import CacheLayout
-from skv_export.library import SkvAttention, SkvCache, SkvLayout, SkvTokens
+from skv_export.library import SkvAttention, SkvCache, SkvCudaContext, SkvLayout, SkvTokens
 from skv_export.recipe import LayerConfig
 
 REPEATS = 50
@@ -76,7 +76,7 @@ class Decode:
         half, tokens_each, scale, softcap, not_finite = 0, 1, 0.0, 0.0, None
         numbers = half, batch, tokens_each, heads, kv_heads, scale, softcap, not_finite
         self.call = SkvAttention(*caches, *tokens, self.output.data_ptr(), *lengths_and_sink, *numbers)
-        self.context = Context(
+        self.context = SkvCudaContext(
             torch.cuda.current_stream().cuda_stream, None, 0, length + 1, AUTO, -1, kernels.multiprocessors
         )
         self.arguments = ctypes.byref(self.call), ctypes.byref(self.context)

@@ -32,6 +32,7 @@ _FIX = "Install the package with `pip install .`, or build with cmake and set SK
 _ENUMS = {"granularity": GRANULARITIES, "rotation": ROTATIONS, "recent_type": RECENT_TYPES}
 _DEFAULT_STREAM = None
 _TYPES = {np.dtype(np.float16): 0, np.dtype(np.float32): 1}
+_DTYPES = {"fp16": 0, "fp32": 1, "bf16": 2}
 
 
 class SkvLayout(ctypes.Structure):
@@ -82,6 +83,20 @@ class SkvAttention(ctypes.Structure):
     ]
 
 
+class SkvCudaContext(ctypes.Structure):
+    """``SkvCudaContext`` of kernels_cuda.h: what a call on the device needs beside its tensors."""
+
+    _fields_ = [
+        ("stream", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+        ("scratch_bytes", ctypes.c_int64),
+        ("max_length", ctypes.c_int64),
+        ("path", ctypes.c_int32),
+        ("output_type", ctypes.c_int32),
+        ("multiprocessors", ctypes.c_int32),
+    ]
+
+
 class Library:
     """The C interface of one loaded library.
 
@@ -102,7 +117,7 @@ class Library:
             if self.cuda_build:
                 self._c.skv_cuda_rewind.argtypes = [*self._c.skv_rewind.argtypes, ctypes.c_void_p]
                 self._c.skv_cuda_synchronize.argtypes = [ctypes.c_void_p]
-                self._c.skv_cuda_last_error.restype = ctypes.c_char_p
+                self._c.skv_cuda_last_error.restype = self._c.skv_cuda_path.restype = ctypes.c_char_p
         except (OSError, AttributeError) as error:
             raise SkvError(
                 f"native library {path}: can't be loaded",
@@ -167,6 +182,35 @@ class Library:
             SkvError: It failed there.
         """
         self._check("synchronize", self._c.skv_cuda_synchronize(_DEFAULT_STREAM), "skv_cuda_last_error")
+
+    def cuda_path(
+        self, layouts: tuple[CacheLayout, CacheLayout], num_heads: int, kv_num_heads: int, dtype: str, tokens: int = 1
+    ) -> str:
+        """The kernels that attention takes on a GPU, and why, such as ``decode_simple: 5-bit keys``.
+
+        Args:
+            layouts: Of keys and values.
+            num_heads: N.
+            kv_num_heads: N_kv.
+            dtype: ``fp32``, ``fp16`` or ``bf16``.
+            tokens: New tokens of a sequence.
+
+        Raises:
+            SkvError: No kernel on a GPU takes such a call.
+        """
+        nowhere = 256  # an address that is looked at, and never read
+        blocks = [SkvCache(SkvLayout.of(x), nowhere, x.block_bytes(x.full_rows + x.tile_tokens)) for x in layouts]
+        head_dim = layouts[0].head_dim
+        widths = (heads * head_dim for heads in (num_heads, kv_num_heads, kv_num_heads))
+        call = SkvAttention(
+            *blocks, *(SkvTokens(nowhere, width) for width in widths), nowhere, nowhere, None, None,
+            _DTYPES[dtype], 1, tokens, num_heads, kv_num_heads,
+        )  # fmt: skip
+        context = SkvCudaContext(max_length=1, output_type=-1, multiprocessors=1)
+        path = self._c.skv_cuda_path(ctypes.byref(call), ctypes.byref(context))
+        if path is None:
+            raise SkvError("CUDA kernels: not for this model", got=self._text("skv_cuda_last_error"))
+        return bytes(path).decode()
 
     def attention(
         self,

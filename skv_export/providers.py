@@ -12,6 +12,7 @@ from typing import Any
 
 from skv_export.errors import SkvError
 from skv_export.library import Library
+from skv_export.model_config import ModelConfig
 
 EXECUTION_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
@@ -93,6 +94,34 @@ def check_placement(session: Any, name: str, op_type: str) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def check_kernels(config: ModelConfig, name: str, library: Library) -> None:
+    """Says, as a RuntimeWarning, which layers' decoding does without tensor cores on a GPU, and why.
+
+    Args:
+        config: The model's.
+        name: ``cpu`` or ``cuda``.
+        library: The native library.
+
+    Raises:
+        SkvError: No kernel on a GPU takes a layer's calls.
+    """
+    if name == "cpu":
+        return
+    layers: dict[str, list[int]] = {}
+    for i, layer in enumerate(config.layers):
+        heads = layer.num_attention_heads, layer.num_key_value_heads
+        path = library.cuda_path((layer.key, layer.value), *heads, config.dtype)
+        layers.setdefault(path, []).append(i)
+    for path, which in layers.items():
+        if path.startswith("decode_simple"):
+            warnings.warn(
+                f"attention of {len(which)} of {len(config.layers)} layers takes {path}: without tensor cores, many "
+                "times slower. Export with --dtype fp16 or bf16 and bits of 8, 4, 3 or 2.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def ort_errors() -> tuple[type[Exception], ...]:

@@ -24,6 +24,7 @@ from skv_export.providers import (
     EXECUTION_PROVIDERS,
     RECORD_PLACEMENT,
     brief,
+    check_kernels,
     check_placement,
     check_provider,
     load_error,
@@ -116,6 +117,7 @@ class Session:
                 fix="Install its libraries: pip install 'skv-export[gpu]'; `skv-export doctor` says what is there.",
             )
         check_placement(session, self.execution_provider, OP_NAME)
+        check_kernels(self.config, self.execution_provider, self.library)
         return session
 
     def _check_graph(self) -> None:

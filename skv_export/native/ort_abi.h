@@ -149,7 +149,9 @@ struct CustomOp {
   X(271, SetSymbolicDimensions, OrtStatus*(OrtTensorTypeAndShapeInfo*, const char** names, size_t rank))              \
   X(272, ReadOpAttr, OrtStatus*(const OrtOpAttr*, AttributeType, void* data, size_t bytes, size_t* needed))           \
   X(274, KernelContext_ParallelFor,                                                                                   \
-    OrtStatus*(const OrtKernelContext*, void (*body)(void*, size_t), size_t count, size_t num_batches, void*))
+    OrtStatus*(const OrtKernelContext*, void (*body)(void*, size_t), size_t count, size_t num_batches, void*))         \
+  X(277, KernelContext_GetScratchBuffer,                                                                              \
+    OrtStatus*(const OrtKernelContext*, const OrtMemoryInfo*, size_t bytes, void**))
 #define SKV_ORT_API_1_24(X)                                                                                           \
   X(414, GetTensorElementTypeAndShapeDataReference,                                                                   \
     OrtStatus*(const OrtValue*, ElementType*, const int64_t** shape, size_t* rank))

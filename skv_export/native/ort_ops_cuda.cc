@@ -4,8 +4,7 @@
 #include <atomic>
 #include <mutex>
 
-#include "cuda/kernels_cuda.h"
-#include "ort_prepare.h"
+#include "ort_prefill_cuda.h"
 
 // The tests build this file for the CPU provider, over the kernels in their shim.
 #ifndef SKV_CUDA_PROVIDER
@@ -15,52 +14,9 @@
 namespace skv::ort {
 namespace {
 
-void check_kernel(int status) {
-  if (status == SKV_OK) return;
-  const ErrorCode code = status == SKV_INVALID_ARGUMENT ? ErrorCode::kInvalidArgument
-                         : status == SKV_NOT_SUPPORTED  ? ErrorCode::kNotImplemented
-                                                        : ErrorCode::kRuntimeException;
-  throw Error(code, skv_cuda_last_error());
-}
-
 SkvType kernel_type(ElementType type) {
   return type == ElementType::kFloat ? SKV_FLOAT : type == ElementType::kFloat16 ? SKV_FLOAT16 : SKV_BFLOAT16;
 }
-
-// Memory of the device that the query is on, from the provider's arena; given back when the call ends, which is in
-// order on the provider's stream.
-class DeviceScratch {
- public:
-  explicit DeviceScratch(OrtKernelContext* context) {
-    const OrtValue* query = nullptr;
-    const OrtMemoryInfo* memory = nullptr;
-    OrtAllocator* allocator = nullptr;
-    check(api().KernelContext_GetInput(context, kQuery, &query));
-    check(api().GetTensorMemoryInfo(query, &memory));
-    check(api().KernelContext_GetAllocator(context, memory, &allocator));
-    allocator_.reset(allocator);
-  }
-  ~DeviceScratch() {
-    for (void* block : blocks_) {
-      if (OrtStatus* status = api().AllocatorFree(allocator_.get(), block)) api().ReleaseStatus(status);
-    }
-  }
-  DeviceScratch(const DeviceScratch&) = delete;
-  DeviceScratch& operator=(const DeviceScratch&) = delete;
-
-  void* take(int64_t bytes) {
-    void* block = nullptr;
-    check(api().AllocatorAlloc(allocator_.get(), static_cast<size_t>(std::max<int64_t>(bytes, 1)), &block));
-    if (block == nullptr)
-      throw Error(ErrorCode::kFail, "out of device memory: " + std::to_string(bytes) + " bytes of scratch");
-    blocks_.push_back(block);
-    return block;
-  }
-
- private:
-  Handle<OrtAllocator> allocator_;
-  std::vector<void*> blocks_;
-};
 
 // A number that the kernels set and the host reads without waiting: a call learns of the calls before it.
 class Flag {
@@ -80,7 +36,7 @@ class Flag {
 class CudaKernel : public Kernel {
  public:
   CudaKernel(const OrtKernelInfo* info, ElementType type)
-      : attributes_(Attributes::read(info)), type_(type), log_(info) {
+      : attributes_(Attributes::read(info)), type_(type), log_(info), prefill_(info, attributes_, type, log_) {
     int32_t architecture = 0;
     check_kernel(skv_cuda_device(&multiprocessors_, &architecture));
     flag_ = std::make_unique<Flag>();
@@ -106,11 +62,15 @@ class CudaKernel : public Kernel {
     copy_past(call, attention, device.stream);
     if (call.batch == 0 || call.tokens == 0) return;
 
-    DeviceScratch scratch(context);
+    DeviceScratch scratch(context, device.stream);
+    if (prefill_.can_run(call) && prefill_.attend(context, call, attention, device, scratch)) {
+      log_path(attention, CudaPrefill::kPath);
+      return check_kernel(skv_cuda_append(&attention, &device));
+    }
     if (call.needs_preparation()) prepare(call, scratch, device.stream, attention);
     device.scratch_bytes = skv_cuda_scratch_bytes(&attention, &device);
     device.scratch = scratch.take(device.scratch_bytes);
-    log_path(attention, device);
+    log_path(attention, skv_cuda_path(&attention, &device));
     check_kernel(skv_cuda_attention(&attention, &device));
   }
 
@@ -205,9 +165,8 @@ class CudaKernel : public Kernel {
   }
 
   // Each kind of kernels that this node's calls take, once.
-  void log_path(const SkvAttention& attention, const SkvCudaContext& device) {
+  void log_path(const SkvAttention& attention, const std::string& path) {
     if (!log_.has(Severity::kInfo)) return;
-    const std::string path = skv_cuda_path(&attention, &device);
     const std::lock_guard<std::mutex> lock(mutex_);
     if (std::find(paths_.begin(), paths_.end(), path) != paths_.end()) return;
     paths_.push_back(path);
@@ -217,6 +176,7 @@ class CudaKernel : public Kernel {
   const Attributes attributes_;
   const ElementType type_;
   const Log log_;
+  CudaPrefill prefill_;
   int32_t multiprocessors_ = 0;
   std::unique_ptr<Flag> flag_;
   std::atomic<bool> reported_not_finite_{false};

@@ -3,49 +3,16 @@
 
 #include <algorithm>
 
+#include "ort_gqa.h"
+
 namespace skv::ort {
 namespace {
-
-constexpr int kGqaInputs = 12, kGqaOutputs = 3;  // up to head_sink; output, present_key, present_value
-constexpr int kGqaHeadSink = 11;
 
 // GroupQueryAttention may hold the scores of all its queries against all keys at once: queries go in chunks that keep
 // these below this size, and never fewer than the smallest chunk at a time.
 constexpr int64_t kScoreBytes = int64_t{32} << 20;
 constexpr int64_t kSmallestChunk = 32;
 constexpr int64_t kLargestWindowChunk = 512;
-
-Handle<OrtOpAttr> attribute(const char* name, const void* value, AttributeType type) {
-  OrtOpAttr* made = nullptr;
-  check(api().CreateOpAttr(name, value, 1, type, &made));
-  return Handle<OrtOpAttr>(made);
-}
-
-// Float, whatever the node's type: on the CPU its float16 form computes in float too, and holds all scores at once.
-OrtStatus* create_gqa(const OrtKernelInfo* info, const Attributes& a, OrtOp** op) {
-  const int64_t num_heads = a.num_heads, kv_num_heads = a.kv_num_heads;
-  const int64_t window = a.key_layout.local_window_size > 0 ? a.key_layout.local_window_size : -1;
-  const Handle<OrtOpAttr> attributes[] = {
-      attribute("num_heads", &num_heads, AttributeType::kInt),
-      attribute("kv_num_heads", &kv_num_heads, AttributeType::kInt),
-      attribute("local_window_size", &window, AttributeType::kInt),
-      attribute("scale", &a.scale, AttributeType::kFloat),
-      attribute("softcap", &a.softcap, AttributeType::kFloat),
-  };
-  std::vector<const OrtOpAttr*> pointers;
-  for (const auto& handle : attributes) pointers.push_back(handle.get());
-  const char* type_names[] = {"T", "M", "T_CACHE", "T_KV_SCALE"};
-  const ElementType types[] = {ElementType::kFloat, ElementType::kInt32, ElementType::kFloat, ElementType::kFloat};
-  // The cache's types are constraints of their own since it can be quantized; before (1.24) there are the first two.
-  OrtStatus* status = nullptr;
-  for (const int num_types : {4, 2}) {
-    if (status != nullptr) api().ReleaseStatus(status);
-    status = api().CreateOp(info, "GroupQueryAttention", "com.microsoft", 1, type_names, types, num_types,
-                            pointers.data(), static_cast<int>(pointers.size()), kGqaInputs, kGqaOutputs, op);
-    if (status == nullptr) break;
-  }
-  return status;
-}
 
 // How a sequence's queries are cut up, and how many positions GroupQueryAttention is shown at a time.
 struct Plan {
@@ -128,17 +95,9 @@ class DenseCache {
 
 }  // namespace
 
-Prefill::Prefill(const OrtKernelInfo* info, const Attributes& attributes, const Log& log) {
-  OrtOp* op = nullptr;
-  if (OrtStatus* status = create_gqa(info, attributes, &op)) {
-    log.write(Severity::kWarning,
-              std::string("prompts take the slower path of the op's own kernel, as this ONNX Runtime gives no "
-                          "GroupQueryAttention: ") +
-                  api().GetErrorMessage(status));
-    api().ReleaseStatus(status);
-  }
-  op_.reset(op);
-}
+// In float, whatever the node's type: on the CPU the float16 form computes in float too, and holds all scores at once.
+Prefill::Prefill(const OrtKernelInfo* info, const Attributes& attributes, const Log& log)
+    : op_(make_gqa(info, attributes, ElementType::kFloat, log)) {}
 
 void Prefill::attend(OrtKernelContext* context, const Call& call, const NewTokens& tokens,
                      const SkvAttention& attention, int64_t b, int64_t past_tokens, int64_t new_tokens,

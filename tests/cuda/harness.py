@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from skv_export.cases import Case, Inputs, expected_of, make_inputs
 from skv_export.layout import CacheLayout
-from skv_export.library import SkvAttention, SkvCache, SkvLayout, SkvTokens
+from skv_export.library import SkvAttention, SkvCache, SkvCudaContext, SkvLayout, SkvTokens
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "skv_export" / "native" / "cuda"
@@ -35,20 +35,6 @@ AUTO, SIMPLE, MMA, PREFILL = range(4)
 OK, INVALID_ARGUMENT, NOT_SUPPORTED = range(3)
 
 Array = NDArray[Any]
-
-
-class Context(ctypes.Structure):
-    """``SkvCudaContext``."""
-
-    _fields_ = [
-        ("stream", ctypes.c_void_p),
-        ("scratch", ctypes.c_void_p),
-        ("scratch_bytes", ctypes.c_int64),
-        ("max_length", ctypes.c_int64),
-        ("path", ctypes.c_int32),
-        ("output_type", ctypes.c_int32),
-        ("multiprocessors", ctypes.c_int32),
-    ]
 
 
 class Memory(Protocol):
@@ -141,7 +127,9 @@ class Library:
             name.decode() if name else "",
         )
 
-    def prepare(self, case: Case, inputs: Inputs, path: int = AUTO) -> tuple[dict[str, Any], SkvAttention, Context]:
+    def prepare(
+        self, case: Case, inputs: Inputs, path: int = AUTO
+    ) -> tuple[dict[str, Any], SkvAttention, SkvCudaContext]:
         """Puts a case's tensors in memory and describes the call."""
         put, address = self.memory.put, self.memory.address
         typed = lambda x: as_type(x, case.dtype)  # noqa: E731
@@ -183,7 +171,7 @@ class Library:
             case.softcap,
             at["not_finite"],
         )
-        context = Context(None, None, 0, max(case.total_lengths), path, -1, self.multiprocessors)
+        context = SkvCudaContext(None, None, 0, max(case.total_lengths), path, -1, self.multiprocessors)
         size = self.lib.skv_cuda_scratch_bytes(ctypes.byref(call), ctypes.byref(context))
         if size < 0:
             self.check(-size)
@@ -279,9 +267,10 @@ def build_ort_shim(out: Path, runtime: Path | None = None, instead: Path | None 
     """
     native = SOURCES.parent
     files = [f for f in sorted(SOURCES.glob("*.cu")) if runtime or f.name != "runtime.cu"]
-    files += [SHIM / "cuda_shim.cc", SHIM / "ort_shim.cc", native / "ort_ops_cuda.cc"]
+    files += [SHIM / "cuda_shim.cc", SHIM / "ort_shim.cc"]
+    files += [native / "ort_ops_cuda.cc", native / "ort_prefill_cuda.cc"]
     files += [native / "cpu" / f"{name}.cc" for name in ("attention", "cache", "checks", "unit_scalar")]
-    files += [native / f"ort_{name}.cc" for name in ("attributes", "op", "prepare", "runtime")]
+    files += [native / f"ort_{name}.cc" for name in ("attributes", "gqa", "op", "prepare", "runtime")]
     if runtime is not None:
         files += [native / "ort_ops.cc", native / "ort_prefill.cc"]
     if instead is not None:

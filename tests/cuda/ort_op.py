@@ -6,13 +6,14 @@ import dataclasses
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from test_ops import attributes_of, session_of
+from test_ops import PROVIDERS, attributes_of, session_of
 
 from skv_export.cache import Cache
 from skv_export.cases import Case, make_inputs, op_cases
@@ -28,14 +29,15 @@ NAMES = (
     "default",
     "ragged chunks",
     "one sequence idle",
-    "prompt in one call",
     "head sink",
     "float16, chunk",
     "softcap",
     "byte channels, both",
     "token_channel, both",
     "token_channel, ragged batch",
+    *(PROMPTS := ("chunk over three tiles", "ragged prompts", "sliding window, prompt", "prompt in one call")),
 )
+GQA = "GroupQueryAttention of ONNX Runtime"
 
 
 def arrays_of(case: Case) -> dict[str, np.ndarray]:
@@ -59,8 +61,10 @@ def run(
     return outputs, quantized_kv_attention(params, case.layouts, **floats)  # type: ignore[arg-type]
 
 
-def compare(case: Case, outputs: list[np.ndarray], expected: tuple[np.ndarray, ...]) -> None:
+def compare(case: Case, outputs: list[Any], expected: tuple[np.ndarray, ...]) -> None:
     assert np.array_equal(outputs[1], expected[1]) and np.array_equal(outputs[2], expected[2])
+    if outputs[0] is None:
+        return
     largest = np.abs(expected[0]).max()
     assert np.abs(outputs[0].astype(np.float32) - expected[0]).max() <= case.tolerance * largest
 
@@ -71,6 +75,29 @@ def test_cases(name: str, dtype: str) -> None:
     cases = op_cases()
     case = dataclasses.replace(next(c for c in cases if c.name == name), dtype=dtype)
     compare(case, *run(case, arrays_of(case)))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_go_through_onnxruntimes_attention(
+    name: str, packed: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the CPU provider its results; the CUDA provider's kernels don't run here, but are seen to be launched."""
+    on_gpu = PROVIDERS[0] == "CUDAExecutionProvider"
+    monkeypatch.setenv("SKV_SHIM_SKIP", "1")
+    case = dataclasses.replace(next(c for c in op_cases() if c.name == name), dtype="float16")
+    arrays = arrays_of(case)
+    if packed:
+        parts = [arrays.pop(part) for part in ("query", "key", "value")]
+        arrays = {"query": np.concatenate(parts, -1), **arrays}
+    session = session_of(arrays, attributes_of(case.params, case.layouts), log_severity_level=1)
+    outputs = session.run(None, arrays)
+    said = capfd.readouterr().err
+    assert GQA in said and "refuses" not in said
+    if on_gpu:
+        assert "flash_fwd" in said
+        outputs[0] = None
+    compare(case, outputs, run(case, arrays_of(case))[1])
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -102,10 +129,31 @@ def test_a_length_beyond_the_capacity_is_an_error() -> None:
         session_of(arrays, attributes_of(case.params, case.layouts)).run(None, arrays)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "k_bits", "tokens", "expected"),
+    [
+        ("fp16", 4, 1, "decode_mma K4V2 D64, keys channel, values token"),
+        ("bf16", 4, 1, "decode_mma K4V2 D64, keys channel, values token"),
+        ("bf16", 4, 40, "prefill D64"),
+        ("fp16", 5, 1, "decode_simple: no instance for these bits"),
+        ("fp32", 4, 1, "decode_simple: float32 inputs"),
+    ],
+)
+def test_kernels_that_a_model_takes(dtype: str, k_bits: int, tokens: int, expected: str) -> None:
+    layouts = CacheLayout.pair(dataclasses.replace(SMALL, k_bits=k_bits), 64)
+    assert load_library().cuda_path(layouts, 4, 2, dtype, tokens) == expected
+
+
+def test_a_model_without_kernels_is_an_error() -> None:
+    with pytest.raises(SkvError, match="CUDA kernels: not for this model; got key cache: head_dim; got 512"):
+        load_library().cuda_path(CacheLayout.pair(SMALL, 512), 4, 2, "fp16")
+
+
 def test_rewind_of_a_cache_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cache.rewind by addresses of the device, which the shim has in the host's memory."""
-    on_host = ort.OrtValue.ortvalue_from_shape_and_type
-    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", lambda shape, dtype, _: on_host(shape, dtype))
+    """Cache.rewind by addresses of the device; without a CUDA provider they are the host's."""
+    if PROVIDERS[0] == "CPUExecutionProvider":
+        on_host = ort.OrtValue.ortvalue_from_shape_and_type
+        monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", lambda shape, dtype, _: on_host(shape, dtype))
     unbound = SimpleNamespace(bind_ortvalue_input=lambda *_: None, bind_ortvalue_output=lambda *_: None)
     both = dataclasses.replace(SMALL, k_granularity="token_channel", v_granularity="token_channel")
     layers = [LayerCache(4, 2, 0, *CacheLayout.pair(config, 64)) for config in (SMALL, both)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from test_ops import OUTPUTS, PROVIDERS, arrays_of, attributes_of, model_of
 
 from skv_export.cases import Case
 from skv_export.export import export_model
+from skv_export.layout import OP_NAME
 from skv_export.library import library_path
 from skv_export.recipe import LayerConfig, Recipe
 from skv_export.reference import quantized_kv_attention
@@ -128,4 +130,34 @@ def test_all_but_shapes_run_on_the_gpu(
     for part in session.get_provider_graph_assignment_info():
         assigned.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
     assert set(assigned["CPUExecutionProvider"]) <= SHAPE_OPS
-    assert assigned[PROVIDERS[0]]["QuantizedKVAttention"] == len(Session(out, execution_provider="cuda").config.layers)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        config = Session(out, execution_provider="cuda").config
+    assert assigned[PROVIDERS[0]][OP_NAME] == len(config.layers)
+    slow = [str(warning.message) for warning in said if warning.category is RuntimeWarning]
+    head_dim = config.layers[0].key.head_dim
+    if dtype == "fp32" or head_dim % 64:
+        assert len(slow) == 1 and "takes decode_simple: " in slow[0]
+    else:
+        assert not slow
+
+
+def test_a_whole_model_on_the_gpu(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, shim: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompt, decoding, rewind and reorder with caches on the device; only the op computes: logits say nothing."""
+    monkeypatch.setenv("SKV_SHIM_SKIP", "1")
+    recipe = Recipe(dtype="fp16")
+    out = export_model(tiny_checkpoint("qwen3"), out=tmp_path / "model", recipe=recipe, progress=lambda *_: None)
+    session = Session(out, execution_provider="cuda")
+    cache = session.cache(2, 300)
+    before, pointers = shim.skv_shim_launches(), cache.pointers()
+    session.run(np.ones((2, 100), np.int64), None, None, cache)
+    for _ in range(STEPS):
+        session.run(np.ones((2, 1), np.int64), None, None, cache)
+    assert shim.skv_shim_launches() - before >= 3 * STEPS * len(session.config.layers)
+    assert cache.lengths.tolist() == [140, 140] and cache.pointers() == pointers
+    cache.rewind([139, 120])
+    cache.reorder([1, 1])
+    assert cache.lengths.tolist() == [120, 120]
+    assert np.array_equal(*cache.data(0, "key"))

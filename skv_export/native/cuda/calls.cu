@@ -147,7 +147,7 @@ Attention describe(const SkvAttention& call, const SkvCudaContext& context) {
   a.query = {call.query.data, call.query.token_stride, call.type, head_dim};
   a.new_key = {call.key.data, call.key.token_stride, call.type, head_dim};
   a.new_value = {call.value.data, call.value.token_stride, call.type, head_dim};
-  a.lengths = {call.seqlens_k, call.query_seqlens, call.tokens, (1 << 30) - 1};
+  a.lengths = {call.seqlens_k, call.query_seqlens, call.tokens, int32_t(context.max_length)};
   a.batch = call.batch;
   a.num_heads = call.num_heads;
   a.kv_num_heads = call.kv_num_heads;
@@ -224,7 +224,6 @@ Plan plan(Attention& a, const SkvCudaContext& context) {
     snprintf(path_text, sizeof path_text, "prefill D%d", a.key.dim);
     p.rows_bytes = aligned(int64_t{a.batch} * a.kv_num_heads * context.max_length * a.key.dim * sizeof(half));
     p.scratch_bytes = 2 * p.rows_bytes;
-    a.lengths.max_length = int32_t(context.max_length);
     return p;
   }
   if (p.mma) {
@@ -256,7 +255,7 @@ int attend(Attention& a, const Plan& p, const SkvCudaContext& context) {
   if (p.path == SKV_CUDA_PREFILL) {
     const Rows keys{scratch, context.max_length, a.key.dim, SKV_FLOAT16, a.key.dim};
     const Rows values{scratch + p.rows_bytes, context.max_length, a.key.dim, SKV_FLOAT16, a.key.dim};
-    const cudaError_t error = dequantize_all(a, keys, values, context.stream);
+    const cudaError_t error = dequantize_all(a, keys, values, 0, a.batch, context.stream);
     if (const int status = finished(error, "dequantize_all")) return status;
     return finished(prefill(a, keys, values, context.stream), "prefill");
   }
@@ -296,6 +295,32 @@ int skv_cuda_append(const SkvAttention* call, const SkvCudaContext* context) {
   if (const int status = check_call(*call, *context, false)) return status;
   if (call->batch == 0 || call->tokens == 0) return SKV_OK;
   return finished(append(describe(*call, *context), call->not_finite, context->stream), "append");
+}
+
+int skv_cuda_dense_rows(const SkvAttention* call, const SkvCudaContext* context, int32_t b, int64_t rows, void* keys,
+                        void* values) {
+  if (const int status = check_call(*call, *context, true)) return status;
+  if (b < 0 || b >= call->batch) return wrong("sequence", b, "one of the batch");
+  if (rows < context->max_length) return wrong("rows", rows, "max_length or more");
+  if (!keys || !values) return fail(SKV_INVALID_ARGUMENT, "rows; got null; expected device pointers");
+  const Attention a = describe(*call, *context);
+  const int32_t head_dim = call->key_cache.layout.head_dim;
+  const Rows dense_keys{keys, rows, head_dim, call->type, head_dim};
+  const Rows dense_values{values, rows, head_dim, call->type, head_dim};
+  return finished(dequantize_all(a, dense_keys, dense_values, b, 1, context->stream), "dequantize_all");
+}
+
+int skv_cuda_dense_lengths(const SkvAttention* call, const SkvCudaContext* context, int32_t* lengths) {
+  if (const int status = check_call(*call, *context, true)) return status;
+  if (!lengths) return fail(SKV_INVALID_ARGUMENT, "lengths; got null; expected a device pointer");
+  const Attention a = describe(*call, *context);
+  return finished(dense_lengths(a, lengths, context->stream), "dense_lengths");
+}
+
+int skv_cuda_clear_padding(const SkvAttention* call, const SkvCudaContext* context) {
+  if (const int status = check_call(*call, *context, true)) return status;
+  const Attention a = describe(*call, *context);
+  return finished(clear_padding(a, context->stream), "clear_padding");
 }
 
 int64_t skv_cuda_scratch_bytes(const SkvAttention* call, const SkvCudaContext* context) {

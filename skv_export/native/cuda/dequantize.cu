@@ -31,13 +31,13 @@ __global__ void __launch_bounds__(kThreads)
 
 // Grid: groups of kWarps positions, sequence and head, keys or values.
 template <int E>
-__global__ void __launch_bounds__(kThreads) dequantize_all_kernel(Attention a, Rows keys, Rows values) {
+__global__ void __launch_bounds__(kThreads) dequantize_all_kernel(Attention a, Rows keys, Rows values, int first) {
   const bool is_value = blockIdx.z != 0;
   const Cache& c = is_value ? a.value : a.key;
-  const int b = blockIdx.y / a.kv_num_heads, head = blockIdx.y % a.kv_num_heads;
+  const int b = first + blockIdx.y / a.kv_num_heads, head = blockIdx.y % a.kv_num_heads;
   const Sequence s = sequence(a.lengths, b, a.key, a.value);
   if (!s.valid || s.fresh == 0) return;
-  const uint8_t* block = block_of(c, blockIdx.y);
+  const uint8_t* block = block_of(c, int64_t{b} * a.kv_num_heads + head);
   for (int position = blockIdx.x * kWarps + threadIdx.x / 32; position < s.total; position += gridDim.x * kWarps) {
     float x[E];
     if (position < s.past) {
@@ -47,6 +47,27 @@ __global__ void __launch_bounds__(kThreads) dequantize_all_kernel(Attention a, R
       load_token(is_value ? a.new_value : a.new_key, int64_t{b} * a.lengths.tokens + position - s.past, head, x);
     }
     write(is_value ? values : keys, blockIdx.y, position, x);
+  }
+}
+
+// One thread per sequence.
+__global__ void __launch_bounds__(kThreads) dense_lengths_kernel(Attention a, int32_t* lengths) {
+  const int b = blockIdx.x * kThreads + threadIdx.x;
+  if (b >= a.batch) return;
+  const Sequence s = sequence(a.lengths, b, a.key, a.value);
+  lengths[b] = (s.valid ? s.past : 0) + a.lengths.tokens - 1;
+}
+
+// Grid: tokens, sequences.
+__global__ void __launch_bounds__(kThreads) clear_padding_kernel(Attention a) {
+  const int b = blockIdx.y;
+  const Sequence s = sequence(a.lengths, b, a.key, a.value);
+  const int64_t width = int64_t{a.num_heads} * a.value.layout.head_dim;
+  const int first = s.valid ? s.fresh : 0;
+  for (int token = first + blockIdx.x; token < a.lengths.tokens; token += gridDim.x) {
+    const int64_t start = (int64_t{b} * a.lengths.tokens + token) * width;
+    for (int64_t i = threadIdx.x; i < width; i += kThreads)
+      store(a.output, start + i, a.output_type, s.valid ? 0 : NAN);
   }
 }
 
@@ -90,11 +111,21 @@ cudaError_t dequantize(const Cache& cache, const Rows& rows, int64_t sequence_an
   });
 }
 
-cudaError_t dequantize_all(const Attention& a, const Rows& keys, const Rows& values, void* stream) {
+cudaError_t dequantize_all(const Attention& a, const Rows& keys, const Rows& values, int32_t first, int32_t count,
+                           void* stream) {
   return with_channels(a.key, [&](auto channels) {
-    const dim3 grid(groups_of_warps(a.lengths.max_length), a.batch * a.kv_num_heads, 2);
-    return launch(dequantize_all_kernel<decltype(channels)::value>, grid, kThreads, 0, stream, a, keys, values);
+    const dim3 grid(groups_of_warps(a.lengths.max_length), count * a.kv_num_heads, 2);
+    return launch(dequantize_all_kernel<decltype(channels)::value>, grid, kThreads, 0, stream, a, keys, values, first);
   });
+}
+
+cudaError_t dense_lengths(const Attention& a, int32_t* lengths, void* stream) {
+  return launch(dense_lengths_kernel, dim3((a.batch + kThreads - 1) / kThreads), kThreads, 0, stream, a, lengths);
+}
+
+cudaError_t clear_padding(const Attention& a, void* stream) {
+  const unsigned tokens = a.lengths.tokens < 256 ? a.lengths.tokens : 256;
+  return launch(clear_padding_kernel, dim3(tokens, a.batch), kThreads, 0, stream, a);
 }
 
 cudaError_t decode_tile(const SkvLayout& layout, const uint8_t* tile, float* out, void* stream) {

@@ -57,6 +57,16 @@ SKV_API int skv_cuda_attention(const SkvAttention* call, const SkvCudaContext* c
 // Appends keys and values only.
 SKV_API int skv_cuda_append(const SkvAttention* call, const SkvCudaContext* context);
 
+// For attention of somebody else's over dense rows, one sequence at a time:
+// keys and values [kv_num_heads][rows][head_dim] of the call's type, positions [0, past + new tokens) of sequence b;
+SKV_API int skv_cuda_dense_rows(const SkvAttention* call, const SkvCudaContext* context, int32_t b, int64_t rows,
+                                void* keys, void* values);
+// lengths[b] = past + call->tokens - 1, GroupQueryAttention's seqlens_k where all rows of a sequence are new tokens;
+SKV_API int skv_cuda_dense_lengths(const SkvAttention* call, const SkvCudaContext* context, int32_t* lengths);
+// and afterwards, as skv_cuda_attention leaves them: the output of rows of padding becomes 0, that of a sequence whose
+// lengths can't be NaN.
+SKV_API int skv_cuda_clear_padding(const SkvAttention* call, const SkvCudaContext* context);
+
 // Bytes of scratch that skv_cuda_attention needs for this call; negative = an SkvStatus, negated.
 SKV_API int64_t skv_cuda_scratch_bytes(const SkvAttention* call, const SkvCudaContext* context);
 

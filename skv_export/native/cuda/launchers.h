@@ -56,8 +56,13 @@ struct Rows {
   int32_t channels;  // head_dim, or the padded number
 };
 cudaError_t dequantize(const Cache& cache, const Rows& rows, int64_t sequence_and_head, int32_t length, void* stream);
-// The past of every sequence, and behind it the new tokens as they are.
-cudaError_t dequantize_all(const Attention& attention, const Rows& keys, const Rows& values, void* stream);
+// The past of `count` sequences from `first` on, and behind it the new tokens as they are; the rows begin with the
+// first.
+cudaError_t dequantize_all(const Attention& attention, const Rows& keys, const Rows& values, int32_t first,
+                           int32_t count, void* stream);
+// seqlens_k of a call where all rows are new tokens; and zeros, or NaN, in the output rows that are none.
+cudaError_t dense_lengths(const Attention& attention, int32_t* lengths, void* stream);
+cudaError_t clear_padding(const Attention& attention, void* stream);
 // Attention over such rows, of float16 and padded channels; writes the output.
 bool prefill_covers(int32_t dim);
 cudaError_t prefill(const Attention& attention, const Rows& keys, const Rows& values, void* stream);
