@@ -51,9 +51,14 @@ class Cache:
             for name, layout in (("key", layer.key), ("value", layer.value)):
                 shape = [batch, layer.num_key_value_heads, *layout.shape(max_length)]
                 buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.uint8, device)
-                binding.bind_ortvalue_input(f"past_key_values.{i}.{name}", buffer)
-                binding.bind_ortvalue_output(f"present.{i}.{name}", buffer)
                 self._tensors[f"{i}.{name}"] = layout, buffer
+        self.bind(binding)
+
+    def bind(self, binding: Any) -> None:
+        """Binds the buffers, as past and present alike, to an IOBinding of the session."""
+        for name, (_, buffer) in self._tensors.items():
+            binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
+            binding.bind_ortvalue_output(f"present.{name}", buffer)
 
     @property
     def nbytes(self) -> int:

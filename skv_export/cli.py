@@ -269,6 +269,7 @@ def verify(
 @click.option("--seed", default=0, show_default=True, type=int)
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
+@click.option("--cuda-graph", is_flag=True, help="On a GPU: decode as one captured CUDA graph per token.")
 def generate(folder: str, revision: str | None, prompt: str, **options: Any) -> None:
     """Continue a prompt with the exported model, streaming; no torch involved.
 

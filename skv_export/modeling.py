@@ -101,6 +101,7 @@ class SkvForCausalLM(GenerationMixin):
         model: str | Path,
         *,
         execution_provider: str = "cpu",
+        cuda_graph: bool = False,
         max_length: int | None = None,
         num_threads: int = 0,
         revision: str | None = None,
@@ -113,6 +114,7 @@ class SkvForCausalLM(GenerationMixin):
         Args:
             model: A folder that ``skv-export model`` wrote, or the hub id of one that was pushed.
             execution_provider: ``cpu`` or ``cuda``.
+            cuda_graph: On a GPU, decode as a CUDA graph; see ``runtime.Session``.
             max_length: Most tokens of one sequence; the model's context length if not given.
             num_threads: Threads inside an op; 0 = ONNX Runtime's choice.
             revision: Branch, tag or commit of a hub id.
@@ -126,7 +128,7 @@ class SkvForCausalLM(GenerationMixin):
         folder = hub.fetch(
             model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        session = Session(folder, execution_provider=execution_provider, num_threads=num_threads)
+        session = Session(folder, execution_provider=execution_provider, cuda_graph=cuda_graph, num_threads=num_threads)
         if not (session.folder / "config.json").is_file():
             raise SkvError(f"{session.folder}/config.json: no such file", fix="Export the model again.")
         config = AutoConfig.from_pretrained(session.folder)

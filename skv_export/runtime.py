@@ -5,17 +5,20 @@ numpy, onnxruntime and tokenizers only: a machine that runs a model needs no tor
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from skv_export.cache import Cache
+from skv_export.cuda_graph import DecodeGraph, uncaptured
 from skv_export.errors import SkvError
 from skv_export.layout import OP_NAME
 from skv_export.library import Library, library_path, load_library
@@ -55,6 +58,8 @@ class Session:
     Args:
         folder: What ``skv-export model`` wrote.
         execution_provider: ``cpu`` or ``cuda``; never another one in silence.
+        cuda_graph: On a GPU, capture decoding (one new token per sequence) as a CUDA graph per cache: one launch
+            instead of hundreds a token.
         num_threads: Threads inside an op; 0 = ONNX Runtime's choice.
         spinning: Its threads wait busily for the next op; turn it off where torch's threads share the cores.
         model: The graph as bytes, in place of ``model.onnx``; its external data is the folder's (``verify`` uses it).
@@ -64,6 +69,7 @@ class Session:
         folder: The folder.
         config: Its ``skv_config.json``.
         execution_provider: As asked for.
+        cuda_graph: As asked for.
         library: The native library.
         onnx: onnxruntime's InferenceSession.
 
@@ -76,6 +82,7 @@ class Session:
         folder: Path | str,
         *,
         execution_provider: str = "cpu",
+        cuda_graph: bool = False,
         num_threads: int = 0,
         spinning: bool = True,
         model: bytes | None = None,
@@ -84,6 +91,11 @@ class Session:
         self.folder = Path(folder)
         self.config = config or ModelConfig.load(self.folder)
         self.execution_provider = execution_provider
+        if cuda_graph and execution_provider != "cuda":
+            raise SkvError("cuda_graph", got=f"execution_provider {execution_provider}", expected="cuda")
+        self.cuda_graph = cuda_graph
+        self._graphs: WeakKeyDictionary[Cache, DecodeGraph] = WeakKeyDictionary()
+        self._graph_numbers = itertools.count(1)
         self.library = load_library()
         self.onnx = self._load(model, num_threads, spinning)
         self._check_graph()
@@ -103,10 +115,12 @@ class Session:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder))
         options.add_session_config_entry(RECORD_PLACEMENT, "1")
         providers = [EXECUTION_PROVIDERS[self.execution_provider], EXECUTION_PROVIDERS["cpu"]]
+        # A dictionary of options for each provider that is named.
+        own = [{"enable_cuda_graph": "1"} if self.cuda_graph else {}, {}][: len(set(providers))]
         try:
             options.register_custom_ops_library(str(self.library.path))
             session = ort.InferenceSession(
-                str(path) if model is None else model, options, providers=list(dict.fromkeys(providers))
+                str(path) if model is None else model, options, list(dict.fromkeys(providers)), own
             )
         except ort_errors() as error:
             raise load_error(path, error) from error
@@ -256,15 +270,33 @@ class Session:
     def _run_bound(self, cache: Cache, inputs: Mapping[str, NDArray[Any]], logits: Logits) -> None:
         import onnxruntime as ort
 
+        if self.cuda_graph and inputs[INPUTS[0]].shape[1] == 1 and self._replay(cache, inputs, logits):
+            return
         values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in inputs.items()}
         for name, value in values.items():
             cache.binding.bind_ortvalue_input(name, value)
         cache.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
         try:
-            self.onnx.run_with_iobinding(cache.binding)
+            self.onnx.run_with_iobinding(cache.binding, uncaptured() if self.cuda_graph else None)
         except ort_errors() as error:
             cache.reset()  # some layers may have appended already
             raise SkvError("ONNX Runtime: the call failed, and the cache has been emptied", got=brief(error)) from error
+
+    def _replay(self, cache: Cache, inputs: Mapping[str, NDArray[Any]], logits: Logits) -> bool:
+        """Runs a step of decoding as a graph; False where the mask has more columns than the graph's."""
+        graph = self._graphs.get(cache)
+        if graph is None:
+            number = next(self._graph_numbers)
+            graph = DecodeGraph(self.onnx, cache, self._inputs, self.config.vocab_size, number)
+            self._graphs[cache] = graph
+        if inputs["attention_mask"].shape[1] > graph.columns:
+            return False
+        try:
+            logits[:] = graph.run(inputs)
+        except ort_errors() as error:
+            cache.reset()
+            raise SkvError("ONNX Runtime: the call failed, and the cache has been emptied", got=brief(error)) from error
+        return True
 
     # The token loop.
 
@@ -439,6 +471,7 @@ def generate_text(
     seed: int = 0,
     chat: bool = False,
     execution_provider: str = "cpu",
+    cuda_graph: bool = False,
 ) -> Generation:
     """Continues a prompt.
 
@@ -453,13 +486,14 @@ def generate_text(
         seed: Of the sampling.
         chat: Put the prompt into the model's chat template.
         execution_provider: ``cpu`` or ``cuda``.
+        cuda_graph: Decode as a CUDA graph; see ``Session``.
 
     Raises:
         SkvError: See ``Session``; or the prompt has no token.
     """
     from tokenizers.decoders import DecodeStream
 
-    session = Session(folder, execution_provider=execution_provider)
+    session = Session(folder, execution_provider=execution_provider, cuda_graph=cuda_graph)
     text = session.chat_prompt([{"role": "user", "content": prompt}]) if chat else prompt
     ids = session.tokenizer.encode(text, add_special_tokens=not chat).ids
     if not ids:

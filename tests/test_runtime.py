@@ -438,6 +438,31 @@ def test_config_is_read_back(tmp_path: Path) -> None:
     assert (config.layers[0].key, config.layers[0].value) == Tiny(windows=(40, 0)).layouts(0)
 
 
+# CUDA graphs: their buffers and masks here, their capture in test_cuda_provider.py.
+
+
+def test_decoding_from_buffers_that_stay_is_decoding(quantized: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    chunks, prompts = [40] + [1] * 60, [TOKENS[:30], TOKENS[50:53]]
+    expected, texts = steps(quantized, TOKENS, chunks), quantized.generate(prompts, max_new_tokens=40)
+    for name in ("ortvalue_from_numpy", "ortvalue_from_shape_and_type"):
+        make = getattr(onnxruntime.OrtValue, name)
+        given = 1 if name == "ortvalue_from_numpy" else 2
+        monkeypatch.setattr(onnxruntime.OrtValue, name, lambda *a, make=make, given=given: make(*a[:given]))
+    monkeypatch.setattr(quantized, "cuda_graph", True)
+    assert np.array_equal(steps(quantized, TOKENS, chunks), expected)
+    assert quantized.generate(prompts, max_new_tokens=40) == texts
+    cache = quantized.cache(1)
+    quantized.run([TOKENS[:20]], None, None, cache)
+    assert len(quantized._graphs) == 0  # those of the caches before went with them, and a prompt needs none
+
+
+def test_a_graph_is_the_gpus(tmp_path: Path) -> None:
+    with pytest.raises(SkvError, match="cuda_graph; got execution_provider cpu; expected cuda"):
+        Session(Tiny().write(tmp_path), cuda_graph=True)
+
+
 # The library and the providers.
 
 

@@ -92,6 +92,7 @@ def decode(case: Case, provider_options: dict[str, str]) -> None:
 CASES = [
     Case("two sequences", SMALL, past_lengths=(70, 3), dtype="float16"),
     Case("K8V8, per token", dataclasses.replace(SMALL, k_bits=8, v_bits=8, k_granularity="token"), dtype="float16"),
+    Case("a flush in the first step, which a capture runs three times", SMALL, past_lengths=(67,), dtype="float16"),
     Case("decode_simple", dataclasses.replace(SMALL, k_bits=5), past_lengths=(66,)),
 ]
 
@@ -142,20 +143,24 @@ def test_all_but_shapes_run_on_the_gpu(
         assert not slow
 
 
+@pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_whole_model_on_the_gpu(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path, shim: Any, monkeypatch: pytest.MonkeyPatch
+    cuda_graph: bool, tiny_checkpoint: Callable[..., Path], tmp_path: Path, shim: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompt, decoding, rewind and reorder with caches on the device; only the op computes: logits say nothing."""
     monkeypatch.setenv("SKV_SHIM_SKIP", "1")
     recipe = Recipe(dtype="fp16")
     out = export_model(tiny_checkpoint("qwen3"), out=tmp_path / "model", recipe=recipe, progress=lambda *_: None)
-    session = Session(out, execution_provider="cuda")
+    session = Session(out, execution_provider="cuda", cuda_graph=cuda_graph)
     cache = session.cache(2, 300)
-    before, pointers = shim.skv_shim_launches(), cache.pointers()
+    launches, replays, pointers = shim.skv_shim_launches(), shim.skv_shim_replays(), cache.pointers()
     session.run(np.ones((2, 100), np.int64), None, None, cache)
     for _ in range(STEPS):
         session.run(np.ones((2, 1), np.int64), None, None, cache)
-    assert shim.skv_shim_launches() - before >= 3 * STEPS * len(session.config.layers)
+    if cuda_graph:
+        assert shim.skv_shim_replays() - replays == STEPS
+    else:
+        assert shim.skv_shim_launches() - launches >= 3 * STEPS * len(session.config.layers)
     assert cache.lengths.tolist() == [140, 140] and cache.pointers() == pointers
     cache.rewind([139, 120])
     cache.reorder([1, 1])
