@@ -32,6 +32,9 @@ from skv_export.recipe import LayerConfig
 
 REPEATS = 50
 D = 128
+KV_HEADS = 8
+SHAPES = [(heads, batch, tokens) for heads in (32, 64) for batch in (1, 8) for tokens in (4096, 32768, 131072)]
+DEVICE = "cuda"
 
 
 def median_us(call: Callable[[], object]) -> float:
@@ -66,10 +69,10 @@ class Decode:
         self.kernels = kernels
         layouts = CacheLayout.pair(config, D)
         blocks = [int(np.prod(x.shape(length + 64))) for x in layouts]
-        random = [torch.randint(0, 60, (batch * kv_heads * n,), dtype=torch.uint8, device="cuda") for n in blocks]
-        query, self.output = (torch.randn(batch, heads * D, device="cuda", dtype=torch.half) for _ in range(2))
-        key, value = (torch.randn(batch, kv_heads * D, device="cuda", dtype=torch.half) for _ in range(2))
-        seqlens = torch.full((batch,), length, dtype=torch.int32, device="cuda")
+        random = [torch.randint(0, 60, (batch * kv_heads * n,), dtype=torch.uint8, device=DEVICE) for n in blocks]
+        query, self.output = (torch.randn(batch, heads * D, device=DEVICE, dtype=torch.half) for _ in range(2))
+        key, value = (torch.randn(batch, kv_heads * D, device=DEVICE, dtype=torch.half) for _ in range(2))
+        seqlens = torch.full((batch,), length, dtype=torch.int32, device=DEVICE)
         caches = [SkvCache(SkvLayout.of(x), r.data_ptr(), n) for x, r, n in zip(layouts, random, blocks, strict=True)]
         tokens = [SkvTokens(x.data_ptr(), x.shape[1]) for x in (query, key, value)]
         lengths_and_sink = seqlens.data_ptr(), None, None
@@ -81,7 +84,7 @@ class Decode:
         )
         self.arguments = ctypes.byref(self.call), ctypes.byref(self.context)
         size = kernels.lib.skv_cuda_scratch_bytes(*self.arguments)
-        scratch = torch.empty(size, dtype=torch.uint8, device="cuda")
+        scratch = torch.empty(size, dtype=torch.uint8, device=DEVICE)
         self.context.scratch, self.context.scratch_bytes = scratch.data_ptr(), size
         self.held = random, query, key, value, seqlens, scratch
         self.path = kernels.lib.skv_cuda_path(*self.arguments).decode()
@@ -95,8 +98,8 @@ class Decode:
 
 def fp16_us(batch: int, heads: int, kv_heads: int, length: int) -> float:
     """torch's attention of one token over an fp16 cache."""
-    query = torch.randn(batch, heads, 1, D, device="cuda", dtype=torch.half)
-    key, value = (torch.randn(batch, kv_heads, length, D, device="cuda", dtype=torch.half) for _ in range(2))
+    query = torch.randn(batch, heads, 1, D, device=DEVICE, dtype=torch.half)
+    key, value = (torch.randn(batch, kv_heads, length, D, device=DEVICE, dtype=torch.half) for _ in range(2))
     attention = torch.nn.functional.scaled_dot_product_attention
     return median_us(lambda: attention(query, key, value, enable_gqa=True))
 
@@ -175,9 +178,9 @@ def contenders(
     """Caches and calls for one shape, one at a time: together they would not fit."""
     for k_bits, v_bits in ((4, 2), (4, 4), (8, 8)):
         config = dataclasses.replace(LayerConfig(), k_bits=k_bits, v_bits=v_bits)
-        yield config.name, Decode(kernels, config, batch, heads, 8, length)
+        yield config.name, Decode(kernels, config, batch, heads, KV_HEADS, length)
     for bits, name in ((16, "fp16"), (8, "int8")) if with_onnxruntime else ():
-        yield name, GroupQueryAttention(batch, heads, 8, length, bits)
+        yield name, GroupQueryAttention(batch, heads, KV_HEADS, length, bits)
 
 
 def main() -> None:
@@ -194,8 +197,8 @@ def main() -> None:
     print("| heads | batch | tokens | cache | us | GB/s | of copy | fp16 us | speedup | path |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     rows = []
-    for heads, batch, length in ((h, b, n) for h in (32, 64) for b in (1, 8) for n in (4096, 32768, 131072)):
-        full = fp16_us(batch, heads, 8, length)
+    for heads, batch, length in SHAPES:
+        full = fp16_us(batch, heads, KV_HEADS, length)
         for cache, call in contenders(kernels, batch, heads, length, with_onnxruntime):
             us = median_us(call)
             rate = call.bytes / us * 1e6
@@ -203,8 +206,8 @@ def main() -> None:
                    "of_copy": rate / copy, "fp16_us": full, "speedup": full / us, "path": call.path}  # fmt: skip
             rows.append(row)
             print(
-                f"| {heads}/8 | {batch} | {length} | {cache} | {us:.1f} | {rate / 1e9:.0f} | {rate / copy:.0%} "
-                f"| {full:.1f} | {full / us:.2f} | {call.path} |",
+                f"| {heads}/{KV_HEADS} | {batch} | {length} | {cache} | {us:.1f} | {rate / 1e9:.0f} "
+                f"| {rate / copy:.0%} | {full:.1f} | {full / us:.2f} | {call.path} |",
                 flush=True,
             )
             del call
