@@ -15,11 +15,58 @@ from skv_export.library import Library
 from skv_export.model_config import ModelConfig
 
 EXECUTION_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
+_RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
 """Session option ("1") without which ``check_placement`` learns nothing."""
 
 _SHAPE_OPS = {"Cast", "Concat", "Gather", "Reshape", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze"}
 """Ops on shapes, which are the CPU's anyway."""
+
+
+def open_session(
+    model: str | bytes,
+    options: Any,
+    name: str,
+    library: Library,
+    *,
+    op_type: str,
+    cuda_graph: bool = False,
+) -> Any:
+    """Opens a session on a provider, and on no other in silence.
+
+    Args:
+        model: A file, or the model itself.
+        options: onnxruntime's SessionOptions; the library's op is registered with them here.
+        name: ``cpu`` or ``cuda``.
+        library: The native library.
+        op_type: The op that must be the provider's.
+        cuda_graph: Capture calls as CUDA graphs.
+
+    Returns:
+        onnxruntime's InferenceSession.
+
+    Raises:
+        SkvError: The provider, or the library's kernels for it, are not there; or the op went to the CPU.
+        Exception: One of ``ort_errors``: the model can't be loaded.
+    """
+    import onnxruntime as ort
+
+    check_provider(name, ort.get_available_providers(), library)
+    preload(name)
+    options.register_custom_ops_library(str(library.path))
+    options.add_session_config_entry(_RECORD_PLACEMENT, "1")
+    wanted = EXECUTION_PROVIDERS[name]
+    providers: list[tuple[str, dict[str, str]]] = [(wanted, {"enable_cuda_graph": "1"} if cuda_graph else {})]
+    if name != "cpu":
+        providers.append((EXECUTION_PROVIDERS["cpu"], {}))
+    session = ort.InferenceSession(model, options, providers=providers)
+    if session.get_providers()[0] != wanted:  # ONNX Runtime falls back with no more than a line in its log
+        raise SkvError(
+            f"execution provider {name}: it failed to start",
+            got=", ".join(session.get_providers()),
+            fix="Install its libraries: pip install 'skv-export[gpu]'; `skv-export doctor` says what is there.",
+        )
+    check_placement(session, name, op_type)
+    return session
 
 
 def check_provider(name: str, available: Sequence[str], library: Library) -> None:
@@ -65,7 +112,7 @@ def check_placement(session: Any, name: str, op_type: str) -> None:
     """Checks where ONNX Runtime has put a session's nodes: it gives the CPU what a provider can't do, without a word.
 
     Args:
-        session: An ``InferenceSession`` with ``RECORD_PLACEMENT``.
+        session: An ``InferenceSession`` that records it.
         name: ``cpu`` or ``cuda``.
         op_type: The op that must be the provider's.
 

@@ -23,17 +23,7 @@ from skv_export.errors import SkvError
 from skv_export.layout import OP_NAME
 from skv_export.library import Library, library_path, load_library
 from skv_export.model_config import CONFIG_FILE, ModelConfig, read_json
-from skv_export.providers import (
-    EXECUTION_PROVIDERS,
-    RECORD_PLACEMENT,
-    brief,
-    check_kernels,
-    check_placement,
-    check_provider,
-    load_error,
-    ort_errors,
-    preload,
-)
+from skv_export.providers import brief, check_kernels, load_error, open_session, ort_errors
 from skv_export.sampling import Sampler, Sampling
 
 __all__ = [
@@ -103,34 +93,21 @@ class Session:
     def _load(self, model: bytes | None, num_threads: int, spinning: bool) -> Any:
         import onnxruntime as ort
 
-        check_provider(self.execution_provider, ort.get_available_providers(), self.library)
         path = self.folder / MODEL_FILE
         if model is None and not path.is_file():
             raise SkvError(f"{path}: no such file", fix="Export the model with `skv-export model`.")
-        preload(self.execution_provider)
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder))
-        options.add_session_config_entry(RECORD_PLACEMENT, "1")
-        providers = [EXECUTION_PROVIDERS[self.execution_provider], EXECUTION_PROVIDERS["cpu"]]
-        # A dictionary of options for each provider that is named.
-        own = [{"enable_cuda_graph": "1"} if self.cuda_graph else {}, {}][: len(set(providers))]
         try:
-            options.register_custom_ops_library(str(self.library.path))
-            session = ort.InferenceSession(
-                str(path) if model is None else model, options, list(dict.fromkeys(providers)), own
-            )
+            session = open_session(
+                str(path) if model is None else model, options, self.execution_provider, self.library,
+                op_type=OP_NAME, cuda_graph=self.cuda_graph,
+            )  # fmt: skip
         except ort_errors() as error:
             raise load_error(path, error) from error
-        if session.get_providers()[0] != providers[0]:  # ONNX Runtime falls back with no more than a line in its log
-            raise SkvError(
-                f"execution provider {self.execution_provider}: it failed to start",
-                got=", ".join(session.get_providers()),
-                fix="Install its libraries: pip install 'skv-export[gpu]'; `skv-export doctor` says what is there.",
-            )
-        check_placement(session, self.execution_provider, OP_NAME)
         check_kernels(self.config, self.execution_provider, self.library)
         return session
 

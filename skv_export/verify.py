@@ -8,8 +8,9 @@ until needed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from skv_export.errors import SkvError
 from skv_export.layout import DOMAIN, LAYOUT_VERSION, OP_NAME, options_of
 from skv_export.library import Library, load_library
 from skv_export.model_config import ModelConfig
+from skv_export.providers import open_session
 from skv_export.runtime import load_tokenizer
 
 if TYPE_CHECKING:
@@ -43,43 +45,60 @@ class OpResult:
     """What the op level found.
 
     Attributes:
-        cases: Cases that were run, each through the kernels' C interface and through ONNX Runtime.
+        cases: Cases that were run.
         worst: Largest difference of an attention output, relative to its case's tolerance.
         worst_case: Where that was.
         failures: Cases whose bytes differ or whose attention is beyond the tolerance, a sentence each.
+        runners: What each case went through.
     """
 
     cases: int
     worst: float
     worst_case: str
     failures: tuple[str, ...]
+    runners: str = "the kernels and by ONNX Runtime"
 
     def rows(self) -> list[str]:
         """The report's lines."""
         found = "bytes equal" if not self.failures else f"{len(self.failures)} failures"
         return [
-            f"{self.cases} cases, by the kernels and by ONNX Runtime: {found}",
+            f"{self.cases} cases, by {self.runners}: {found}",
             f"attention: at most {self.worst:.0%} of the tolerance ({self.worst_case})",
         ]
 
 
-def check_op(cases: Sequence[Case] | None = None, library: Library | None = None) -> OpResult:
-    """Runs every case through the library, directly and as ONNX Runtime's op, and compares with the reference."""
+def check_op(
+    cases: Sequence[Case] | None = None, library: Library | None = None, execution_provider: str = "cpu"
+) -> OpResult:
+    """Runs every case through the library, directly and as ONNX Runtime's op, and compares with the reference.
+
+    Args:
+        cases: ``op_cases()`` if not given.
+        library: The native library.
+        execution_provider: ``cpu`` or ``cuda``; on a GPU the cases run in ONNX Runtime alone, and in float16 too, which
+            takes other kernels than float32.
+    """
     library = library or load_library()
     worst, worst_case, failures = 0.0, "", []
-    cases = op_cases() if cases is None else cases
+    cases = list(op_cases() if cases is None else cases)
+    runners: dict[str, Callable[[Case, Inputs], Outcome]] = {
+        "kernels": functools.partial(_kernels, library),
+        "ONNX Runtime": functools.partial(_op, library, execution_provider),
+    }
+    if execution_provider != "cpu":
+        del runners["kernels"]
+        cases += [dataclasses.replace(case, dtype="float16") for case in cases if case.dtype == "float32"]
     for case in tqdm(cases, unit="case", desc="op", disable=None):
         inputs = make_inputs(case)
         expected = expected_of(case, inputs)
-        for runner, outcome in (
-            ("kernels", _kernels(library, case, inputs)),
-            ("ONNX Runtime", _op(library, case, inputs)),
-        ):
-            error, problems = _compare(case, expected, outcome)
+        for runner, run_case in runners.items():
+            error, problems = _compare(case, expected, run_case(case, inputs))
             failures += [f"op, {runner}, {case.name}: {problem}" for problem in problems]
             if not error <= worst:
                 worst, worst_case = error, f"{case.name}, {runner}"
-    return OpResult(len(cases), worst, worst_case, tuple(failures))
+    by = " and by ".join(f"the {name}" if name == "kernels" else name for name in runners)
+    where = "" if execution_provider == "cpu" else f" on {execution_provider}"
+    return OpResult(len(cases), worst, worst_case, tuple(failures), by + where)
 
 
 def _compare(case: Case, expected: Outcome, outcome: Outcome) -> tuple[float, list[str]]:
@@ -107,7 +126,7 @@ def _kernels(library: Library, case: Case, i: Inputs) -> Outcome:
     )  # fmt: skip
 
 
-def _op(library: Library, case: Case, i: Inputs) -> Outcome:
+def _op(library: Library, execution_provider: str, case: Case, i: Inputs) -> Outcome:
     """The same through a model of one node."""
     import onnxruntime as ort
 
@@ -119,8 +138,7 @@ def _op(library: Library, case: Case, i: Inputs) -> Outcome:
     if i.query_seqlens is not None:
         feeds["query_seqlens"] = i.query_seqlens
     options = ort.SessionOptions()
-    options.register_custom_ops_library(str(library.path))
-    session = ort.InferenceSession(_one_node(case, feeds), options, providers=["CPUExecutionProvider"])
+    session = open_session(_one_node(case, feeds), options, execution_provider, library, op_type=OP_NAME)
     output, present_key, present_value = session.run(None, feeds)
     return output, present_key, present_value
 
@@ -233,7 +251,7 @@ def run(
         checkpoint: What it was exported from; as recorded in the folder if not given.
         levels: Of ``op``, ``graph``, ``quality``.
         text: File to take tokens from; the shipped prose if not given.
-        execution_provider: ``cpu`` or ``cuda``, of the exported graph; the op level is the CPU's.
+        execution_provider: ``cpu`` or ``cuda``, of the op and of the exported graph.
         windows: Windows of text in the quality level.
         window_tokens: Tokens of each.
         tolerance: Of the graph level.
@@ -249,7 +267,7 @@ def run(
     config = ModelConfig.load(folder)
     report = Report(folder)
     if "op" in levels:
-        report = dataclasses.replace(report, op=check_op())
+        report = dataclasses.replace(report, op=check_op(execution_provider=execution_provider))
     if not set(levels) & {"graph", "quality"}:
         return report
     from skv_export import block_weights, parity, quality, twins

@@ -23,6 +23,7 @@ from skv_export.library import load_library
 from skv_export.model_config import LayerCache
 from skv_export.recipe import LayerConfig
 from skv_export.reference import append, quantized_kv_attention, rewind
+from skv_export.verify import check_op
 
 SMALL = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
 NAMES = (
@@ -147,6 +148,14 @@ def test_kernels_that_a_model_takes(dtype: str, k_bits: int, tokens: int, expect
 def test_a_model_without_kernels_is_an_error() -> None:
     with pytest.raises(SkvError, match="CUDA kernels: not for this model; got key cache: head_dim; got 512"):
         load_library().cuda_path(CacheLayout.pair(SMALL, 512), 4, 2, "fp16")
+
+
+@pytest.mark.skipif(PROVIDERS[0] == "CPUExecutionProvider", reason="verify asks for the CUDA provider")
+def test_verify_of_the_op_on_a_gpu() -> None:
+    chosen = [case for case in op_cases() if case.name in NAMES]
+    result = check_op(chosen, execution_provider="cuda")
+    assert result.failures == () and result.cases > len(chosen)
+    assert result.rows()[0].endswith("cases, by ONNX Runtime on cuda: bytes equal")
 
 
 def test_rewind_of_a_cache_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
