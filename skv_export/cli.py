@@ -289,9 +289,17 @@ def generate(folder: str, revision: str | None, prompt: str, **options: Any) -> 
 
 
 @main.command()
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
 @click.option("--library-path", is_flag=True, help="Print only where the native library is.")
-def doctor(library_path: bool) -> None:
-    """Say what is installed, which kernels will run, what is missing and how to fix it."""
+def doctor(folder: Path | None, library_path: bool) -> None:
+    """Say what is installed, which kernels will run, what is missing and how to fix it.
+
+    With FOLDER, which `skv-export model` wrote, also which kernels its layers take on a GPU.
+
+    \b
+    skv-export doctor
+    skv-export doctor llama
+    """
     from skv_export import doctor as checks
 
     if library_path:
@@ -299,7 +307,7 @@ def doctor(library_path: bool) -> None:
 
         click.echo(library.library_path())
         return
-    report = checks.diagnose()
+    report = checks.diagnose(folder)
     click.echo(report.table())
     if not report.passed:
         sys.exit(1)

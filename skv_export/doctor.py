@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from skv_export import __version__
 from skv_export.errors import SkvError
@@ -48,12 +49,21 @@ class Diagnosis:
         return "\n".join(lines)
 
 
-def diagnose() -> Diagnosis:
-    """Looks at the machine; loads neither torch nor a model."""
+def diagnose(folder: Path | None = None) -> Diagnosis:
+    """Looks at the machine; loads neither torch nor a model.
+
+    Args:
+        folder: An exported model, whose kernels on a GPU are named too.
+
+    Raises:
+        SkvError: It is none.
+    """
     versions = {name: _version(name) for name in _PACKAGES}
     checks = [Check("skv-export", f"{__version__}, Python {sys.version.split()[0]}, {platform.machine()}")]
     checks += [Check(name, version) for name, version in versions.items() if version and "runtime" not in name]
     checks += [_onnxruntime(versions["onnxruntime"], versions["onnxruntime-gpu"]), *_library(), _providers(), _demo()]
+    if folder is not None:
+        checks += _attention(folder)
     return Diagnosis(tuple(checks))
 
 
@@ -96,6 +106,22 @@ def _library() -> list[Check]:
             "" if cuda else "For NVIDIA GPUs: install with nvcc on the PATH (SKV_CUDA=on makes its absence an error).",
             required=False,
         ),
+    ]
+
+
+def _attention(folder: Path) -> list[Check]:
+    """Which kernels a model's decoding takes on a GPU, whether or not there is one."""
+    from skv_export.library import load_library
+    from skv_export.model_config import ModelConfig
+    from skv_export.providers import gpu_kernels, without_tensor_cores
+
+    name = "decoding on a GPU"
+    config, library = ModelConfig.load(folder), load_library()
+    if not library.cuda_build:
+        return [Check(name, "unknown", "The library has no CUDA kernels.", required=False)]
+    return [
+        Check(name, f"{path}: {len(layers)} of {len(config.layers)} layers", without_tensor_cores(path), required=False)
+        for path, layers in gpu_kernels(config, library).items()
     ]
 
 

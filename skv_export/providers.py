@@ -143,6 +143,31 @@ def check_placement(session: Any, name: str, op_type: str) -> None:
         )
 
 
+def gpu_kernels(config: ModelConfig, library: Library) -> dict[str, list[int]]:
+    """Returns the kernels that decoding takes on a GPU, each with the layers that take it.
+
+    Args:
+        config: The model's.
+        library: The native library, with CUDA.
+
+    Raises:
+        SkvError: No kernel takes a layer's calls.
+    """
+    layers: dict[str, list[int]] = {}
+    for i, layer in enumerate(config.layers):
+        heads = layer.num_attention_heads, layer.num_key_value_heads
+        path = library.cuda_path((layer.key, layer.value), *heads, config.dtype)
+        layers.setdefault(path, []).append(i)
+    return layers
+
+
+def without_tensor_cores(path: str) -> str:
+    """What there is to do about kernels of ``gpu_kernels``; empty for the fast ones."""
+    if not path.startswith("decode_simple"):
+        return ""
+    return "Without tensor cores, many times slower: export with --dtype fp16 or bf16 and bits of 8, 4, 3 or 2."
+
+
 def check_kernels(config: ModelConfig, name: str, library: Library) -> None:
     """Says, as a RuntimeWarning, which layers' decoding does without tensor cores on a GPU, and why.
 
@@ -154,21 +179,10 @@ def check_kernels(config: ModelConfig, name: str, library: Library) -> None:
     Raises:
         SkvError: No kernel on a GPU takes a layer's calls.
     """
-    if name == "cpu":
-        return
-    layers: dict[str, list[int]] = {}
-    for i, layer in enumerate(config.layers):
-        heads = layer.num_attention_heads, layer.num_key_value_heads
-        path = library.cuda_path((layer.key, layer.value), *heads, config.dtype)
-        layers.setdefault(path, []).append(i)
-    for path, which in layers.items():
-        if path.startswith("decode_simple"):
-            warnings.warn(
-                f"attention of {len(which)} of {len(config.layers)} layers takes {path}: without tensor cores, many "
-                "times slower. Export with --dtype fp16 or bf16 and bits of 8, 4, 3 or 2.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+    for path, layers in gpu_kernels(config, library).items() if name == "cuda" else ():
+        if problem := without_tensor_cores(path):
+            said = f"attention of {len(layers)} of {len(config.layers)} layers takes {path}. {problem}"
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
 
 
 def ort_errors() -> tuple[type[Exception], ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from tiny_graph import Tiny
 
 from skv_export.cli import main
 from skv_export.recipe import Recipe
@@ -131,6 +132,14 @@ def test_doctor_names_the_kernels_and_its_problems() -> None:
     assert result.exit_code == 0, result.output
     assert "CPU kernels" in result.output and "CUDA kernels" in result.output and "execution providers" in result.output
     assert Path(run("doctor", "--library-path").output.strip()).is_file()
+
+
+def test_doctor_of_a_folder(tmp_path: Path) -> None:
+    folder = Tiny().write(tmp_path / "model")
+    assert "decoding on a GPU" in run("doctor", str(folder)).output
+    assert "decoding on a GPU" not in run("doctor").output
+    result = run("doctor", str(tmp_path))
+    assert result.exit_code != 0 and "skv_config.json" in result.output
 
 
 def test_doctor_says_when_an_instruction_set_is_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

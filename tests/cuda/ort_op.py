@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_ops import PROVIDERS, attributes_of, session_of
+from tiny_graph import Tiny
 
 from skv_export.cache import Cache
 from skv_export.cases import Case, make_inputs, op_cases
+from skv_export.doctor import diagnose
 from skv_export.errors import SkvError
 from skv_export.layout import CacheLayout
 from skv_export.library import load_library
@@ -143,6 +146,11 @@ def test_a_length_beyond_the_capacity_is_an_error() -> None:
 def test_kernels_that_a_model_takes(dtype: str, k_bits: int, tokens: int, expected: str) -> None:
     layouts = CacheLayout.pair(dataclasses.replace(SMALL, k_bits=k_bits), 64)
     assert load_library().cuda_path(layouts, 4, 2, dtype, tokens) == expected
+
+
+def test_doctor_names_the_kernels_of_a_model(tmp_path: Path) -> None:
+    found = diagnose(Tiny(dataclasses.replace(SMALL, k_bits=5)).write(tmp_path)).table()
+    assert re.search(r"decoding on a GPU +decode_simple: float32 inputs: 2 of 2 layers\n +Without tensor cores", found)
 
 
 def test_a_model_without_kernels_is_an_error() -> None:
