@@ -63,11 +63,11 @@ class CudaKernel : public Kernel {
     if (call.batch == 0 || call.tokens == 0) return;
 
     DeviceScratch scratch(context, device.stream);
+    if (call.needs_preparation()) prepare(call, scratch, device.stream, attention);
     if (prefill_.can_run(call) && prefill_.attend(context, call, attention, device, scratch)) {
       log_path(attention, CudaPrefill::kPath);
       return check_kernel(skv_cuda_append(&attention, &device));
     }
-    if (call.needs_preparation()) prepare(call, scratch, device.stream, attention);
     device.scratch_bytes = skv_cuda_scratch_bytes(&attention, &device);
     device.scratch = scratch.take(device.scratch_bytes);
     log_path(attention, skv_cuda_path(&attention, &device));

@@ -67,14 +67,14 @@ CudaPrefill::CudaPrefill(const OrtKernelInfo* info, const Attributes& attributes
     : op_(type == ElementType::kFloat ? nullptr : make_gqa(info, attributes, type, log)), type_(type), log_(log) {}
 
 bool CudaPrefill::can_run(const Call& call) const {
-  return op_ != nullptr && !refused_ && call.tokens >= kFewestTokens && call.head_dim % 8 == 0 &&
-         !call.needs_preparation();
+  return op_ != nullptr && !refused_ && call.tokens >= kFewestTokens && call.head_dim % 8 == 0;
 }
 
 bool CudaPrefill::attend(OrtKernelContext* context, const Call& call, const SkvAttention& attention,
                          const SkvCudaContext& device, DeviceScratch& scratch) {
   const int64_t tokens = call.tokens, heads = attention.kv_num_heads, head_dim = call.head_dim;
-  const int64_t hidden = call.hidden_size(), kv_hidden = call.kv_hidden_size(), bytes = type_bytes(attention.type);
+  const int64_t hidden = call.hidden_size(), kv_hidden = call.kv_hidden_size(), row = hidden + 2 * kv_hidden;
+  const int64_t bytes = type_bytes(device.output_type);
   // Room for any past and `tokens` rows behind it. As many rows as tokens mean a first prompt: no sequence has a past.
   const int64_t rows = call.query_seqlens ? device.max_length + tokens : std::max(device.max_length, tokens);
   auto* lengths = static_cast<int32_t*>(scratch.take(call.batch * int64_t{sizeof(int32_t)}));
@@ -88,14 +88,24 @@ bool CudaPrefill::attend(OrtKernelContext* context, const Call& call, const SkvA
   Handle<OrtValue> head_sink;
   if (attention.head_sink != nullptr) head_sink = scratch.tensor(type_, attention.head_sink, {attention.num_heads});
 
+  const void* queries = call.query.data;
+  const bool packed = call.packed || call.needs_preparation();
+  if (call.needs_preparation()) {
+    const int64_t count = call.batch * tokens * row;
+    void* const narrowed = scratch.take(count * bytes);
+    const auto* prepared = static_cast<const float*>(attention.query.data);
+    check_kernel(skv_cuda_narrow(prepared, count, device.output_type, narrowed, device.stream));
+    queries = narrowed;
+  }
+
   for (int64_t b = 0; b < call.batch; ++b) {
     const auto part = [&](const void* data, int64_t width) {
       return scratch.tensor(type_, static_cast<const uint8_t*>(data) + b * tokens * width * bytes, {1, tokens, width});
     };
     check_kernel(skv_cuda_dense_rows(&attention, &device, static_cast<int32_t>(b), rows, keys, values));
-    const Handle<OrtValue> query = part(call.query.data, call.packed ? hidden + 2 * kv_hidden : hidden);
+    const Handle<OrtValue> query = part(queries, packed ? row : hidden);
     Handle<OrtValue> key, value;
-    if (!call.packed) {
+    if (!packed) {
       key = part(call.key.data, kv_hidden);
       value = part(call.value.data, kv_hidden);
     }

@@ -39,12 +39,12 @@ class CudaPrefill {
   // Where ONNX Runtime has no GroupQueryAttention for the type, the log says so and can_run is false.
   CudaPrefill(const OrtKernelInfo* info, const Attributes& attributes, ElementType type, const Log& log);
 
-  // Many new tokens, as the node gives them: after QK norm and RoPE in the op they are rows of float, which the op's
-  // own kernels take.
+  // Many new tokens.
   bool can_run(const Call& call) const;
 
-  // Writes the output; the caches are only read. False, and a warning in the log, where GroupQueryAttention refuses:
-  // it is not asked again.
+  // Writes the output; the caches are only read. After QK norm and RoPE in the op the attention's tokens are packed
+  // rows of float: they go in the node's type. False, and a warning in the log, where GroupQueryAttention refuses: it
+  // is not asked again.
   bool attend(OrtKernelContext* context, const Call& call, const SkvAttention& attention, const SkvCudaContext& device,
               DeviceScratch& scratch);
 

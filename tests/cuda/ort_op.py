@@ -97,7 +97,7 @@ def test_prompts_go_through_onnxruntimes_attention(
     session = session_of(arrays, attributes_of(case.params, case.layouts), log_severity_level=1)
     outputs = session.run(None, arrays)
     said = capfd.readouterr().err
-    assert GQA in said and "refuses" not in said
+    assert GQA in said and "GroupQueryAttention says" not in said
     if on_gpu:
         assert "flash_fwd" in said
         outputs[0] = None
@@ -106,13 +106,17 @@ def test_prompts_go_through_onnxruntimes_attention(
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_rotary_and_norms(packed: bool, interleaved: bool) -> None:
-    case = Case(f"rotary {packed} {interleaved}", SMALL, past_lengths=(67, 3), new_tokens=2)
+@pytest.mark.parametrize(("dtype", "tokens"), [("float32", 2), ("float16", 2), ("float16", 90)])
+def test_rotary_and_norms(
+    dtype: str, tokens: int, packed: bool, interleaved: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = f"rotary {packed} {interleaved}"
+    case = Case(name, SMALL, past_lengths=(67, 3), new_tokens=tokens, dtype=dtype, spare_tokens=100)
     arrays = arrays_of(case)
     rng = np.random.default_rng(0)
-    angles = np.arange(100)[:, None] / 100 ** (np.arange(24) / 24)
-    arrays["cos_cache"], arrays["sin_cache"] = (f(angles).astype(np.float32) for f in (np.cos, np.sin))
-    arrays["q_norm_weight"], arrays["k_norm_weight"] = rng.standard_normal((2, 64)).astype(np.float32)
+    angles = np.arange(200)[:, None] / 100 ** (np.arange(24) / 24)
+    arrays["cos_cache"], arrays["sin_cache"] = (f(angles).astype(dtype) for f in (np.cos, np.sin))
+    arrays["q_norm_weight"], arrays["k_norm_weight"] = rng.standard_normal((2, 64)).astype(dtype)
     if packed:
         parts = [arrays.pop(name) for name in ("query", "key", "value")]
         arrays = {"query": np.concatenate(parts, -1), **arrays}
@@ -120,8 +124,13 @@ def test_rotary_and_norms(packed: bool, interleaved: bool) -> None:
     else:
         floats = arrays
     params = dataclasses.replace(case.params, do_rotary=True, rotary_interleaved=interleaved)
-    outputs = session_of(arrays, attributes_of(params, case.layouts)).run(None, arrays)
-    floats = {name: x for name, x in floats.items() if name != "total_sequence_length"}
+    outputs = session_of(arrays, attributes_of(params, case.layouts), log_severity_level=1).run(None, arrays)
+    said = capfd.readouterr().err
+    assert (GQA in said or "GroupQueryAttention says" in said) == (tokens == 90)
+    del floats["total_sequence_length"]
+    floats = {
+        name: x.astype(np.float32) if x is not None and x.dtype == np.float16 else x for name, x in floats.items()
+    }
     compare(case, outputs, quantized_kv_attention(params, case.layouts, **floats))  # type: ignore[arg-type]
 
 

@@ -305,8 +305,8 @@ int skv_cuda_dense_rows(const SkvAttention* call, const SkvCudaContext* context,
   if (!keys || !values) return fail(SKV_INVALID_ARGUMENT, "rows; got null; expected device pointers");
   const Attention a = describe(*call, *context);
   const int32_t head_dim = call->key_cache.layout.head_dim;
-  const Rows dense_keys{keys, rows, head_dim, call->type, head_dim};
-  const Rows dense_values{values, rows, head_dim, call->type, head_dim};
+  const Rows dense_keys{keys, rows, head_dim, a.output_type, head_dim};
+  const Rows dense_values{values, rows, head_dim, a.output_type, head_dim};
   return finished(dequantize_all(a, dense_keys, dense_values, b, 1, context->stream), "dequantize_all");
 }
 
@@ -351,6 +351,14 @@ int skv_cuda_prepare(const SkvCudaPreparation* p, float* rows, void* stream) {
     return fail(SKV_INVALID_ARGUMENT, "tokens, rows or tables; got null; expected device pointers");
   }
   return finished(prepare(*p, rows, stream), "prepare");
+}
+
+int skv_cuda_narrow(const float* rows, int64_t count, int32_t type, void* out, void* stream) {
+  if (type != SKV_FLOAT16 && type != SKV_BFLOAT16) return wrong("type", type, "0 or 2");
+  if (count < 0) return wrong("count", count, "0 or more");
+  if (count == 0) return SKV_OK;
+  if (!rows || !out) return fail(SKV_INVALID_ARGUMENT, "rows or out; got null; expected device pointers");
+  return finished(narrow(rows, out, type, count, stream), "narrow");
 }
 
 int skv_cuda_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int32_t h, int64_t length, int32_t type,

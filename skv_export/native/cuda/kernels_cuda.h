@@ -50,6 +50,9 @@ typedef struct SkvCudaPreparation {
 // RoPE, and values. A position beyond the tables becomes NaN.
 SKV_API int skv_cuda_prepare(const SkvCudaPreparation* preparation, float* rows, void* stream);
 
+// Such rows, `count` numbers of them, in float16 (beyond its range its largest number) or bfloat16.
+SKV_API int skv_cuda_narrow(const float* rows, int64_t count, int32_t type, void* out, void* stream);
+
 // Attention of the new tokens and append; as skv_attention. call->not_finite must be visible to the device; it is only
 // ever set to 1.
 SKV_API int skv_cuda_attention(const SkvAttention* call, const SkvCudaContext* context);
@@ -58,7 +61,7 @@ SKV_API int skv_cuda_attention(const SkvAttention* call, const SkvCudaContext* c
 SKV_API int skv_cuda_append(const SkvAttention* call, const SkvCudaContext* context);
 
 // For attention of somebody else's over dense rows, one sequence at a time:
-// keys and values [kv_num_heads][rows][head_dim] of the call's type, positions [0, past + new tokens) of sequence b;
+// keys and values [kv_num_heads][rows][head_dim] of the output's type, positions [0, past + new tokens) of sequence b;
 SKV_API int skv_cuda_dense_rows(const SkvAttention* call, const SkvCudaContext* context, int32_t b, int64_t rows,
                                 void* keys, void* values);
 // lengths[b] = past + call->tokens - 1, GroupQueryAttention's seqlens_k where all rows of a sequence are new tokens;

@@ -26,6 +26,8 @@ struct Attention {
 
 // QK norm and RoPE: rows [batch * tokens][(num_heads + 2 * kv_num_heads) * head_dim].
 cudaError_t prepare(const SkvCudaPreparation& preparation, float* rows, void* stream);
+// `count` of its numbers in the type of the model.
+cudaError_t narrow(const float* from, void* to, int32_t type, int64_t count, void* stream);
 
 cudaError_t append(const Attention& attention, int32_t* not_finite, void* stream);
 

@@ -62,7 +62,20 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(SkvCudaPreparation p,
   for (int d = lane; d < p.head_dim; d += 32) to[d] = row[d];
 }
 
+// Grid: pieces of the numbers.
+__global__ void __launch_bounds__(kThreads) narrow_kernel(const float* from, void* to, int32_t type, int64_t count) {
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count; i += int64_t{gridDim.x} * kThreads) {
+    store(to, i, type, type == SKV_FLOAT16 ? saturated(from[i]) : from[i]);
+  }
+}
+
 }  // namespace
+
+cudaError_t narrow(const float* from, void* to, int32_t type, int64_t count, void* stream) {
+  const int64_t blocks = (count + kThreads - 1) / kThreads;
+  return launch(narrow_kernel, dim3(unsigned(blocks < 4096 ? blocks : 4096)), kThreads, 0, stream, from, to, type,
+                count);
+}
 
 cudaError_t prepare(const SkvCudaPreparation& p, float* rows, void* stream) {
   Cache shape{};
