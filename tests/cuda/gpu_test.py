@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gpu  # first: it finds the package  # isort: skip
-from harness import AUTO, MMA, SIMPLE, Library, difference  # isort: skip
+from harness import AUTO, MMA, SIMPLE, Library, check_dense, difference  # isort: skip
 
 from skv_export.cases import Case, all_layouts, make_inputs, op_cases
 from skv_export.quantizer import decode_tile
@@ -111,6 +111,7 @@ def main() -> int:
         tile = np.random.default_rng(0).integers(0, 60, layout.tile_bytes).astype(np.uint8)  # finite parameters
         if not np.array_equal(kernels.decode_tile(layout, tile), decode_tile(layout, tile)):
             failures.append(f"decode_tile: {layout}")
+    check_dense(kernels)
     if not options.short:
         check_graph(kernels)
     print(", ".join(f"{count} {path}" for path, count in paths.items()), f"cases, {len(failures)} failed")

@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 from skv_export.cases import Case, Inputs, expected_of, make_inputs
 from skv_export.layout import CacheLayout
 from skv_export.library import SkvAttention, SkvCache, SkvCudaContext, SkvLayout, SkvTokens
+from skv_export.quantizer import rotate
+from skv_export.recipe import LayerConfig
+from skv_export.reference import load
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "skv_export" / "native" / "cuda"
@@ -209,6 +212,51 @@ class Library:
         lengths = (ctypes.c_int64(length), ctypes.c_int64(new_length))
         self.check(self.lib.skv_cuda_rewind(ctypes.byref(cache), block.shape[0], 0, *lengths, None))
         return self.memory.get(held)
+
+
+def check_dense(kernels: Library) -> None:
+    """What attention of somebody else's takes and leaves: dense rows, lengths, cleared padding, rows in float16.
+
+    Raises:
+        AssertionError: Something differs from the reference.
+    """
+    config = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
+    past, new, tokens, room = (150, 0, 70, 40), (9, 3, 0, 9), 9, 300
+    case = Case("dense", config, past_lengths=past, new_tokens=tokens, query_seqlens=new, dtype="float16")
+    inputs = make_inputs(case)
+    inputs.seqlens_k[3] = 10**6  # a length that can't be
+    buffers, call, context = kernels.prepare(case, inputs)
+    lib, put, get, address = kernels.lib, kernels.memory.put, kernels.memory.get, kernels.memory.address
+    calls = ctypes.byref(call), ctypes.byref(context)
+    pointer = lambda buffer: ctypes.c_void_p(address(buffer))  # noqa: E731
+    lengths = put(np.zeros(4, np.int32))
+    kernels.check(lib.skv_cuda_dense_lengths(*calls, pointer(lengths)))
+    assert get(lengths).tolist() == [150 + 8, 8, 70 + 8, 8]
+    for b in range(3):
+        dense = [put(np.full((2, room, 64), 7, np.float16)) for _ in range(2)]
+        kernels.check(lib.skv_cuda_dense_rows(*calls, b, ctypes.c_int64(room), *map(pointer, dense)))
+        for layout, cache, added, buffer in zip(
+            case.layouts, (inputs.past_key, inputs.past_value), (inputs.key, inputs.value), dense, strict=True
+        ):
+            held, _ = load(layout, cache[b].reshape(2, -1), past[b])
+            if layout.rotation == "hadamard":
+                held = rotate(held, layout.rotation_dim)
+            rows = get(buffer)
+            total = past[b] + new[b] if new[b] else 0  # nothing for an idle sequence
+            assert np.array_equal(rows[:, : min(past[b], total)], held.astype(np.float16)[:, : min(past[b], total)])
+            fresh = added[b, : new[b]].reshape(-1, 2, 64).swapaxes(0, 1).astype(np.float16)
+            assert np.array_equal(rows[:, past[b] : total], fresh[:, : max(0, total - past[b])])
+            assert (rows[:, total:] == 7).all()
+    kernels.check(lib.skv_cuda_clear_padding(*calls))
+    output = get(buffers["output"])
+    for b in range(3):
+        assert (output[b, : new[b]] == 123).all() and (output[b, new[b] :] == 0).all()
+    assert np.isnan(output[3].astype(np.float32)).all()
+    numbers = np.array([0.1, -1e9, 1e9, np.inf, 65519, -3e-8], np.float32)
+    narrowed = put(np.zeros(6, np.float16))
+    source = put(numbers)
+    kernels.check(lib.skv_cuda_narrow(pointer(source), ctypes.c_int64(6), TYPES["float16"], pointer(narrowed), None))
+    assert np.array_equal(get(narrowed), numbers.clip(-65504, 65504).astype(np.float16))
 
 
 def difference(case: Case, kernels: Library, path: int = AUTO) -> tuple[float, str]:
