@@ -11,8 +11,9 @@
 namespace skv::ort {
 namespace {
 
-// A sequence is a few launches of its own; with fewer tokens the op's own kernels take all sequences at once.
-constexpr int32_t kFewestTokens = 64;
+// Each sequence is a few launches of its own, some ten microseconds: with fewer tokens the op's own kernels take all
+// sequences at once.
+constexpr int64_t kFewestTokens = 64, kFewestPerSequence = 32;
 
 }  // namespace
 
@@ -67,7 +68,8 @@ CudaPrefill::CudaPrefill(const OrtKernelInfo* info, const Attributes& attributes
     : op_(type == ElementType::kFloat ? nullptr : make_gqa(info, attributes, type, log)), type_(type), log_(log) {}
 
 bool CudaPrefill::can_run(const Call& call) const {
-  return op_ != nullptr && !refused_ && call.tokens >= kFewestTokens && call.head_dim % 8 == 0;
+  const int64_t fewest = std::max(kFewestTokens, kFewestPerSequence * call.batch);
+  return call.tokens >= fewest && op_ != nullptr && !refused_ && call.head_dim % 8 == 0;
 }
 
 bool CudaPrefill::attend(OrtKernelContext* context, const Call& call, const SkvAttention& attention,
