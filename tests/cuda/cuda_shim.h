@@ -51,6 +51,9 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 namespace shim {
 
+// Of a device that the library has no code for: one where SKV_SHIM_NO_CODE is set.
+inline cudaError_t no_code() { return getenv("SKV_SHIM_NO_CODE") ? cudaErrorNotSupported : cudaSuccess; }
+
 struct Block {
   dim3 index, size, grid;
   char* shared = nullptr;

@@ -20,7 +20,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import TINY
-from test_ops import OUTPUTS, PROVIDERS, arrays_of, attributes_of, model_of
+from test_ops import OUTPUTS, PROVIDERS, arrays_of, attributes_of, model_of, session_of
 
 from skv_export.cases import Case
 from skv_export.export import export_model
@@ -141,6 +141,14 @@ def test_all_but_shapes_run_on_the_gpu(
         assert len(slow) == 1 and "takes decode_simple: " in slow[0]
     else:
         assert not slow
+
+
+def test_a_device_without_code_is_an_error_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = arrays_of(CASES[0])
+    session_of(arrays, attributes_of(CASES[0].params, CASES[0].layouts))
+    monkeypatch.setenv("SKV_SHIM_NO_CODE", "1")
+    with pytest.raises(Exception, match=r"got compute capability 8\.0; expected one that this build has code for"):
+        session_of(arrays, attributes_of(CASES[0].params, CASES[0].layouts))
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])

@@ -84,6 +84,13 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// Whether the library holds code for the current device.
+template <class... Parameters>
+cudaError_t can_run(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+}
+
 #else
 
 using shim::async_commit;
@@ -105,6 +112,11 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
                    Parameters... arguments) {
   shim::launch(stream, grid, dim3(threads), shared_bytes, [=] { kernel(arguments...); });
   return cudaSuccess;
+}
+
+template <class... Parameters>
+cudaError_t can_run(void (*)(Parameters...)) {
+  return shim::no_code();
 }
 
 #endif

@@ -1,4 +1,5 @@
 // Owns what is done to new tokens before attention on the device: QK norm and RoPE, as reference.py does them.
+#include "errors.h"
 #include "launchers.h"
 #include "quantizer.cuh"
 
@@ -70,6 +71,8 @@ __global__ void __launch_bounds__(kThreads) narrow_kernel(const float* from, voi
 }
 
 }  // namespace
+
+int code_for_device() { return can_run(narrow_kernel); }
 
 cudaError_t narrow(const float* from, void* to, int32_t type, int64_t count, void* stream) {
   const int64_t blocks = (count + kThreads - 1) / kThreads;

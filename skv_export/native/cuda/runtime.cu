@@ -30,11 +30,18 @@ int skv_cuda_device(int32_t* multiprocessors, int32_t* architecture) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (error != cudaSuccess) return failed("device attributes", error, "Check nvidia-smi.");
   *architecture = 10 * major + minor;
-  if (*architecture >= kLeastArchitecture) return SKV_OK;
+  if (*architecture < kLeastArchitecture) {
+    return skv::cuda::fail(SKV_NOT_SUPPORTED,
+                           "CUDA: device %d; got compute capability %d.%d; expected 8.0 or newer (Ampere). Use the cpu "
+                           "execution provider.",
+                           device, major, minor);
+  }
+  if (skv::cuda::code_for_device() == 0) return SKV_OK;
+  cudaGetLastError();  // it would be the next launch's
   return skv::cuda::fail(SKV_NOT_SUPPORTED,
-                         "CUDA: device %d; got compute capability %d.%d; expected 8.0 or newer (Ampere). Use the cpu "
-                         "execution provider.",
-                         device, major, minor);
+                         "CUDA: device %d; got compute capability %d.%d; expected one that this build has code for. "
+                         "Build it with -DSKV_CUDA_ARCHITECTURES=%d.",
+                         device, major, minor, *architecture);
 }
 
 int skv_cuda_flag_create(int32_t** flag) {
