@@ -9,18 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
-from numpy.typing import NDArray
 from onnx_ir.passes import common
 
+from skv_export.patterns import SMALL_BYTES, Builder, attributes, made_by, numbers, only_user, permutation, static
 from skv_export.stored import Named, Stored, applied
-
-SMALL_BYTES = 1 << 16
-"""Constants up to this size are folded while the graph is built."""
 
 
 def simplify(model: ir.Model) -> None:
@@ -29,7 +24,7 @@ def simplify(model: ir.Model) -> None:
     _deduplicate(model.graph)
     _fold_constants(model)
     _fold_weights(model.graph)
-    builder = _Builder(model.graph)
+    builder = Builder(model.graph)
     for rewrite in _REWRITES:
         for node in tuple(model.graph):
             if node.graph is model.graph and node.domain == "":
@@ -113,87 +108,6 @@ _SWAPPED = [0, 2, 1, 3]
 """Permutation between ``[B, S, N, D]`` and ``[B, N, S, D]``."""
 
 
-class _Builder:
-    """Makes constants and nodes, and puts them into a graph in place of others."""
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self.graph = graph
-        self._constants: dict[tuple[int, ...], ir.Value] = {}
-        self._number = 0
-
-    def ints(self, *numbers: int) -> ir.Value:
-        """Returns an int64 vector as an initializer."""
-        if numbers not in self._constants or not self._constants[numbers].is_initializer():
-            name = "ints_" + "_".join(str(n).replace("-", "m") for n in numbers)
-            value = ir.Value(name=name, const_value=ir.tensor(np.array(numbers, np.int64), name=name))
-            value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([len(numbers)])
-            self.graph.register_initializer(value)
-            self._constants[numbers] = value
-        return self._constants[numbers]
-
-    def before(
-        self, anchor: ir.Node, op_type: str, *inputs: ir.Value | None, like: ir.Value | None = None, **attributes: Any
-    ) -> ir.Value:
-        """Inserts a node before ``anchor`` and returns its output, typed like ``like``."""
-        node = ir.node(op_type, inputs, attributes=attributes)
-        self._number += 1
-        output = node.outputs[0]
-        output.name = f"fused_{op_type.lower()}_{self._number}"
-        node.name = f"node_{output.name}"
-        if like is not None:
-            output.type, output.shape = like.type, like.shape
-        self.graph.insert_before(anchor, node)
-        return output
-
-    def replace(self, node: ir.Node, value: ir.Value) -> None:
-        """Puts ``value`` in place of a node's only output and removes the node."""
-        old = node.outputs[0]
-        if old.is_graph_output():
-            if value.is_graph_output() or value.producer() is None:
-                return  # an output has one name, and is computed
-            value.name, old.name = old.name, None
-        old.replace_all_uses_with(value, replace_graph_outputs=True)
-        self.graph.remove(node, safe=True)
-
-
-def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """Returns the node that computes ``value`` if it is an ``op_type`` of ONNX itself."""
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == op_type and node.domain == "" else None
-
-
-def _constant(value: ir.Value | None) -> NDArray[Any] | None:
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None or tensor.nbytes > SMALL_BYTES else tensor.numpy()
-
-
-def _numbers(value: ir.Value | None) -> list[float]:
-    """Returns a constant's numbers; an empty list where it is no constant."""
-    array = _constant(value)
-    return [] if array is None else [float(x) for x in array.reshape(-1)]
-
-
-def _permutation(node: ir.Node | None) -> list[int] | None:
-    return list(node.attributes.get_ints("perm")) if node is not None and "perm" in node.attributes else None
-
-
-def _attributes(node: ir.Node) -> dict[str, Any]:
-    return {name: attribute.value for name, attribute in node.attributes.items()}
-
-
-def _only_user(value: ir.Value) -> ir.Node | None:
-    users = [use.node for use in value.uses()]
-    return users[0] if len(users) == 1 and not value.is_graph_output() else None
-
-
-def _static(value: ir.Value | None, axis: int) -> int | None:
-    """Returns a dimension where it is a number."""
-    if value is None or value.shape is None:
-        return None
-    dim = value.shape[axis]
-    return dim if isinstance(dim, int) else None
-
-
 def _reshape_target(source: ir.Value, result: ir.Value) -> list[int] | None:
     """Returns constant dimensions for a Reshape from ``source`` to ``result``, or None where the shapes don't say."""
     if source.shape is None or result.shape is None:
@@ -209,12 +123,12 @@ def _unknown(dim: int | ir.SymbolicDim) -> bool:
     return not isinstance(dim, int) and dim.value is None
 
 
-def _reshape(builder: _Builder, node: ir.Node) -> None:
+def _reshape(builder: Builder, node: ir.Node) -> None:
     """Gives a Reshape a constant shape; skips the Reshapes before it; drops it where it changes nothing."""
     if node.op_type != "Reshape" or node.inputs[0] is None:
         return
     source, result = node.inputs[0], node.outputs[0]
-    while (before := _made_by(source, "Reshape")) is not None and before.inputs[0] is not None:
+    while (before := made_by(source, "Reshape")) is not None and before.inputs[0] is not None:
         if _reshape_target(before.inputs[0], result) is None:
             break
         source = before.inputs[0]
@@ -231,7 +145,7 @@ def _reshape(builder: _Builder, node: ir.Node) -> None:
     node.attributes.pop("allowzero", None)
 
 
-def _dimension(builder: _Builder, node: ir.Node) -> None:
+def _dimension(builder: Builder, node: ir.Node) -> None:
     """Reads a dimension from the first of the graph's inputs that has it."""
     source = node.inputs[0] if node.op_type == "Shape" else None
     start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", 0)
@@ -247,46 +161,46 @@ def _dimension(builder: _Builder, node: ir.Node) -> None:
             return
 
 
-def _slice(builder: _Builder, node: ir.Node) -> None:
+def _slice(builder: Builder, node: ir.Node) -> None:
     """Drops a Slice that keeps everything."""
     if node.op_type != "Slice" or node.inputs[0] is None:
         return
     _, starts, ends, _, *steps = (*node.inputs, None)[:5]
-    keeps = _numbers(starts) == [0] and (_numbers(ends) or [0])[0] >= 2**31 - 1
-    if keeps and all(step is None or _numbers(step) == [1] for step in steps):
+    keeps = numbers(starts) == [0] and (numbers(ends) or [0])[0] >= 2**31 - 1
+    if keeps and all(step is None or numbers(step) == [1] for step in steps):
         builder.replace(node, node.inputs[0])
 
 
-def _transpose(builder: _Builder, node: ir.Node) -> None:
+def _transpose(builder: Builder, node: ir.Node) -> None:
     """Drops a Transpose that changes nothing, and cancels one against the one before it."""
     if (
         node.op_type == "Transpose"
-        and (only := _permutation(node)) == sorted(only or [0])
+        and (only := permutation(node)) == sorted(only or [0])
         and node.inputs[0] is not None
     ):
         builder.replace(node, node.inputs[0])
         return
-    before = _made_by(node.inputs[0] if node.op_type == "Transpose" else None, "Transpose")
-    first, second = _permutation(before), _permutation(node)
+    before = made_by(node.inputs[0] if node.op_type == "Transpose" else None, "Transpose")
+    first, second = permutation(before), permutation(node)
     if before is None or before.inputs[0] is None or first is None or second is None:
         return
     if [first[i] for i in second] == list(range(len(first))):
         builder.replace(node, before.inputs[0])
 
 
-def _rms_norm(builder: _Builder, node: ir.Node) -> None:
+def _rms_norm(builder: Builder, node: ir.Node) -> None:
     """``x * rsqrt(mean(x^2) + eps) * weight`` becomes RMSNormalization, which computes in float32 whatever the type."""
     if node.op_type != "Mul":
         return
     found = _normalized(node)
-    user = _only_user(node.outputs[0])
+    user = only_user(node.outputs[0])
     if found is None or user is None:
         return
     x, epsilon = found
     # Half precision: x was converted to float32, and the result is converted back before the weight comes in.
-    widened = _made_by(x, "Cast")
+    widened = made_by(x, "Cast")
     if user.op_type == "Cast" and widened is not None and widened.inputs[0] is not None:
-        if widened.inputs[0].dtype != user.outputs[0].dtype or (scaled := _only_user(user.outputs[0])) is None:
+        if widened.inputs[0].dtype != user.outputs[0].dtype or (scaled := only_user(user.outputs[0])) is None:
             return
         x, normalized, user = widened.inputs[0], user.outputs[0], scaled
     else:
@@ -311,36 +225,36 @@ def _rms_norm(builder: _Builder, node: ir.Node) -> None:
 def _normalized(node: ir.Node) -> tuple[ir.Value, float] | None:
     """Matches ``x * rsqrt(mean(x^2, -1) + eps)``: x and eps."""
     for x, factor in (node.inputs, node.inputs[::-1]):
-        inverse = _made_by(factor, "Reciprocal")
-        root = _made_by(inverse.inputs[0], "Sqrt") if inverse else None
-        shifted = _made_by(root.inputs[0], "Add") if root else None
+        inverse = made_by(factor, "Reciprocal")
+        root = made_by(inverse.inputs[0], "Sqrt") if inverse else None
+        shifted = made_by(root.inputs[0], "Add") if root else None
         if x is None or shifted is None:
             continue
-        mean = _made_by(shifted.inputs[0], "ReduceMean")
-        square = _made_by(mean.inputs[0], "Pow") if mean else None
-        epsilon = _numbers(shifted.inputs[1])
+        mean = made_by(shifted.inputs[0], "ReduceMean")
+        square = made_by(mean.inputs[0], "Pow") if mean else None
+        epsilon = numbers(shifted.inputs[1])
         if mean is None or square is None or square.inputs[0] is not x or len(epsilon) != 1:
             continue
         if (
-            _numbers(square.inputs[1]) == [2]
-            and _numbers(mean.inputs[1]) == [-1]
+            numbers(square.inputs[1]) == [2]
+            and numbers(mean.inputs[1]) == [-1]
             and mean.attributes.get_int("keepdims", True)
         ):
             return x, epsilon[0]
     return None
 
 
-def _norm_first(builder: _Builder, node: ir.Node) -> None:
+def _norm_first(builder: Builder, node: ir.Node) -> None:
     """A norm over the last axis goes before a Transpose of the others, which then meets what cancels it."""
-    before = _made_by(node.inputs[0] if node.op_type == "RMSNormalization" else None, "Transpose")
-    if before is None or _permutation(before) != _SWAPPED or _only_user(before.outputs[0]) is not node:
+    before = made_by(node.inputs[0] if node.op_type == "RMSNormalization" else None, "Transpose")
+    if before is None or permutation(before) != _SWAPPED or only_user(before.outputs[0]) is not node:
         return
     x = before.inputs[0]
-    normed = builder.before(node, "RMSNormalization", x, *node.inputs[1:], like=x, **_attributes(node))
+    normed = builder.before(node, "RMSNormalization", x, *node.inputs[1:], like=x, **attributes(node))
     builder.replace(node, builder.before(node, "Transpose", normed, like=node.outputs[0], perm=_SWAPPED))
 
 
-def _rotary(builder: _Builder, node: ir.Node) -> None:
+def _rotary(builder: Builder, node: ir.Node) -> None:
     """RoPE of ``[B, N, S, D]``, written in halves, becomes RotaryEmbedding."""
     if node.op_type == "Add":
         found = _rotated_half(node)
@@ -357,21 +271,21 @@ def _rotary(builder: _Builder, node: ir.Node) -> None:
 
 def _rotated_half(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
     """Matches ``x * cos + concat(-x[D/2:], x[:D/2]) * sin``."""
-    plain, turned = (_made_by(v, "Mul") for v in node.inputs)
+    plain, turned = (made_by(v, "Mul") for v in node.inputs)
     if plain is None or turned is None:
         return None
     (x, cos), (half, sin) = plain.inputs, turned.inputs
-    concat = _made_by(half, "Concat")
+    concat = made_by(half, "Concat")
     if (
         x is None
         or cos is None
         or sin is None
         or concat is None
         or len(concat.inputs) != 2
-        or (size := _static(x, -1)) is None
+        or (size := static(x, -1)) is None
     ):
         return None
-    negated = _made_by(concat.inputs[0], "Neg")
+    negated = made_by(concat.inputs[0], "Neg")
     high, low = _slice_of(negated.inputs[0] if negated else None, x), _slice_of(concat.inputs[1], x)
     if high is None or low is None or low != (0, size // 2) or high[0] != size // 2 or high[1] < size:
         return None
@@ -380,10 +294,10 @@ def _rotated_half(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
 
 def _slice_of(value: ir.Value | None, source: ir.Value) -> tuple[int, int] | None:
     """Matches a slice of ``source`` along its last axis: start and end."""
-    node = _made_by(value, "Slice")
+    node = made_by(value, "Slice")
     if node is None or node.inputs[0] is not source or source.shape is None:
         return None
-    starts, ends, axes = (_numbers(v) for v in node.inputs[1:4])
+    starts, ends, axes = (numbers(v) for v in node.inputs[1:4])
     if len(starts) != 1 or len(ends) != 1 or axes not in ([-1], [len(source.shape) - 1]):
         return None
     return int(starts[0]), int(ends[0])
@@ -393,8 +307,8 @@ def _rotated_chunks(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None
     """Matches ``concat(a * cos - b * sin, b * cos + a * sin)`` with ``a, b = chunk(x, 2)``."""
     if len(node.inputs) != 2:
         return None
-    first, second = _made_by(node.inputs[0], "Sub"), _made_by(node.inputs[1], "Add")
-    products = [_made_by(v, "Mul") for part in (first, second) if part is not None for v in part.inputs]
+    first, second = made_by(node.inputs[0], "Sub"), made_by(node.inputs[1], "Add")
+    products = [made_by(v, "Mul") for part in (first, second) if part is not None for v in part.inputs]
     if len(products) != 4 or any(p is None for p in products):
         return None
     (a1, c1), (b1, s1), (b2, c2), (a2, s2) = (p.inputs for p in products if p is not None)
@@ -412,23 +326,23 @@ def _rotated_chunks(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None
     return split.inputs[0], c1, s1
 
 
-def _half_table(builder: _Builder, anchor: ir.Node, table: ir.Value) -> ir.Value | None:
+def _half_table(builder: Builder, anchor: ir.Node, table: ir.Value) -> ir.Value | None:
     """Returns a table of cosines or sines, ``[B, S, D/2]``, from what is multiplied with x or with its halves."""
-    unsqueezed = _made_by(table, "Unsqueeze")
-    if unsqueezed is None or unsqueezed.inputs[0] is None or _numbers(unsqueezed.inputs[1]) != [1]:
+    unsqueezed = made_by(table, "Unsqueeze")
+    if unsqueezed is None or unsqueezed.inputs[0] is None or numbers(unsqueezed.inputs[1]) != [1]:
         return None
     value = unsqueezed.inputs[0]
     source: ir.Value | None = value
     while (
         source is not None and (node := source.producer()) is not None and node.op_type in ("Cast", "Cos", "Sin", "Mul")
     ):
-        if node.op_type == "Mul" and len(_numbers(node.inputs[1])) != 1:
+        if node.op_type == "Mul" and len(numbers(node.inputs[1])) != 1:
             break
         source = node.inputs[0]
-    doubled = _made_by(source, "Concat")
+    doubled = made_by(source, "Concat")
     if doubled is None:
         return value
-    size = _static(value, -1)
+    size = static(value, -1)
     if size is None or len(doubled.inputs) != 2 or doubled.inputs[0] is not doubled.inputs[1]:
         return None
     half = builder.before(anchor, "Slice", value, builder.ints(0), builder.ints(size // 2), builder.ints(2))
@@ -436,16 +350,16 @@ def _half_table(builder: _Builder, anchor: ir.Node, table: ir.Value) -> ir.Value
     return half
 
 
-def _flat_rotary(builder: _Builder, node: ir.Node) -> None:
+def _flat_rotary(builder: Builder, node: ir.Node) -> None:
     """A RotaryEmbedding between two Transposes works on ``[B, S, N*D]`` without them."""
     if node.op_type != "RotaryEmbedding" or node.outputs[0].is_graph_output():
         return
-    before = _made_by(node.inputs[0], "Transpose")
+    before = made_by(node.inputs[0], "Transpose")
     users = [use.node for use in node.outputs[0].uses()]
-    if _permutation(before) != _SWAPPED or before is None or any(_permutation(user) != _SWAPPED for user in users):
+    if permutation(before) != _SWAPPED or before is None or any(permutation(user) != _SWAPPED for user in users):
         return
     x = before.inputs[0]
-    heads, size = _static(x, 2), _static(x, 3)
+    heads, size = static(x, 2), static(x, 3)
     if x is None or heads is None or size is None or x.shape is None:
         return
     flat = builder.before(node, "Reshape", x, builder.ints(0, 0, heads * size))
@@ -457,17 +371,17 @@ def _flat_rotary(builder: _Builder, node: ir.Node) -> None:
         )
 
 
-def _weight(builder: _Builder, node: ir.Node) -> None:
+def _weight(builder: Builder, node: ir.Node) -> None:
     """Stores a transposed weight transposed; a tied embedding, which is also read as it is, goes into a Gemm."""
-    transposed = _made_by(node.inputs[1] if node.op_type == "MatMul" else None, "Transpose")
+    transposed = made_by(node.inputs[1] if node.op_type == "MatMul" else None, "Transpose")
     weight = transposed.inputs[0] if transposed is not None else None
-    if transposed is None or weight is None or _permutation(transposed) != [1, 0]:
+    if transposed is None or weight is None or permutation(transposed) != [1, 0]:
         return
     tensor = weight.const_value
     if not isinstance(tensor, Stored) or not isinstance(tensor.form, Named):
         return
     x, graph = node.inputs[0], builder.graph
-    if all(use.node is transposed for use in weight.uses()) and _only_user(transposed.outputs[0]) is node:
+    if all(use.node is transposed for use in weight.uses()) and only_user(transposed.outputs[0]) is node:
         name, shape = str(weight.name), ir.Shape(tensor.shape.numpy()[::-1])
         form = dataclasses.replace(tensor.form, transposed=True)
         stored = Stored(form, tensor.reader, tensor.dtype, shape, name)
@@ -475,7 +389,7 @@ def _weight(builder: _Builder, node: ir.Node) -> None:
         builder.replace(transposed, replacement)
         del graph.initializers[name]
         graph.register_initializer(replacement)
-    elif x is not None and (size := _static(weight, 1)) is not None and (rows_out := _static(weight, 0)) is not None:
+    elif x is not None and (size := static(weight, 1)) is not None and (rows_out := static(weight, 0)) is not None:
         flat = builder.before(node, "Reshape", x, builder.ints(-1, size))
         product = builder.before(node, "Gemm", flat, weight, transB=1)
         lead = builder.before(node, "Shape", x, start=0, end=-1)
@@ -483,7 +397,7 @@ def _weight(builder: _Builder, node: ir.Node) -> None:
         builder.replace(node, builder.before(node, "Reshape", product, target, like=node.outputs[0]))
 
 
-def _top_k(builder: _Builder, node: ir.Node) -> None:
+def _top_k(builder: Builder, node: ir.Node) -> None:
     """TopK takes no bfloat16 before opset 24: the router of a mixture of experts picks in float32, which is exact."""
     x = node.inputs[0] if node.op_type == "TopK" else None
     if x is None or x.dtype != ir.DataType.BFLOAT16:
@@ -502,7 +416,7 @@ def _top_k(builder: _Builder, node: ir.Node) -> None:
             use.node.replace_input_with(use.idx, narrow)
 
 
-_REWRITES: tuple[Callable[[_Builder, ir.Node], None], ...] = (
+_REWRITES: tuple[Callable[[Builder, ir.Node], None], ...] = (
     _dimension,
     _slice,
     _reshape,

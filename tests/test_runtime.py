@@ -8,9 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +16,7 @@ from tiny_graph import CONTEXT, EXACT, KV_HEADS, SMALL, VOCAB, Tiny
 
 from skv_export import library
 from skv_export.errors import SkvError
-from skv_export.layout import OP_NAME
 from skv_export.model_config import layout_entry
-from skv_export.providers import check_placement, preload
 from skv_export.recipe import LayerConfig
 from skv_export.runtime import (
     ModelConfig,
@@ -463,53 +459,7 @@ def test_a_graph_is_the_gpus(tmp_path: Path) -> None:
         Session(Tiny().write(tmp_path), cuda_graph=True)
 
 
-# The library and the providers.
-
-
-def test_cuda_without_cuda_is_an_error_and_never_the_cpu(tmp_path: Path) -> None:
-    import onnxruntime
-
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("this ONNX Runtime has CUDA")
-    with pytest.raises(SkvError, match=r"execution provider cuda.*onnxruntime"):
-        Session(Tiny().write(tmp_path), execution_provider="cuda")
-    with pytest.raises(SkvError, match="execution_provider; got tpu"):
-        Session(tmp_path, execution_provider="tpu")
-
-
-def placed(**nodes: Sequence[str]) -> SimpleNamespace:
-    """A session whose nodes ONNX Runtime has given to providers."""
-    parts = [
-        SimpleNamespace(ep_name=f"{name.upper()}ExecutionProvider", get_nodes=lambda ops=ops: [*map(op_node, ops)])
-        for name, ops in nodes.items()
-    ]
-    return SimpleNamespace(get_provider_graph_assignment_info=lambda: parts)
-
-
-def op_node(op_type: str) -> SimpleNamespace:
-    return SimpleNamespace(op_type=op_type)
-
-
-def test_nodes_that_fall_back_to_the_cpu_are_said(recwarn: pytest.WarningsRecorder) -> None:
-    check_placement(placed(cpu=["MatMul", OP_NAME]), "cpu", OP_NAME)
-    check_placement(placed(cuda=[OP_NAME, "MatMul"], cpu=["Squeeze", "Sub"]), "cuda", OP_NAME)
-    assert not recwarn.list
-    with pytest.warns(RuntimeWarning, match="runs 2 MatMulNBits, 1 TopK on the CPU"):
-        check_placement(placed(cuda=[OP_NAME], cpu=["MatMulNBits", "TopK", "MatMulNBits"]), "cuda", OP_NAME)
-    with pytest.raises(SkvError, match=f"cuda: {OP_NAME}; got 1 nodes on the CPU"):
-        check_placement(placed(cuda=["MatMul"], cpu=[OP_NAME]), "cuda", OP_NAME)
-
-
-def test_cudas_libraries_come_from_the_environment(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import onnxruntime
-
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("loaded"))
-    preload("cpu")
-    assert capsys.readouterr() == ("", "")
-    preload("cuda")
-    assert capsys.readouterr() == ("", "loaded\n")  # standard output is generated text's
+# The library.
 
 
 def test_library_that_is_not_there_says_where_it_looked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

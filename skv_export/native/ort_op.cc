@@ -271,6 +271,14 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
 
 }  // namespace
 
+void check_status(int status, const char* (*reason)()) {
+  if (status == SKV_OK) return;
+  const ErrorCode code = status == SKV_INVALID_ARGUMENT ? ErrorCode::kInvalidArgument
+                         : status == SKV_NOT_SUPPORTED  ? ErrorCode::kNotImplemented
+                                                        : ErrorCode::kRuntimeException;
+  throw Error(code, reason());
+}
+
 Definition::Definition(const char* provider, ElementType type, Make make)
     : CustomOp{}, provider(provider), type(type), make(make) {
   version = kApiVersion;

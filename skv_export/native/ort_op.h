@@ -65,6 +65,9 @@ struct Call {
   int64_t kv_hidden_size() const { return int64_t{attributes.kv_num_heads} * head_dim; }
 };
 
+// Throws what a function of kernels.h, or of kernels_cuda.h, returned, if it failed; `reason` says why.
+void check_status(int status, const char* (*reason)());
+
 // What computes a node. Made once per node; compute is called from several threads where a session runs several calls.
 class Kernel {
  public:

@@ -59,13 +59,7 @@ struct Session {
   }
 };
 
-void check_kernel(int status) {
-  if (status == SKV_OK) return;
-  const ErrorCode code = status == SKV_INVALID_ARGUMENT ? ErrorCode::kInvalidArgument
-                         : status == SKV_NOT_SUPPORTED  ? ErrorCode::kNotImplemented
-                                                        : ErrorCode::kRuntimeException;
-  throw Error(code, skv_last_error());
-}
+void check_kernel(int status) { check_status(status, skv_last_error); }
 
 // The part of a call that is sequence b.
 SkvAttention sequence(const SkvAttention& call, int64_t b) {

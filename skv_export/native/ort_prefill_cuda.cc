@@ -17,13 +17,7 @@ constexpr int64_t kFewestTokens = 64, kFewestPerSequence = 32;
 
 }  // namespace
 
-void check_kernel(int status) {
-  if (status == SKV_OK) return;
-  const ErrorCode code = status == SKV_INVALID_ARGUMENT ? ErrorCode::kInvalidArgument
-                         : status == SKV_NOT_SUPPORTED  ? ErrorCode::kNotImplemented
-                                                        : ErrorCode::kRuntimeException;
-  throw Error(code, skv_cuda_last_error());
-}
+void check_kernel(int status) { check_status(status, skv_cuda_last_error); }
 
 DeviceScratch::DeviceScratch(OrtKernelContext* context, void* stream) : context_(context), stream_(stream) {
   const OrtValue* query = nullptr;
