@@ -10,7 +10,7 @@ SKV_CUDA ?= $(if $(shell command -v nvidia-smi),auto,off)
 .DELETE_ON_ERROR:
 
 # The environment and the native library; made again when what they are made from changes.
-NATIVE := $(wildcard CMakeLists.txt skv_export/native/* skv_export/native/*/*)
+NATIVE := $(shell git ls-files CMakeLists.txt packaging skv_export/native 2>/dev/null || echo CMakeLists.txt)
 setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

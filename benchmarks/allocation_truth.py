@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from skv_export import analyze
-from skv_export.allocation import DEFAULT_CHOICES
-from skv_export.measure import kl_divergence
-from skv_export.recipe import LayerConfig
-from skv_export.traffic import DecodeModel
+from skv_export.analysis import pipeline
+from skv_export.analysis.allocation import DEFAULT_CHOICES
+from skv_export.analysis.attention_capture import DecodeModel
+from skv_export.analysis.measurement import kl_divergence
+from skv_export.spec.recipe import LayerConfig
 
 
 class Judge:
@@ -74,7 +74,7 @@ def main() -> None:
     a = parser.parse_args()
     judge = None
     for budget in map(float, a.budgets.split(",")):
-        found = analyze.run(
+        found = pipeline.analyze(
             a.checkpoint,
             budget=budget,
             context=a.context,
@@ -85,7 +85,7 @@ def main() -> None:
             choices=DEFAULT_CHOICES,
         )
         if judge is None:
-            model = DecodeModel(analyze.resolve(a.checkpoint))
+            model = DecodeModel(pipeline.resolve(a.checkpoint))
             judge = Judge(model, a.text.read_text(), a.window, a.windows, found.budget.base, a.state)
             print(f"full precision: perplexity {judge.reference:.4f}\n")
             _correlations(found)
@@ -108,7 +108,7 @@ def main() -> None:
             print(f"| {budget} | {name} | {k:.2f}, {v:.2f} | {effective:.2f} | {change:+.2f}% | {kl:.4f} |", flush=True)
 
 
-def _correlations(found: analyze.Analysis) -> None:
+def _correlations(found: pipeline.Analysis) -> None:
     by_name = {s.name: np.array(s.balance, float) for s in found.scores}
     measured = by_name.pop("measure")
     print("| score | correlation of its balance k_bits - v_bits with measurement | without layer 0 |\n|---|---|---|")

@@ -85,11 +85,11 @@ def read(folder: Path, _: int) -> dict[str, float]:
 
 
 def run(folder: Path, _: int) -> dict[str, float]:
-    from skv_export import analyze
+    from skv_export.analysis.pipeline import analyze
 
     base = peak_mib()
     start, cpu = time.perf_counter(), time.process_time()
-    found = analyze.run(folder)
+    found = analyze(folder)
     used = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
     return {**used, "bytes": found.bytes_read, "peak_mib": peak_mib(), "imports_mib": base}
 
@@ -103,8 +103,8 @@ def peak_mib() -> float:
 def svd(folder: Path, layers: int) -> dict[str, float]:
     import torch
 
-    from skv_export.architectures import AttentionReader
-    from skv_export.checkpoint import Checkpoint
+    from skv_export.checkpoints.attention_weights import AttentionReader
+    from skv_export.checkpoints.checkpoint import Checkpoint
 
     reader = AttentionReader(Checkpoint.open(folder))
     start, cpu = time.perf_counter(), time.process_time()

@@ -36,7 +36,7 @@ SHARD_BYTES = 2 << 30
 BLOCK = 1 << 23
 """Numbers that are made at once."""
 SAMPLE_SECONDS = 0.02
-EXPORT = [sys.executable, "-c", "from skv_export.cli import main; main()", "model"]
+EXPORT = [sys.executable, "-c", "from skv_export.cli.main import main; main()", "model"]
 
 
 # The checkpoint.
@@ -272,7 +272,7 @@ def convert(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from skv_export.checkpoint import demo_checkpoint
+    from skv_export.checkpoints.checkpoint import demo_checkpoint
 
     file = demo_checkpoint()
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}

@@ -14,8 +14,8 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from skv_export.layout import CacheLayout
-from skv_export.recipe import LayerConfig
+from skv_export.spec.layout import CacheLayout
+from skv_export.spec.recipe import LayerConfig
 
 LAYERS, KV_HEADS, HEAD_DIM = 32, 8, 128
 CONTEXT = 128 * 1024

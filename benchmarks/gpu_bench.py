@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "cuda"))
 import gpu  # isort: skip
 from harness import AUTO, Library  # isort: skip
 
-from skv_export.layout import CacheLayout
-from skv_export.library import SkvAttention, SkvCache, SkvCudaContext, SkvLayout, SkvTokens
-from skv_export.recipe import LayerConfig
+from skv_export.native.library import SkvAttention, SkvCache, SkvCudaContext, SkvLayout, SkvTokens
+from skv_export.spec.layout import CacheLayout
+from skv_export.spec.recipe import LayerConfig
 
 REPEATS = 50
 D = 128
@@ -121,7 +121,7 @@ class GroupQueryAttention:
     def __init__(self, batch: int, heads: int, kv_heads: int, length: int, bits: int, device: str = "cuda") -> None:
         import onnxruntime as ort
 
-        from skv_export.bench import AttentionShape, group_query_attention, step_model
+        from skv_export.bench.attention import AttentionShape, group_query_attention, step_model
 
         shape = AttentionShape(length, heads, kv_heads, D, batch)
         node, specs = group_query_attention(shape, bits, np.float32 if device == "cpu" else np.float16)

@@ -13,11 +13,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from skv_export import compare, contenders
-from skv_export.checkpoint import demo_checkpoint, resolve
+from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
 from skv_export.errors import SkvError
-from skv_export.quality import read_text
-from skv_export.recipe import Recipe
+from skv_export.evaluation import candidates, comparison
+from skv_export.spec.recipe import Recipe
+from skv_export.verification.quality_level import read_text
 
 RECIPES = "near-lossless,balanced,small,smallest,quarot,kvarn"
 PAIRS = ((4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2), (2, 4))
@@ -29,19 +29,19 @@ FORMS: dict[str, dict[str, int | str]] = {
 """What is put behind a pair's name, and what it stands for; keys of the default form are per channel, in 16 bits."""
 
 
-def everybody(baselines: str) -> list[contenders.Contender]:
+def everybody(baselines: str) -> list[candidates.Contender]:
     """The contenders: recipes, the pairs in each form (less what a recipe is already), the literature."""
-    found: list[contenders.Contender] = [*contenders.parse_configs(RECIPES, Recipe())]
+    found: list[candidates.Contender] = [*candidates.parse_configs(RECIPES, Recipe())]
     for suffix, options in FORMS.items():
         for k, v in PAIRS:
             recipe = Recipe().with_options(k_bits=k, v_bits=v, **options)
-            contender = contenders.of_recipe(f"K{k}V{v}{suffix}", recipe)
+            contender = candidates.of_recipe(f"K{k}V{v}{suffix}", recipe)
             if contender.key not in {c.key for c in found}:
                 found.append(contender)
-    return found + contenders.parse_baselines(baselines)
+    return found + candidates.parse_baselines(baselines)
 
 
-def chosen(everyone: list[contenders.Contender], names: str) -> list[contenders.Contender]:
+def chosen(everyone: list[candidates.Contender], names: str) -> list[candidates.Contender]:
     """Those of the names, separated by semicolons as names have commas; all if there are none."""
     wanted = [name.strip() for name in names.split(";") if name.strip()]
     by_name = {contender.name: contender for contender in everyone}
@@ -51,9 +51,9 @@ def chosen(everyone: list[contenders.Contender], names: str) -> list[contenders.
     return [by_name[name] for name in wanted] or everyone
 
 
-def markdown(result: compare.Result) -> str:
+def markdown(result: comparison.Result) -> str:
     """The table for RESULTS.md."""
-    front = {row.name for row in compare.pareto(result.rows)}
+    front = {row.name for row in comparison.pareto(result.rows)}
     lines = [
         f"Perplexity in full precision {result.rows[0].ppl_reference:.3f}; windows of {result.window} tokens.",
         "",
@@ -70,7 +70,7 @@ def markdown(result: compare.Result) -> str:
     return "\n".join(lines)
 
 
-def by_position(result: compare.Result) -> str:
+def by_position(result: comparison.Result) -> str:
     """Change of perplexity in percent, by the part of the window."""
     parts = len(result.rows[0].ppl_change_by_position)
     ends = [result.window * (i + 1) // parts for i in range(parts)]
@@ -97,7 +97,7 @@ def main() -> None:
     def progress(name: str, done: int, total: int) -> None:
         print(f"{done}/{total} {name}", file=sys.stderr, flush=True)
 
-    result = compare.run(
+    result = comparison.run(
         resolve(given.checkpoint or demo_checkpoint()),
         chosen(everybody(given.baselines), given.only),
         read_text(given.text),

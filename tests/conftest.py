@@ -1,4 +1,4 @@
-"""Owns what test files share: tiny checkpoints made from configurations, the demo model, and its export."""
+"""Fixtures that test files share: tiny checkpoints, the demo model, and its export."""
 
 from __future__ import annotations
 
@@ -9,77 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-
-_COMMON: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
-_ALTERNATING = ["sliding_attention", "full_attention"] * 2
-TINY: dict[str, dict[str, Any]] = {
-    "llama": {"tie_word_embeddings": True, "head_dim": 80},
-    "mistral": {"sliding_window": 24},
-    "qwen2": {},
-    "qwen3": {"head_dim": 64},
-    "gemma2": {
-        "num_hidden_layers": 4, "layer_types": _ALTERNATING, "sliding_window": 24, "query_pre_attn_scalar": 48,
-        "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0, "tie_word_embeddings": True,
-    },
-    "gemma3_text": {
-        "num_hidden_layers": 4, "layer_types": _ALTERNATING, "sliding_window": 24, "query_pre_attn_scalar": 48,
-        "tie_word_embeddings": True, "head_dim": 64,
-    },
-    "phi3": {"head_dim": 16, "sliding_window": 24},
-    "granite": {
-        "attention_multiplier": 0.11, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.5,
-    },
-    "olmo2": {"num_key_value_heads": 4},
-    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]},
-    "gpt_oss": {
-        "layer_types": _ALTERNATING[:2], "sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    },
-    "gpt2": {"num_attention_heads": 2, "scale_attn_by_inverse_layer_idx": True},
-    "gpt_neox": {"num_attention_heads": 2},
-}  # fmt: skip
-"""Architecture -> what its tiny configuration sets beyond ``_COMMON``: every attention variant that has to work."""
-
-
-def tiny_config(arch: str, **overrides: Any) -> Any:
-    """Returns the configuration of a tiny model."""
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(arch, **{**_COMMON, **TINY[arch], **overrides})
-
-
-def make_tiny(folder: Path, arch: str, **overrides: Any) -> Path:
-    """Writes a tiny model with random weights, large enough that a wrong attention shows in the logits."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(20240131)
-    model = AutoModelForCausalLM.from_config(tiny_config(arch, **overrides))  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 2.0 / parameter.shape[-1] ** 0.5)
-            elif "norm" in name or "ln_" in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            else:
-                parameter.normal_(0, 0.3)
-    model.save_pretrained(folder)
-    return folder
+from tiny_models import ROOT, make_tiny
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +35,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 @pytest.fixture(scope="session")
 def demo_checkpoint() -> Path:
     """The demo model's GGUF file."""
-    from skv_export.checkpoint import demo_checkpoint as find
+    from skv_export.checkpoints.checkpoint import demo_checkpoint as find
 
     return find()
 
@@ -113,7 +43,7 @@ def demo_checkpoint() -> Path:
 @pytest.fixture(scope="session")
 def library() -> Path:
     """The native library."""
-    from skv_export.runtime import library_path
+    from skv_export.runtime.session import library_path
 
     built = ROOT / "build" / "libskv_ops.so"
     if built.is_file():
@@ -124,7 +54,7 @@ def library() -> Path:
 @pytest.fixture(scope="session")
 def demo_export(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, library: Path) -> Path:
     """The demo model, exported with the default recipe, once per run."""
-    from skv_export.export import export_model
+    from skv_export.export.pipeline import export_model
 
     out = tmp_path_factory.mktemp("demo") / "smollm2-k4v2"
     return export_model(demo_checkpoint, out=out, progress=lambda phase, fraction: None)

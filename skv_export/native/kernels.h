@@ -1,6 +1,6 @@
 // Owns the C interface of the kernels: append, dequantize, rewind and decode attention over the quantized cache, with
-// no framework in sight. Tests call it through ctypes; ort_ops.cc calls it from ONNX Runtime. The CUDA kernels have the
-// same functions with `skv_cuda_` in front and a stream behind (cuda/kernels_cuda.h).
+// no framework in sight. Tests call it through ctypes; ort/kernel_cpu.cc calls it from ONNX Runtime. The CUDA kernels
+// have the same functions with `skv_cuda_` in front and a stream behind (cuda/kernels_cuda.h).
 //
 // Every function checks its arguments before it writes anything, returns SKV_OK or an SkvStatus, and leaves the reason
 // (what, got, expected) in skv_last_error() of the calling thread. Nothing outside the given buffers is read or
@@ -67,7 +67,7 @@ typedef struct SkvAttention {
 } SkvAttention;
 
 // Attention of the new tokens to each other, exactly, and to the past through the caches; then appends them.
-// Any number of tokens; meant for few (prompts go through GroupQueryAttention, see ort_ops.cc).
+// Any number of tokens; meant for few (prompts go through GroupQueryAttention, see ort/kernel_cpu.cc).
 SKV_API int skv_attention(const SkvAttention* call, const SkvThreads* threads);
 
 // Appends keys and values only (query, output, head_sink are not looked at).
@@ -84,8 +84,8 @@ SKV_API int skv_decode_tile(const SkvLayout* layout, const uint8_t* tile, float*
 // Makes the blocks of sequence b a cache of new_length tokens (reference.rewind): at most recent_tokens back.
 SKV_API int skv_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length, int64_t new_length);
 
-// Sizes, for the test that compares kv_layout.h with layout.py: out[0..5] = tile_bytes, row_bytes, full_rows, tiles in
-// block_bytes, capacity (-1 = any), quantized tokens at `length`.
+// Sizes, for the test that compares kv_layout.h with spec/layout.py: out[0..5] = tile_bytes, row_bytes, full_rows,
+// tiles in block_bytes, capacity (-1 = any), quantized tokens at `length`.
 SKV_API int skv_layout_sizes(const SkvLayout* layout, int64_t block_bytes, int64_t length, int64_t out[6]);
 
 // The instruction set that was chosen: "scalar", "avx2", "avxvnni", "avx512vnni", "neon". SKV_CPU_ISA=name in the

@@ -33,7 +33,7 @@ typedef struct SkvLayout {
 } SkvLayout;
 
 #ifdef __cplusplus
-static_assert(sizeof(SkvLayout) == 48, "SkvLayout is read through ctypes: keep it and layout.py in step");
+static_assert(sizeof(SkvLayout) == 48, "SkvLayout is read through ctypes: keep it and spec/layout.py in step");
 
 namespace skv {
 

@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 from harness import AUTO, SIMPLE, HostMemory, Library, difference  # noqa: E402
 
-from skv_export.cases import Case, op_cases  # noqa: E402
-from skv_export.recipe import LayerConfig  # noqa: E402
+from skv_export.spec.conformance import Case, op_cases  # noqa: E402
+from skv_export.spec.recipe import LayerConfig  # noqa: E402
 
 NAMES = (
     "default",

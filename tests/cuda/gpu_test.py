@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gpu  # first: it finds the package  # isort: skip
 from harness import AUTO, MMA, SIMPLE, Library, check_dense, difference  # isort: skip
 
-from skv_export.cases import Case, all_layouts, make_inputs, op_cases
-from skv_export.quantizer import decode_tile
-from skv_export.recipe import LayerConfig
-from skv_export.reference import quantized_kv_attention
+from skv_export.spec.conformance import Case, all_layouts, make_inputs, op_cases
+from skv_export.spec.quantizer import decode_tile
+from skv_export.spec.recipe import LayerConfig
+from skv_export.spec.reference import quantized_kv_attention
 
-FOLDED_TOLERANCE = 6e-3  # as in test_cuda_shim.py
+FOLDED_TOLERANCE = 6e-3  # as in test_shim.py
 PAIRS = ((8, 8), (4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
 
 

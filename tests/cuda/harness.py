@@ -21,12 +21,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from skv_export.cases import Case, Inputs, expected_of, make_inputs
-from skv_export.layout import CacheLayout
-from skv_export.library import SkvAttention, SkvCache, SkvCudaContext, SkvLayout, SkvTokens
-from skv_export.quantizer import rotate
-from skv_export.recipe import LayerConfig
-from skv_export.reference import load
+from skv_export.native.library import SkvAttention, SkvCache, SkvCudaContext, SkvLayout, SkvTokens
+from skv_export.spec.conformance import Case, Inputs, expected_of, make_inputs
+from skv_export.spec.layout import CacheLayout
+from skv_export.spec.quantizer import rotate
+from skv_export.spec.recipe import LayerConfig
+from skv_export.spec.reference import load
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "skv_export" / "native" / "cuda"
@@ -316,11 +316,11 @@ def build_ort_shim(out: Path, runtime: Path | None = None, instead: Path | None 
     native = SOURCES.parent
     files = [f for f in sorted(SOURCES.glob("*.cu")) if runtime or f.name != "runtime.cu"]
     files += [SHIM / "cuda_shim.cc", SHIM / "ort_shim.cc"]
-    files += [native / "ort_ops_cuda.cc", native / "ort_prefill_cuda.cc"]
+    files += [native / "ort" / f"{name}.cc" for name in ("kernel_cuda", "prefill_cuda")]
     files += [native / "cpu" / f"{name}.cc" for name in ("attention", "cache", "checks", "unit_scalar")]
-    files += [native / f"ort_{name}.cc" for name in ("attributes", "gqa", "op", "prepare", "runtime")]
+    files += [native / "ort" / f"{name}.cc" for name in ("attributes", "gqa", "op", "prepare", "runtime")]
     if runtime is not None:
-        files += [native / "ort_ops.cc", native / "ort_prefill.cc"]
+        files += [native / "ort" / "kernel_cpu.cc", native / "ort" / "prefill.cc"]
     if instead is not None:
         files = [instead if f.name == instead.name else f for f in files]
     if runtime is None:

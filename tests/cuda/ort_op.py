@@ -1,10 +1,9 @@
-"""The op's CUDA side in ONNX Runtime against the reference; run by test_cuda_checks.py with its library in place."""
+"""The op's CUDA side in ONNX Runtime against the reference; run by test_checks.py with its library in place."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,21 +11,19 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from test_ops import PROVIDERS, attributes_of, session_of
+from op_nodes import PROVIDERS, attributes_of, session_of
 from tiny_graph import Tiny
 
-from skv_export.cache import Cache
-from skv_export.cases import Case, make_inputs, op_cases
-from skv_export.doctor import diagnose
+from skv_export.cli.doctor import diagnose
 from skv_export.errors import SkvError
-from skv_export.layout import CacheLayout
-from skv_export.library import load_library
-from skv_export.model_config import LayerCache
-from skv_export.recipe import LayerConfig
-from skv_export.reference import append, quantized_kv_attention, rewind
-from skv_export.verify import check_op
+from skv_export.model_folder.skv_config import LayerCache
+from skv_export.native.library import load_library
+from skv_export.runtime.cache import Cache
+from skv_export.spec.conformance import Case, make_inputs, op_cases
+from skv_export.spec.layout import CacheLayout
+from skv_export.spec.recipe import LayerConfig
+from skv_export.spec.reference import append, quantized_kv_attention, rewind
+from skv_export.verification.run import check_op
 
 SMALL = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
 NAMES = (

@@ -1,11 +1,11 @@
 // Owns what the op's library has else in tests of its CUDA side, over the shim. It stands in for cpu/dispatch.cc; and,
-// without a CUDA provider, for cuda/runtime.cu on the host's memory and for ort_ops.cc: it registers what
-// ort_ops_cuda.cc defines for the CPU provider (built with SKV_CUDA_PROVIDER set).
+// without a CUDA provider, for cuda/runtime.cu on the host's memory and for ort/kernel_cpu.cc: it registers what
+// ort/kernel_cuda.cc defines for the CPU provider (built with SKV_CUDA_PROVIDER set).
 #include <cstring>
 
 #include "cpu/isa.h"
 #include "cuda/kernels_cuda.h"
-#include "ort_op.h"
+#include "ort/op.h"
 
 const skv::Unit& skv::unit() { return kUnitScalar; }
 extern "C" const char* skv_cpu_isa(void) { return skv::unit().name; }

@@ -1,13 +1,12 @@
 """The op under ONNX Runtime's CUDA provider, over runtime_shim.cc: memory, order, graphs, where an export's nodes go.
 
-Run by test_cuda_provider.py with its libraries in place. A device read or written by the host ends the process.
+Run by test_provider.py with its libraries in place. A device read or written by the host ends the process.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -17,18 +16,16 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from op_nodes import OUTPUTS, PROVIDERS, arrays_of, attributes_of, model_of, session_of
+from tiny_models import TINY
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import TINY
-from test_ops import OUTPUTS, PROVIDERS, arrays_of, attributes_of, model_of, session_of
-
-from skv_export.cases import Case
-from skv_export.export import export_model
-from skv_export.layout import OP_NAME
-from skv_export.library import library_path
-from skv_export.recipe import LayerConfig, Recipe
-from skv_export.reference import quantized_kv_attention
-from skv_export.runtime import MODEL_FILE, Session
+from skv_export.export.pipeline import export_model
+from skv_export.native.library import library_path
+from skv_export.runtime.session import MODEL_FILE, Session
+from skv_export.spec.conformance import Case
+from skv_export.spec.layout import OP_NAME
+from skv_export.spec.recipe import LayerConfig, Recipe
+from skv_export.spec.reference import quantized_kv_attention
 
 SMALL = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
 STEPS = 40  # a tile and more

@@ -2,6 +2,6 @@
 
 from optimum.commands.export.base import ExportCommand
 
-from skv_export.optimum_command import SkvExportCommand
+from skv_export.integrations.optimum import SkvExportCommand
 
 REGISTER_COMMANDS = [(SkvExportCommand, ExportCommand)]

@@ -1,4 +1,4 @@
-// Owns append, dequantize and rewind (reference.py: append, load, rewind), through the unit's codec.
+// Owns append, dequantize and rewind (spec/reference.py: append, load, rewind), through the unit's codec.
 #include "cpu/cache.h"
 
 #include <math.h>

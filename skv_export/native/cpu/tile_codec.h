@@ -1,4 +1,4 @@
-// Owns the quantizer's arithmetic and the packing of tiles (design: sections 4 and 5; quantizer.py is the oracle).
+// Owns the quantizer's arithmetic and the packing of tiles (design: sections 4 and 5; spec/quantizer.py is the oracle).
 //
 // Included once by each unit_*.cc and compiled with its instruction set: everything is in an unnamed namespace, nothing
 // is shared. Plain loops whose inner index is the token, so that any compiler turns them into vectors of tokens, and

@@ -2,7 +2,7 @@
 // warp.
 //
 // A row of D channels lies in a warp as x[E], E = D / 32: lane l holds channels l, l + 32, ... Sums and rotations over
-// such a row take their operands in the order of reference.py, with every operation rounded on its own.
+// such a row take their operands in the order of spec/reference.py, with every operation rounded on its own.
 #pragma once
 #include <cmath>
 #include <type_traits>

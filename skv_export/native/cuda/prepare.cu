@@ -1,4 +1,4 @@
-// Owns what is done to new tokens before attention on the device: QK norm and RoPE, as reference.py does them.
+// Owns what is done to new tokens before attention on the device: QK norm and RoPE, as spec/reference.py does them.
 #include "errors.h"
 #include "launchers.h"
 #include "quantizer.cuh"

@@ -1,0 +1,1 @@
+"""How to split the bits between keys and values, from weights and from measurements."""

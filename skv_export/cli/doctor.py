@@ -1,0 +1,155 @@
+"""Owns `skv-export doctor`: what is installed, which kernels will run, what is missing and how to fix it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from skv_export import __version__
+from skv_export.errors import SkvError
+
+_PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tokenizers")
+_ORT_FLOOR = (1, 24)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: ``problem`` says what is missing and how to fix it, and fails the report if ``required``."""
+
+    name: str
+    found: str
+    problem: str = ""
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All lines; ``passed`` when nothing required is missing."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether an exported model can run here."""
+        return not any(check.problem and check.required for check in self.checks)
+
+    def table(self) -> str:
+        """The report as text, a line per check, problems beneath the line they belong to."""
+        width = max(len(check.name) for check in self.checks)
+        lines = []
+        for check in self.checks:
+            mark = "ok" if not check.problem else "!!" if check.required else "--"
+            lines.append(f"{mark}  {check.name:{width}}  {check.found}")
+            if check.problem:
+                lines.append(f"    {'':{width}}  {check.problem}")
+        return "\n".join(lines)
+
+
+def diagnose(folder: Path | None = None) -> Diagnosis:
+    """Looks at the machine; loads neither torch nor a model.
+
+    Args:
+        folder: An exported model, whose kernels on a GPU are named too.
+
+    Raises:
+        SkvError: It is none.
+    """
+    versions = {name: _version(name) for name in _PACKAGES}
+    checks = [Check("skv-export", f"{__version__}, Python {sys.version.split()[0]}, {platform.machine()}")]
+    checks += [Check(name, version) for name, version in versions.items() if version and "runtime" not in name]
+    checks += [_onnxruntime(versions["onnxruntime"], versions["onnxruntime-gpu"]), *_library(), _providers(), _demo()]
+    if folder is not None:
+        checks += _attention(folder)
+    return Diagnosis(tuple(checks))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _onnxruntime(cpu: str, gpu: str) -> Check:
+    found = " and ".join(f"{n} {v}" for n, v in (("onnxruntime", cpu), ("onnxruntime-gpu", gpu)) if v)
+    if cpu and gpu:
+        fix = "Both are one Python module: pip uninstall onnxruntime onnxruntime-gpu, then install one of them."
+        return Check("onnxruntime", found, fix)
+    if not found:
+        return Check("onnxruntime", "missing", "pip install 'skv-export[cpu]', or 'skv-export[gpu]' for an NVIDIA GPU.")
+    if tuple(int(part) for part in (cpu or gpu).split(".")[:2]) < _ORT_FLOOR:
+        return Check(
+            "onnxruntime", found, f"Needs at least {'.'.join(map(str, _ORT_FLOOR))}: pip install -U onnxruntime."
+        )
+    return Check("onnxruntime", found)
+
+
+def _library() -> list[Check]:
+    """The native library: where it is, what it was built for, which instruction set it chose."""
+    from skv_export.native.library import load_library
+
+    try:
+        library = load_library()
+    except SkvError as error:
+        return [Check("native library", "missing", str(error))]
+    cuda = library.cuda_build
+    return [
+        Check("native library", f"{library.path} ({library.version})"),
+        Check("CPU kernels", library.cpu_isa, _wanted(library.cpu_isa), required=False),
+        Check(
+            "CUDA kernels",
+            cuda or "not built",
+            "" if cuda else "For NVIDIA GPUs: install with nvcc on the PATH (SKV_CUDA=on makes its absence an error).",
+            required=False,
+        ),
+    ]
+
+
+def _attention(folder: Path) -> list[Check]:
+    """Which kernels a model's decoding takes on a GPU, whether or not there is one."""
+    from skv_export.model_folder.skv_config import ModelConfig
+    from skv_export.native.library import load_library
+    from skv_export.runtime.providers import gpu_kernels, without_tensor_cores
+
+    name = "decoding on a GPU"
+    config, library = ModelConfig.load(folder), load_library()
+    if not library.cuda_build:
+        return [Check(name, "unknown", "The library has no CUDA kernels.", required=False)]
+    return [
+        Check(name, f"{path}: {len(layers)} of {len(config.layers)} layers", without_tensor_cores(path), required=False)
+        for path, layers in gpu_kernels(config, library).items()
+    ]
+
+
+def _wanted(isa: str) -> str:
+    """What is wrong with SKV_CPU_ISA, if it is set."""
+    wanted = os.environ.get("SKV_CPU_ISA", isa)
+    return "" if wanted == isa else f"SKV_CPU_ISA asks for {wanted}, which this build or this processor does not have."
+
+
+def _providers() -> Check:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return Check("execution providers", "none", f"onnxruntime does not import: {error}")
+    providers = onnxruntime.get_available_providers()
+    cuda = "CUDAExecutionProvider" in providers
+    return Check(
+        "execution providers",
+        ", ".join(p.removesuffix("ExecutionProvider") for p in providers),
+        "" if cuda else "No CUDA: pip uninstall onnxruntime; pip install 'skv-export[gpu]' on a machine with a GPU.",
+        required=False,
+    )
+
+
+def _demo() -> Check:
+    from skv_export.checkpoints.checkpoint import demo_checkpoint
+
+    try:
+        return Check("demo model", str(demo_checkpoint()))
+    except SkvError as error:
+        return Check("demo model", "missing", str(error), required=False)

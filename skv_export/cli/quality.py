@@ -1,0 +1,88 @@
+"""Owns `skv-export quality`'s command line: parse, call, print; torch waits until it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from skv_export.spec.recipe import LayerConfig, Recipe
+
+DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
+
+
+@click.command("quality")
+@click.argument("checkpoint", required=False)
+@click.option("--text", type=click.Path(path_type=Path), help="Text to predict, UTF-8.  [default: shipped prose]")
+@click.option(
+    "--configs",
+    default=DEFAULT_CONFIGS,
+    show_default=True,
+    help="Bit pairs, recipe files or patterns, shipped recipes; separated by commas.",
+)
+@click.option(
+    "--baselines",
+    default="",
+    help="Other systems' caches in the same run: kivi, hf-quanto, hf-hqq; or with bits: kivi-k4v2, hf-hqq-8.",
+)
+@click.option("--windows", default=16, show_default=True, type=click.IntRange(1), help="Windows of text.")
+@click.option("--window", default=1024, show_default=True, type=click.IntRange(64), help="Tokens per window.")
+@click.option("--recent-tokens", type=int, help="Of the bit pairs.  [default: as `model`]")
+@click.option("--num-sink-tokens", type=int, help="Of the bit pairs.  [default: as `model`]")
+@click.option("--needles", is_flag=True, help="Also retrieve numbers hidden in long texts, by depth.")
+@click.option("--needle-lengths", default="1024,2048", show_default=True, help="Tokens of those texts.")
+@click.option("--state", type=click.Path(path_type=Path), help="Keep finished windows here; go on from them.")
+@click.option("--report", type=click.Path(path_type=Path), help="Write the table and the Pareto plot as HTML.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures as JSON.")
+def quality_command(
+    checkpoint: str | None,
+    text: Path | None,
+    configs: str,
+    baselines: str,
+    windows: int,
+    window: int,
+    recent_tokens: int | None,
+    num_sink_tokens: int | None,
+    needles: bool,
+    needle_lengths: str,
+    state: Path | None,
+    report: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Measure what quantized caches lose on CHECKPOINT: perplexity, KL divergence, agreement, bits.
+
+    Decode style: every token sees the cache that decoding token by token would have left. CHECKPOINT is a folder with
+    safetensors, a GGUF file, or a hub id; without it, the demo model.
+
+    \b
+    skv-export quality ./Qwen3-0.6B --configs K4V4,K4V2,K3V3 --text book.txt
+    skv-export quality ./Qwen3-0.6B --configs 'recipes/*.toml' --baselines kivi,hf-quanto --report quality.html
+    """
+    from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
+    from skv_export.evaluation import candidates, comparison, needle
+    from skv_export.evaluation.html_report import html
+    from skv_export.verification.quality_level import read_text
+
+    base = Recipe(LayerConfig()).with_options(recent_tokens=recent_tokens, num_sink_tokens=num_sink_tokens)
+    wanted = [*candidates.parse_configs(configs, base), *candidates.parse_baselines(baselines)]
+    lengths = needle.parse_lengths(needle_lengths)
+    source = resolve(checkpoint or demo_checkpoint())
+    prose = read_text(text)
+    loaded = comparison.load(source)
+    with click.progressbar(length=1000, label="quality", show_pos=False) as bar:
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.label = f"quality {what}"
+            bar.update(1000 * done // total - bar.pos)
+
+        result = comparison.run(
+            source, wanted, prose, windows=windows, window=window, state=state, progress=progress, loaded=loaded
+        )
+    click.echo(result.table())
+    retrieval = needle.run(loaded, wanted, prose, lengths=lengths) if needles else None
+    if retrieval:
+        click.echo("\n" + retrieval.table())
+    if json_file:
+        json_file.write_text(result.to_json(retrieval), encoding="utf-8")
+    if report:
+        report.write_text(html(result, retrieval), encoding="utf-8")

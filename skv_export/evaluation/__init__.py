@@ -1,0 +1,1 @@
+"""What a quantizer of the cache loses, measured in PyTorch."""

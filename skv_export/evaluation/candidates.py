@@ -1,0 +1,206 @@
+"""Owns what `skv-export quality` compares: our recipes and other systems' caches, by name.
+
+A contender predicts a window of text decode style: every token sees the cache that a decoder would have.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import importlib.util
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, QuantizedCache
+
+from skv_export.errors import SkvError
+from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation
+from skv_export.spec.recipe import BITS, Recipe, shipped_recipes
+
+BASELINES = ("kivi", "hf-quanto", "hf-hqq")
+"""Other systems: each stands for its usual bit widths (``kivi``), or names one (``kivi-k4v2``, ``hf-quanto-4``)."""
+_PACKAGES = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq", "hqq")}
+_CACHE_BITS = {"quanto": (4, 2), "hqq": (8, 4, 2)}
+"""What works: hqq packs 3 bits into rows that it can't unpack to every length."""
+_PROMPT = {"quanto": 1, "hqq": 64}
+"""Tokens of the first call: hqq packs several groups into a row, and fails where they do not fill it."""
+_RESIDUAL, _GROUP = 128, 64
+"""Defaults of transformers' QuantizedCache: full-precision tokens, and numbers that share a scale and a zero point."""
+
+
+@dataclass(frozen=True)
+class Contender(ABC):
+    """One cache to be measured.
+
+    Attributes:
+        name: As it was asked for.
+        key: Changes with anything that changes the figures; ties saved results to what made them.
+        note: What it is, in a few words.
+    """
+
+    name: str
+    key: str
+    note: str
+
+    @abstractmethod
+    def logits(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+        """Predicts a window ``[S]``: float32 logits ``[S, vocab]``."""
+
+    @abstractmethod
+    def effective_bits(self, context_length: int) -> float:
+        """Bits per element of a cache of this length, everything counted; after the first ``logits``."""
+
+
+@dataclass(frozen=True)
+class Simulated(Contender):
+    """A cache whose content follows from the length alone: the whole window in one pass (``decode_simulation.py``)."""
+
+    simulation: Simulation
+
+    def logits(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+        """One forward pass."""
+        return simulated_logits(model, ids, self.simulation)
+
+    def effective_bits(self, context_length: int) -> float:
+        """Over all layers."""
+        return self.simulation.effective_bits(context_length)
+
+
+@dataclass(frozen=True)
+class TransformersCache(Contender):
+    """transformers' own QuantizedCache, its code untouched.
+
+    It quantizes the first call's tokens at once, then whenever 128 more have come, all of them anew. A first call and
+    then calls of 128 leave what decoding token by token leaves: within a call every new token is exact. The first call
+    has one token, with hqq 64, which then are a prompt.
+    """
+
+    backend: str
+    bits: int
+
+    def logits(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+        """Calls that end where the cache flushes."""
+        axis = 0 if self.backend == "quanto" else 1
+        cache = QuantizedCache(
+            backend=self.backend,
+            config=model.config,
+            nbits=self.bits,
+            axis_key=axis,
+            axis_value=axis,
+            q_group_size=_GROUP,
+            residual_length=_RESIDUAL,
+        )
+        with own_attention(model):
+            first = _PROMPT[self.backend]
+            parts = [ids[:first], *torch.split(ids[first:], _RESIDUAL)]
+            return torch.cat([model(p[None], past_key_values=cache, use_cache=True).logits[0].float() for p in parts])
+
+    def effective_bits(self, context_length: int) -> float:
+        """Codes, a float16 scale and zero point per group, and room for the exact tokens."""
+        held = max(0, context_length - _RESIDUAL)
+        return (held * (self.bits + 32 / _GROUP) + (context_length - held) * 16) / context_length
+
+
+@contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model with transformers' attention instead of the simulated one."""
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+
+
+def simulated_logits(model: PreTrainedModel, ids: torch.Tensor, simulation: Simulation) -> torch.Tensor:
+    """Float32 logits ``[S, vocab]`` of a window with the caches of a simulation, in one forward pass."""
+    logits: torch.Tensor = model(ids[None], use_cache=False, skv_simulation=simulation).logits[0]
+    return logits.float()
+
+
+# By name.
+
+
+def parse_configs(text: str, base: Recipe) -> list[Contender]:
+    """Reads ``--configs``: bit pairs such as ``K4V2``, recipes by file, pattern or shipped name, separated by commas.
+
+    Args:
+        text: What was given.
+        base: The options of the bit pairs beside their bits.
+
+    Raises:
+        SkvError: A name that is none of these.
+    """
+    found: list[Contender] = []
+    for name in filter(None, (part.strip() for part in text.split(","))):
+        pair = re.fullmatch(r"K(\d+)V(\d+)", name, re.IGNORECASE)
+        if pair:
+            bits = {"k_bits": int(pair[1]), "v_bits": int(pair[2])}
+            found.append(of_recipe(name.upper(), base.with_options(**bits)))
+            continue
+        paths = [Path(p) for p in sorted(glob.glob(name))] or [shipped_recipes().get(name, Path(name))]
+        if not paths[0].is_file():
+            widths = ", ".join(map(str, BITS))
+            raise SkvError(
+                f"--configs: {name}",
+                expected=f"a bit pair such as K4V2 (bits: {widths}), a recipe file or pattern, or a shipped recipe",
+                fix="`skv-export recipes` lists those of the package.",
+            )
+        found += [of_recipe(path.stem, Recipe.load(path)) for path in paths]
+    return found
+
+
+def of_recipe(name: str, recipe: Recipe) -> Simulated:
+    """Returns the contender of a recipe; its weights' number format plays no part, everything runs in float32."""
+    key = hashlib.sha256(recipe.with_options(dtype="fp32", description="").to_toml().encode()).hexdigest()[:16]
+    return Simulated(name, key, recipe.description, Simulation.of_recipe(recipe))
+
+
+def parse_baselines(text: str) -> list[Contender]:
+    """Reads ``--baselines``.
+
+    Raises:
+        SkvError: An unknown name, or a package that is not installed.
+    """
+    found: list[Contender] = []
+    for name in filter(None, (part.strip().lower() for part in text.split(","))):
+        kivi = re.fullmatch(r"kivi(?:-k(\d)v(\d))?", name)
+        cache = re.fullmatch(r"hf-(quanto|hqq)(?:-(\d))?", name)
+        if kivi:
+            pairs = [(int(kivi[1]), int(kivi[2]))] if kivi[1] else [(4, 4), (2, 2)]
+            found += [_kivi(*pair) for pair in pairs]
+        elif cache:
+            _require(cache[1])
+            widths = (int(cache[2]),) if cache[2] else (4, 2)
+            if not set(widths) <= set(_CACHE_BITS[cache[1]]):
+                raise SkvError(f"--baselines: {name}", expected=f"bits of {_CACHE_BITS[cache[1]]}")
+            found += [_transformers(cache[1], bits) for bits in widths]
+        else:
+            expected = ", ".join(BASELINES) + ", or one with its bits: kivi-k4v2, hf-quanto-4, hf-hqq-8"
+            raise SkvError(f"--baselines: {name}", expected=expected)
+    return found
+
+
+def _kivi(k_bits: int, v_bits: int) -> Simulated:
+    name = f"kivi-k{k_bits}v{v_bits}"
+    return Simulated(name, name, "KIVI's published cache", Simulation.of_kivi(k_bits, v_bits))
+
+
+def _transformers(backend: str, bits: int) -> TransformersCache:
+    name = f"hf-{backend}-{bits}"
+    return TransformersCache(name, name, f"transformers' QuantizedCache, {backend}", backend, bits)
+
+
+def _require(backend: str) -> None:
+    module, package = _PACKAGES[backend]
+    root = module.partition(".")[0]
+    if importlib.util.find_spec(root) is None or importlib.util.find_spec(module) is None:
+        raise SkvError(
+            f"--baselines: hf-{backend} needs the package {package}",
+            got="not installed",
+            fix=f"pip install {package}",
+        )

@@ -1,0 +1,342 @@
+"""Owns `skv-export quality`: what configurations of the cache lose against full precision, on one text in one run.
+
+Every window of text is predicted once by the unquantized model and once by each contender, decode style. Differences
+are taken position by position, so the standard error of a change is that of the difference, which is far below those
+of the two perplexities.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from skv_export.checkpoints.checkpoint import Source
+from skv_export.errors import SkvError
+from skv_export.evaluation.candidates import Contender, simulated_logits
+from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation
+from skv_export.evaluation.needle import NeedleResult
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, steps done and steps in all."""
+POSITION_BUCKETS = 8
+"""Parts of a window for perplexity by position."""
+BITS_CONTEXT = 8192
+"""Context at which effective bits are stated."""
+_CHUNK = 128
+"""Positions whose log-probabilities are compared at once: bounds the memory with large vocabularies."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender's figures.
+
+    Attributes:
+        name: The contender's.
+        note: What it is.
+        effective_bits: Bits per element at ``BITS_CONTEXT`` tokens: codes, parameters, full-precision tokens.
+        ppl: Perplexity.
+        ppl_reference: Of the unquantized model, on the same positions.
+        ppl_change_percent: ``100 * (ppl / ppl_reference - 1)``.
+        ppl_stderr_percent: Its standard error over windows; 0 with one window.
+        kld_mean: Mean KL divergence from the unquantized model, in nats per token.
+        kld_stderr: Its standard error over windows.
+        kld_p99: 99th percentile over positions.
+        kld_max: Largest.
+        top1_agreement: Share of positions where both models' most likely token is the same.
+        ppl_change_by_position: Percent, for equal parts of the window from its start to its end.
+        windows: Windows measured.
+        positions: Predictions scored.
+    """
+
+    name: str
+    note: str
+    effective_bits: float
+    ppl: float
+    ppl_reference: float
+    ppl_change_percent: float
+    ppl_stderr_percent: float
+    kld_mean: float
+    kld_stderr: float
+    kld_p99: float
+    kld_max: float
+    top1_agreement: float
+    ppl_change_by_position: list[float]
+    windows: int
+    positions: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        model: What was measured.
+        text: SHA-256 of the text, its first 16 digits.
+        window: Tokens per window.
+        rows: One per contender, as asked for.
+    """
+
+    model: str
+    text: str
+    window: int
+    rows: list[Row]
+
+    def to_json(self, retrieval: NeedleResult | None = None) -> str:
+        """Everything, as JSON."""
+        content: dict[str, Any] = {
+            "model": self.model,
+            "text_sha256": self.text,
+            "window": self.window,
+            "effective_bits_at": BITS_CONTEXT,
+            "rows": [vars(row) for row in self.rows],
+        }
+        if retrieval:
+            content["needles"] = [vars(row) for row in retrieval.rows]
+        return json.dumps(content, indent=1) + "\n"
+
+    def table(self) -> str:
+        """A line per contender, fewest bits first; ``*`` marks the Pareto front."""
+        front = {row.name for row in pareto(self.rows)}
+        width = max([13, *(len(row.name) for row in self.rows)])
+        first = self.rows[0]
+        lines = [
+            f"{self.model}: perplexity {first.ppl_reference:.3f} in full precision; {first.windows} windows of "
+            f"{self.window} tokens; bits per element at {BITS_CONTEXT} tokens, everything counted",
+            f"  {'configuration':{width}}  {'bits':>6}  {'perplexity':>16}  "
+            f"{'KLD mean':>8}  {'p99':>7}  {'max':>6}  top-1",
+        ]
+        for row in sorted(self.rows, key=lambda row: row.effective_bits):
+            change = f"{row.ppl_change_percent:+.2f}% ±{row.ppl_stderr_percent:.2f}"
+            lines.append(
+                f"{'*' if row.name in front else ' '} {row.name:{width}}  {row.effective_bits:6.3f}  {change:>16}  "
+                f"{row.kld_mean:8.5f}  {row.kld_p99:7.4f}  {row.kld_max:6.3f}  {row.top1_agreement:.2%}"
+            )
+        return "\n".join(lines)
+
+
+def pareto(rows: Sequence[Row]) -> list[Row]:
+    """Rows that no other row beats in both bits and mean KL divergence, fewest bits first."""
+    front: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row.effective_bits, row.kld_mean)):
+        if not front or row.kld_mean < front[-1].kld_mean:
+            front.append(row)
+    return front
+
+
+# The model and its text.
+
+
+def load(source: Source) -> tuple[PreTrainedModel, Any]:
+    """Loads a checkpoint in float32 with simulated attention, and its tokenizer.
+
+    Raises:
+        SkvError: The model does not take transformers' AttentionInterface.
+    """
+    files = {"revision": source.revision} if source.kind == "hub" else {}
+    if source.gguf_file:
+        files["gguf_file"] = source.gguf_file
+    tokenizer: Any = AutoTokenizer.from_pretrained(source.pretrained, **files)
+    model: Any = AutoModelForCausalLM.from_pretrained(source.pretrained, dtype=torch.float32, **files)
+    model.eval().requires_grad_(False)
+    model.set_attn_implementation(ATTENTION_NAME)
+    if model.config._attn_implementation != ATTENTION_NAME:
+        raise SkvError(f"{model.config.model_type}: its attention can't be replaced, so its cache can't be simulated")
+    return model, tokenizer
+
+
+def cut_windows(tokenizer: Any, text: str, count: int, length: int) -> torch.Tensor:
+    """Cuts ``[windows, length]`` tokens out of a text, evenly spread, not overlapping.
+
+    Each starts with what the tokenizer puts before a text.
+
+    Raises:
+        SkvError: The text does not fill one window.
+    """
+    start = list(tokenizer("").input_ids)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    body = length - len(start)
+    count = min(count, len(ids) // body)
+    if count < 1:
+        raise SkvError(
+            "--text: too short", got=f"{len(ids)} tokens", expected=f"at least {body}", fix="Pass a longer text."
+        )
+    places = np.linspace(0, len(ids) - body, count).astype(int)
+    return torch.tensor([[*start, *ids[place : place + body]] for place in places])
+
+
+# Measuring.
+
+
+@dataclass(frozen=True)
+class _Window:
+    """One contender on one window.
+
+    Attributes:
+        nll: ``[S - 1]``, of the contender, in nats.
+        nll_reference: ``[S - 1]``.
+        divergence: ``[S - 1]``, in nats.
+        agreement: Share of positions.
+        bits: Effective bits.
+    """
+
+    nll: NDArray[np.float32]
+    nll_reference: NDArray[np.float32]
+    divergence: NDArray[np.float32]
+    agreement: float
+    bits: float
+
+    def to_json(self) -> dict[str, Any]:
+        lists = {name: [float(f"{x:.6g}") for x in getattr(self, name)] for name in _ARRAYS}
+        return {**lists, "agreement": self.agreement, "bits": self.bits}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> _Window:
+        arrays = {name: np.array(values[name], np.float32) for name in _ARRAYS}
+        return cls(**arrays, agreement=values["agreement"], bits=values["bits"])
+
+
+_ARRAYS = ("nll", "nll_reference", "divergence")
+
+
+def _compare(reference: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, bits: float) -> _Window:
+    """Compares log-probabilities ``[S, vocab]`` with logits of a contender."""
+    parts: list[torch.Tensor] = []
+    for start in range(0, len(ids) - 1, _CHUNK):
+        rows = slice(start, min(start + _CHUNK, len(ids) - 1))
+        p, q = reference[rows], logits[rows].log_softmax(-1)
+        target = ids[rows.start + 1 : rows.stop + 1, None]
+        divergence = (p.exp() * (p - q)).sum(-1).clamp(min=0)
+        agreement = (p.argmax(-1) == q.argmax(-1)).float()
+        parts.append(torch.stack([-q.gather(1, target)[:, 0], -p.gather(1, target)[:, 0], divergence, agreement]))
+    nll, nll_reference, divergence, agreement = torch.cat(parts, 1).numpy()
+    return _Window(nll, nll_reference, divergence, float(agreement.mean()), bits)
+
+
+class _State:
+    """Finished windows, a JSON line each, so that an interrupted run goes on where it stopped."""
+
+    def __init__(self, path: Path | None, run: str) -> None:
+        self._path, self._run = path, run
+        self._done: dict[tuple[str, int], _Window] = {}
+        if path is None or not path.exists():
+            return
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # a run that was killed while writing leaves half a line
+            path.write_text(whole, encoding="utf-8")
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                values = json.loads(line)
+                if values["run"] == run:
+                    self._done[values["key"], values["window"]] = _Window.from_json(values)
+            except (ValueError, KeyError, TypeError) as error:
+                raise SkvError(f"{path}, line {number}: no saved window", got=str(error), fix="Delete it.") from error
+
+    def get(self, contender: Contender, window: int) -> _Window | None:
+        return self._done.get((contender.key, window))
+
+    def put(self, contender: Contender, window: int, values: _Window) -> None:
+        self._done[contender.key, window] = values
+        if self._path is not None:
+            line = {"run": self._run, "key": contender.key, "window": window, **values.to_json()}
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+@torch.no_grad()
+def run(
+    source: Source,
+    contenders: Sequence[Contender],
+    text: str,
+    *,
+    windows: int = 16,
+    window: int = 1024,
+    first: int | None = None,
+    state: Path | None = None,
+    progress: Progress | None = None,
+    loaded: tuple[PreTrainedModel, Any] | None = None,
+) -> Result:
+    """Measures every contender on the same windows of a text.
+
+    Args:
+        source: The checkpoint.
+        contenders: What to compare with full precision.
+        text: What to predict.
+        windows: Windows of text; fewer if the text has no more.
+        window: Tokens per window.
+        first: Measure only so many of these windows, 1 or more; ``state`` lets the others be added later.
+        state: File of finished windows; what it holds of this model and text is not measured again.
+        progress: Called after each window of each contender.
+        loaded: The model and tokenizer, if they are loaded already.
+
+    Raises:
+        SkvError: The text is too short, two contenders have one name, or ``state`` is no state file.
+    """
+    names = [c.name for c in contenders]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double or not names:
+        raise SkvError("configurations", got=f"{', '.join(double) or 'nothing'}", expected="names, each once")
+    model, tokenizer = loaded or load(source)
+    cut = cut_windows(tokenizer, text, windows, window)
+    digest = hashlib.sha256(cut.numpy().tobytes()).hexdigest()[:16]
+    done = _State(state, f"{source}:{digest}")
+    cut = cut[:first]
+    tick = progress or (lambda *_: None)
+    for i, ids in enumerate(cut):
+        missing = [c for c in contenders if done.get(c, i) is None]
+        reference = None
+        for contender in missing:
+            if reference is None:
+                full = simulated_logits(model, ids, Simulation.full_precision())
+                reference = full.log_softmax(-1)
+            logits = contender.logits(model, ids)
+            done.put(contender, i, _compare(reference, logits, ids, contender.effective_bits(BITS_CONTEXT)))
+            tick(contender.name, i * len(names) + names.index(contender.name) + 1, len(cut) * len(names))
+    text_hash = hashlib.sha256(text.encode()).hexdigest()[:16]
+    rows = [_row(c, [_held(done, c, i) for i in range(len(cut))]) for c in contenders]
+    return Result(str(source), text_hash, window, rows)
+
+
+def _held(done: _State, contender: Contender, window: int) -> _Window:
+    values = done.get(contender, window)
+    assert values is not None
+    return values
+
+
+def _row(contender: Contender, windows: list[_Window]) -> Row:
+    nll, reference, divergence = (np.stack([getattr(w, name) for w in windows]).astype(np.float64) for name in _ARRAYS)
+    change = nll - reference
+    ratio = math.exp(change.mean())
+    parts = np.array_split(np.arange(change.shape[1]), POSITION_BUCKETS)
+    return Row(
+        name=contender.name,
+        note=contender.note,
+        effective_bits=windows[0].bits,
+        ppl=math.exp(nll.mean()),
+        ppl_reference=math.exp(reference.mean()),
+        ppl_change_percent=100 * (ratio - 1),
+        ppl_stderr_percent=100 * ratio * _stderr(change.mean(1)),
+        kld_mean=float(divergence.mean()),
+        kld_stderr=_stderr(divergence.mean(1)),
+        kld_p99=float(np.quantile(divergence, 0.99)),
+        kld_max=float(divergence.max()),
+        top1_agreement=float(np.mean([w.agreement for w in windows])),
+        ppl_change_by_position=[100 * math.expm1(change[:, part].mean()) for part in parts],
+        windows=len(windows),
+        positions=divergence.size,
+    )
+
+
+def _stderr(of_windows: NDArray[np.float64]) -> float:
+    count = len(of_windows)
+    return float(of_windows.std(ddof=1) / math.sqrt(count)) if count > 1 else 0.0

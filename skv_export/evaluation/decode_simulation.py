@@ -1,0 +1,371 @@
+"""Owns decoding without decoding: attention over a whole text at once, every token seeing a decoder's cache.
+
+A cache's content is a function of its length alone (design: section 3), and a tile's codes of its own tokens alone. So
+what the query at position i would read from a cache of i tokens can be computed for all i in one pass: quantize every
+tile once, then let each query see the quantized form of the tokens that have left for the tiles, and the full-precision
+form of the others. The result is that of one call per token, up to the order of float32 sums; tests hold it to the
+reference op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AttentionInterface
+
+from skv_export.errors import SkvError
+from skv_export.spec.layout import CacheLayout
+from skv_export.spec.quantizer import decode_tile, encode_tile, rotate, to_half
+from skv_export.spec.recipe import Recipe
+from skv_export.spec.reference import stored
+
+ATTENTION_NAME = "skv_simulated"
+"""Name under which the hook is registered with transformers."""
+BLOCK = 128
+"""Queries handled together: bounds the scores held at once to ``[N, BLOCK, S]``."""
+
+
+class TensorCache(Protocol):
+    """What a cache makes of one tensor, keys or values, of one layer; everything in the model's own basis."""
+
+    @property
+    def num_sink_tokens(self) -> int:
+        """First tokens, never quantized."""
+
+    def quantized_tokens(self, length: int) -> int:
+        """Tokens held in quantized form once ``length`` tokens are in the cache, counted after the sinks."""
+
+    def exact(self, x: torch.Tensor) -> torch.Tensor:
+        """``[H, S, D]`` as read back from the full-precision rows."""
+
+    def quantized(self, x: torch.Tensor) -> torch.Tensor:
+        """``[H, S, D]`` as read back from the quantized part; rows that never leave for it are not looked at."""
+
+    def effective_bits(self, context_length: int) -> float:
+        """Bits per element at this length, everything counted."""
+
+
+@dataclass(frozen=True)
+class LayoutCache:
+    """Our own cache: the op's layout, through the reference's arithmetic.
+
+    Attributes:
+        layout: Of keys or values of one layer.
+    """
+
+    layout: CacheLayout
+
+    @property
+    def num_sink_tokens(self) -> int:
+        """First tokens, never quantized."""
+        return self.layout.num_sink_tokens
+
+    def quantized_tokens(self, length: int) -> int:
+        """As the layout says."""
+        return self.layout.quantized_tokens(length)
+
+    def exact(self, x: torch.Tensor) -> torch.Tensor:
+        """Rounds to ``recent_type``, in the cache's basis."""
+        return self._to_model(stored(self.layout, x.numpy()).astype(np.float32))
+
+    def quantized(self, x: torch.Tensor) -> torch.Tensor:
+        """Quantizes every full tile and reads it back."""
+        layout = self.layout
+        rows = stored(layout, x.numpy())
+        first, t = layout.num_sink_tokens, layout.tile_tokens
+        tiles = max(0, (rows.shape[1] - first) // t)
+        span = slice(first, first + tiles * t)
+        out = rows.astype(np.float32)
+        if tiles:
+            content = rows[:, span].reshape(rows.shape[0], tiles, t, -1)
+            out[:, span] = decode_tile(layout, encode_tile(layout, content)).reshape(rows.shape[0], tiles * t, -1)
+        return self._to_model(out)
+
+    def effective_bits(self, context_length: int) -> float:
+        """All bytes of the block, over the tokens that a query can see: a sliding window has no use for more."""
+        seen = min(context_length, self.layout.local_window_size or context_length)
+        return self.layout.effective_bits(context_length) * context_length / seen
+
+    def _to_model(self, rows: Any) -> torch.Tensor:
+        x = rotate(rows, self.layout.rotation_dim) if self.layout.rotation == "hadamard" else rows
+        return torch.from_numpy(np.ascontiguousarray(x[..., : self.layout.head_dim]))
+
+
+@dataclass(frozen=True)
+class FullCache:
+    """The cache of the unquantized model: what a configuration is compared with."""
+
+    num_sink_tokens: int = 0
+
+    def quantized_tokens(self, length: int) -> int:
+        """None."""
+        return 0
+
+    def exact(self, x: torch.Tensor) -> torch.Tensor:
+        """As it is."""
+        return x
+
+    def quantized(self, x: torch.Tensor) -> torch.Tensor:
+        """As it is."""
+        return x
+
+    def effective_bits(self, context_length: int) -> float:
+        """As a float16 cache has."""
+        return 16.0
+
+
+@dataclass(frozen=True)
+class KiviCache:
+    """KIVI's published cache (arXiv 2402.02750 and its code): min-max in groups of 32, the last tokens exact, no sinks.
+
+    Keys: per channel over 32 tokens; up to ``residual`` exact ones, quantized together when that many have come.
+    Values: per token over 32 channels; the last ``residual`` tokens are exact.
+
+    Attributes:
+        bits: Of a code.
+        is_value: Values, not keys.
+        residual: Exact tokens, at most.
+        group_size: Numbers that share a scale and a minimum, both float16.
+        local_window_size: Tokens a query sees, itself included; 0 = all. Only these are held, as by our cache.
+    """
+
+    bits: int
+    is_value: bool
+    residual: int = 128
+    group_size: int = 32
+    local_window_size: int = 0
+    num_sink_tokens: int = 0
+
+    def quantized_tokens(self, length: int) -> int:
+        """Values leave one by one, keys ``residual`` at a time."""
+        return max(0, length - self.residual) if self.is_value else length // self.residual * self.residual
+
+    def exact(self, x: torch.Tensor) -> torch.Tensor:
+        """Rounds to float16."""
+        return x.half().float()
+
+    def quantized(self, x: torch.Tensor) -> torch.Tensor:
+        """Min-max over KIVI's groups."""
+        heads, tokens, dim = x.shape
+        g = self.group_size
+        if self.is_value:
+            groups = x.reshape(heads, tokens * dim // g, g, 1)
+        else:
+            groups = x[:, : tokens // g * g].reshape(heads, tokens // g, g, dim)
+        out = torch.from_numpy(_min_max(groups.half().float().numpy(), self.bits)).reshape(heads, -1, dim)
+        return torch.cat([out, x[:, out.shape[1] :]], 1)
+
+    def effective_bits(self, context_length: int) -> float:
+        """Codes, a scale and a minimum per group, and room for the exact tokens."""
+        seen = min(context_length, self.local_window_size or context_length)
+        exact = min(seen, self.residual)
+        return ((seen - exact) * (self.bits + 32 / self.group_size) + exact * 16) / seen
+
+
+def _min_max(x: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+    """``[..., T, D]`` on ``2**bits`` levels from the smallest to the largest of each T numbers, as read back."""
+    levels = np.float32(2**bits - 1)
+    low, high = x.min(-2, keepdims=True), x.max(-2, keepdims=True)
+    scale, offset = (to_half(y).astype(np.float32) for y in ((high - low) / levels, low))
+    codes = np.rint((x - offset) / np.where(scale > 0, scale, np.float32(1)))
+    read: NDArray[np.float32] = np.clip(codes, 0, levels) * scale + offset
+    return read
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    caches: tuple[TensorCache, TensorCache],
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    local_window_size: int = 0,
+    head_sink: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of one sequence, token by token through the caches, all tokens in one call.
+
+    Args:
+        query: ``[N, S, D]``, float32, after RoPE and QK norm.
+        key: ``[N_kv, S, D]``.
+        value: The same.
+        caches: Of keys and of values.
+        scale: Multiplies the scores.
+        softcap: As the op's attribute.
+        local_window_size: As the op's attribute.
+        head_sink: ``[N]``.
+
+    Returns:
+        ``[N, S, D]``.
+    """
+    heads, tokens, dim = key.shape
+    grouped = (query * scale).reshape(heads, -1, tokens, dim)
+    k_states = caches[0].exact(key), caches[0].quantized(key)
+    v_states = caches[1].exact(value), caches[1].quantized(value)
+    out = torch.empty_like(grouped)
+    sink = None if head_sink is None else head_sink.float().reshape(heads, -1, 1, 1)
+    for start in range(0, tokens, BLOCK):
+        stop = min(start + BLOCK, tokens)
+        q, own = grouped[:, :, start:stop], torch.arange(stop - start)
+        # The query heads of a KV head share its rows: one product for all of them.
+        folded = q.reshape(heads, -1, dim)
+        k, k_late = _view(caches[0], *k_states, start, stop)
+        v, v_late = _view(caches[1], *v_states, start, stop)
+        scores = (folded @ k.mT).reshape(*q.shape[:3], -1)
+        for columns, late, difference in k_late:
+            scores[..., columns] += (folded @ difference.mT).reshape(*q.shape[:3], -1).mul_(late)
+        scores[..., own, own + start] = (q * key[:, None, start:stop]).sum(-1)
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        _mask(scores, start, local_window_size)
+        if sink is None:
+            weights = scores.softmax(-1)
+        else:
+            weights = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
+        block = (weights.flatten(1, 2) @ v).reshape(q.shape)
+        for columns, late, difference in v_late:
+            block += ((weights[..., columns] * late).flatten(1, 2) @ difference).view_as(block)
+        block += weights[..., own, own + start, None] * (value - v_states[0])[:, None, start:stop]
+        out[:, :, start:stop] = block
+    return out.reshape(-1, tokens, dim)
+
+
+def _mask(scores: torch.Tensor, start: int, window: int) -> None:
+    """Hides the tokens after each query, and those that a sliding window has left behind, in place."""
+    queries, columns = scores.shape[-2:]
+    position = torch.arange(start, start + queries)[:, None]
+    scores[..., start:].masked_fill_(torch.arange(start, columns) > position, -torch.inf)
+    if 0 < window < columns:
+        scores.masked_fill_(torch.arange(columns) <= position - window, -torch.inf)
+
+
+_Change = tuple[slice, torch.Tensor, torch.Tensor]
+
+
+def _view(
+    cache: TensorCache, exact: torch.Tensor, quantized: torch.Tensor, start: int, stop: int
+) -> tuple[torch.Tensor, list[_Change]]:
+    """What queries ``start ... stop-1`` see: tokens ``[H, stop, D]`` as the first of them does, and what changes later.
+
+    A change is: columns, which queries see them quantized ``[queries, columns]``, and quantized minus exact.
+    """
+    sinks = cache.num_sink_tokens
+    first, last = (sinks + cache.quantized_tokens(length) for length in (start, stop - 1))
+    seen = exact[:, :stop].clone()
+    seen[:, sinks:first] = quantized[:, sinks:first]
+    if last == first:
+        return seen, []
+    ends = torch.tensor([sinks + cache.quantized_tokens(i) for i in range(start, stop)])
+    late = (torch.arange(first, last)[None] < ends[:, None]).float()
+    columns = slice(first, last)
+    return seen, [(columns, late, quantized[:, columns] - exact[:, columns])]
+
+
+# The Hugging Face hook.
+
+CacheFactory = Callable[[int, int, int], tuple[TensorCache, TensorCache]]
+"""Layer index, head_dim and sliding window (0 = none) to the caches of a layer's keys and values."""
+
+
+class Simulation:
+    """One configuration's caches, made when a layer is first seen; the model takes it as ``skv_simulation``.
+
+    Args:
+        make: Makes a layer's caches.
+    """
+
+    def __init__(self, make: CacheFactory) -> None:
+        self._make = make
+        self._caches: dict[int, tuple[TensorCache, TensorCache]] = {}
+        self._shapes: dict[int, tuple[int, int]] = {}
+
+    @classmethod
+    def full_precision(cls) -> Simulation:
+        """Returns the simulation of the unquantized model."""
+        return cls(lambda *_: (FullCache(), FullCache()))
+
+    @classmethod
+    def of_kivi(cls, k_bits: int, v_bits: int) -> Simulation:
+        """Returns the simulation of KIVI's cache."""
+
+        def make(index: int, head_dim: int, window: int) -> tuple[TensorCache, TensorCache]:
+            key, value = KiviCache(k_bits, False), KiviCache(v_bits, True)
+            return replace(key, local_window_size=window), replace(value, local_window_size=window)
+
+        return cls(make)
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> Simulation:
+        """Returns the simulation of our own cache with a recipe's options."""
+
+        def make(index: int, head_dim: int, window: int) -> tuple[TensorCache, TensorCache]:
+            key, value = CacheLayout.pair(recipe.layer(index), head_dim, window)
+            return LayoutCache(key), LayoutCache(value)
+
+        return cls(make)
+
+    def layer(self, index: int, kv_num_heads: int, head_dim: int, window: int) -> tuple[TensorCache, TensorCache]:
+        """Returns the caches of layer ``index``."""
+        if index not in self._caches:
+            self._caches[index] = self._make(index, head_dim, window)
+            self._shapes[index] = kv_num_heads * head_dim, window
+        return self._caches[index]
+
+    def effective_bits(self, context_length: int) -> float:
+        """Bits per element over all layers, keys and values, everything counted; after a window has been run.
+
+        A layer with a sliding window has the elements of its window.
+        """
+        bits = total = 0.0
+        for index, pair in self._caches.items():
+            width, window = self._shapes[index]
+            elements = width * min(context_length, window or context_length)
+            bits += sum(elements * cache.effective_bits(context_length) for cache in pair)
+            total += 2 * elements
+        return bits / total
+
+
+def _hook(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    skv_simulation: Simulation | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: ``[B, N, S, D]`` to ``[B, S, N, D]``; a row of the batch is a sequence."""
+    if skv_simulation is None:
+        raise SkvError(
+            f"{type(module).__name__}: the model does not hand its keyword arguments to the attention function",
+            fix="Its cache can't be simulated; README lists the architectures that can.",
+        )
+    window = int(sliding_window or 0)
+    caches = skv_simulation.layer(int(module.layer_idx), key.shape[1], key.shape[-1], window)  # type: ignore[arg-type]
+    rows = [
+        attend(
+            q.float(),
+            k.float(),
+            v.float(),
+            caches,
+            scale=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
+            softcap=float(softcap or 0.0),
+            local_window_size=window,
+            head_sink=s_aux,
+        )
+        for q, k, v in zip(query, key, value, strict=True)
+    ]
+    return torch.stack(rows).transpose(1, 2).to(query.dtype), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _hook)

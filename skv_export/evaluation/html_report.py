@@ -1,0 +1,120 @@
+"""Owns the page that shows a quality run: Pareto plot, loss by position, tables; one self-contained file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+
+from skv_export.analysis.html_report import Chart, Line, svg
+from skv_export.evaluation.comparison import BITS_CONTEXT, Result, Row, pareto
+from skv_export.evaluation.needle import DEPTHS, NeedleResult
+
+_WIDTH, _HEIGHT = 680, 420
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 90, 14, 40
+_FLOOR = 1e-6
+"""Smallest KL divergence drawn: below it is float32 noise."""
+
+
+def html(result: Result, retrieval: NeedleResult | None = None) -> str:
+    """Returns the page."""
+    style = resources.files("skv_export").joinpath("data/report.css").read_text(encoding="utf-8")
+    first = result.rows[0]
+    parts = [
+        f"<h1>{escape(result.model)}</h1>",
+        f"<p>What quantized caches lose: perplexity {first.ppl_reference:.3f} in full precision, {first.windows} "
+        f"windows of {result.window} tokens, every token seeing the cache that decoding would have left.</p>",
+        "<h2>Loss against bits</h2>",
+        scatter(result.rows),
+        f"<p class=note>Bits per element at {BITS_CONTEXT} tokens: codes, scales and full-precision tokens. The line "
+        "is the Pareto front: nothing measured here has fewer bits and a smaller loss.</p>",
+        _table(result.rows),
+        _positions(result.rows),
+        _needles(retrieval) if retrieval else "",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(result.model)}: quality per bit</title><style>{style}</style></head>"
+        f"<body><main>{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def scatter(rows: Sequence[Row]) -> str:
+    """Draws mean KL divergence, on a logarithmic axis, against effective bits; the front is a line."""
+    losses = [max(row.kld_mean, _FLOOR) for row in rows]
+    low, high = math.floor(math.log10(min(losses))), math.ceil(math.log10(max(losses)) + 1e-9)
+    left, right = math.floor(min(r.effective_bits for r in rows)), math.ceil(max(r.effective_bits for r in rows) + 1e-9)
+
+    def x(bits: float) -> float:
+        return _LEFT + (bits - left) / max(1, right - left) * (_WIDTH - _LEFT - _RIGHT)
+
+    def y(loss: float) -> float:
+        return _TOP + (high - math.log10(max(loss, _FLOOR))) / max(1, high - low) * (_HEIGHT - _TOP - _BOTTOM)
+
+    out = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="KL divergence against effective bits">']
+    for power in range(low, high + 1):
+        at = y(10.0**power)
+        out.append(f'<line class=grid x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        out.append(f'<text x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
+    for bits in range(left, right + 1):
+        out.append(f'<text x="{x(bits):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{bits}</text>')
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    out.append(f'<text x="{middle}" y="{_HEIGHT - 4}" text-anchor="middle">bits per element</text>')
+    turned = f"translate(12 {_HEIGHT / 2}) rotate(-90)"
+    out.append(f'<text transform="{turned}" text-anchor="middle">mean KL divergence, nats per token</text>')
+    front = pareto(rows)
+    path = " ".join(f"{'L' if i else 'M'}{x(r.effective_bits):.1f} {y(r.kld_mean):.1f}" for i, r in enumerate(front))
+    out.append(f'<path class="line k" d="{path}"/>')
+    for row in rows:
+        at_x, at_y, style = x(row.effective_bits), y(row.kld_mean), "k" if row in front else "other1"
+        title = f"{row.name}: {row.effective_bits:.3f} bits, KL divergence {row.kld_mean:.5f}"
+        out.append(f'<circle class="{style}" cx="{at_x:.1f}" cy="{at_y:.1f}" r="4" fill="none" stroke-width="2">')
+        out.append(f"<title>{escape(title)}</title></circle>")
+        out.append(f'<text x="{at_x + 7:.1f}" y="{at_y - 5:.1f}">{escape(row.name)}</text>')
+    return "".join([*out, "</svg>"])
+
+
+def _table(rows: Sequence[Row]) -> str:
+    front = {row.name for row in pareto(rows)}
+    head = ("configuration", "bits", "perplexity", "±", "KLD mean", "p99", "max", "top-1")
+    body = [
+        (
+            row.name + (" *" if row.name in front else ""),
+            f"{row.effective_bits:.3f}",
+            f"{row.ppl_change_percent:+.2f}%",
+            f"{row.ppl_stderr_percent:.2f}",
+            f"{row.kld_mean:.5f}",
+            f"{row.kld_p99:.4f}",
+            f"{row.kld_max:.3f}",
+            f"{row.top1_agreement:.2%}",
+        )
+        for row in sorted(rows, key=lambda row: row.effective_bits)
+    ]
+    return f"<h2>Figures</h2>{_html_table(head, body)}<p class=note>* on the Pareto front; ± is one standard error.</p>"
+
+
+def _positions(rows: Sequence[Row]) -> str:
+    shown = sorted(rows, key=lambda row: row.effective_bits)
+    buckets = len(shown[0].ppl_change_by_position)
+    lines = tuple(
+        Line(row.name, range(1, buckets + 1), row.ppl_change_by_position, f"other{i % 5 + 1}")
+        for i, row in enumerate(shown)
+    )
+    chart = Chart("Loss by position", f"part of the window, of {buckets}", "perplexity, %", lines)
+    body = [(line.name, *(f"{y:+.2f}%" for y in line.y if y is not None)) for line in lines]
+    head = ("configuration", *map(str, range(1, buckets + 1)))
+    return f"<h2>{chart.title}</h2>{svg(chart)}{_html_table(head, body)}"
+
+
+def _needles(found: NeedleResult) -> str:
+    head = ("tokens", "configuration", *(f"{depth:.0%}" for depth in DEPTHS), "nats")
+    body = [(str(r.length), r.name, *(f"{x:.0%}" for x in r.found), f"{r.nll:.4f}") for r in found.rows]
+    return f"<h2>Needles found, by depth</h2>{_html_table(head, body)}"
+
+
+def _html_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
+    return f"<div class=scroll><table class=plans><tr>{top}</tr>{rows}</table></div>"

@@ -1,0 +1,296 @@
+"""Owns a checkpoint's weights: read one at a time on their way into a graph, or all at once into PyTorch.
+
+A checkpoint may name and cut its tensors otherwise than the model does (experts one by one, projections fused, GGUF's
+names and orders). What belongs together is what transformers' own loader says; what it would do for a whole model,
+``Weights`` does for one parameter, from memory-mapped files.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+    load_gguf_checkpoint,
+)
+
+from skv_export.checkpoints.checkpoint import Checkpoint, Source, hub_endpoint
+from skv_export.errors import SkvError
+from skv_export.export.lazy_weights import to_torch
+from skv_export.export.supported import prepare_model
+from skv_export.model_folder.writer import pretrained_arguments
+
+_DOWNLOADED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+
+
+def download(source: Source) -> Source:
+    """Returns a source whose files are on this disk: a hub id's are fetched into huggingface_hub's cache.
+
+    Raises:
+        SkvError: The hub can't be reached, or stops answering.
+    """
+    if source.kind != "hub":
+        return source
+    if source.path is not None:
+        return Source("safetensors", source.path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    patterns = [*_DOWNLOADED, *Checkpoint(source).shards()]
+    try:
+        folder = snapshot_download(
+            str(source.repo_id), revision=source.revision, allow_patterns=patterns, endpoint=hub_endpoint()
+        )
+    except (OSError, ValueError, HTTPError) as error:
+        raise SkvError(f"{source}: can't be downloaded", got=str(error)[:500], fix="Check the connection.") from error
+    return Source("safetensors", Path(folder))
+
+
+def load_model(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Loads a whole checkpoint into PyTorch, ready for tracing; what is missing is an error, never a random number.
+
+    Args:
+        source: The checkpoint.
+        config: Its configuration.
+        dtype: Number format of the weights.
+
+    Raises:
+        SkvError: transformers can't load it, or tensors are missing or do not fit.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.pretrained,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            use_safetensors=True,
+            **pretrained_arguments(source),
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise SkvError(f"{source}: transformers can't load its weights", got=str(error)[:500]) from error
+    model: PreTrainedModel = loaded[0]
+    wrong = [*loaded[1]["missing_keys"], *(key for key, *_ in loaded[1]["mismatched_keys"])]
+    if wrong:
+        raise _unfit(source, wrong)
+    prepare_model(model)
+    return model
+
+
+@dataclass
+class _Group:
+    """Tensors of the checkpoint that become one or more parameters together.
+
+    Attributes:
+        transform: What makes parameters of them.
+        target: The first parameter's name.
+        members: Name in the checkpoint, and the pattern of ``transform`` that it matched.
+    """
+
+    transform: WeightConverter | WeightRenaming
+    target: str
+    members: list[tuple[str, str]]
+
+
+class Weights:
+    """The parameters and saved buffers of a model, read from its checkpoint when they are asked for.
+
+    Args:
+        source: The checkpoint, on this disk.
+        model: The model; its parameters say names and shapes, and need no memory.
+
+    Raises:
+        SkvError: A tensor is missing, or has another shape than the model's.
+    """
+
+    def __init__(self, source: Source, model: PreTrainedModel) -> None:
+        self.source, self._model = source, model
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._tensors: _SafetensorsNames | _GgufNames = (
+            _GgufNames(source, model) if source.kind == "gguf" else _SafetensorsNames(source)
+        )
+        self._last: tuple[_Group, dict[str, torch.Tensor]] | None = None
+        self._members: list[str] = []
+        stored = {self.canonical(name) for name in self._shapes}
+        unfit = [name for name in stored if name not in self._groups or not self._fits(self._groups[name])]
+        if unfit:
+            raise _unfit(source, unfit)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the checkpoint has to hold a tensor."""
+        return name in self._shapes
+
+    def canonical(self, name: str) -> str:
+        """Returns the name under which a weight is read: tied ones have several, and one is in the checkpoint."""
+        return self._canonical[name]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Reads a weight; it may be a view of the file, in the file's number format.
+
+        Raises:
+            SkvError: It has another shape than the model wants.
+        """
+        group = self._groups[self.canonical(name)]
+        self._members = [member for member, _ in group.members]
+        if self._last is None or self._last[0] is not group:
+            self._last = None
+            self._last = group, self._convert(group)
+        made = self._last[1]
+        tensor = made.get(name, made.get(self.canonical(name)))
+        if tensor is None or tuple(tensor.shape) != self._shapes[name]:
+            raise _unfit(self.source, [name])
+        return tensor
+
+    def release(self) -> None:
+        """Lets go of the memory of what was read last; tensors that are still held stay valid, and are read again."""
+        self._tensors.release(self._members)
+        self._last = None
+
+    def _fits(self, group: _Group) -> bool:
+        """Whether a tensor that is taken as it is has the right shape; of others, reading them tells."""
+        shape = self._tensors.shape(group.members[0][0]) if isinstance(group.transform, WeightRenaming) else None
+        return shape is None or shape == self._shapes[group.target]
+
+    def _convert(self, group: _Group) -> dict[str, torch.Tensor]:
+        transform = copy.deepcopy(group.transform)
+        for name, pattern in group.members:
+            read: Any = self._tensors.read(name)  # a Future where the loader reads ahead
+            transform.add_tensor(group.target, name, pattern, read)
+        made = transform.convert(group.target, model=self._model, config=self._model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    @cached_property
+    def _canonical(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        first: dict[int, list[str]] = {}
+        for name, tensor in self._model.state_dict(keep_vars=True).items():
+            first.setdefault(id(tensor), []).append(name)
+        for names in first.values():
+            stored = next((name for name in names if name in self._groups), names[0])
+            found.update(dict.fromkeys(names, stored))
+        return found
+
+    @cached_property
+    def _groups(self) -> dict[str, _Group]:
+        """By each parameter that a group makes."""
+        transforms = get_model_conversion_mapping(self._model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
+        prefix, wanted = self._model.base_model_prefix, self._shapes
+        groups: dict[str, _Group] = {}
+        for name in sorted(self._tensors.names(), key=_natural):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+            if target not in wanted and name in wanted:
+                target, pattern = name, None
+            if target not in wanted:
+                continue  # of a part that a language model has no use for
+            if pattern is None:
+                groups[target] = _Group(WeightRenaming(name, target), target, [(name, name)])
+                continue
+            converter = by_pattern[pattern]
+            group = groups.setdefault(target, _Group(converter, target, []))
+            group.members.append((name, pattern))
+            for other in converter.target_patterns[1:]:
+                groups[target.replace(converter.target_patterns[0], other)] = group
+        return groups
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts ``experts.10`` behind ``experts.9``: experts are stacked in this order."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _unfit(source: Source, names: Sequence[str]) -> SkvError:
+    return SkvError(
+        f"{source}: tensors are missing or have another shape",
+        got=", ".join(sorted(names)[:4]),
+        fix="Download the checkpoint again.",
+    )
+
+
+class _SafetensorsNames:
+    """The tensors of safetensors files, as they are."""
+
+    def __init__(self, source: Source) -> None:
+        self._checkpoint = Checkpoint(source)
+
+    def names(self) -> Iterable[str]:
+        return self._checkpoint.names()
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return self._checkpoint.shape(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        return to_torch(self._checkpoint.tensor(name))
+
+    def release(self, names: Iterable[str]) -> None:
+        self._checkpoint.release(names)
+
+
+@dataclass(frozen=True)
+class _ModelNames:
+    """What transformers reads of a model to map GGUF's names: it asks each module, which for all of them takes long."""
+
+    config: PreTrainedConfig
+    names: tuple[str, ...]
+    prefix: str = ""
+
+    def state_dict(self) -> dict[str, None]:
+        return dict.fromkeys(self.names)
+
+    def named_children(self) -> list[tuple[str, _ModelNames]]:
+        if not self.prefix:
+            return []
+        inner = tuple(name.removeprefix(f"{self.prefix}.") for name in self.names if name.startswith(f"{self.prefix}."))
+        return [(self.prefix, _ModelNames(self.config, inner))]
+
+
+class _GgufNames:
+    """The tensors of a GGUF file as float32, under the model's names, as transformers converts them."""
+
+    def __init__(self, source: Source, model: PreTrainedModel) -> None:
+        assert source.path is not None and source.gguf_file is not None
+        self._checkpoint = Checkpoint(source)
+        path = str(source.path / source.gguf_file)
+        kind: Any = TENSOR_PROCESSORS.get(self._checkpoint.config["gguf_architecture"], TensorProcessor)
+        self._processor = kind(config=model.config.to_dict())
+        names = _ModelNames(model.config, tuple(model.state_dict()), model.base_model_prefix)
+        self._mapping: dict[str, str] = get_gguf_hf_weights_map(names, self._processor)
+        self._names = {self._mapping[name]: name for name in self._checkpoint.names() if name in self._mapping}
+        self._whole: dict[str, torch.Tensor] | None = None
+        if any("exps" in name for name in self._checkpoint.names()):  # experts are cut and merged across tensors
+            loaded = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)  # type: ignore[no-untyped-call]
+            self._whole = loaded["tensors"]
+
+    def names(self) -> Iterable[str]:
+        return self._names if self._whole is None else self._whole
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return None  # some are reshaped
+
+    def read(self, name: str) -> torch.Tensor:
+        if self._whole is not None:
+            return self._whole[name]
+        stored = self._names[name]
+        array: NDArray[Any] = self._checkpoint.tensor(stored)
+        made = self._processor.process(
+            array, stored, tensor_key_mapping=self._mapping, parsed_parameters={"tensors": {}}
+        )
+        return torch.from_numpy(np.ascontiguousarray(made.weights))
+
+    def release(self, names: Iterable[str]) -> None:
+        """Nothing is kept: dequantizing copies."""

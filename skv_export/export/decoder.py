@@ -1,0 +1,412 @@
+"""Owns attention in torch: the custom op, the hook that puts it into a Hugging Face model, and the decoder around it.
+
+The op ``skv::quantized_kv_attention`` has the reference as its real implementation, so a model that uses it computes in
+PyTorch what the exported graph computes in ONNX Runtime. ``SkvDecoder`` is that model: the exporter traces it, and
+``verify`` runs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+
+from skv_export.errors import SkvError
+from skv_export.spec.layout import LAYOUT_VERSION, CacheLayout, options_of
+from skv_export.spec.recipe import LayerConfig
+from skv_export.spec.reference import AttentionParams, quantized_kv_attention
+
+ATTENTION_NAME = "skv"
+"""Name under which the hook is registered with transformers."""
+
+_UNSUPPORTED = "This architecture can't be exported; the README lists those that can."
+
+Attributes = dict[str, int | float | str]
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """One layer's attention: what its ONNX node's attributes say.
+
+    Attributes:
+        params: The attributes that GroupQueryAttention has too.
+        layouts: Layouts of keys and values.
+    """
+
+    params: AttentionParams
+    layouts: tuple[CacheLayout, CacheLayout]
+
+    @classmethod
+    def build(cls, config: LayerConfig, head_dim: int, params: AttentionParams) -> LayerAttention:
+        """Returns the layer for a recipe's options; the cache's window is the attention's."""
+        return cls(params, CacheLayout.pair(config, head_dim, params.local_window_size))
+
+    def attributes(self) -> Attributes:
+        """Returns the op's attributes, all of them (design: section 3)."""
+        given: Attributes = {f.name: getattr(self.params, f.name) for f in dataclasses.fields(self.params)}
+        given.update(do_rotary=int(self.params.do_rotary), rotary_interleaved=int(self.params.rotary_interleaved))
+        return given | {"layout_version": LAYOUT_VERSION} | options_of(*self.layouts)
+
+    @classmethod
+    def from_attributes(cls, attributes: Attributes, head_dim: int) -> LayerAttention:
+        """Inverse of ``attributes``."""
+        given: dict[str, Any] = dict(attributes)
+        params = AttentionParams(**{f.name: given[f.name] for f in dataclasses.fields(AttentionParams)})
+        config = LayerConfig(**{f.name: given[f.name] for f in dataclasses.fields(LayerConfig)})
+        params = dataclasses.replace(
+            params, do_rotary=bool(params.do_rotary), rotary_interleaved=bool(params.rotary_interleaved)
+        )
+        return cls.build(config, head_dim, params)
+
+
+# The torch op.
+
+_TENSORS = (
+    "Tensor query, Tensor? key, Tensor? value, Tensor past_key, Tensor past_value, Tensor seqlens_k, "
+    "SymInt total_sequence_length, Tensor? head_sink, Tensor? query_seqlens"
+)
+_TYPES = {int: "int", float: "float", str: "str"}
+_EXAMPLE = LayerAttention.build(LayerConfig(), 64, AttentionParams(1, 1, scale=1.0)).attributes()
+ATTRIBUTE_TYPES: dict[str, type] = {name: type(value) for name, value in _EXAMPLE.items()}
+"""The op's attributes and their types, in the schema's order."""
+_SCHEMA = (
+    f"({_TENSORS}, *, {', '.join(f'{_TYPES[t]} {n}' for n, t in ATTRIBUTE_TYPES.items())}) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _head_dim(query: torch.Tensor, key: torch.Tensor | None, attributes: Attributes) -> int:
+    heads = int(attributes["num_heads"])
+    if key is None:
+        heads += 2 * int(attributes["kv_num_heads"])
+    return int(query.shape[-1]) // heads
+
+
+def _run_reference(
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    past_key: torch.Tensor,
+    past_value: torch.Tensor,
+    seqlens_k: torch.Tensor,
+    total_sequence_length: int,
+    head_sink: torch.Tensor | None,
+    query_seqlens: torch.Tensor | None,
+    **attributes: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    layer = LayerAttention.from_attributes(attributes, _head_dim(query, key, attributes))
+
+    def floats(x: torch.Tensor | None) -> Any:
+        return None if x is None else x.detach().float().numpy()
+
+    output, present_key, present_value = quantized_kv_attention(
+        layer.params,
+        layer.layouts,
+        floats(query),
+        floats(key),
+        floats(value),
+        past_key.numpy(),
+        past_value.numpy(),
+        seqlens_k.numpy(),
+        head_sink=floats(head_sink),
+        query_seqlens=None if query_seqlens is None else query_seqlens.numpy(),
+    )
+    return torch.from_numpy(output).to(query.dtype), torch.from_numpy(present_key), torch.from_numpy(present_value)
+
+
+def _fake(
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    past_key: torch.Tensor,
+    past_value: torch.Tensor,
+    *_: Any,
+    **attributes: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    width = int(attributes["num_heads"]) * _head_dim(query, key, attributes)
+    return query.new_empty(*query.shape[:-1], width), torch.empty_like(past_key), torch.empty_like(past_value)
+
+
+torch.library.define("skv::quantized_kv_attention", _SCHEMA)
+torch.library.impl("skv::quantized_kv_attention", "CPU", _run_reference)
+torch.library.register_fake("skv::quantized_kv_attention", _fake)
+
+
+# The Hugging Face hook.
+
+_HARMLESS = {
+    "position_ids",
+    "position_embeddings",
+    "cache_position",
+    "use_cache",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+}
+"""What models hand to every attention function although it changes nothing; anything else that is set is refused."""
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    skv_call: AttentionCall | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """The function that transformers calls in place of its own attention, after RoPE and QK norm.
+
+    Args:
+        module: The attention module.
+        query: ``[B, N, S, D]``.
+        key: ``[B, N_kv, S, D]``, the new tokens only.
+        value: The same.
+        attention_mask: None: the op masks by lengths.
+        skv_call: The state of the forward pass.
+        scaling: Multiplies the scores; None = 1 / sqrt(D).
+        sliding_window: Tokens a query sees, itself included.
+        softcap: As the op's attribute.
+        s_aux: ``[N]``, the head sinks.
+        dropout: 0.
+        **others: Anything else that a model passes; see ``_HARMLESS``.
+
+    Returns:
+        ``[B, S, N, D]``, and None for the weights.
+
+    Raises:
+        SkvError: The model asks for something that the op does not do; the message names the module and what it is.
+    """
+    name = f"{type(module).__name__} of layer {getattr(module, 'layer_idx', '?')}"
+    if skv_call is None:
+        raise SkvError(
+            f"{name}: the model does not hand its keyword arguments to the attention function", fix=_UNSUPPORTED
+        )
+    asked = {n: v for n, v in others.items() if v is not None and v is not False and n not in _HARMLESS}
+    if attention_mask is not None:
+        asked["attention_mask"] = attention_mask
+    if others.get("is_causal", getattr(module, "is_causal", True)) is False:
+        asked["is_causal"] = False
+    if dropout:
+        asked["dropout"] = dropout
+    if asked:
+        raise SkvError(f"{name} asks for what the op does not do", got=", ".join(sorted(asked)), fix=_UNSUPPORTED)
+    if key.shape[-1] != query.shape[-1] or value.shape[-1] != key.shape[-1]:
+        got = f"query {query.shape[-1]}, key {key.shape[-1]}, value {value.shape[-1]}"
+        raise SkvError(f"{name}: head dims differ", got=got, expected="one head_dim", fix=_UNSUPPORTED)
+    params = AttentionParams(
+        num_heads=int(query.shape[1]),
+        kv_num_heads=int(key.shape[1]),
+        scale=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
+        softcap=float(softcap or 0.0),
+        local_window_size=int(sliding_window or 0),
+    )
+    output = skv_call.attend(int(module.layer_idx), params, query, key, value, s_aux)  # type: ignore[arg-type]
+    return output.view(*output.shape[:2], params.num_heads, -1), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attend)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The lengths of one call, computed once for all layers.
+
+    Attributes:
+        seqlens_k: int32 ``[B]``, total length after the call minus 1.
+        query_seqlens: int32 ``[B]``, new tokens.
+        total_sequence_length: Upper bound of the total lengths: the columns of the attention mask.
+    """
+
+    seqlens_k: torch.Tensor
+    query_seqlens: torch.Tensor
+    total_sequence_length: int
+
+
+class AttentionCall:
+    """One forward pass: transformers takes it as its cache, the hook finds the caches in it.
+
+    Args:
+        configs: The recipe's options, by layer.
+        lengths: Of this call.
+        past_keys: uint8 ``[B, N_kv, rows, W]``, in the order of ``configs``.
+        past_values: The same.
+    """
+
+    is_compileable = False
+
+    def __init__(
+        self,
+        configs: Mapping[int, LayerConfig],
+        lengths: Lengths,
+        past_keys: Sequence[torch.Tensor],
+        past_values: Sequence[torch.Tensor],
+    ) -> None:
+        self.configs, self.lengths = configs, lengths
+        self.past = dict(zip(configs, zip(past_keys, past_values, strict=True), strict=True))
+        self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.layers: dict[int, LayerAttention] = {}
+
+    def attend(
+        self,
+        index: int,
+        params: AttentionParams,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        head_sink: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Runs the op for layer ``index`` and keeps what it returns; tensors as the hook gets them."""
+        if index in self.layers or index not in self.configs:
+            raise SkvError(
+                f"layer {index}: attention runs twice, or in a layer that num_hidden_layers does not count",
+                expected=f"once in each of {len(self.configs)} layers",
+                fix=_UNSUPPORTED,
+            )
+        layer = LayerAttention.build(self.configs[index], int(query.shape[-1]), params)
+        self.layers[index] = layer
+        output, *present = torch.ops.skv.quantized_kv_attention(
+            *(x.transpose(1, 2).flatten(2) for x in (query, key, value)),
+            *self.past[index],
+            self.lengths.seqlens_k,
+            self.lengths.total_sequence_length,
+            head_sink,
+            self.lengths.query_seqlens,
+            **layer.attributes(),
+        )
+        self.present[index] = (present[0], present[1])
+        return output
+
+    # What transformers asks of a cache. The new tokens are all that it sees: the past stays inside the op.
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the new keys and values as they are."""
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Returns 0; positions come from ``position_ids``."""
+        return 0
+
+
+class _Seen:
+    """What the last pass showed of the layers; an object, because torch.export puts a module's own attributes back."""
+
+    layers: tuple[LayerAttention, ...] = ()
+
+
+class SkvDecoder(torch.nn.Module):
+    """A Hugging Face decoder whose attention is the op: the graph's inputs and outputs, in torch.
+
+    Args:
+        model: A causal language model; its attention implementation is set to the hook.
+        configs: The recipe's options, layer by layer; by index for a model that holds a few of its layers only.
+        all_logits: Return the logits of every token instead of the last real one of each sequence.
+
+    Raises:
+        SkvError: The model's attention can't be replaced.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        configs: Sequence[LayerConfig] | Mapping[int, LayerConfig],
+        *,
+        all_logits: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model, self.all_logits = model, all_logits
+        self.configs = dict(configs) if isinstance(configs, Mapping) else dict(enumerate(configs))
+        self._seen = _Seen()
+        self._keep: torch.Tensor | None = None
+        head: torch.nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if head is None:
+            raise SkvError(
+                f"{model.config.model_type}: not a language model: it has no output embedding", fix=_UNSUPPORTED
+            )
+        head.register_forward_pre_hook(self._select)
+        model.set_attn_implementation(ATTENTION_NAME)
+        if model.config._attn_implementation != ATTENTION_NAME:
+            raise SkvError(
+                f"{model.config.model_type}: its attention does not go through AttentionInterface", fix=_UNSUPPORTED
+            )
+
+    @property
+    def layers(self) -> tuple[LayerAttention, ...]:
+        """Attention of each layer, as the last pass showed it."""
+        return self._seen.layers
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past_keys: Sequence[torch.Tensor],
+        past_values: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """Runs the model on new tokens.
+
+        Padding may stand anywhere in the new columns of the mask: real tokens are packed to the front before the model
+        sees them, and padding takes no place in the cache.
+
+        Args:
+            input_ids: int64 ``[B, S]``.
+            attention_mask: int64 ``[B, past + S]``; 0 = padding.
+            position_ids: int64 ``[B, S]``.
+            past_keys: uint8 ``[B, N_kv, rows, W]``, layer by layer.
+            past_values: The same.
+
+        Returns:
+            logits float32 ``[B, 1, vocab]`` (``[B, S, vocab]`` with ``all_logits``), present keys, present values.
+        """
+        tokens, columns = input_ids.shape[1], attention_mask.shape[1]
+        # An index, not a slice: a slice's strides would tie the traced lengths to each other.
+        mask = attention_mask.index_select(1, torch.arange(columns - tokens, columns))
+        count = mask.sum(1, keepdim=True)
+        # A stable partition: where each token goes, real ones first.
+        place = torch.where(mask > 0, mask.cumsum(1) - 1, count + (mask == 0).long().cumsum(1) - 1)
+        packed_ids = torch.zeros_like(input_ids).scatter(1, place, input_ids)
+        packed_positions = torch.zeros_like(position_ids).scatter(1, place, position_ids)
+        self._keep = place if self.all_logits else (count - 1).clamp(min=0)
+        lengths = Lengths((attention_mask.sum(1) - 1).to(torch.int32), count.squeeze(1).to(torch.int32), columns)
+        call = AttentionCall(self.configs, lengths, past_keys, past_values)
+        logits = self.model(
+            input_ids=packed_ids,
+            position_ids=packed_positions,
+            past_key_values=call,
+            use_cache=True,
+            skv_call=call,
+        ).logits
+        self._keep = None
+        self._seen.layers = self._check(call)
+        present = [call.present[i] for i in self.configs]
+        return logits.float(), [p[0] for p in present], [p[1] for p in present]
+
+    def _select(self, _module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        """Leaves the output embedding only the hidden states whose logits are wanted, unpacked."""
+        if self._keep is None:
+            return None
+        hidden = args[0]
+        return (hidden.gather(1, self._keep[..., None].expand(-1, -1, hidden.shape[-1])), *args[1:])
+
+    def _check(self, call: AttentionCall) -> tuple[LayerAttention, ...]:
+        missing = sorted(set(self.configs) - set(call.layers))
+        if missing:
+            raise SkvError(
+                f"{self.model.config.model_type}: layers without attention that the op replaces",
+                got=f"layers {missing}",
+                expected=f"attention in each of {len(self.configs)} layers",
+                fix=_UNSUPPORTED,
+            )
+        return tuple(call.layers[i] for i in self.configs)

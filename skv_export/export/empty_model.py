@@ -1,0 +1,66 @@
+"""Owns models without weights: shapes and settings of a checkpoint's model, to run and trace in no memory.
+
+Parameters are torch's fake tensors, which pass through a model as shapes; buffers that a model computes itself (the
+frequencies of RoPE) are real, for they go into the graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from skv_export.export.supported import prepare_model
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without weights.
+
+    Attributes:
+        model: Ready for tracing.
+        mode: Where its parameters live; what is computed with them is computed in it.
+    """
+
+    model: PreTrainedModel
+    mode: FakeTensorMode
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """While the block runs, tensors that are made are fake, and no gradients are kept."""
+        with self.mode, torch.no_grad():
+            yield
+
+
+def build(config: PreTrainedConfig, dtype: torch.dtype) -> Skeleton:
+    """Builds the model of a configuration.
+
+    Args:
+        config: A causal language model's.
+        dtype: Number format of the weights, but for those that the model keeps in float32.
+
+    Raises:
+        Whatever transformers raises where the configuration is no such model's.
+    """
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    model.tie_weights()
+    prepare_model(model)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    wide = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
+    made: dict[int, torch.nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in made:
+                exact = any(pattern.search(f"{path}.{name}") for pattern in wide)
+                with mode:
+                    empty = torch.empty(parameter.shape, dtype=torch.float32 if exact else parameter.dtype)
+                made[id(parameter)] = torch.nn.Parameter(empty, requires_grad=False)
+            module.register_parameter(name, made[id(parameter)])
+    return Skeleton(model, mode)

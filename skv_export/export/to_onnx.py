@@ -1,0 +1,295 @@
+"""Owns the ONNX graph: the op's ONNX schema, the translation of a traced decoder, names, and the files of a graph."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+from onnxscript import opset23
+
+from skv_export.errors import SkvError
+from skv_export.export.checkpoint_weights import Weights
+from skv_export.export.decoder import ATTRIBUTE_TYPES, LayerAttention
+from skv_export.export.lazy_weights import Named, Stored, write_external
+from skv_export.export.passes.simplify import simplify
+from skv_export.export.repeat_layers import BOUNDARY, Samples, stamp
+from skv_export.export.weight_quantization import MICROSOFT, quantize_graph
+from skv_export.model_folder.genai_config import cache_widths
+from skv_export.spec.layout import DOMAIN, OP_NAME
+from skv_export.spec.recipe import Recipe
+
+OPSET = 23
+"""The first with RMSNormalization and RotaryEmbedding; ONNX Runtime has kernels for both from 1.24 on."""
+MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+
+INPUTS = (
+    "query",
+    "key",
+    "value",
+    "past_key",
+    "past_value",
+    "seqlens_k",
+    "total_sequence_length",
+    "cos_cache",
+    "sin_cache",
+    "position_ids",
+    "attention_bias",
+    "head_sink",
+    "reserved_12",
+    "reserved_13",
+    "q_norm_weight",
+    "k_norm_weight",
+    "query_seqlens",
+)
+"""The op's inputs (design: section 3)."""
+OUTPUTS = ("output", "present_key", "present_value")
+INPUT_NAMES = ("input_ids", "attention_mask", "position_ids")
+"""The graph's inputs, besides the caches."""
+
+Progress = Callable[[float], None]
+"""Called with the fraction of the work that is done."""
+
+
+def build(
+    program: torch.export.ExportedProgram,
+    weights: Weights,
+    layers: Sequence[LayerAttention],
+    recipe: Recipe,
+    samples: Samples | None = None,
+) -> ir.Model | None:
+    """Returns the graph of a traced ``SkvDecoder``, with the ecosystem's names of inputs and outputs.
+
+    Args:
+        program: The trace, of a model without weights.
+        weights: Where they are when the graph is written.
+        layers: Attention of each layer of the model.
+        recipe: Says which weights are quantized.
+        samples: Which of them the trace has, if not all.
+
+    Returns:
+        The graph; None if the traced layers can't stand for the others.
+
+    Raises:
+        SkvError: The graph does not have one attention node per layer.
+    """
+    traced = range(len(layers)) if samples is None else samples.traced
+    caches = [f"{i}.{tensor}" for tensor in ("key", "value") for i in traced]
+    inputs = [*INPUT_NAMES, *(f"past_key_values.{name}" for name in caches)]
+    model = translate(program, inputs, ["logits", *(f"present.{name}" for name in caches)])
+    _store_weights(model.graph, weights, samples.original if samples is not None else str)
+    simplify(model)
+    quantize_graph(model.graph, recipe)
+    if samples is not None and not stamp(model.graph, samples):
+        return None
+    count = sum(node.op_type == OP_NAME and node.domain == DOMAIN for node in model.graph)
+    if count != len(layers):
+        raise SkvError("graph: attention nodes", got=count, expected=f"one in each of {len(layers)} layers")
+    _name(model.graph, layers)
+    if recipe.weight_bits:
+        model.opset_imports[MICROSOFT] = 1
+    return model
+
+
+def save(model: ir.Model, folder: Path, progress: Progress = lambda fraction: None) -> None:
+    """Writes ``MODEL_FILE`` and ``DATA_FILE``; weights are read, converted and written slab by slab.
+
+    Raises:
+        OSError: The disk is full.
+        SkvError: The checkpoint does not hold what the graph needs.
+    """
+    write_external(model, folder / DATA_FILE, progress)
+    ir.save(model, folder / MODEL_FILE)
+
+
+def _store_weights(graph: ir.Graph, weights: Weights, original: Callable[[str], str]) -> None:
+    """Puts the checkpoint's tensors in place of the trace's empty ones, under their names in the whole model."""
+    traced = tuple(graph.initializers.items())
+    graph.initializers.clear()
+    for name, value in traced:
+        given = original(name.removeprefix("model."))
+        if given not in weights or value.dtype is None or value.shape is None:
+            graph.register_initializer(value)
+            continue
+        form = Named(weights.canonical(given), value.dtype)
+        value.name = given
+        value.const_value = Stored(form, weights, value.dtype, value.shape, given)
+        graph.register_initializer(value)
+
+
+def _name(graph: ir.Graph, layers: Sequence[LayerAttention]) -> None:
+    """Names dimensions, and puts each layer's keys and values side by side."""
+    by_name = {str(value.name): value for value in (*graph.inputs, *graph.outputs)}
+    for name in INPUT_NAMES:
+        columns = "total_sequence_length" if name == "attention_mask" else "sequence_length"
+        by_name[name].shape = ir.Shape(["batch_size", columns])
+    logits = by_name["logits"]
+    assert logits.shape is not None
+    logits.shape = ir.Shape(["batch_size", 1 if logits.shape[1] == 1 else "sequence_length", logits.shape[2]])
+    inputs, outputs = list(graph.inputs[: len(INPUT_NAMES)]), [logits]
+    for i, layer in enumerate(layers):
+        for tensor, width in zip(("key", "value"), cache_widths(layer.layouts), strict=True):
+            name = f"{i}.{tensor}"
+            shape: list[int | str] = [
+                "batch_size",
+                layer.params.kv_num_heads,
+                f"rows.{name}",
+                f"width.{name}" if width is None else width,
+            ]
+            for value, where in ((by_name[f"past_key_values.{name}"], inputs), (by_name[f"present.{name}"], outputs)):
+                value.shape = ir.Shape(shape)
+                where.append(value)
+    graph.inputs[:], graph.outputs[:] = inputs, outputs
+    for node in graph:  # shapes inside the graph are torch's symbols: nothing reads them
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape, value.type = None, None
+
+
+# Translation.
+
+
+@functools.cache
+def register_schema() -> None:
+    """Registers the op's ONNX schema, once per process; torch's translation asks for it."""
+    schema = onnx.defs.OpSchema
+    kinds = {int: schema.AttrType.INT, float: schema.AttrType.FLOAT, str: schema.AttrType.STRING}
+    fixed = dict.fromkeys(("past_key", "past_value", "present_key", "present_value"), "tensor(uint8)")
+    fixed |= dict.fromkeys(("seqlens_k", "total_sequence_length", "query_seqlens"), "tensor(int32)")
+    fixed["position_ids"] = "tensor(int64)"
+    option = schema.FormalParameterOption
+
+    def parameter(name: str, optional: bool) -> Any:
+        kind = option.Optional if optional else option.Single
+        return schema.FormalParameter(name, fixed.get(name, "T"), param_option=kind)
+
+    floats = ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")
+    one, same = ([parameter(name, False)] for name in ("hidden", "same"))
+    onnx.defs.register_schema(schema(BOUNDARY, DOMAIN, 1, inputs=one, outputs=same, type_constraints=[floats]))
+    onnx.defs.register_schema(
+        schema(
+            OP_NAME,
+            DOMAIN,
+            1,
+            inputs=[parameter(name, i in (1, 2) or i > 6) for i, name in enumerate(INPUTS)],
+            outputs=[parameter(name, False) for name in OUTPUTS],
+            type_constraints=[floats],
+            attributes=[schema.Attribute(name, kinds[kind], "") for name, kind in ATTRIBUTE_TYPES.items()],
+        )
+    )
+
+
+def _attention(  # type: ignore[no-untyped-def]
+    query,
+    key,
+    value,
+    past_key,
+    past_value,
+    seqlens_k,
+    total_sequence_length,
+    head_sink=None,
+    query_seqlens=None,
+    **attributes,
+):
+    given = dict(zip(INPUTS, (query, key, value, past_key, past_value, seqlens_k), strict=False))
+    given["total_sequence_length"] = opset23.Cast(total_sequence_length, to=ir.DataType.INT32)
+    given.update(head_sink=head_sink, query_seqlens=query_seqlens)
+    op = onnxscript.values.Opset(DOMAIN, 1)
+    return op.QuantizedKVAttention(*(given.get(name) for name in INPUTS), **attributes)
+
+
+def _boundary(hidden):  # type: ignore[no-untyped-def]
+    return onnxscript.values.Opset(DOMAIN, 1).LayerBoundary(hidden)
+
+
+def _to_dtype(x, dtype, non_blocking=False, copy=False, memory_format=None):  # type: ignore[no-untyped-def]
+    return opset23.Cast(x, to=dtype)
+
+
+def translate(
+    program: torch.export.ExportedProgram, input_names: Sequence[str], output_names: Sequence[str]
+) -> ir.Model:
+    """Translates a traced ``SkvDecoder`` to ONNX, operator by operator.
+
+    torch.onnx decomposes a program before it translates it, which traces it a second time and takes most of the
+    time. A traced decoder hardly needs it: what is left to decompose is ``to``, whose translation stands here. Where a
+    program has other operators without a translation, it is decomposed after all.
+    """
+    register_schema()
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
+        torch.ops.skv.quantized_kv_attention.default: _attention,
+        torch.ops.skv.layer_boundary.default: _boundary,
+        torch.ops.aten.to.dtype: _to_dtype,
+    }
+    _drop_no_ops(program.graph_module)
+    if _is_plain(program.graph_module):
+        vars(program)["run_decompositions"] = lambda *_: program
+    try:
+        return _translate(program, table, input_names, output_names)
+    except torch.onnx.OnnxExporterError:
+        vars(program).pop("run_decompositions", None)
+        return _translate(program, table, input_names, output_names)
+
+
+def _translate(
+    program: torch.export.ExportedProgram,
+    table: dict[Any, Any],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+) -> ir.Model:
+    with _quiet():
+        translated = torch.onnx.export(
+            program,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET,
+            custom_translation_table=table,
+            input_names=list(input_names),
+            output_names=list(output_names),
+        )
+    assert translated is not None
+    return translated.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences torch.onnx about packages that are not needed, and its own deprecations."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _is_plain(module: torch.fx.GraphModule) -> bool:
+    """Whether no operator changes its input or holds a graph: such programs mean the same decomposed or not."""
+    targets = {node.target for node in module.graph.nodes if node.op == "call_function"}
+    overloads = {t for t in targets if isinstance(t, torch._ops.OpOverload)}
+    others = {t for t in targets - overloads if isinstance(t, torch._ops.OperatorBase)}
+    return not others and not any(t._schema.is_mutable for t in overloads)
+
+
+def _drop_no_ops(module: torch.fx.GraphModule) -> None:
+    """Removes conversions to the type that a tensor has already; models write them for the sake of half precision."""
+    conversions = (torch.ops.aten.to.dtype, torch.ops.aten.to.device)
+    for node in module.graph.nodes:
+        if node.target not in conversions or any(user.op == "output" for user in node.users):
+            continue
+        (source, *_) = node.args
+        if node.meta["val"].dtype == source.meta["val"].dtype:
+            node.replace_all_uses_with(source)
+            module.graph.erase_node(node)
+    module.recompile()

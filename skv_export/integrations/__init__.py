@@ -1,0 +1,1 @@
+"""Exported models in transformers, lm-eval and optimum."""

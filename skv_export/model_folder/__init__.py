@@ -1,0 +1,1 @@
+"""An exported model folder: its files and configurations, written, read, fetched and pushed."""

@@ -1,0 +1,186 @@
+"""Owns ``skv_config.json``: what an exported folder says about itself, read and checked; the exporter writes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skv_export import __version__
+from skv_export.errors import SkvError
+from skv_export.spec.layout import CacheLayout
+
+FORMAT_VERSION = 1
+"""Version of ``skv_config.json``."""
+CONFIG_FILE = "skv_config.json"
+MAX_JSON_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's cache.
+
+    Attributes:
+        num_attention_heads: N.
+        num_key_value_heads: N_kv.
+        local_window_size: Tokens a query sees, itself included; 0 = all.
+        key: Layout of the keys.
+        value: Layout of the values.
+    """
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    local_window_size: int
+    key: CacheLayout
+    value: CacheLayout
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """``skv_config.json``: what a runtime must know to hold the cache and to stop.
+
+    Attributes:
+        model_type: Architecture, by Hugging Face's name.
+        dtype: Number format of activations: ``fp32``, ``fp16`` or ``bf16``.
+        vocab_size: Columns of the logits.
+        context_length: Tokens that the model was trained for.
+        bos_token_id: First token, if the model has one.
+        eos_token_id: Tokens that end a sequence.
+        pad_token_id: Token that fills finished sequences.
+        all_logits: The graph returns every position's logits, not only the last one's.
+        source: What the folder was exported from: ``kind``, ``name``, ``revision``, ``sha256``.
+        layers: Each layer's cache.
+        right_padded: The graph takes padding on the right only (a rewritten one); else on either side.
+        weights: ``int8`` or ``int4`` where the export quantized weights; else "".
+        quantize_head: Whether the output embedding is among them.
+        quantize_embeddings: Whether the input embedding is.
+    """
+
+    model_type: str
+    dtype: str
+    vocab_size: int
+    context_length: int
+    bos_token_id: int | None
+    eos_token_id: tuple[int, ...]
+    pad_token_id: int | None
+    all_logits: bool
+    source: Mapping[str, Any]
+    layers: tuple[LayerCache, ...]
+    right_padded: bool = False
+    weights: str = ""
+    quantize_head: bool = True
+    quantize_embeddings: bool = False
+
+    @classmethod
+    def load(cls, folder: Path | str) -> ModelConfig:
+        """Reads ``skv_config.json`` of an exported folder.
+
+        Raises:
+            SkvError: Missing, damaged, or of another version; the message names the file and the key.
+        """
+        path = Path(folder) / CONFIG_FILE
+        values = read_json(path, fix="Export the model with `skv-export model`.")
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise SkvError(
+                f"{path}: format_version",
+                got=repr(version),
+                expected=FORMAT_VERSION,
+                fix=f"Export again, or install skv_export {values.get('skv_version', 'of the version that wrote it')}.",
+            )
+        try:
+            layers = tuple(_layer_cache(layer) for layer in values["layers"])
+            if len(layers) != values["num_hidden_layers"]:
+                raise ValueError(f"{len(layers)} layers listed, num_hidden_layers is {values['num_hidden_layers']}")
+            if values["logits"] not in ("last", "all"):
+                raise ValueError(f"logits is {values['logits']!r}, neither 'last' nor 'all'")
+            if values.get("padding", "any") not in ("any", "right"):
+                raise ValueError(f"padding is {values['padding']!r}, neither 'any' nor 'right'")
+            eos = values["eos_token_id"]
+            return cls(
+                model_type=str(values["model_type"]),
+                dtype=str(values["dtype"]),
+                vocab_size=int(values["vocab_size"]),
+                context_length=int(values["context_length"]),
+                bos_token_id=_optional_int(values["bos_token_id"]),
+                eos_token_id=tuple(int(i) for i in ([] if eos is None else eos if isinstance(eos, list) else [eos])),
+                pad_token_id=_optional_int(values["pad_token_id"]),
+                all_logits=values["logits"] == "all",
+                source=dict(values["source"]),
+                layers=layers,
+                right_padded=values.get("padding") == "right",
+                weights=str(values.get("weights", "")),
+                quantize_head=bool(values.get("quantize_head", True)),
+                quantize_embeddings=bool(values.get("quantize_embeddings", False)),
+            )
+        except (KeyError, TypeError, ValueError, SkvError) as error:
+            got = f"no key {error}" if isinstance(error, KeyError) else str(error)
+            raise SkvError(f"{path}: damaged", got=got, fix="Export the model again.") from error
+
+    def to_dict(self, hidden_size: int) -> dict[str, Any]:
+        """Returns the content of ``skv_config.json``; ``load`` gives an equal configuration.
+
+        Args:
+            hidden_size: Channels of the hidden state: for readers, the runtime does not need it.
+        """
+        values = dataclasses.asdict(self)
+        del values["all_logits"], values["right_padded"]
+        for written, layer in zip(values["layers"], self.layers, strict=True):
+            written["key"], written["value"] = layout_entry(layer.key), layout_entry(layer.value)
+        return {
+            "format_version": FORMAT_VERSION,
+            "skv_version": __version__,
+            **values,
+            "hidden_size": hidden_size,
+            "num_hidden_layers": len(self.layers),
+            "logits": "all" if self.all_logits else "last",
+            "padding": "right" if self.right_padded else "any",
+        }
+
+
+def _layer_cache(values: Mapping[str, Any]) -> LayerCache:
+    heads = (int(values["num_attention_heads"]), int(values["num_key_value_heads"]))
+    if min(heads) < 1 or heads[0] % heads[1]:
+        raise ValueError(f"{heads[0]} attention heads on {heads[1]} key-value heads")
+    pair = _layout(values["key"]), _layout(values["value"])
+    return LayerCache(*heads, int(values["local_window_size"]), *pair)
+
+
+def layout_entry(layout: CacheLayout) -> dict[str, Any]:
+    """What ``skv_config.json`` says of one cache tensor: the layout's fields, and the rule of its shape."""
+    return {**dataclasses.asdict(layout), "shape": layout.shape_rule()}
+
+
+def _layout(values: Mapping[str, Any]) -> CacheLayout:
+    fields = dict(values)
+    shape = fields.pop("shape")
+    layout = CacheLayout(**fields)
+    if shape != layout.shape_rule():  # the graph's buffers would be of another size than the runtime's
+        raise ValueError(f"shape is {shape}, expected {layout.shape_rule()}")
+    return layout
+
+
+def _optional_int(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Raises:
+        SkvError: Missing, too large, not JSON, or no object; ``fix`` is what the message tells to do.
+    """
+    if not path.is_file():
+        raise SkvError(f"{path}: no such file", expected="a folder written by skv_export", fix=fix)
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise SkvError(f"{path}: too large", got=f"{path.stat().st_size} bytes", expected=f"at most {MAX_JSON_BYTES}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SkvError(f"{path}: not valid JSON", got=str(error)[:200], fix=fix) from error
+    if not isinstance(values, dict):
+        raise SkvError(f"{path}: no JSON object", got=type(values).__name__, fix=fix)
+    return values

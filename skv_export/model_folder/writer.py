@@ -1,0 +1,230 @@
+"""Owns the output folder: it appears complete or not at all; and the files in it that come from the checkpoint's own.
+
+Everything is written into a folder beside the target, synced to disk, and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+from skv_export.checkpoints.checkpoint import Source
+from skv_export.errors import SkvError
+
+RESERVE_BYTES = 64 << 20
+"""Room for the graph, configurations and tokenizer, on top of the weights."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "vocab.txt",
+)
+_SAMPLE = "The capital of France is Paris.\n  def f(x):\n\treturn x + 1  # naïve café, 東京, 🙂 12345\n"
+
+
+@contextlib.contextmanager
+def output_folder(out: Path, weight_bytes: int, *, force: bool = False) -> Iterator[Path]:
+    """Gives a folder to write into that becomes ``out`` when the block ends, and vanishes if it fails.
+
+    What a killed run left behind is removed by the next one for the same ``out``.
+
+    Args:
+        out: The target.
+        weight_bytes: What the largest file will take; checked against the free space first.
+        force: Replace ``out`` if it exists: the old folder stays whole until the new one is.
+
+    Raises:
+        SkvError: ``out`` exists or is being written, its parent can't be written to, or the disk is (or gets) full.
+    """
+    temporary = out.parent / f".{out.name}.part"
+    check_target(out, 0, force=force)
+    try:
+        with _locked(temporary):
+            _empty(temporary)
+            check_target(out, weight_bytes, force=force)
+            try:
+                yield temporary
+                _sync(temporary)
+                _swap(temporary, out)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise SkvError(
+            f"{out}: can't be written", got=str(error), fix="Free some space or choose another --out."
+        ) from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Makes a folder and holds it against other processes while the block runs."""
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise SkvError(
+            f"{folder}: another process is writing it", fix="Wait for it to end, or choose another --out."
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def check_target(out: Path, weight_bytes: int, *, force: bool = False) -> None:
+    """Raises SkvError if ``out`` can't be written, before anything long starts; makes its parent folder."""
+    if out.exists() or out.is_symlink():
+        if not force:
+            raise SkvError(f"{out}: exists already", fix="Use --force to replace it, or choose another --out.")
+        if out.is_symlink() or not out.is_dir() or not (any(out.glob("skv_config.json")) or not any(out.iterdir())):
+            raise SkvError(
+                f"{out}: not a folder written by skv_export, so --force does not replace it",
+                fix="Choose another --out.",
+            )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+    except OSError as error:
+        raise SkvError(f"{out}: its parent can't be written to", got=str(error), fix="Choose another --out.") from error
+    needed = weight_bytes + RESERVE_BYTES
+    if free < needed:
+        raise SkvError(
+            f"{out}: not enough space on the disk",
+            got=f"{free >> 20} MiB free",
+            expected=f"{needed >> 20} MiB",
+            fix="Free some space, choose another --out, or a smaller --dtype.",
+        )
+
+
+def _sync(folder: Path) -> None:
+    for path in [*sorted(p for p in folder.rglob("*") if p.is_file()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _swap(new: Path, out: Path) -> None:
+    """Renames ``new`` to ``out``; an old ``out`` is moved aside first, and back if that fails."""
+    if not out.exists():
+        new.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    try:
+        out.rename(old / "old")
+        try:
+            new.rename(out)
+        except OSError:
+            (old / "old").rename(out)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_tokenizer(source: Source, folder: Path) -> bool:
+    """Writes the tokenizer's files.
+
+    A local folder's files are copied as they are. Where they hold no ``tokenizer.json``, and for hub ids and GGUF
+    files, transformers writes them; what it wrote is read back and compared.
+
+    Returns:
+        Whether the checkpoint has a tokenizer.
+
+    Raises:
+        SkvError: What was written does not tokenize as the checkpoint does.
+    """
+    local = source.path if source.kind == "safetensors" else None
+    if local is not None:
+        present = [name for name in TOKENIZER_FILES if (local / name).is_file()]
+        if not present:
+            return False
+        for name in present:
+            shutil.copyfile(local / name, folder / name)
+        if "tokenizer.json" in present:
+            return True
+    _convert_tokenizer(source, folder)
+    return True
+
+
+def _convert_tokenizer(source: Source, folder: Path) -> None:
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    original = AutoTokenizer.from_pretrained(source.pretrained, **pretrained_arguments(source))
+    original.save_pretrained(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise SkvError(
+            f"{source}: its tokenizer can't be written as tokenizer.json", fix="Use a checkpoint with a fast tokenizer."
+        )
+    written = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = original.encode(_SAMPLE)
+    again = written.encode(_SAMPLE).ids
+    if again != ids:
+        raise SkvError(
+            f"{source}: the written tokenizer differs from the checkpoint's", got=again[:8], expected=ids[:8]
+        )
+
+
+def pretrained_arguments(source: Source) -> dict[str, Any]:
+    """What transformers' ``from_pretrained`` needs beside the name; never code of the checkpoint's."""
+    arguments: dict[str, Any] = {"trust_remote_code": False, "local_files_only": source.repo_id is None}
+    if source.revision:
+        arguments["revision"] = source.revision
+    if source.gguf_file:
+        arguments["gguf_file"] = source.gguf_file
+    return arguments
+
+
+def generation_config(source: Source, config: PreTrainedConfig) -> GenerationConfig:
+    """Returns how a checkpoint on this disk wants text to be generated; by its configuration if it does not say.
+
+    Raises:
+        SkvError: It says so in a way that transformers can't read.
+    """
+    if source.path is None or not (source.path / "generation_config.json").is_file() or source.gguf_file:
+        return GenerationConfig.from_model_config(config)
+    try:
+        return GenerationConfig.from_pretrained(source.path, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise SkvError(
+            f"{source}: generation_config.json", got=str(error)[:300], fix="Correct or remove it."
+        ) from error
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON object, indented."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def digest(source: Source, config: PreTrainedConfig) -> str:
+    """SHA-256 by which a checkpoint is recognized: of ``config.json``, or of a GGUF file's first MiB, its metadata."""
+    name = source.gguf_file or "config.json"
+    if source.path is not None and (source.path / name).is_file():
+        with (source.path / name).open("rb") as file:
+            return hashlib.sha256(file.read(1 << 20)).hexdigest()
+    text = json.dumps(config.to_diff_dict(), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

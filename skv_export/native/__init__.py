@@ -1,0 +1,1 @@
+"""The native library: C++ and CUDA sources, and the library as Python loads it."""

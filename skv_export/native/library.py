@@ -1,0 +1,306 @@
+"""Owns the native library as Python sees it: finding libskv_ops.so, loading it, and its C interface through ctypes.
+
+The structures mirror ``native/kernels.h``. ONNX Runtime loads the same file as a custom-op library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import platform
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import skv_export
+from skv_export.errors import SkvError
+from skv_export.spec.layout import Bytes, CacheLayout, layout_fields
+from skv_export.spec.recipe import GRANULARITIES, RECENT_TYPES, ROTATIONS
+
+if TYPE_CHECKING:
+    from skv_export.spec.reference import AttentionParams
+
+FILE_NAME = "libskv_ops.so"
+ENVIRONMENT = "SKV_OPS_LIBRARY"
+_FIX = "Install the package with `pip install .`, or build with cmake and set SKV_OPS_LIBRARY to build/libskv_ops.so."
+
+# The enumerations of kv_layout.h number these names in this order.
+_ENUMS = {"granularity": GRANULARITIES, "rotation": ROTATIONS, "recent_type": RECENT_TYPES}
+_DEFAULT_STREAM = None
+_TYPES = {np.dtype(np.float16): 0, np.dtype(np.float32): 1}
+_DTYPES = {"fp16": 0, "fp32": 1, "bf16": 2}
+
+
+class SkvLayout(ctypes.Structure):
+    """``SkvLayout`` of kv_layout.h."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in layout_fields()]
+
+    @classmethod
+    def of(cls, layout: CacheLayout) -> SkvLayout:
+        """Returns the structure of a layout."""
+        values = {f.name: getattr(layout, f.name) for f in dataclasses.fields(layout)}
+        return cls(**{name: _ENUMS[name].index(v) if name in _ENUMS else int(v) for name, v in values.items()})
+
+
+class SkvCache(ctypes.Structure):
+    """``SkvCache`` of kernels.h: the blocks of a batch."""
+
+    _fields_ = [("layout", SkvLayout), ("data", ctypes.c_void_p), ("block_bytes", ctypes.c_int64)]
+
+
+class SkvTokens(ctypes.Structure):
+    """``SkvTokens`` of kernels.h."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("token_stride", ctypes.c_int64)]
+
+
+class SkvAttention(ctypes.Structure):
+    """``SkvAttention`` of kernels.h: one call of the op."""
+
+    _fields_ = [
+        ("key_cache", SkvCache),
+        ("value_cache", SkvCache),
+        ("query", SkvTokens),
+        ("key", SkvTokens),
+        ("value", SkvTokens),
+        ("output", ctypes.c_void_p),
+        ("seqlens_k", ctypes.c_void_p),
+        ("query_seqlens", ctypes.c_void_p),
+        ("head_sink", ctypes.c_void_p),
+        ("type", ctypes.c_int32),
+        ("batch", ctypes.c_int32),
+        ("tokens", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("kv_num_heads", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("not_finite", ctypes.c_void_p),
+    ]
+
+
+class SkvCudaContext(ctypes.Structure):
+    """``SkvCudaContext`` of kernels_cuda.h: what a call on the device needs beside its tensors."""
+
+    _fields_ = [
+        ("stream", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+        ("scratch_bytes", ctypes.c_int64),
+        ("max_length", ctypes.c_int64),
+        ("path", ctypes.c_int32),
+        ("output_type", ctypes.c_int32),
+        ("multiprocessors", ctypes.c_int32),
+    ]
+
+
+class Library:
+    """The C interface of one loaded library.
+
+    Attributes:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._c = ctypes.CDLL(str(path))
+            for name in ("skv_version", "skv_last_error", "skv_cpu_isa", "skv_cuda_build"):
+                getattr(self._c, name).restype = ctypes.c_char_p
+            self._c.skv_rewind.argtypes = [
+                ctypes.POINTER(SkvCache), ctypes.c_int32, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64
+            ]  # fmt: skip
+            self._c.skv_attention.argtypes = [ctypes.POINTER(SkvAttention), ctypes.c_void_p]
+            if self.cuda_build:
+                self._c.skv_cuda_rewind.argtypes = [*self._c.skv_rewind.argtypes, ctypes.c_void_p]
+                self._c.skv_cuda_synchronize.argtypes = [ctypes.c_void_p]
+                self._c.skv_cuda_last_error.restype = self._c.skv_cuda_path.restype = ctypes.c_char_p
+        except (OSError, AttributeError) as error:
+            raise SkvError(
+                f"native library {path}: can't be loaded",
+                got=str(error),
+                expected=f"a build of skv_export {skv_export.__version__} for {platform.system()} {platform.machine()}",
+                fix=_FIX,
+            ) from error
+
+    @property
+    def version(self) -> str:
+        """The library's version."""
+        return self._text("skv_version")
+
+    @property
+    def cpu_isa(self) -> str:
+        """The instruction set that was chosen: ``scalar``, ``avx2``, ``avx512vnni`` or ``neon``."""
+        return self._text("skv_cpu_isa")
+
+    @property
+    def cuda_build(self) -> str:
+        """The CUDA version and architectures of the build; empty without CUDA."""
+        return self._text("skv_cuda_build")
+
+    def rewind(
+        self,
+        layout: CacheLayout,
+        data: int,
+        block_bytes: int,
+        kv_num_heads: int,
+        b: int,
+        length: int,
+        new_length: int,
+        *,
+        device: str = "cpu",
+    ) -> None:
+        """Makes the blocks of sequence ``b`` a cache of ``new_length`` tokens (``reference.rewind``), in place.
+
+        Args:
+            layout: The tensor's layout.
+            data: Address of the first block of the batch.
+            block_bytes: Bytes of one block.
+            kv_num_heads: Blocks per sequence.
+            b: Index of the sequence in the batch.
+            length: Tokens held.
+            new_length: Tokens to hold.
+            device: Where ``data`` is, ``cpu`` or ``cuda``; there it is done when ``synchronize`` returns.
+
+        Raises:
+            SkvError: Too far back, or an unusable block.
+        """
+        held = SkvCache(SkvLayout.of(layout), data, block_bytes)
+        arguments = ctypes.byref(held), kv_num_heads, b, length, new_length
+        if device == "cuda":
+            self._check("rewind", self._c.skv_cuda_rewind(*arguments, _DEFAULT_STREAM), "skv_cuda_last_error")
+        else:
+            self._check("rewind", self._c.skv_rewind(*arguments))
+
+    def synchronize(self) -> None:
+        """Waits for what was started on the GPU.
+
+        Raises:
+            SkvError: It failed there.
+        """
+        self._check("synchronize", self._c.skv_cuda_synchronize(_DEFAULT_STREAM), "skv_cuda_last_error")
+
+    def cuda_path(
+        self, layouts: tuple[CacheLayout, CacheLayout], num_heads: int, kv_num_heads: int, dtype: str, tokens: int = 1
+    ) -> str:
+        """The kernels that attention takes on a GPU, and why, such as ``decode_simple: 5-bit keys``.
+
+        Args:
+            layouts: Of keys and values.
+            num_heads: N.
+            kv_num_heads: N_kv.
+            dtype: ``fp32``, ``fp16`` or ``bf16``.
+            tokens: New tokens of a sequence.
+
+        Raises:
+            SkvError: No kernel on a GPU takes such a call.
+        """
+        nowhere = 256  # an address that is looked at, and never read
+        blocks = [SkvCache(SkvLayout.of(x), nowhere, x.block_bytes(x.full_rows + x.tile_tokens)) for x in layouts]
+        head_dim = layouts[0].head_dim
+        widths = (heads * head_dim for heads in (num_heads, kv_num_heads, kv_num_heads))
+        call = SkvAttention(
+            *blocks, *(SkvTokens(nowhere, width) for width in widths), nowhere, nowhere, None, None,
+            _DTYPES[dtype], 1, tokens, num_heads, kv_num_heads,
+        )  # fmt: skip
+        context = SkvCudaContext(max_length=1, output_type=-1, multiprocessors=1)
+        path = self._c.skv_cuda_path(ctypes.byref(call), ctypes.byref(context))
+        if path is None:
+            raise SkvError("CUDA kernels: not for this model", got=self._text("skv_cuda_last_error"))
+        return bytes(path).decode()
+
+    def attention(
+        self,
+        params: AttentionParams,
+        layouts: tuple[CacheLayout, CacheLayout],
+        query: NDArray[Any],
+        key: NDArray[Any],
+        value: NDArray[Any],
+        past_key: Bytes,
+        past_value: Bytes,
+        seqlens_k: NDArray[np.int32],
+        *,
+        head_sink: NDArray[Any] | None = None,
+        query_seqlens: NDArray[np.int32] | None = None,
+    ) -> tuple[NDArray[Any], Bytes, Bytes]:
+        """The op on tokens that have had RoPE and QK norm; as ``reference.quantized_kv_attention``.
+
+        Queries, keys, values and ``head_sink`` are of one type, float32 or float16.
+
+        Raises:
+            SkvError: The library refuses the call; nothing has been written.
+        """
+        batch, tokens = query.shape[:2]
+        dtype = query.dtype
+        query, key, value = (np.ascontiguousarray(x, dtype) for x in (query, key, value))
+        sink = None if head_sink is None else np.ascontiguousarray(head_sink, dtype)
+        lengths = np.ascontiguousarray(seqlens_k, np.int32)
+        new = None if query_seqlens is None else np.ascontiguousarray(query_seqlens, np.int32)
+        present = [np.array(past, np.uint8, order="C") for past in (past_key, past_value)]
+        caches = [
+            SkvCache(SkvLayout.of(layout), _address(x), x.shape[2] * x.shape[3])
+            for layout, x in zip(layouts, present, strict=True)
+        ]
+        output = np.zeros_like(query)
+        call = SkvAttention(
+            *caches,
+            *(SkvTokens(_address(x), x.shape[-1]) for x in (query, key, value)),
+            *(_address(x) for x in (output, lengths, new, sink)),
+            _TYPES[dtype],
+            batch,
+            tokens,
+            params.num_heads,
+            params.kv_num_heads,
+            params.scale,
+            params.softcap,
+        )
+        self._check("attention", self._c.skv_attention(ctypes.byref(call), None))
+        return output, present[0], present[1]
+
+    def _text(self, name: str) -> str:
+        return bytes(getattr(self._c, name)()).decode()
+
+    def _check(self, what: str, status: int, reason: str = "skv_last_error") -> None:
+        if status:
+            raise SkvError(f"native library: {what} failed", got=self._text(reason) or f"status {status}")
+
+
+def library_path() -> Path:
+    """Returns the native library's file: SKV_OPS_LIBRARY, else ``lib/libskv_ops.so`` of the installed package.
+
+    Raises:
+        SkvError: There is none; the message lists where it was looked for.
+    """
+    named = os.environ.get(ENVIRONMENT)
+    if named:
+        if Path(named).is_file():
+            return Path(named).resolve()
+        raise SkvError(f"{ENVIRONMENT}: no such file", got=named, expected=f"the path of {FILE_NAME}", fix=_FIX)
+    # An editable install has two folders on the path: the sources, and the one that the build installs into.
+    candidates = [Path(folder) / "lib" / FILE_NAME for folder in skv_export.__path__]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate.resolve()
+    looked = ", ".join(map(str, candidates))
+    raise SkvError(f"native library {FILE_NAME}: not found", got=f"nothing at {looked}", fix=_FIX)
+
+
+def load_library(path: Path | None = None) -> Library:
+    """Returns the library at ``path``, or the one that ``library_path`` finds; each file is loaded once.
+
+    Raises:
+        SkvError: There is none, or it can't be loaded.
+    """
+    return _load(path or library_path())
+
+
+@cache
+def _load(path: Path) -> Library:
+    return Library(path)
+
+
+def _address(array: NDArray[Any] | None) -> int | None:
+    return None if array is None else array.ctypes.data

@@ -1,0 +1,202 @@
+// Owns the op's CUDA kernel as ONNX Runtime sees it. Everything runs on the stream of the call, on lengths that stay on
+// the device; the only number read on the host is total_sequence_length, which ONNX Runtime keeps in CPU memory.
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+
+#include "ort/prefill_cuda.h"
+
+// The tests build this file for the CPU provider, over the kernels in their shim.
+#ifndef SKV_CUDA_PROVIDER
+#define SKV_CUDA_PROVIDER "CUDAExecutionProvider"
+#endif
+
+namespace skv::ort {
+namespace {
+
+SkvType kernel_type(ElementType type) {
+  return type == ElementType::kFloat ? SKV_FLOAT : type == ElementType::kFloat16 ? SKV_FLOAT16 : SKV_BFLOAT16;
+}
+
+// A number that the kernels set and the host reads without waiting: a call learns of the calls before it.
+class Flag {
+ public:
+  Flag() { check_kernel(skv_cuda_flag_create(&value_)); }
+  ~Flag() { skv_cuda_flag_destroy(value_); }
+  Flag(const Flag&) = delete;
+  Flag& operator=(const Flag&) = delete;
+
+  int32_t* address() const { return value_; }
+  bool is_set() const { return *static_cast<volatile int32_t*>(value_) != 0; }
+
+ private:
+  int32_t* value_ = nullptr;
+};
+
+class CudaKernel : public Kernel {
+ public:
+  CudaKernel(const OrtKernelInfo* info, ElementType type)
+      : attributes_(Attributes::read(info)), type_(type), log_(info), prefill_(info, attributes_, type, log_) {
+    int32_t architecture = 0;
+    check_kernel(skv_cuda_device(&multiprocessors_, &architecture));
+    flag_ = std::make_unique<Flag>();
+    log_.write(Severity::kInfo, "CUDA kernels on sm_" + std::to_string(architecture) + ", " +
+                                    std::to_string(multiprocessors_) + " multiprocessors");
+  }
+
+  void compute(OrtKernelContext* context) override {
+    const Call call(context, attributes_, type_);
+    report_not_finite();
+    SkvCudaContext device{};
+    check(api().KernelContext_GetGPUComputeStream(context, &device.stream));
+    device.max_length = call.total_sequence_length.as<int32_t>()[0];
+    device.output_type = kernel_type(type_);
+    device.multiprocessors = multiprocessors_;
+
+    SkvAttention attention = describe(context, call);
+    if (call.batch > 0 && call.tokens > 0) {
+      // The checks, before anything is written.
+      const int64_t bytes = skv_cuda_scratch_bytes(&attention, &device);
+      if (bytes < 0) check_kernel(static_cast<int>(-bytes));
+    }
+    copy_past(call, attention, device.stream);
+    if (call.batch == 0 || call.tokens == 0) return;
+
+    DeviceScratch scratch(context, device.stream);
+    if (call.needs_preparation()) prepare(call, scratch, device.stream, attention);
+    if (prefill_.can_run(call) && prefill_.attend(context, call, attention, device, scratch)) {
+      log_path(attention, CudaPrefill::kPath);
+      return check_kernel(skv_cuda_append(&attention, &device));
+    }
+    device.scratch_bytes = skv_cuda_scratch_bytes(&attention, &device);
+    device.scratch = scratch.take(device.scratch_bytes);
+    log_path(attention, skv_cuda_path(&attention, &device));
+    check_kernel(skv_cuda_attention(&attention, &device));
+  }
+
+ private:
+  SkvAttention describe(OrtKernelContext* context, const Call& call) const {
+    const auto cache = [&](Output index, const Tensor& past, const SkvLayout& layout) {
+      const Tensor present = output_tensor(context, index, past.shape, past.rank);
+      return SkvCache{layout, static_cast<uint8_t*>(present.data), past.shape[2] * past.shape[3]};
+    };
+    const int64_t output_shape[] = {call.batch, call.tokens, call.hidden_size()};
+    SkvAttention attention{};
+    attention.output = output_tensor(context, kOutput, output_shape, 3).data;
+    attention.key_cache = cache(kPresentKey, call.past_key, call.attributes.key_layout);
+    attention.value_cache = cache(kPresentValue, call.past_value, call.attributes.value_layout);
+    attention.type = kernel_type(type_);
+    set_tokens(call, attention);
+    attention.seqlens_k = call.seqlens_k.as<int32_t>();
+    attention.query_seqlens = call.query_seqlens.as<int32_t>();
+    attention.head_sink = call.head_sink.data;
+    attention.batch = call.batch;
+    attention.tokens = call.tokens;
+    attention.num_heads = call.attributes.num_heads;
+    attention.kv_num_heads = call.attributes.kv_num_heads;
+    attention.scale = call.attributes.scale;
+    attention.softcap = call.attributes.softcap;
+    attention.not_finite = flag_->address();
+    return attention;
+  }
+
+  static void set_tokens(const Call& call, SkvAttention& attention) {
+    const NewTokens tokens = tokens_in_place(call);
+    attention.query = tokens.query;
+    attention.key = tokens.key;
+    attention.value = tokens.value;
+    if (tokens.packed && attention.type != tokens.type) {  // parts of a row: addresses by the size of an element
+      const auto* row = static_cast<const uint8_t*>(call.query.data);
+      const int64_t bytes = type_bytes(attention.type);
+      attention.key.data = row + call.hidden_size() * bytes;
+      attention.value.data = row + (call.hidden_size() + call.kv_hidden_size()) * bytes;
+    }
+  }
+
+  static void copy_past(const Call& call, const SkvAttention& attention, void* stream) {
+    const auto copy = [&](const SkvCache& present, const Tensor& past) {
+      if (present.data == past.data || past.count() == 0) return;
+      check_kernel(skv_cuda_copy(present.data, past.data, past.count(), stream));
+    };
+    copy(attention.key_cache, call.past_key);
+    copy(attention.value_cache, call.past_value);
+  }
+
+  // Replaces the call's tokens by float rows after QK norm and RoPE.
+  static void prepare(const Call& call, DeviceScratch& scratch, void* stream, SkvAttention& attention) {
+    SkvCudaPreparation p{};
+    p.query = attention.query;
+    p.key = attention.key;
+    p.value = attention.value;
+    p.type = attention.type;
+    p.batch = call.batch;
+    p.tokens = call.tokens;
+    p.num_heads = call.attributes.num_heads;
+    p.kv_num_heads = call.attributes.kv_num_heads;
+    p.head_dim = call.head_dim;
+    p.seqlens_k = attention.seqlens_k;
+    p.query_seqlens = attention.query_seqlens;
+    if (call.attributes.do_rotary) {
+      p.cos_cache = call.cos_cache.data;
+      p.sin_cache = call.sin_cache.data;
+      p.rotary_rows = call.cos_cache.shape[0];
+      p.rotary_half = static_cast<int32_t>(call.cos_cache.shape[1]);
+      p.rotary_interleaved = call.attributes.rotary_interleaved;
+      p.position_ids = call.position_ids.as<int64_t>();
+    }
+    p.q_norm_weight = call.q_norm_weight.data;
+    p.k_norm_weight = call.k_norm_weight.data;
+    p.epsilon = call.attributes.qk_norm_epsilon;
+    const int64_t row = call.hidden_size() + 2 * call.kv_hidden_size();
+    auto* rows = static_cast<float*>(scratch.take(int64_t{call.batch} * call.tokens * row * int64_t{sizeof(float)}));
+    check_kernel(skv_cuda_prepare(&p, rows, stream));
+    attention.query = {rows, row};
+    attention.key = {rows + call.hidden_size(), row};
+    attention.value = {rows + call.hidden_size() + call.kv_hidden_size(), row};
+    attention.type = SKV_FLOAT;
+  }
+
+  void report_not_finite() {
+    if (!flag_->is_set() || reported_not_finite_.exchange(true)) return;
+    log_.write(
+        Severity::kWarning,
+        "keys or values that are not finite were stored as 0; reported once. The model's activations overflow: try "
+        "another dtype.");
+  }
+
+  // Each kind of kernels that this node's calls take, once.
+  void log_path(const SkvAttention& attention, const std::string& path) {
+    if (!log_.has(Severity::kInfo)) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (std::find(paths_.begin(), paths_.end(), path) != paths_.end()) return;
+    paths_.push_back(path);
+    log_.write(Severity::kInfo, std::to_string(attention.tokens) + " new tokens: " + path);
+  }
+
+  const Attributes attributes_;
+  const ElementType type_;
+  const Log log_;
+  CudaPrefill prefill_;
+  int32_t multiprocessors_ = 0;
+  std::unique_ptr<Flag> flag_;
+  std::atomic<bool> reported_not_finite_{false};
+  std::mutex mutex_;
+  std::vector<std::string> paths_;
+};
+
+std::unique_ptr<Kernel> make_cuda_kernel(const OrtKernelInfo* info, ElementType type) {
+  return std::make_unique<CudaKernel>(info, type);
+}
+
+}  // namespace
+
+std::vector<const Definition*> cuda_definitions() {
+  static const Definition definitions[] = {{SKV_CUDA_PROVIDER, ElementType::kFloat, make_cuda_kernel},
+                                           {SKV_CUDA_PROVIDER, ElementType::kFloat16, make_cuda_kernel},
+                                           {SKV_CUDA_PROVIDER, ElementType::kBfloat16, make_cuda_kernel}};
+  std::vector<const Definition*> all;
+  for (const Definition& definition : definitions) all.push_back(&definition);
+  return all;
+}
+
+}  // namespace skv::ort

@@ -1,0 +1,58 @@
+// Owns what a call has on the device beside its tensors, scratch, and the attention of many new tokens there: ONNX
+// Runtime's own GroupQueryAttention (FlashAttention), invoked on one sequence at a time over its dequantized past.
+#pragma once
+#include <atomic>
+
+#include "cuda/kernels_cuda.h"
+#include "ort/prepare.h"
+
+namespace skv::ort {
+
+// Throws what a function of kernels_cuda.h returned, if it failed.
+void check_kernel(int status);
+
+// Memory of the device that the query is on, from the provider's arena; given back when the call ends, which is in
+// order on the call's stream: the arena gives no other stream what this one still works on.
+class DeviceScratch {
+ public:
+  DeviceScratch(OrtKernelContext* context, void* stream);
+  ~DeviceScratch();
+  DeviceScratch(const DeviceScratch&) = delete;
+  DeviceScratch& operator=(const DeviceScratch&) = delete;
+
+  void* take(int64_t bytes);
+  // A tensor over device memory.
+  Handle<OrtValue> tensor(ElementType type, const void* data, const std::vector<int64_t>& shape) const;
+
+ private:
+  OrtKernelContext* const context_;
+  void* const stream_;
+  const OrtMemoryInfo* memory_ = nullptr;
+  Handle<OrtAllocator> allocator_;
+  std::vector<void*> blocks_;
+};
+
+class CudaPrefill {
+ public:
+  static constexpr const char* kPath = "GroupQueryAttention of ONNX Runtime";
+
+  // Where ONNX Runtime has no GroupQueryAttention for the type, the log says so and can_run is false.
+  CudaPrefill(const OrtKernelInfo* info, const Attributes& attributes, ElementType type, const Log& log);
+
+  // Many new tokens.
+  bool can_run(const Call& call) const;
+
+  // Writes the output; the caches are only read. After QK norm and RoPE in the op the attention's tokens are packed
+  // rows of float: they go in the node's type. False, and a warning in the log, where GroupQueryAttention refuses: it
+  // is not asked again.
+  bool attend(OrtKernelContext* context, const Call& call, const SkvAttention& attention, const SkvCudaContext& device,
+              DeviceScratch& scratch);
+
+ private:
+  const Handle<OrtOp> op_;
+  const ElementType type_;
+  const Log log_;
+  std::atomic<bool> refused_{false};
+};
+
+}  // namespace skv::ort

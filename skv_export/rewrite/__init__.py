@@ -1,0 +1,1 @@
+"""From another exporter's ONNX model to a folder with the quantized cache."""

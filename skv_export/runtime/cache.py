@@ -1,0 +1,128 @@
+"""Owns a running model's cache: buffers that are allocated once, bound in place, rewound and reordered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from skv_export.errors import SkvError
+from skv_export.model_folder.skv_config import LayerCache
+from skv_export.native.library import Library
+from skv_export.spec.layout import Bytes, CacheLayout
+
+
+class Cache:
+    """The buffers of a batch of sequences, allocated once and bound as past and present alike.
+
+    Memory is reserved for ``max_length`` tokens and, on a CPU, taken by the system only as tokens come. Nothing grows:
+    a call that would pass the capacity is an error before anything is written.
+
+    Args:
+        binding: onnxruntime's IOBinding of the session; the buffers are bound to it here.
+        layers: The model's layers.
+        batch: Sequences.
+        max_length: Tokens per sequence.
+        device: ``cpu`` or ``cuda``.
+        library: The native library.
+
+    Attributes:
+        binding: As given.
+        batch: Sequences.
+        max_length: Tokens per sequence that were asked for; ``capacity`` may be a little more.
+        lengths: ``[batch]``, tokens held.
+    """
+
+    def __init__(
+        self, binding: Any, layers: Sequence[LayerCache], batch: int, max_length: int, device: str, library: Library
+    ) -> None:
+        import onnxruntime as ort
+
+        self.binding = binding
+        self.batch, self.max_length = batch, max_length
+        self.lengths: NDArray[np.int64] = np.zeros(batch, np.int64)
+        self._device, self._library = device, library
+        self._tensors: dict[str, tuple[CacheLayout, Any]] = {}
+        for i, layer in enumerate(layers):
+            for name, layout in (("key", layer.key), ("value", layer.value)):
+                shape = [batch, layer.num_key_value_heads, *layout.shape(max_length)]
+                buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.uint8, device)
+                self._tensors[f"{i}.{name}"] = layout, buffer
+        self.bind(binding)
+
+    def bind(self, binding: Any) -> None:
+        """Binds the buffers, as past and present alike, to an IOBinding of the session."""
+        for name, (_, buffer) in self._tensors.items():
+            binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
+            binding.bind_ortvalue_output(f"present.{name}", buffer)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(math.prod(buffer.shape()) for _, buffer in self._tensors.values())
+
+    @cached_property
+    def capacity(self) -> int | None:
+        """Tokens that a sequence can hold; None = any number (every layer has a sliding window)."""
+        sizes = (layout.capacity(math.prod(b.shape()[2:])) for layout, b in self._tensors.values())
+        return min((size for size in sizes if size is not None), default=None)
+
+    def data(self, layer: int, name: str) -> Bytes:
+        """Returns a copy of one tensor's bytes, ``[batch, N_kv, rows, W]``; ``name`` is ``key`` or ``value``."""
+        return np.array(self._tensors[f"{layer}.{name}"][1].numpy())
+
+    def pointers(self) -> tuple[int, ...]:
+        """Returns the buffers' addresses: they stay what they are for the cache's whole life."""
+        return tuple(buffer.data_ptr() for _, buffer in self._tensors.values())
+
+    def reset(self) -> None:
+        """Forgets every token; the buffers stay."""
+        self.lengths[:] = 0
+
+    def rewind_floor(self, length: int) -> int:
+        """Smallest length above 0 to which a sequence of ``length`` tokens can be rewound."""
+        layouts = [layout for layout, _ in self._tensors.values()]
+        return max(length - x.recent_tokens if x.quantized_tokens(length) else 0 for x in layouts)
+
+    def rewind(self, lengths: int | ArrayLike) -> None:
+        """Takes back tokens, so that each sequence holds ``lengths`` of them (one number, or one per sequence).
+
+        At most ``recent_tokens`` can be taken back, or everything. Tokens whose exact form is gone come back from their
+        codes; where a tile has not been quantized since, it is as if the tokens had never been there.
+
+        Raises:
+            SkvError: Too far back, or longer than what is held; nothing has changed.
+        """
+        new = np.broadcast_to(np.asarray(lengths, np.int64), self.lengths.shape)
+        for b, (held, wanted) in enumerate(zip(self.lengths.tolist(), new.tolist(), strict=True)):
+            floor = self.rewind_floor(held)
+            if wanted != 0 and not floor <= wanted <= held:
+                raise SkvError(
+                    f"rewind of sequence {b}, which holds {held} tokens",
+                    got=wanted,
+                    expected=f"{floor} ... {held}, or 0",
+                    fix="Start the sequence again, or export with more recent_tokens.",
+                )
+        for layout, buffer in self._tensors.values():
+            heads, block_bytes = buffer.shape()[1], math.prod(buffer.shape()[2:])
+            for b in np.flatnonzero((new != 0) & (new != self.lengths)).tolist():
+                held, wanted = int(self.lengths[b]), int(new[b])
+                self._library.rewind(
+                    layout, buffer.data_ptr(), block_bytes, heads, b, held, wanted, device=self._device
+                )
+        if self._device == "cuda":  # the next call runs on a stream of ONNX Runtime's
+            self._library.synchronize()
+        self.lengths[:] = new
+
+    def reorder(self, indices: ArrayLike) -> None:
+        """Makes sequence ``i`` a copy of what sequence ``indices[i]`` was, in place (beam search)."""
+        order = np.asarray(indices, np.int64)
+        if np.array_equal(order, np.arange(self.batch)):
+            return
+        for _, buffer in self._tensors.values():
+            buffer.update_inplace(np.ascontiguousarray(buffer.numpy()[order]))
+        self.lengths[:] = self.lengths[order]

@@ -1,0 +1,77 @@
+"""Owns decoding as a CUDA graph: steps of one token per sequence, captured once and replayed as a single launch.
+
+Everything a captured step reads and writes stays where it is: the caches, and here the inputs and the logits. The mask
+has as many columns as the cache holds tokens, so that its shape never changes; the op takes the lengths from its sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skv_export.runtime.cache import Cache
+
+_GRAPH_ID = "gpu_graph_id"
+"""ONNX Runtime's run option: the graph to replay, captured when its number is new."""
+
+
+def uncaptured() -> Any:
+    """Returns the RunOptions of a call that is not to be captured, in a session that captures."""
+    import onnxruntime as ort
+
+    options = ort.RunOptions()
+    options.add_run_config_entry(_GRAPH_ID, "-1")
+    return options
+
+
+class DecodeGraph:
+    """The decoding steps of one cache.
+
+    Args:
+        onnx: onnxruntime's InferenceSession on CUDA, with ``enable_cuda_graph``.
+        cache: The cache; its sequences and buffers are the graph's.
+        inputs: Names of the graph's inputs beside the caches.
+        vocab_size: Columns of the logits.
+        number: One that no other graph of the session has.
+
+    Attributes:
+        columns: Of the mask: the most tokens that a sequence can hold here.
+    """
+
+    def __init__(self, onnx: Any, cache: Cache, inputs: tuple[str, ...], vocab_size: int, number: int) -> None:
+        import onnxruntime as ort
+
+        self._onnx = onnx
+        self.columns = cache.max_length if cache.capacity is None else cache.capacity
+        self._binding = onnx.io_binding()
+        cache.bind(self._binding)
+        self._inputs: dict[str, Any] = {}
+        for name in inputs:
+            shape = cache.batch, self.columns if name == "attention_mask" else 1
+            self._inputs[name] = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.int64), "cuda", 0)
+            self._binding.bind_ortvalue_input(name, self._inputs[name])
+        self._logits = ort.OrtValue.ortvalue_from_shape_and_type([cache.batch, 1, vocab_size], np.float32, "cuda")
+        self._binding.bind_ortvalue_output("logits", self._logits)
+        self._options = ort.RunOptions()
+        self._options.add_run_config_entry(_GRAPH_ID, str(number))
+
+    def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+        """Runs a step.
+
+        Args:
+            inputs: By name, ``[B, 1]``; the mask ``[B, columns or fewer]``, whose sums are the lengths after the step.
+
+        Returns:
+            ``[B, 1, vocab_size]``, the logits.
+        """
+        for name, value in self._inputs.items():
+            x = inputs[name]
+            if name == "attention_mask":  # the new token's column is the last one
+                x = np.pad(x, ((0, 0), (self.columns - x.shape[1], 0)))
+            value.update_inplace(np.ascontiguousarray(x))
+        # The first run is several: the same step again writes the same bytes.
+        self._onnx.run_with_iobinding(self._binding, self._options)
+        return np.array(self._logits.numpy())

@@ -1,0 +1,345 @@
+"""Owns the options of an export: frozen dataclasses, TOML in, resolved TOML out.
+
+A recipe key, a command-line flag and a dataclass field have one name. The quantizer's options may differ per layer:
+a recipe holds the defaults and a list of overrides, and ``Recipe.layer(i)`` gives what holds for layer ``i``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skv_export.errors import SkvError
+
+BITS = (1, 2, 3, 4, 5, 6, 8, 16)
+"""Bit widths of keys and of values; 16 leaves a tensor unquantized."""
+GRANULARITIES = ("channel", "token", "token_channel")
+ROTATIONS = ("none", "hadamard")
+PARAMETER_BITS = (16, 8)
+TILE_TOKENS = (32, 64, 128)
+RECENT_TYPES = ("float16", "float", "bfloat16")
+DTYPES = ("fp32", "fp16", "bf16")
+WEIGHT_BITS = {"int8": 8, "int4": 4}
+WEIGHTS = (*DTYPES, *WEIGHT_BITS)
+GROUP_SIZES = (128, 64, 32)
+
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "k_bits": BITS,
+    "v_bits": BITS,
+    "k_granularity": GRANULARITIES,
+    "v_granularity": GRANULARITIES,
+    "k_rotation": ROTATIONS,
+    "v_rotation": ROTATIONS,
+    "k_parameter_bits": PARAMETER_BITS,
+    "v_parameter_bits": PARAMETER_BITS,
+    "tile_tokens": TILE_TOKENS,
+    "recent_type": RECENT_TYPES,
+    "dtype": DTYPES,
+    "weights": WEIGHTS,
+}
+_RANGES: dict[str, tuple[int, int]] = {
+    "k_group_size": (0, 1024),
+    "v_group_size": (0, 1024),
+    "num_sink_tokens": (0, 4096),
+    "recent_tokens": (0, 4096),
+}
+MAX_RECIPE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """How one layer's keys and values are held in the cache (design: section 3, attributes of the op).
+
+    Attributes:
+        k_bits: Bits of a key's code; 16 = not quantized.
+        v_bits: Bits of a value's code; 16 = not quantized.
+        k_granularity: ``channel`` (scale and offset per channel and tile), ``token`` (scale per token and group) or
+            ``token_channel`` (the same around the tile's mean, which is per channel).
+        v_granularity: The same for values.
+        k_rotation: ``none`` or ``hadamard``, on queries and keys after RoPE.
+        v_rotation: ``none`` or ``hadamard``, on values; the output is rotated back.
+        k_group_size: Channels that share a scale, not with ``channel``; 0 = 64 if that divides D, else 32.
+        v_group_size: The same for values.
+        k_parameter_bits: Bits of each scale and offset of ``channel``: 16 or 8; the other granularities have no choice.
+        v_parameter_bits: The same for values.
+        num_sink_tokens: First tokens kept in full precision.
+        recent_tokens: Last tokens kept in full precision, at least.
+        tile_tokens: Tokens quantized together.
+        recent_type: Number format of the tokens kept in full precision.
+    """
+
+    k_bits: int = 4
+    v_bits: int = 2
+    k_granularity: str = "channel"
+    v_granularity: str = "token"
+    k_rotation: str = "none"
+    v_rotation: str = "hadamard"
+    k_group_size: int = 0
+    v_group_size: int = 0
+    k_parameter_bits: int = 16
+    v_parameter_bits: int = 16
+    num_sink_tokens: int = 4
+    recent_tokens: int = 64
+    tile_tokens: int = 64
+    recent_type: str = "float16"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(field.name, getattr(self, field.name))
+
+    @property
+    def name(self) -> str:
+        """Short name of the bit pair, such as ``K4V2``."""
+        return f"K{self.k_bits}V{self.v_bits}"
+
+
+PER_LAYER_KEYS = tuple(f.name for f in dataclasses.fields(LayerConfig) if f.name[:2] in ("k_", "v_"))
+"""Keys that a ``[[layers]]`` table may set; sinks, recent tokens and tiles are one for the whole model."""
+
+
+_WEIGHT_KEYS = ("weights", "quantize_head", "quantize_embeddings")
+_MODEL_KEYS = ("dtype", *_WEIGHT_KEYS, "description")
+
+
+@dataclass(frozen=True)
+class LayerOverride:
+    """One ``[[layers]]`` table of a recipe: ``index`` names the layers, ``values`` what differs there."""
+
+    index: tuple[int, ...]
+    values: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an export does to a model's cache, and to its weights.
+
+    Attributes:
+        default: The options of every layer that no override names.
+        overrides: Per-layer differences; where two name a layer, the later one wins.
+        dtype: Number format of activations, and of weights that are not quantized: ``fp32``, ``fp16`` or ``bf16``.
+        weights: Number format of weights: ``int8``, ``int4``, or the same as ``dtype``, which "" stands for.
+        quantize_head: Whether the output embedding is among the weights in int8 or int4.
+        quantize_embeddings: Whether the input embedding is.
+        description: One line on what the recipe is for.
+    """
+
+    default: LayerConfig = dataclasses.field(default_factory=LayerConfig)
+    overrides: tuple[LayerOverride, ...] = ()
+    dtype: str = "fp32"
+    weights: str = ""
+    quantize_head: bool = True
+    quantize_embeddings: bool = False
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        _check("dtype", self.dtype)
+        if self.weights:
+            _check("weights", self.weights)
+        if self.weights in DTYPES and self.weights != self.dtype:
+            raise SkvError(
+                f"weights {self.weights} with dtype {self.dtype}",
+                expected="one number format for both, or weights in int8 or int4",
+                fix="Set one of the two.",
+            )
+        for name in ("quantize_head", "quantize_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise SkvError(name, got=repr(getattr(self, name)), expected="true or false")
+        for override in self.overrides:
+            self._apply(override)
+
+    def _apply(self, override: LayerOverride, base: LayerConfig | None = None) -> LayerConfig:
+        return dataclasses.replace(base or self.default, **dict(override.values))
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of a quantized weight; 0 where weights are numbers of ``dtype``."""
+        return WEIGHT_BITS.get(self.weights, 0)
+
+    def layer(self, index: int) -> LayerConfig:
+        """Returns the options that hold for layer ``index``."""
+        config = self.default
+        for override in self.overrides:
+            if index in override.index:
+                config = self._apply(override, config)
+        return config
+
+    def layers(self, num_hidden_layers: int) -> tuple[LayerConfig, ...]:
+        """Returns the options of every layer.
+
+        Raises:
+            SkvError: An override names a layer that the model does not have.
+        """
+        named = [i for override in self.overrides for i in override.index]
+        outside = sorted({i for i in named if i >= num_hidden_layers})
+        if outside:
+            raise SkvError(
+                "recipe: [[layers]] names layers that the model does not have",
+                got=f"index {outside}",
+                expected=f"0 ... {num_hidden_layers - 1}",
+                fix="Use a recipe made for this model.",
+            )
+        return tuple(self.layer(i) for i in range(num_hidden_layers))
+
+    def with_options(self, **options: Any) -> Recipe:
+        """Returns the recipe with the given keys set for every layer; a flag wins over the recipe, overrides included.
+
+        Raises:
+            SkvError: Unknown key or a value outside its choices.
+        """
+        given = {key: value for key, value in options.items() if value is not None}
+        own = _with_dtype({key: given.pop(key) for key in _MODEL_KEYS if key in given})
+        _reject_unknown(given, [f.name for f in dataclasses.fields(LayerConfig)], "options")
+        for key, value in given.items():
+            _check(key, value)
+        overrides = tuple(
+            LayerOverride(o.index, tuple(item for item in o.values if item[0] not in given)) for o in self.overrides
+        )
+        if "dtype" in own and self.weights in DTYPES:
+            own.setdefault("weights", "")
+        default = dataclasses.replace(self.default, **given)
+        return dataclasses.replace(self, default=default, overrides=tuple(o for o in overrides if o.values), **own)
+
+    @classmethod
+    def per_layer(cls, bits: list[tuple[int, int]], base: Recipe | None = None) -> Recipe:
+        """Returns ``base`` with ``(k_bits, v_bits)`` set layer by layer; the most frequent pair becomes the default."""
+        base = base or cls()
+        common = max(sorted(set(bits)), key=bits.count)
+        rest = sorted(set(bits) - {common})
+        return dataclasses.replace(
+            base.with_options(k_bits=common[0], v_bits=common[1]),
+            overrides=tuple(
+                LayerOverride(
+                    tuple(i for i, pair in enumerate(bits) if pair == other),
+                    (("k_bits", other[0]), ("v_bits", other[1])),
+                )
+                for other in rest
+            ),
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "recipe") -> Recipe:
+        """Builds a recipe from TOML's tables.
+
+        Raises:
+            SkvError: Unknown key, wrong type, or a value outside its choices; the message names ``source`` and the key.
+        """
+        names = [f.name for f in dataclasses.fields(LayerConfig)]
+        _reject_unknown(values, [*names, *_MODEL_KEYS, "layers"], source)
+        tables = values.get("layers", [])
+        if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
+            raise SkvError(f"{source}: layers", got=type(tables).__name__, expected="an array of tables, [[layers]]")
+        description = values.get("description", "")
+        if not isinstance(description, str):
+            raise SkvError(f"{source}: description", got=type(description).__name__, expected="a string")
+        return cls(
+            default=LayerConfig(**{key: values[key] for key in names if key in values}),
+            overrides=tuple(_override(table, source) for table in tables),
+            **_with_dtype({key: values[key] for key in _MODEL_KEYS if key in values}),
+        )
+
+    @classmethod
+    def load(cls, path: Path | str) -> Recipe:
+        """Reads a TOML file.
+
+        Raises:
+            SkvError: The file is missing, too large, no TOML, or not a recipe.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise SkvError(f"recipe {path}: no such file", fix="`skv-export recipes` lists those of the package.")
+        size = path.stat().st_size
+        if size > MAX_RECIPE_BYTES:
+            raise SkvError(f"recipe {path}: too large", got=f"{size} bytes", expected=f"at most {MAX_RECIPE_BYTES}")
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise SkvError(f"recipe {path}: not valid TOML", got=str(error), fix="Correct the file.") from error
+        return cls.from_dict(values, f"recipe {path}")
+
+    def to_toml(self) -> str:
+        """Returns the resolved recipe as TOML; ``Recipe.load`` of it gives an equal recipe."""
+        lines = [f"description = {_toml(self.description)}"] if self.description else []
+        lines.append(f"dtype = {_toml(self.dtype)}")
+        if self.weight_bits:
+            lines += [f"{key} = {_toml(getattr(self, key))}" for key in _WEIGHT_KEYS]
+        lines += [f"{f.name} = {_toml(getattr(self.default, f.name))}" for f in dataclasses.fields(LayerConfig)]
+        for override in self.overrides:
+            lines += ["", "[[layers]]", f"index = {_toml(list(override.index))}"]
+            lines += [f"{key} = {_toml(value)}" for key, value in override.values]
+        return "\n".join(lines) + "\n"
+
+
+def _with_dtype(given: dict[str, Any]) -> dict[str, Any]:
+    """Weights in a number format of activations say that of the activations, too."""
+    if given.get("weights") in DTYPES:
+        given.setdefault("dtype", given["weights"])
+    return given
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return str(value)
+
+
+def _override(table: Mapping[str, Any], source: str) -> LayerOverride:
+    values = dict(table)
+    index = values.pop("index", None)
+    if isinstance(index, int) and not isinstance(index, bool):
+        index = [index]
+    valid = isinstance(index, list) and index and all(type(i) is int and i >= 0 for i in index)
+    if not valid:
+        raise SkvError(f"{source}: [[layers]] index", got=repr(index), expected="a layer number or a list of them")
+    _reject_unknown(values, PER_LAYER_KEYS, f"{source}: [[layers]]")
+    for key, value in values.items():
+        _check(key, value)
+    return LayerOverride(tuple(index or ()), tuple(values.items()))
+
+
+def _reject_unknown(values: Mapping[str, Any], known: Any, source: str) -> None:
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise SkvError(
+            f"{source}: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}",
+            expected=", ".join(known),
+            fix="Remove or rename what is unknown.",
+        )
+
+
+def _check(name: str, value: object) -> None:
+    choices = _CHOICES.get(name)
+    if choices is not None:
+        if value not in choices or isinstance(value, (bool, float)):
+            raise SkvError(
+                name,
+                got=repr(value),
+                expected=f"one of {', '.join(map(str, choices))}",
+                fix=f"Set {name} to one of these.",
+            )
+        return
+    low, high = _RANGES[name]
+    if type(value) is not int or not low <= value <= high:
+        raise SkvError(
+            name, got=repr(value), expected=f"an integer from {low} to {high}", fix=f"Set {name} within this range."
+        )
+    if name.endswith("group_size") and value % 32:
+        raise SkvError(
+            name, got=value, expected="a multiple of 32 (or 0 for the default)", fix=f"Set {name} to 32, 64 or 128."
+        )
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that ship with the package, by name."""
+    import skv_export
+
+    roots = [Path(root) / "recipes" for root in skv_export.__path__] + [Path(__file__).parents[2] / "recipes"]
+    return {path.stem: path for root in reversed(roots) for path in root.glob("*.toml")}

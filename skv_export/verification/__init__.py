@@ -1,0 +1,1 @@
+"""Whether an exported folder computes what PyTorch computes."""

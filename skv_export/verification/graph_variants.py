@@ -1,0 +1,137 @@
+"""Owns the variants of an exported graph that verification runs, made in memory; their weights stay the folder's.
+
+The twins are the exported graph but for one thing: which logits it returns, how many bits its cache has, or how its
+products with quantized weights are computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from pathlib import Path
+
+import onnx
+
+from skv_export.errors import SkvError
+from skv_export.export.weight_quantization import CODES
+from skv_export.model_folder.skv_config import LayerCache, ModelConfig
+from skv_export.runtime.session import MODEL_FILE, Session
+from skv_export.spec.layout import CacheLayout
+
+EXACT_BITS, EXACT_TYPE = 16, "float"
+_GATHERS = ("GatherElements", "GatherND", "Gather")
+
+
+def plain(folder: Path, *, execution_provider: str = "cpu") -> Session:
+    """Returns a session of the exported graph itself, as the twins': it shares the machine's cores with torch."""
+    return Session(folder, execution_provider=execution_provider, spinning=False)
+
+
+def exact_products(folder: Path, *, execution_provider: str = "cpu") -> Session:
+    """Returns a session whose quantized weights meet activations that are not rounded: PyTorch's products, then."""
+    config = ModelConfig.load(folder)
+    if not config.weights:
+        return plain(folder, execution_provider=execution_provider)
+    return _session(folder, execution_provider, _with_exact_products(_load(folder)), config)
+
+
+def _with_exact_products(model: onnx.ModelProto) -> onnx.ModelProto:
+    for node in model.graph.node:
+        for attribute in node.attribute if node.op_type == "MatMulNBits" else ():
+            if attribute.name == "accuracy_level":
+                attribute.i = 1  # float32
+    return model
+
+
+def all_logits(folder: Path, *, execution_provider: str = "cpu") -> Session:
+    """Returns a session that gives every position's logits, for calls without padding.
+
+    The exported graph picks the hidden states of each sequence's last token before the output embedding; the twin
+    leaves that out. Without padding the tokens are already in their order, so nothing has to be unpacked.
+
+    Raises:
+        SkvError: The graph does not pick hidden states where it is expected to.
+    """
+    config = ModelConfig.load(folder)
+    if config.all_logits:
+        return plain(folder, execution_provider=execution_provider)
+    model = _load(folder)
+    gather = _last_token_gather(model.graph, folder)
+    hidden, picked = gather.input[0], gather.output[0]
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            if name == picked:
+                node.input[i] = hidden
+    model.graph.node.remove(gather)
+    del model.graph.value_info[:]  # the shapes behind the gather are others now
+    for output in model.graph.output:
+        if output.name == "logits":
+            output.type.tensor_type.shape.dim[1].Clear()
+            output.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
+    config = dataclasses.replace(config, all_logits=True)
+    return _session(folder, execution_provider, model, config)
+
+
+def unquantized(folder: Path, *, execution_provider: str = "cpu") -> Session:
+    """Returns a session whose cache rounds nothing: 16 bits for keys and values, which are rows of float32 then.
+
+    All else is ``exact_products``; a difference to PyTorch comes from the graph, and no code can flip.
+    """
+    config = ModelConfig.load(folder)
+    layers = tuple(_unquantized(layer) for layer in config.layers)
+    model = _with_exact_products(_load(folder))
+    for node in model.graph.node:
+        for attribute in node.attribute if node.domain == "skv" else ():
+            if attribute.name in ("k_bits", "v_bits"):
+                attribute.i = EXACT_BITS
+            elif attribute.name == "recent_type":
+                attribute.s = EXACT_TYPE.encode()
+    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
+        parts = value.name.split(".")
+        if parts[0] in ("past_key_values", "present") and parts[-1] in ("key", "value"):
+            layout: CacheLayout = getattr(layers[int(parts[1])], parts[-1])
+            if value.type.tensor_type.shape.dim[3].HasField("dim_value"):  # else any width will do
+                value.type.tensor_type.shape.dim[3].dim_value = layout.width
+    return _session(folder, execution_provider, model, dataclasses.replace(config, layers=layers))
+
+
+def _unquantized(layer: LayerCache) -> LayerCache:
+    key, value = (dataclasses.replace(x, bits=EXACT_BITS, recent_type=EXACT_TYPE) for x in (layer.key, layer.value))
+    return dataclasses.replace(layer, key=key, value=value)
+
+
+def _session(folder: Path, execution_provider: str, model: onnx.ModelProto, config: ModelConfig) -> Session:
+    graph = model.SerializeToString()
+    return Session(folder, execution_provider=execution_provider, spinning=False, model=graph, config=config)
+
+
+def quantized_weights(folder: Path) -> list[str]:
+    """Returns the names of the matrices that an exported graph holds in 4 or 8 bits."""
+    names = [tensor.name for tensor in _load(folder).graph.initializer]
+    return [name.removesuffix(f".{CODES}") for name in names if name.endswith(f".{CODES}")]
+
+
+def _load(folder: Path) -> onnx.ModelProto:
+    if not (folder / MODEL_FILE).is_file():
+        raise SkvError(f"{folder / MODEL_FILE}: no such file", fix="Export the model with `skv-export model`.")
+    return onnx.load(folder / MODEL_FILE, load_external_data=False)
+
+
+def _last_token_gather(graph: onnx.GraphProto, folder: Path) -> onnx.NodeProto:
+    """The node nearest to the logits that picks hidden states, searching backwards up to the attention ops."""
+    makers = {name: node for node in graph.node for name in node.output}
+    weights = {tensor.name for tensor in graph.initializer}
+    queue, seen = deque(["logits"]), {"logits"}
+    while queue:
+        node = makers.get(queue.popleft())
+        if node is None or node.domain == "skv":
+            continue
+        if node.op_type in _GATHERS and node.input[0] not in weights:
+            return node
+        queue.extend(name for name in node.input if name not in seen)
+        seen.update(node.input)
+    raise SkvError(
+        f"{folder / MODEL_FILE}: no node picks the last token's hidden states",
+        expected=" or ".join(_GATHERS),
+        fix="Export with --all-logits for this measurement.",
+    )

@@ -1,0 +1,244 @@
+"""Owns the quality level of verify: what the quantized cache costs, against the unquantized model in PyTorch.
+
+Both models predict the same windows of a text. The exported one runs decode style: every token sees the cache as
+decoding token by token would have left it, which calls that end at every flush give too (``flush_edges``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel
+
+from skv_export.errors import SkvError
+from skv_export.model_folder.skv_config import ModelConfig
+from skv_export.runtime.session import Session
+from skv_export.spec.layout import CacheLayout
+
+SHIPPED_TEXT = "persuasion.txt"
+MAX_TEXT_BYTES = 64 << 20
+LOGIT_BYTES = 256 << 20
+"""Logits held at once, at most: what a call's batch is limited by."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What the quality level must reach to pass; None = not looked at.
+
+    Attributes:
+        max_ppl_increase: Perplexity over the original's, minus 1.
+        max_kld_mean: Mean KL divergence, in nats.
+        max_kld_p99: Its 99th percentile.
+        min_top1_agreement: Share of positions where both models' most likely token is the same.
+    """
+
+    max_ppl_increase: float | None = 0.05
+    max_kld_mean: float | None = None
+    max_kld_p99: float | None = None
+    min_top1_agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class QualityResult:
+    """What the quality level measured.
+
+    Attributes:
+        ppl_reference: Perplexity of the unquantized model in PyTorch.
+        ppl_exported: Perplexity of the exported one.
+        kld_mean: Mean over the positions of KL(reference || exported), in nats.
+        kld_p99: 99th percentile of the same.
+        top1_agreement: Share of positions where both models' most likely token is the same.
+        effective_bits: All bytes of the cache at ``window`` tokens, per element.
+        window: Tokens per window.
+        positions: Predictions that were scored.
+        failures: What missed its threshold, a sentence each.
+    """
+
+    ppl_reference: float
+    ppl_exported: float
+    kld_mean: float
+    kld_p99: float
+    top1_agreement: float
+    effective_bits: float
+    window: int
+    positions: int
+    failures: tuple[str, ...] = ()
+
+    @property
+    def ppl_increase(self) -> float:
+        """Perplexity over the original's, minus 1."""
+        return self.ppl_exported / self.ppl_reference - 1
+
+    def rows(self) -> list[str]:
+        """The report's lines."""
+        return [
+            f"perplexity {self.ppl_reference:.3f} -> {self.ppl_exported:.3f} ({self.ppl_increase:+.2%}), "
+            f"top-1 agreement {self.top1_agreement:.2%}",
+            f"KL divergence {self.kld_mean:.4f} in the mean, {self.kld_p99:.4f} at the 99th percentile",
+            f"{self.effective_bits:.2f} bits per element at {self.window} tokens; {self.positions} predictions scored",
+        ]
+
+    def against(self, limits: Thresholds) -> tuple[str, ...]:
+        """Returns what misses its threshold."""
+        checks = [
+            ("perplexity increase", self.ppl_increase, limits.max_ppl_increase, 1),
+            ("mean KL divergence", self.kld_mean, limits.max_kld_mean, 1),
+            ("99th percentile of the KL divergence", self.kld_p99, limits.max_kld_p99, 1),
+            ("top-1 agreement", self.top1_agreement, limits.min_top1_agreement, -1),
+        ]
+        return tuple(
+            f"quality: {name} is {value:.4f}, expected {'at most' if sign > 0 else 'at least'} {limit}"
+            for name, value, limit, sign in checks
+            if limit is not None and not sign * value <= sign * limit
+        )
+
+
+def flush_edges(layout: CacheLayout, length: int) -> list[int]:
+    """Ends of the calls that give what decoding ``length`` tokens one by one gives.
+
+    A tile is flushed when the total reaches ``s + w + i * T``. Between two such lengths the tiles do not change, and
+    every later token is exact in both: in one call as a new token, one by one as a recent one. (The recent rows are
+    rounded to ``recent_type``, which new tokens are not: with ``float`` the two are the same.)
+    """
+    first = layout.num_sink_tokens + layout.ring_tokens
+    return [*range(first, length, layout.tile_tokens), length]
+
+
+def read_text(path: Path | str | None) -> str:
+    """Reads the text to measure on; the shipped one if not given.
+
+    Raises:
+        SkvError: Missing, too large, or not UTF-8.
+    """
+    if path is None:
+        return (resources.files("skv_export") / "data" / SHIPPED_TEXT).read_text(encoding="utf-8")
+    path = Path(path)
+    if not path.is_file():
+        raise SkvError(f"text {path}: no such file")
+    if path.stat().st_size > MAX_TEXT_BYTES:
+        raise SkvError(
+            f"text {path}: too large", got=f"{path.stat().st_size} bytes", expected=f"at most {MAX_TEXT_BYTES}"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SkvError(f"text {path}: not UTF-8", got=str(error)) from error
+
+
+def text_windows(tokenizer: Any, text: str, count: int, length: int) -> NDArray[np.int64]:
+    """Cuts windows out of a text, evenly spread; each starts with what the tokenizer puts before a text.
+
+    Args:
+        tokenizer: tokenizers' Tokenizer.
+        text: The text.
+        count: Windows; fewer if the text has no more.
+        length: Tokens per window.
+
+    Returns:
+        ``[windows, length]``.
+
+    Raises:
+        SkvError: The text does not fill one window.
+    """
+    start = tokenizer.encode("", add_special_tokens=True).ids
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    body = length - len(start)
+    count = min(count, len(ids) // body)
+    if count < 1:
+        raise SkvError(
+            "text: too short", got=f"{len(ids)} tokens", expected=f"at least {body}", fix="Pass a longer text."
+        )
+    places = np.linspace(0, len(ids) - body, count).astype(int)
+    return np.array([[*start, *ids[place : place + body]] for place in places], np.int64)
+
+
+def effective_bits(config: ModelConfig, length: int) -> float:
+    """Bits per element of a cache of ``length`` tokens: codes, parameters and full-precision tokens."""
+    bits, elements = 0.0, 0.0
+    for layer in config.layers:
+        for layout in (layer.key, layer.value):
+            bits += layer.num_key_value_heads * 8 * layout.block_bytes(length)
+            elements += layer.num_key_value_heads * length * layout.head_dim
+    return bits / elements
+
+
+@dataclass
+class _Scores:
+    """Figures of every scored position, chunk by chunk."""
+
+    nll_reference: list[NDArray[np.float64]]
+    nll_exported: list[NDArray[np.float64]]
+    divergence: list[NDArray[np.float64]]
+    agreement: list[NDArray[np.bool_]]
+
+    def add(self, reference: torch.Tensor, exported: torch.Tensor, targets: torch.Tensor) -> None:
+        """Adds logits ``[B, S, V]`` of both models; ``targets`` are the tokens that follow, ``[B, S]``."""
+        p, q = reference.log_softmax(-1), exported.log_softmax(-1)
+        at = targets[..., None]
+        self.nll_reference.append(-p.gather(-1, at).double().numpy().ravel())
+        self.nll_exported.append(-q.gather(-1, at).double().numpy().ravel())
+        divergence = (p.exp() * (p - q)).sum(-1).clamp(min=0)
+        self.divergence.append(divergence.double().numpy().ravel())
+        self.agreement.append((p.argmax(-1) == q.argmax(-1)).numpy().ravel())
+
+
+def measure(
+    model: PreTrainedModel, session: Session, windows: NDArray[np.int64], *, thresholds: Thresholds | None = None
+) -> QualityResult:
+    """Measures an exported model against the original on windows of text.
+
+    Args:
+        model: The unquantized model, with transformers' own attention.
+        session: Of the exported model, with the logits of all positions.
+        windows: ``[windows, length]``, tokens. Every prediction but the first token's is scored.
+        thresholds: What to reach.
+
+    Raises:
+        SkvError: The windows are too short to have quantized tokens.
+    """
+    length, vocab = windows.shape[1], session.config.vocab_size
+    edges = flush_edges(session.config.layers[0].key, length)
+    if len(edges) < 2:
+        raise SkvError(
+            "quality: window_tokens", got=length, expected=f"more than {edges[0]}, else nothing is quantized"
+        )
+    longest = max(np.diff([0, *edges]))
+    batch = max(1, min(8, LOGIT_BYTES // (int(longest) * vocab * 4)))
+    scores = _Scores([], [], [], [])
+    with tqdm(total=windows.size, unit="tok", desc="quality", disable=None) as bar:
+        for rows in np.split(windows, range(batch, len(windows), batch)):
+            cache, past = session.cache(len(rows), length), DynamicCache(config=model.config)
+            for start, end in zip([0, *edges], edges, strict=False):
+                ids = rows[:, start:end]
+                exported = torch.from_numpy(session.run(ids, None, None, cache))
+                with torch.no_grad():
+                    reference = model(torch.from_numpy(ids), past_key_values=past, use_cache=True).logits.float()
+                targets = torch.from_numpy(rows[:, start + 1 : end + 1])
+                scored = targets.shape[1]
+                scores.add(reference[:, :scored], exported[:, :scored], targets)
+                bar.update(ids.size)
+    result = _summary(scores, effective_bits(session.config, length), length)
+    return dataclasses.replace(result, failures=result.against(thresholds or Thresholds()))
+
+
+def _summary(scores: _Scores, bits: float, window: int) -> QualityResult:
+    divergence = np.concatenate(scores.divergence)
+    return QualityResult(
+        ppl_reference=math.exp(np.concatenate(scores.nll_reference).mean()),
+        ppl_exported=math.exp(np.concatenate(scores.nll_exported).mean()),
+        kld_mean=float(divergence.mean()),
+        kld_p99=float(np.quantile(divergence, 0.99)),
+        top1_agreement=float(np.concatenate(scores.agreement).mean()),
+        effective_bits=bits,
+        window=window,
+        positions=len(divergence),
+    )

@@ -1,0 +1,203 @@
+"""Measure: tables against token-by-token decoding, the theory where its assumptions hold, resuming, and bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from skv_export.analysis import pipeline
+from skv_export.errors import SkvError
+from skv_export.spec.layout import CacheLayout
+from skv_export.spec.recipe import LayerConfig
+
+
+@pytest.fixture(scope="module")
+def traffic() -> Any:
+    import torch
+
+    from skv_export.analysis.attention_capture import LayerTraffic
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(4, 300, 64), torch.randn(2, 300, 64), torch.randn(2, 300, 64)
+    return LayerTraffic(q, k, v, 64**-0.5, 0.0, 0, None, torch.randn(4, 300, 64))
+
+
+SMALL = LayerConfig(recent_tokens=32, tile_tokens=32)
+
+
+@pytest.mark.parametrize("change", [{}, {"softcap": 3.0}, {"window": 100}, {"sink": True}])
+def test_one_pass_is_token_by_token_decoding(traffic: Any, change: dict[str, Any]) -> None:
+    import torch
+
+    from skv_export.analysis.attention_capture import decode_output
+    from skv_export.spec.reference import AttentionParams, append, attend
+
+    sink = torch.tensor([0.5, -1.0, 2.0, 0.0]) if change.pop("sink", False) else None
+    live = dataclasses.replace(traffic, sink=sink, **change)
+    layouts = CacheLayout.pair(dataclasses.replace(SMALL, recent_type="float"), 64, live.window)
+    found = decode_output(live, dataclasses.replace(SMALL, recent_type="float")).numpy()
+    params = AttentionParams(4, 2, softcap=live.softcap, local_window_size=live.window)
+    blocks = [np.zeros((2, math.prod(layout.shape(300))), np.uint8) for layout in layouts]
+    q, k, v = (x.numpy() for x in (live.q, live.k, live.v))
+    for t in range(300):
+        at = slice(t, t + 1)
+        out = attend(
+            params,
+            layouts,
+            q[:, at],
+            k[:, at],
+            v[:, at],
+            (blocks[0], blocks[1]),
+            t,
+            None if sink is None else sink.numpy(),
+        )
+        np.testing.assert_allclose(found[:, at], out, atol=3e-5)
+        for layout, block, x in zip(layouts, blocks, (k, v), strict=True):
+            append(layout, block, t, x[:, at])
+
+
+def test_tables_are_the_errors_of_the_attention_output(traffic: Any) -> None:
+    from skv_export.analysis.attention_capture import decode_output
+    from skv_export.analysis.measurement import layer_tables, options
+
+    tables = layer_tables(traffic, SMALL, (2, 4))
+    widths, first = options((2, 4)), 4 + 32 + 32
+    exact = traffic.attend(traffic.k, traffic.v, traffic.seen)
+    for (i, k), (j, v) in itertools.product(enumerate(widths), repeat=2):
+        delta = (decode_output(traffic, dataclasses.replace(SMALL, k_bits=k, v_bits=v)) - exact)[:, first:]
+        error = delta.double().pow(2).sum().item()
+        fisher = (delta * traffic.gradient[:, first:]).sum(-1).double().pow(2).sum().item() / 2
+        # The table leaves out the product of both errors; where one is exact there is none.
+        tolerance = {"rel": 1e-3} if 16 in (k, v) else {"rel": 0.25}
+        assert tables.output[i][j] == pytest.approx(error, abs=1e-5, **tolerance)
+        assert tables.fisher[i][j] == pytest.approx(fisher, abs=1e-5, **tolerance)
+
+
+def test_theory_predicts_the_errors_of_random_activations(traffic: Any) -> None:
+    """Equation 3 of docs/theory.md within 20% where its assumptions hold: independent tokens, small errors."""
+    from skv_export.analysis.measurement import layer_tables
+
+    for base in (
+        SMALL,
+        dataclasses.replace(SMALL, k_granularity="token", k_rotation="hadamard", v_granularity="channel"),
+    ):
+        tables = layer_tables(traffic, base, (4, 6, 8))
+        for i in range(3):
+            assert tables.first_order_k[i] == pytest.approx(tables.output[i][3], rel=0.2)
+            assert tables.first_order_v[i] == pytest.approx(tables.output[3][i], rel=0.2)
+
+
+class Tokens:
+    """A tokenizer for the tiny models: one token per character."""
+
+    def __call__(self, text: str, return_tensors: str) -> Any:
+        import torch
+
+        return type("Batch", (), {"input_ids": torch.tensor([[ord(c) % 128 for c in text]])})()
+
+
+@pytest.fixture
+def tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "skv_export.analysis.attention_capture.AutoTokenizer.from_pretrained", lambda *_, **__: Tokens()
+    )
+
+
+TEXT = "".join(chr(33 + (i * i + 7 * i) % 90) for i in range(700))
+RUN: dict[str, Any] = {"budget": 6.0, "context": 4096, "choices": (2, 4, 8), "windows": 2, "window": 256, "base": SMALL}
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt_oss", "gpt2"])
+def test_measure(arch: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path, tokens: None) -> None:
+    text = tmp_path / "text"
+    text.write_text(TEXT)
+    found = pipeline.analyze(tiny_checkpoint(arch), measure=True, text=text, **RUN)
+    assert [s.name for s in found.scores] == ["frobenius", "spectral", "geometry", "geometry_activations", "measure"]
+    m = found.measurement
+    assert m is not None and m.tokens == 512 and m.widths == (2, 4, 8, 16)
+    assert (m.loss[:, -1, -1] < 1e-9).all() and (m.loss[:, 0, 0] >= m.loss[:, 2, 2]).all()
+    assert (m.loss[:, 0, 0] > m.loss[:, 2, 2]).any()  # a short sliding window sees exact tokens only
+    assert found.recommendation.score == "measure"
+    assert found.recommendation.plan.loss <= found.recommendation.uniform.loss or not found.budget.fits(
+        found.recommendation.uniform.bits
+    )
+
+
+def test_measurement_goes_on_where_it_stopped(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, tokens: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from skv_export.analysis import measurement
+
+    text, state = tmp_path / "text", tmp_path / "state.json"
+    text.write_text(TEXT)
+    steps = 0
+
+    def stop(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 5:  # two layers read, two measured in the first window, one in the second
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.analyze(tiny_checkpoint("llama"), measure=True, text=text, state=state, progress=stop, **RUN)
+    assert "window 0" in json.loads(state.read_text()) and "window 1" not in json.loads(state.read_text())
+    ran = []
+    real = measurement.layer_tables
+    monkeypatch.setattr(measurement, "layer_tables", lambda *a: ran.append(1) or real(*a))
+    resumed = pipeline.analyze(tiny_checkpoint("llama"), measure=True, text=text, state=state, **RUN)
+    assert len(ran) == 2
+    whole = pipeline.analyze(tiny_checkpoint("llama"), measure=True, text=text, **RUN)
+    np.testing.assert_allclose(resumed.measurement.loss, whole.measurement.loss, rtol=1e-4)
+    with pytest.raises(SkvError, match="belongs to another run"):
+        pipeline.analyze(tiny_checkpoint("llama"), measure=True, text=text, state=state, **{**RUN, "windows": 1})
+
+
+def test_two_models_at_once_keep_to_themselves(tiny_checkpoint: Callable[..., Path], tokens: None) -> None:
+    import torch
+
+    from skv_export.analysis.attention_capture import DecodeModel
+    from skv_export.checkpoints.checkpoint import resolve
+
+    ids = torch.arange(3, 120)
+    first = DecodeModel(resolve(tiny_checkpoint("llama")))
+    exact = first.log_probs(ids)
+    DecodeModel(resolve(tiny_checkpoint("qwen2")))
+    first.bits = {0: dataclasses.replace(SMALL, k_bits=1, v_bits=1)}
+    assert (first.log_probs(ids) - exact).abs().max() > 1e-3
+
+
+def test_direct_kl(tiny_checkpoint: Callable[..., Path], tmp_path: Path, tokens: None) -> None:
+    text = tmp_path / "text"
+    text.write_text(TEXT)
+    found = pipeline.analyze(
+        tiny_checkpoint("llama"), measure=True, text=text, kl=True, **{**RUN, "windows": 1, "choices": (2, 8)}
+    )
+    loss = found.measurement.loss
+    assert found.measurement.direct and loss.shape == (2, 3, 3)
+    assert (loss[:, 0, 0] > loss[:, 1, 1]).all() and (loss[:, 2, 2] == 0).all()
+    assert "measured layer by layer" in " ".join(found.recommendation.reasons)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"text": None}, "needs a text"),
+        ({"text": "/no/such/file"}, "no such file"),
+        ({"window": 4096}, "too short"),
+        ({"window": 64}, "nothing would be quantized"),
+    ],
+)
+def test_bad_measurements(
+    options: dict[str, Any], said: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path, tokens: None
+) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    with pytest.raises(SkvError, match=said):
+        pipeline.analyze(tiny_checkpoint("llama"), measure=True, **{"text": tmp_path / "text", **RUN, **options})

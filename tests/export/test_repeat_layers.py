@@ -1,0 +1,190 @@
+"""Stamping: the graph of a deep model, made from a few traced layers, is the graph of all layers; or it is refused."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from tiny_models import TINY, make_tiny, tiny_config
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from skv_export.checkpoints.checkpoint import Source
+from skv_export.export import empty_model, pipeline, repeat_layers, to_onnx
+from skv_export.export.checkpoint_weights import load_model
+from skv_export.export.decoder import SkvDecoder
+from skv_export.export.lazy_weights import Stored
+from skv_export.export.pipeline import Plan
+from skv_export.runtime.session import Session
+from skv_export.spec.recipe import Recipe
+
+_TURNS = ["sliding_attention", "full_attention"] * 3
+DEEP: dict[str, dict[str, Any]] = {
+    arch: {"num_hidden_layers": 6} | ({"layer_types": _TURNS} if "layer_types" in given else {})
+    for arch, given in TINY.items()
+}
+DEEP["smollm3"] |= {"no_rope_layers": [1, 0, 1, 0, 1, 0]}
+STAMPED = ("llama", "gemma3_text", "smollm3", "gpt_oss", "gpt_neox")
+"""One of each build: plain, kinds that take turns, a setting per layer, experts, parallel residuals with biases."""
+
+
+class Names:
+    """Stands for a checkpoint: it has every weight, and none is read."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._first: dict[int, str] = {}
+        self._names = {
+            name: self._first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()
+        }
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def canonical(self, name: str) -> str:
+        return self._names[name]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        raise AssertionError(f"{name} was read")
+
+    def release(self) -> None:
+        raise AssertionError("nothing was read")
+
+
+def planned(config: Any, recipe: Recipe) -> tuple[Plan, empty_model.Skeleton]:
+    return pipeline._plan(Source("safetensors"), recipe, config)
+
+
+def both(config: Any, recipe: Recipe | None = None) -> tuple[ir.Model | None, ir.Model, repeat_layers.Samples]:
+    """The stamped graph, the graph of all layers, and what was traced for the former."""
+    plan, model = planned(config, recipe or Recipe())
+    samples = repeat_layers.choose(model.model, plan.layers)
+    assert samples is not None
+    names: Any = Names(model.model)
+    with repeat_layers.cut(model.model, samples):
+        program = pipeline._trace(plan, model, samples.traced, False)
+    stamped = to_onnx.build(program, names, plan.layers, plan.recipe, samples)
+    program = pipeline._trace(plan, model, range(len(plan.layers)), False)
+    whole = to_onnx.build(program, names, plan.layers, plan.recipe)
+    assert whole is not None
+    return stamped, whole, samples
+
+
+def meaning(model: ir.Model) -> dict[str, str]:
+    """What each output is, as a digest of all that it is computed from."""
+    known: dict[ir.Value, str] = {}
+
+    def digest(*parts: object) -> str:
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def of(value: ir.Value | None) -> str:
+        if value is None:
+            return ""
+        if value not in known:
+            tensor = value.const_value
+            if isinstance(tensor, Stored):
+                known[value] = digest(tensor.form, tensor.dtype, tuple(tensor.shape.numpy()))
+            elif tensor is not None:
+                known[value] = digest(tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes())
+            else:
+                known[value] = digest(value.name, value.shape)
+        return known[value]
+
+    for node in model.graph:
+        attributes = sorted((name, str(attribute.value)) for name, attribute in node.attributes.items())
+        made = digest(node.domain, node.op_type, attributes, [of(value) for value in node.inputs])
+        known.update({output: digest(made, i) for i, output in enumerate(node.outputs)})
+    return {str(value.name): of(value) for value in model.graph.outputs}
+
+
+@pytest.mark.parametrize("arch", STAMPED)
+def test_stamped_graph_is_the_graph_of_all_layers(arch: str) -> None:
+    stamped, whole, samples = both(tiny_config(arch, **DEEP[arch]))
+    assert stamped is not None
+    assert len(samples.traced) <= 4
+    assert meaning(stamped) == meaning(whole)
+    assert [value.name for value in stamped.graph.inputs] == [value.name for value in whole.graph.inputs]
+    ours, theirs = (
+        {n for n, v in m.graph.initializers.items() if isinstance(v.const_value, Stored)} for m in (stamped, whole)
+    )
+    assert ours == theirs
+    assert sum(1 for _ in stamped.graph) == sum(1 for _ in whole.graph)
+
+
+def test_layers_of_a_recipe_that_differ_are_traced_apart() -> None:
+    recipe = Recipe.from_dict({"layers": [{"index": [2, 5], "k_bits": 8}]})
+    stamped, whole, samples = both(tiny_config("llama", num_hidden_layers=7), recipe)
+    assert samples.kinds == (0, 0, 2, 0, 0, 2, 0)
+    assert samples.traced == (0, 2, 5, 6)
+    assert stamped is not None and meaning(stamped) == meaning(whole)
+
+
+def test_layers_that_all_differ_are_all_traced() -> None:
+    plan, model = planned(tiny_config("gpt2", num_hidden_layers=4), Recipe())  # scores scaled by the layer's index
+    assert repeat_layers.choose(model.model, plan.layers) is None
+
+
+def test_a_layer_that_uses_its_index_in_secret_is_not_stamped(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = LlamaDecoderLayer.forward
+
+    def indexed(self: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, hidden * (1 + 0.01 * self.self_attn.layer_idx), *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", indexed)
+    config = tiny_config("llama", num_hidden_layers=5)
+    stamped, whole, _ = both(config)
+    assert stamped is None
+    plan, model = planned(config, Recipe())
+    names: Any = Names(model.model)
+    assert meaning(pipeline._build(plan, model, names, False)) == meaning(whole)
+
+
+def test_a_value_that_skips_a_layer_is_not_stamped(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, first = LlamaDecoderLayer.forward, {}
+
+    def skipping(self: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.self_attn.layer_idx == 0:
+            first["hidden"] = hidden
+        return forward(self, hidden + first["hidden"], *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", skipping)
+    assert both(tiny_config("llama", num_hidden_layers=5))[0] is None
+
+
+def test_cutting_a_model_leaves_it_whole_afterwards() -> None:
+    plan, model = planned(tiny_config("gemma3_text", **DEEP["gemma3_text"]), Recipe())
+    samples = repeat_layers.choose(model.model, plan.layers)
+    assert samples is not None
+    before = model.model.config.to_dict()
+    with repeat_layers.cut(model.model, samples):
+        assert model.model.config.num_hidden_layers == len(samples.traced) == len(model.model.model.layers)
+    assert model.model.config.to_dict() == before
+    decoder = SkvDecoder(model.model, plan.recipe.layers(6))
+    with model.running():
+        cache = [torch.empty(2, 1, 1, 1, dtype=torch.uint8)] * 6
+        decoder(*pipeline._example_inputs(cache, cache))
+    assert decoder.layers == plan.layers
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text", "gpt_oss"])
+def test_a_deep_model_computes_what_pytorch_does(
+    arch: str, tmp_path: Any, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced: list[int] = []
+    trace: Callable[..., Any] = pipeline._trace
+    monkeypatch.setattr(pipeline, "_trace", lambda *given: (traced.append(len(given[2])), trace(*given))[1])
+    checkpoint = make_tiny(tmp_path / "checkpoint", arch, **DEEP[arch])
+    exact = Recipe().with_options(k_bits=16, v_bits=16, recent_type="float")
+    out = pipeline.export_model(checkpoint, out=tmp_path / "out", recipe=exact, progress=lambda *_: None)
+    assert traced in ([2], [4])
+    config = pipeline.load_config(Source("safetensors", checkpoint))
+    model = load_model(Source("safetensors", checkpoint), config, torch.float32)
+    ids = torch.randint(3, 320, (1, 30), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(ids).logits[0, -1].numpy()
+    session = Session(out)
+    got = session.run(ids.numpy(), None, None, session.cache(1, 30))[0, 0]
+    np.testing.assert_allclose(got, expected, atol=2e-3, rtol=0)

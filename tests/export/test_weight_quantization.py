@@ -1,0 +1,121 @@
+"""Weights in 4 and 8 bits: codes as ONNX Runtime reads them, and exports against PyTorch with the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import helper
+
+from skv_export.checkpoints.checkpoint import Source
+from skv_export.errors import SkvError
+from skv_export.export import pipeline, weight_quantization
+from skv_export.export.checkpoint_weights import load_model
+from skv_export.model_folder.skv_config import ModelConfig
+from skv_export.spec.recipe import Recipe
+from skv_export.verification import graph_variants
+
+EXACT = Recipe().with_options(k_bits=16, v_bits=16, recent_type="float")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("inputs", [64, 80])
+def test_codes_are_what_matmulnbits_reads(bits: int, inputs: int) -> None:
+    rng = np.random.default_rng(bits)
+    weight = rng.normal(size=(24, inputs)).astype(np.float32)
+    x = rng.normal(size=(3, inputs)).astype(np.float32)
+    codes, scales, zeros = weight_quantization.quantize(weight, bits)
+    parts = {"codes": codes, "scales": scales, "zeros": zeros}
+    node = helper.make_node(
+        "MatMulNBits", ["x", *parts], ["y"], domain="com.microsoft",
+        K=inputs, N=24, bits=bits, block_size=weight_quantization.BLOCK,
+    )  # fmt: skip
+    graph = helper.make_graph(
+        [node],
+        "product",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, x.shape)],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (3, 24))],
+        [onnx.numpy_helper.from_array(array, name) for name, array in parts.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    (got,) = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    rounded = weight_quantization.dequantize(codes, scales, zeros, bits, inputs)
+    np.testing.assert_allclose(got, x @ rounded.T, atol=1e-4)
+    step = (weight.max() - weight.min()) / (2**bits - 1)
+    assert 0 < np.abs(rounded - weight).max() <= step
+
+
+@pytest.mark.parametrize(
+    ("arch", "weights", "options"),
+    [
+        ("llama", "int4", {}),
+        ("llama", "int8", {"quantize_embeddings": True}),
+        ("qwen2", "int4", {"quantize_head": False, "quantize_embeddings": True}),
+        ("gpt2", "int8", {}),
+        ("gpt_oss", "int4", {"dtype": "fp32"}),
+    ],
+)
+def test_export_computes_with_the_rounded_weights(
+    arch: str,
+    weights: str,
+    options: dict[str, object],
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    library: Path,
+) -> None:
+    checkpoint = Source("safetensors", tiny_checkpoint(arch))
+    recipe = EXACT.with_options(weights=weights, **options)
+    out = pipeline.export_model(checkpoint, out=tmp_path / "out", recipe=recipe, progress=lambda *_: None)
+    written = onnx.load(out / "model.onnx").graph.initializer
+    assert pipeline.plan(checkpoint, recipe).weight_bytes == pytest.approx(
+        sum(len(tensor.raw_data) for tensor in written), rel=0.02
+    )
+    config = ModelConfig.load(out)
+    assert config.weights == weights and Recipe.load(out / "recipe.toml") == recipe
+    model = load_model(checkpoint, pipeline.load_config(checkpoint), torch.float32)
+    ids = torch.randint(3, 320, (1, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        original = model(ids).logits[0, -1].numpy()
+        with weight_quantization.rounded(model, graph_variants.quantized_weights(out), config):
+            expected = model(ids).logits[0, -1].numpy()
+        restored = model(ids).logits[0, -1].numpy()
+    session = graph_variants.exact_products(out)
+    got = session.run(ids.numpy(), None, None, session.cache(1, 20))[0, 0]
+    np.testing.assert_allclose(got, expected, atol=2e-3, rtol=0)
+    assert np.abs(expected - original).max() > 10 * np.abs(got - expected).max()
+    np.testing.assert_array_equal(restored, original)
+    session = graph_variants.plain(out)  # activations in 8 bits, as it is deployed
+    close = session.run(ids.numpy(), None, None, session.cache(1, 20))[0, 0]
+    assert np.corrcoef(close, expected)[0, 1] > 0.98
+
+
+def test_what_is_quantized(tiny_checkpoint: Callable[..., Path], tmp_path: Path, library: Path) -> None:
+    out = pipeline.export_model(
+        tiny_checkpoint("gpt_oss"), out=tmp_path / "out", recipe=EXACT.with_options(weights="int4"),
+        progress=lambda *_: None,
+    )  # fmt: skip
+    names = set(graph_variants.quantized_weights(out))
+    projections = {f"model.layers.{i}.self_attn.{p}_proj.weight" for i in (0, 1) for p in "qkvo"}
+    assert names == projections | {"lm_head.weight"}  # no router, no expert, no embedding
+    kept = {t.name for t in onnx.load(out / "model.onnx", load_external_data=False).graph.initializer}
+    assert "model.layers.0.mlp.router.weight" in kept and "model.layers.0.mlp.experts.down_proj" in kept
+    assert not names & kept
+
+
+def test_weights_and_dtype_agree_or_are_refused() -> None:
+    assert Recipe().with_options(weights="fp16").dtype == "fp16"
+    assert Recipe().with_options(weights="fp16").with_options(dtype="bf16").weights == ""
+    half = Recipe.from_dict({"weights": "int4", "dtype": "fp16", "quantize_head": False})
+    assert (half.weight_bits, half.dtype, half.quantize_head) == (4, "fp16", False)
+    with pytest.raises(SkvError, match="weights fp16 with dtype fp32"):
+        Recipe().with_options(weights="fp16", dtype="fp32")
+    with pytest.raises(SkvError, match=r"weights.*int3"):
+        Recipe().with_options(weights="int3")
+    with pytest.raises(SkvError, match="quantize_head"):
+        Recipe.from_dict({"quantize_head": 1})

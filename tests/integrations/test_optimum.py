@@ -1,0 +1,62 @@
+"""`optimum-cli export skv` is `skv-export model`: found by optimum, the same options, folder and errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_models import ROOT
+
+from skv_export.cli.main import model
+from skv_export.model_folder.skv_config import ModelConfig
+from skv_export.runtime.session import Session
+from skv_export.spec.recipe import Recipe
+
+pytest.importorskip("optimum.commands", reason="optimum is not installed: pip install 'skv-export[optimum]'")
+
+from skv_export.integrations.optimum import SkvExportCommand, arguments
+
+
+def optimum_cli(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs optimum's own command line; in the source tree, where its namespace finds the registration."""
+    start = [sys.executable, "-m", "optimum.commands.optimum_cli"]
+    return subprocess.run([*start, *command], capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_optimum_lists_it() -> None:
+    listing = optimum_cli("export", "--help")
+    assert listing.returncode == 0 and "skv" in listing.stdout, listing.stderr
+    options = optimum_cli("export", "skv", "--help").stdout
+    for option in model.params:
+        assert option.name == "checkpoint" or option.opts[0] in (*options.split(), "--out"), option.name
+
+
+def test_every_option_is_handed_on() -> None:
+    parser = ArgumentParser()
+    SkvExportCommand.parse_args(parser)
+    given = ["llama", "out", "--k-bits", "8", "--v-rotation", "none", "--recipe", "small", "--all-logits"]
+    handed = arguments(parser.parse_args(given))
+    assert handed[:3] == ["llama", "--out", "out"]
+    assert sorted(handed[3:]) == sorted(given[2:])
+    assert arguments(parser.parse_args(["llama", "out"])) == ["llama", "--out", "out"]
+
+
+def test_it_exports(tiny_checkpoint: Callable[..., Path], library: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = optimum_cli("export", "skv", str(tiny_checkpoint("llama")), str(out), "--k-bits", "3", "--v-bits", "2")
+    assert result.returncode == 0, result.stdout + result.stderr
+    layer = ModelConfig.load(out).layers[0]
+    assert (layer.key.bits, layer.value.bits) == (3, 2)
+    assert Recipe.load(out / "recipe.toml").default.name == "K3V2"
+    assert len(Session(out).generate([[5, 6, 7]], max_new_tokens=4)[0]) <= 4
+
+
+def test_what_can_not_be_exported_is_said_as_by_skv_export(tmp_path: Path) -> None:
+    result = optimum_cli("export", "skv", str(tmp_path / "nothing"), str(tmp_path / "out"))
+    assert result.returncode == 1
+    assert "no such file or folder" in result.stderr and "Traceback" not in result.stderr
+    assert optimum_cli("export", "skv", "x", "y", "--k-bits", "7").returncode == 2

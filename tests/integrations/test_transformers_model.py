@@ -1,0 +1,179 @@
+"""SkvForCausalLM: transformers' generate over the runtime gives what the runtime, and PyTorch, give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_graph import CONTEXT, EXACT, SMALL, VOCAB, Tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
+
+from skv_export import SkvForCausalLM
+from skv_export.errors import SkvError
+from skv_export.export.pipeline import export_model
+from skv_export.spec.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("library")
+
+TOKENS = np.random.default_rng(3).integers(3, VOCAB, 200).tolist()
+PROMPTS = [TOKENS[:30], TOKENS[50:90]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> SkvForCausalLM:
+    folder = Tiny(SMALL).write_all(tmp_path_factory.mktemp("model"), eos_token_id=[])
+    return SkvForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> SkvForCausalLM:
+    folder = Tiny(EXACT).write_all(tmp_path_factory.mktemp("exact"), eos_token_id=[])
+    return SkvForCausalLM.from_pretrained(folder)
+
+
+def padded(side: str) -> dict[str, torch.Tensor]:
+    ids, mask = torch.zeros((2, 40), dtype=torch.int64), torch.zeros((2, 40), dtype=torch.int64)
+    for row, prompt in enumerate(PROMPTS):
+        at = slice(40 - len(prompt), None) if side == "left" else slice(None, len(prompt))
+        ids[row, at], mask[row, at] = torch.tensor(prompt), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def test_greedy_generation_is_the_token_loops(model: SkvForCausalLM) -> None:
+    ids = torch.tensor([TOKENS[:40]])
+    made = model.generate(ids, max_new_tokens=40, do_sample=False)
+    assert made[:, :40].equal(ids)
+    assert made[:, 40:].tolist() == model.session.generate([TOKENS[:40]], max_new_tokens=40)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batch_generates_what_each_alone_does(model: SkvForCausalLM, side: str) -> None:
+    made = model.generate(**padded(side), max_new_tokens=40, do_sample=False)[:, 40:].tolist()
+    assert made == [model.session.generate([prompt], max_new_tokens=40)[0] for prompt in PROMPTS]
+
+
+def test_padded_batch_from_a_folder_with_all_logits(tmp_path: Path, model: SkvForCausalLM) -> None:
+    everything = SkvForCausalLM.from_pretrained(Tiny(SMALL, all_logits=True).write_all(tmp_path, eos_token_id=[]))
+    inputs = padded("right")
+    expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert everything.generate(**inputs, max_new_tokens=5, do_sample=False).equal(expected)
+    assert everything(**inputs).logits.shape == (2, 40, VOCAB)
+
+
+def test_without_a_cache_the_tokens_are_the_same(exact: SkvForCausalLM) -> None:
+    ids = torch.tensor([TOKENS[:40]])
+    cached = exact.generate(ids, max_new_tokens=30, do_sample=False)
+    assert exact.generate(ids, max_new_tokens=30, do_sample=False, use_cache=False).equal(cached)
+
+
+def test_beam_search_reorders_the_cache(exact: SkvForCausalLM) -> None:
+    ids = torch.tensor(PROMPTS[0])[None]
+    cached = exact.generate(ids, max_new_tokens=30, num_beams=4, num_return_sequences=3)
+    assert exact.generate(ids, max_new_tokens=30, num_beams=4, num_return_sequences=3, use_cache=False).equal(cached)
+    assert not cached[0].equal(exact.generate(ids, max_new_tokens=30, do_sample=False)[0])
+
+
+def test_sampling_follows_torchs_seed(model: SkvForCausalLM) -> None:
+    def run(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        return model.generate(**padded("left"), max_new_tokens=20, do_sample=True, num_return_sequences=2).tolist()
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+    assert len(run(1)) == 4
+
+
+def test_end_token_stops_a_sequence(model: SkvForCausalLM) -> None:
+    free = model.generate(**padded("left"), max_new_tokens=12, do_sample=False)[:, 40:].tolist()
+    end = free[0][3]
+    made = model.generate(**padded("left"), max_new_tokens=12, do_sample=False, eos_token_id=end, pad_token_id=0)
+    first = free[0].index(end)
+    assert made[0, 40 : 40 + first + 1].tolist() == free[0][: first + 1]
+    assert not made[0, 40 + first + 1 :].any()
+
+
+def test_text_streams_as_it_is_generated(model: SkvForCausalLM, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model.session.folder)
+    inputs = tokenizer("Anne", return_tensors="pt", return_token_type_ids=False)
+    made = model.generate(**inputs, max_new_tokens=20, do_sample=False, streamer=TextStreamer(tokenizer))
+    assert capsys.readouterr().out.strip() == tokenizer.decode(made[0]).strip()
+
+
+def test_a_cache_carries_on(model: SkvForCausalLM) -> None:
+    ids, cache = torch.tensor([TOKENS[:40]]), model.new_cache(1)
+    before = cache.cache.pointers()
+    first = model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    second = model.generate(first, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    assert second.equal(model.generate(ids, max_new_tokens=10, do_sample=False))
+    assert cache.cache.pointers() == before
+    assert cache.get_seq_length() == 49
+    cache.reset()
+    again = model.generate(ids, past_key_values=cache, max_new_tokens=10, do_sample=False)
+    assert again.equal(second)
+
+
+def test_forward_takes_calls_of_any_length(exact: SkvForCausalLM) -> None:
+    ids = torch.tensor([TOKENS[:60]])
+    whole = exact(ids).logits
+    output = exact(ids[:, :50])
+    output = exact(ids[:, 50:], past_key_values=output.past_key_values)
+    assert whole.shape == (1, 1, VOCAB)
+    assert (whole - output.logits).abs().max() < 1e-4
+
+
+def test_too_long_a_generation_is_refused_before_it_starts(model: SkvForCausalLM) -> None:
+    with pytest.raises(SkvError, match=rf"at most max_length = {CONTEXT}.*max_new_tokens"):
+        model.generate(torch.tensor([TOKENS[:40]]), max_new_tokens=CONTEXT)
+    short = SkvForCausalLM(model.session, model.config, model.generation_config, max_length=50)
+    with pytest.raises(SkvError, match="at most max_length = 50"):
+        short.generate(torch.tensor([TOKENS[:40]]), max_new_tokens=20)
+    with pytest.raises(SkvError, match="max_length; got 513"):
+        SkvForCausalLM(model.session, model.config, model.generation_config, max_length=CONTEXT + 1)
+
+
+def test_what_it_can_not_do_is_an_error(model: SkvForCausalLM) -> None:
+    ids = torch.tensor([TOKENS[:40]])
+    with pytest.raises(ValueError, match="only supports"):
+        model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=5)
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        model.generate(inputs_embeds=torch.zeros(1, 3, 8), max_new_tokens=3)
+    with pytest.raises(SkvError, match="past_key_values"):
+        model(ids, past_key_values=[])  # type: ignore[arg-type]
+    cache = model.new_cache(2)
+    model(**padded("left"), past_key_values=cache)
+    with pytest.raises(SkvError, match="attention_mask: needed"):
+        model(torch.tensor([[5], [5]]), past_key_values=cache)
+
+
+def test_folder_without_a_configuration_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(SkvError, match=r"config.json: no such file"):
+        SkvForCausalLM.from_pretrained(Tiny().write(tmp_path))
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral"])
+def both(
+    request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PreTrainedModel, SkvForCausalLM]:
+    """A tiny model in PyTorch, and its export with a cache that rounds nothing."""
+    checkpoint = tiny_checkpoint(request.param)
+    folder = tmp_path_factory.mktemp("export") / request.param
+    export_model(checkpoint, out=folder, recipe=Recipe(EXACT), progress=lambda phase, fraction: None)
+    return AutoModelForCausalLM.from_pretrained(checkpoint).eval(), SkvForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"do_sample": False}, {"do_sample": True, "temperature": 0.8, "top_k": 20}, {"num_beams": 3, "do_sample": False}],
+    ids=["greedy", "sampling", "beams"],
+)
+def test_generate_gives_what_pytorch_gives(
+    both: tuple[PreTrainedModel, SkvForCausalLM], options: dict[str, object]
+) -> None:
+    made = []
+    for model in both:
+        torch.manual_seed(5)
+        made.append(model.generate(**padded("left"), max_new_tokens=60, eos_token_id=2, **options))
+    assert made[0].equal(made[1])

@@ -1,0 +1,181 @@
+"""Every instruction set's kernels: those of this processor by force, those of others under qemu-user.
+
+Emulated processors need Debian's qemu-user, and for Arm g++-aarch64-linux-gnu; where these are missing the tests are
+skipped and say so.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import native
+import numpy as np
+import pytest
+
+from skv_export.native.library import SkvAttention, library_path
+from skv_export.spec.conformance import (
+    Case,
+    attention_cases,
+    byte_channel_cases,
+    expected_of,
+    make_inputs,
+    token_channel_cases,
+)
+
+ROOT = Path(__file__).parents[2]
+NATIVE = ROOT / "skv_export" / "native"
+POINTERS = ("output", "seqlens_k", "query_seqlens", "head_sink", "not_finite")
+NESTED = (("key_cache", "data"), ("value_cache", "data"), ("query", "data"), ("key", "data"), ("value", "data"))
+EMULATED = ("K", "default", "gqa", "head", "ragged", "window", "per channel", "per token", "groups", "tile", "softcap")
+
+
+def forced(isa: str) -> dict[str, str]:
+    return os.environ | {"SKV_CPU_ISA": isa}
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avxvnni", "avx512vnni", "neon"])
+def test_kernels_of_this_processor(isa: str) -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'tests/support'); import native; print(native.library().skv_cpu_isa().decode())"
+    )
+    chosen = subprocess.run(
+        [sys.executable, "-c", code], env=forced(isa), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    if chosen.stdout.strip() != isa:
+        pytest.skip(f"{isa}: not supported by this processor (it has {chosen.stdout.strip()})")
+    files = ["test_kernels.py", "test_byte_channels.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        *(f"tests/native/{f}" for f in files),
+    ]
+    command += ["-k", "attention or append or any or threads or long or dequantize or golden"]
+    result = subprocess.run(command, env=forced(isa), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.parametrize("unit", ["avx2", "avx512"])
+def test_units_share_no_code(unit: str, tmp_path: Path) -> None:
+    """A weak symbol could be kept by the linker in this unit's instruction set, and crash an older processor."""
+    if os.uname().machine != "x86_64":
+        pytest.skip("x86-64 units: not supported by this compiler")
+    flags = {"avx2": [], "avx512": [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")]}[unit]
+    output = tmp_path / "unit.o"
+    command = [
+        "c++",
+        "-std=c++17",
+        "-O0",
+        "-I",
+        str(NATIVE),
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        *flags,
+        "-c",
+        "-o",
+        str(output),
+    ]
+    subprocess.run([*command, str(NATIVE / "cpu" / f"unit_{unit}.cc")], check=True)
+    symbols = subprocess.run(["nm", str(output)], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(symbols) > 20
+    assert [s for s in symbols if s.split()[-2] in "WVu"] == []
+
+
+def record(cases: list[Case], path: Path) -> list[native.Call]:
+    """Writes the calls of these cases for replay.cc."""
+    calls = []
+    with path.open("wb") as file:
+        file.write(struct.pack("<q", len(cases)))
+        for case in cases:
+            call = native.Call(case, make_inputs(case))
+            index = {buffer.pointer: i + 1 for i, buffer in enumerate(call.buffers)}
+            written = SkvAttention.from_buffer_copy(call.call)
+            for holder, name in [(written, p) for p in POINTERS] + [(getattr(written, a), b) for a, b in NESTED]:
+                pointer = getattr(holder, name)
+                setattr(holder, name, index[pointer] if pointer else None)
+            file.write(bytes(written) + struct.pack("<q", len(call.buffers)))
+            for buffer in call.buffers:
+                file.write(struct.pack("<q", buffer.array.nbytes) + buffer.array.tobytes())
+            calls.append(call)
+    return calls
+
+
+def compare(cases: list[Case], calls: list[native.Call], path: Path) -> None:
+    with path.open("rb") as file:
+        for case, call in zip(cases, calls, strict=True):
+            assert struct.unpack("<q", file.read(8)) == (0,), case.name
+            for buffer in call.buffers:
+                buffer.array[...] = np.frombuffer(file.read(buffer.array.nbytes), buffer.array.dtype).reshape(
+                    buffer.array.shape
+                )
+            inputs = make_inputs(case)
+            output, key, value = expected_of(case, inputs)
+            error = np.abs(call.output.array.astype(np.float32) - output).max() / np.abs(output).max()
+            assert error <= case.tolerance, f"{case.name}: {error:.1e}"
+            assert np.array_equal(call.caches[0].array, key) and np.array_equal(call.caches[1].array, value), case.name
+        assert file.read() == b""
+
+
+def replay(emulator: list[str], compiler: str, library: Path, tmp_path: Path, cases: list[Case]) -> str:
+    """Runs the cases under an emulator, compares them, and returns the instruction set that was chosen there."""
+    binary = tmp_path / "replay"
+    command = [compiler, "-std=c++17", "-O1", "-I", str(NATIVE), "-o", str(binary), str(ROOT / "tests" / "replay.cc")]
+    subprocess.run([*command, str(library), f"-Wl,-rpath,{library.parent}"], check=True)
+    calls = record(cases, tmp_path / "in")
+    run = [*emulator, str(binary), str(tmp_path / "in"), str(tmp_path / "out")]
+    environment = {k: v for k, v in os.environ.items() if k not in ("SKV_CPU_ISA", "LD_PRELOAD")}
+    result = subprocess.run(run, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, f"exit code {result.returncode}: {result.stderr[-2000:]}"
+    compare(cases, calls, tmp_path / "out")
+    return result.stdout.strip()
+
+
+def emulator(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name}: not supported here (install qemu-user)")
+    return path
+
+
+@pytest.mark.parametrize(("processor", "isa"), [("Nehalem", "scalar"), ("Haswell", "avx2")])
+def test_an_older_processor_gets_what_it_has(processor: str, isa: str, tmp_path: Path) -> None:
+    if os.uname().machine != "x86_64":
+        pytest.skip("x86-64 processors: not supported by this library")
+    cases = [c for c in attention_cases() if c.name in ("default", "gqa 3", "K3V5", "K8V1", "head_dim 80, padded")]
+    assert replay([emulator("qemu-x86_64"), "-cpu", processor], "c++", library_path(), tmp_path, cases) == isa
+
+
+def test_neon_kernels_under_emulation(tmp_path: Path) -> None:
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("aarch64-linux-gnu-g++: not supported here (install g++-aarch64-linux-gnu)")
+    qemu, build = emulator("qemu-aarch64"), ROOT / "build" / "aarch64"
+    configure = [
+        "cmake",
+        "-S",
+        str(ROOT),
+        "-B",
+        str(build),
+        "-DSKV_ORT=OFF",
+        "-DSKV_CUDA=off",
+        "-DCMAKE_SYSTEM_NAME=Linux",
+    ]
+    configure += ["-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={compiler}"]
+    configure += [f"-DCMAKE_C_COMPILER={compiler.removesuffix('g++')}gcc"]
+    for command in (configure, ["cmake", "--build", str(build), "--parallel", "2"]):
+        subprocess.run(command, check=True, capture_output=True)
+    cases = [c for c in attention_cases() if any(word in c.name for word in EMULATED) and "prompt" not in c.name]
+    cases += [*token_channel_cases()[:8], *byte_channel_cases()[:8]]
+    assert len(cases) > 70
+    command = [qemu, "-cpu", "max", "-L", "/usr/aarch64-linux-gnu"]
+    assert replay(command, compiler, build / "libskv_ops.so", tmp_path, cases) == "neon"
