@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := demo-model
-# The CUDA kernels take minutes to compile: on a machine without a GPU only when asked for (SKV_CUDA=on).
-SKV_CUDA ?= $(if $(shell command -v nvidia-smi),auto,off)
+# auto: the CUDA kernels are compiled where there is a GPU, for its architecture; on: for all; off: not.
+SKV_CUDA ?= auto
 
 .PHONY: demo test lint gpu-test gpu-bench setup clean
 .DELETE_ON_ERROR:

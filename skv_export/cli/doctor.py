@@ -103,7 +103,7 @@ def _library() -> list[Check]:
         Check(
             "CUDA kernels",
             cuda or "not built",
-            "" if cuda else "For NVIDIA GPUs: install with nvcc on the PATH (SKV_CUDA=on makes its absence an error).",
+            "" if cuda else "For NVIDIA GPUs: install with nvcc on the PATH and -C cmake.define.SKV_CUDA=on.",
             required=False,
         ),
     ]
