@@ -117,10 +117,10 @@ def test_bad_input_is_one_clear_line_and_a_non_zero_exit(arguments: list[str], m
 
 
 def test_verify_writes_json_and_exits_with_1_on_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from skv_export.verification import run
+    from skv_export.verification import run as runner
 
     report = SimpleNamespace(passed=False, table=lambda: "table", to_json=lambda: json.dumps({"passed": False}))
-    monkeypatch.setattr(run, "verify", lambda folder, **options: report)
+    monkeypatch.setattr(runner, "verify", lambda folder, **options: report)
     target = tmp_path / "report.json"
     result = run("verify", str(tmp_path), "--level", "op", "--json", str(target))
     assert result.exit_code == 1 and "table" in result.output
