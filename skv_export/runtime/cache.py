@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from skv_export.errors import SkvError
 from skv_export.model_folder.skv_config import LayerCache
 from skv_export.native.library import Library
+from skv_export.spec import reference
 from skv_export.spec.layout import Bytes, CacheLayout
 
 
@@ -45,6 +46,7 @@ class Cache:
         self.binding = binding
         self.batch, self.max_length = batch, max_length
         self.lengths: NDArray[np.int64] = np.zeros(batch, np.int64)
+        self._longest = self.lengths.copy()  # since each was empty: up to there rows are overwritten
         self._device, self._library = device, library
         self._tensors: dict[str, tuple[CacheLayout, Any]] = {}
         for i, layer in enumerate(layers):
@@ -81,25 +83,32 @@ class Cache:
 
     def reset(self) -> None:
         """Forgets every token; the buffers stay."""
-        self.lengths[:] = 0
+        self.lengths[:] = self._longest[:] = 0
 
-    def rewind_floor(self, length: int) -> int:
-        """Smallest length above 0 to which a sequence of ``length`` tokens can be rewound."""
-        layouts = [layout for layout, _ in self._tensors.values()]
-        return max(length - x.recent_tokens if x.quantized_tokens(length) else 0 for x in layouts)
+    def advance(self, lengths: ArrayLike) -> None:
+        """Notes that a call has appended tokens: ``lengths``, ``[batch]``, are held now."""
+        self.lengths[:] = lengths
+        np.maximum(self._longest, self.lengths, out=self._longest)
+
+    def rewind_floor(self, b: int) -> int:
+        """Smallest length above 0 to which sequence ``b`` can be rewound."""
+        length, longest = int(self.lengths[b]), int(self._longest[b])
+        tensors = self._tensors.values()
+        return max(reference.rewind_floor(x, math.prod(y.shape()[2:]), length, longest) for x, y in tensors)
 
     def rewind(self, lengths: int | ArrayLike) -> None:
         """Takes back tokens, so that each sequence holds ``lengths`` of them (one number, or one per sequence).
 
-        At most ``recent_tokens`` can be taken back, or everything. Tokens whose exact form is gone come back from their
-        codes; where a tile has not been quantized since, it is as if the tokens had never been there.
+        At most ``recent_tokens`` can be taken back, or everything; with a sliding window, repeated rewinds may end
+        earlier, but never within ``recent_tokens`` of the longest length. Tokens whose exact form is gone come back
+        from their codes; all others are as if the tokens taken back had never been there.
 
         Raises:
             SkvError: Too far back, or longer than what is held; nothing has changed.
         """
         new = np.broadcast_to(np.asarray(lengths, np.int64), self.lengths.shape)
         for b, (held, wanted) in enumerate(zip(self.lengths.tolist(), new.tolist(), strict=True)):
-            floor = self.rewind_floor(held)
+            floor = self.rewind_floor(b)
             if wanted != 0 and not floor <= wanted <= held:
                 raise SkvError(
                     f"rewind of sequence {b}, which holds {held} tokens",
@@ -110,12 +119,16 @@ class Cache:
         for layout, buffer in self._tensors.values():
             heads, block_bytes = buffer.shape()[1], math.prod(buffer.shape()[2:])
             for b in np.flatnonzero((new != 0) & (new != self.lengths)).tolist():
-                held, wanted = int(self.lengths[b]), int(new[b])
+                lengths_of_b = int(self.lengths[b]), int(self._longest[b]), int(new[b])
                 self._library.rewind(
-                    layout, buffer.data_ptr(), block_bytes, heads, b, held, wanted, device=self._device
+                    layout, buffer.data_ptr(), block_bytes, heads, b, *lengths_of_b, device=self._device
                 )
         if self._device == "cuda":  # the next call runs on a stream of ONNX Runtime's
             self._library.synchronize()
+        for b in np.flatnonzero(new != self.lengths).tolist():
+            longest, wanted = int(self._longest[b]), int(new[b])
+            counted = (reference.longest_after_rewind(x, longest, wanted) for x, _ in self._tensors.values())
+            self._longest[b] = max(counted) if wanted else 0
         self.lengths[:] = new
 
     def reorder(self, indices: ArrayLike) -> None:
@@ -125,4 +138,4 @@ class Cache:
             return
         for _, buffer in self._tensors.values():
             buffer.update_inplace(np.ascontiguousarray(buffer.numpy()[order]))
-        self.lengths[:] = self.lengths[order]
+        self.lengths[:], self._longest[:] = self.lengths[order], self._longest[order]

@@ -183,7 +183,8 @@ def test_rewind_of_a_cache_on_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
     library = load_library()
     monkeypatch.setattr(library._c, "skv_rewind", None)  # it must not be asked
     cache = Cache(unbound, layers, 3, 300, "cuda", library)
-    cache.lengths[:] = held = 210, 100, 150
+    held = 210, 100, 150
+    cache.advance(held)
     expected = {}
     rng = np.random.default_rng(0)
     for (name, (layout, buffer)), seed in zip(cache._tensors.items(), range(4), strict=True):
