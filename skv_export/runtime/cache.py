@@ -24,7 +24,7 @@ class Cache:
     a call that would pass the capacity is an error before anything is written.
 
     Args:
-        binding: onnxruntime's IOBinding of the session; the buffers are bound to it here.
+        onnx: onnxruntime's InferenceSession.
         layers: The model's layers.
         batch: Sequences.
         max_length: Tokens per sequence.
@@ -32,29 +32,30 @@ class Cache:
         library: The native library.
 
     Attributes:
-        binding: As given.
+        binding: IOBinding of the session, to which the buffers are bound.
+        layers: As given.
         batch: Sequences.
         max_length: Tokens per sequence that were asked for; ``capacity`` may be a little more.
         lengths: ``[batch]``, tokens held.
     """
 
     def __init__(
-        self, binding: Any, layers: Sequence[LayerCache], batch: int, max_length: int, device: str, library: Library
+        self, onnx: Any, layers: Sequence[LayerCache], batch: int, max_length: int, device: str, library: Library
     ) -> None:
         import onnxruntime as ort
 
-        self.binding = binding
-        self.batch, self.max_length = batch, max_length
+        self.binding = onnx.io_binding()
+        self.layers, self.batch, self.max_length = tuple(layers), batch, max_length
         self.lengths: NDArray[np.int64] = np.zeros(batch, np.int64)
         self._longest = self.lengths.copy()  # since each was empty: up to there rows are overwritten
-        self._device, self._library = device, library
+        self._onnx, self._device, self._library = onnx, device, library
         self._tensors: dict[str, tuple[CacheLayout, Any]] = {}
         for i, layer in enumerate(layers):
             for name, layout in (("key", layer.key), ("value", layer.value)):
                 shape = [batch, layer.num_key_value_heads, *layout.shape(max_length)]
                 buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.uint8, device)
                 self._tensors[f"{i}.{name}"] = layout, buffer
-        self.bind(binding)
+        self.bind(self.binding)
 
     def bind(self, binding: Any) -> None:
         """Binds the buffers, as past and present alike, to an IOBinding of the session."""
@@ -132,10 +133,35 @@ class Cache:
         self.lengths[:] = new
 
     def reorder(self, indices: ArrayLike) -> None:
-        """Makes sequence ``i`` a copy of what sequence ``indices[i]`` was, in place (beam search)."""
+        """Makes sequence ``i`` a copy of what sequence ``indices[i]`` was, in place (beam search).
+
+        Raises:
+            SkvError: Not an index of a sequence for each sequence.
+        """
+        order = self._order(indices)
+        if len(order) != self.batch:
+            raise SkvError("reorder: indices", got=len(order), expected=f"{self.batch}, one for each sequence")
+        if not np.array_equal(order, np.arange(self.batch)):
+            self._copy(self, order)
+
+    def select(self, indices: ArrayLike) -> Cache:
+        """Returns a new cache, with buffers of its own, whose sequence ``i`` is a copy of sequence ``indices[i]``.
+
+        Raises:
+            SkvError: No indices, or not of sequences.
+        """
+        order = self._order(indices)
+        twin = Cache(self._onnx, self.layers, len(order), self.max_length, self._device, self._library)
+        twin._copy(self, order)
+        return twin
+
+    def _order(self, indices: ArrayLike) -> NDArray[np.int64]:
         order = np.asarray(indices, np.int64)
-        if np.array_equal(order, np.arange(self.batch)):
-            return
-        for _, buffer in self._tensors.values():
-            buffer.update_inplace(np.ascontiguousarray(buffer.numpy()[order]))
-        self.lengths[:], self._longest[:] = self.lengths[order], self._longest[order]
+        if order.ndim != 1 or not order.size or order.min() < 0 or order.max() >= self.batch:
+            raise SkvError("sequences of the cache", got=order.tolist(), expected=f"indices of 0 ... {self.batch - 1}")
+        return order
+
+    def _copy(self, source: Cache, order: NDArray[np.int64]) -> None:
+        for name, (_, buffer) in self._tensors.items():
+            buffer.update_inplace(np.ascontiguousarray(source._tensors[name][1].numpy()[order]))
+        self.lengths[:], self._longest[:] = source.lengths[order], source._longest[order]

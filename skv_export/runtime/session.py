@@ -150,7 +150,7 @@ class Session:
             raise SkvError(
                 "max_length", got=wanted, expected=f"1 ... {self.config.context_length}, the model's context"
             )
-        return Cache(self.onnx.io_binding(), self.config.layers, batch, wanted, self.execution_provider, self.library)
+        return Cache(self.onnx, self.config.layers, batch, wanted, self.execution_provider, self.library)
 
     def run(
         self,

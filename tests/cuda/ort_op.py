@@ -182,7 +182,8 @@ def test_rewind_of_a_cache_on_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
     layers = [LayerCache(4, 2, 0, *CacheLayout.pair(config, 64)) for config in (SMALL, both)]
     library = load_library()
     monkeypatch.setattr(library._c, "skv_rewind", None)  # it must not be asked
-    cache = Cache(unbound, layers, 3, 300, "cuda", library)
+    session = SimpleNamespace(io_binding=lambda: unbound)
+    cache = Cache(session, layers, 3, 300, "cuda", library)
     held = 210, 100, 150
     cache.advance(held)
     expected = {}
