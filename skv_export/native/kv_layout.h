@@ -86,5 +86,17 @@ SKV_HD int64_t full_row(const SkvLayout& l, int64_t position) {
   return position < l.num_sink_tokens ? position : l.num_sink_tokens + (position - l.num_sink_tokens) % ring_tokens(l);
 }
 
+// Smallest length to which a block can be rewound (spec/reference.py: rewind_floor). `longest`: most tokens that it has
+// held since it was empty.
+SKV_HD int64_t rewind_floor(const SkvLayout& l, int64_t block_bytes, int64_t length, int64_t longest) {
+  if (quantized_tokens(l, length) == 0) return 0;
+  const int64_t recent = length - l.recent_tokens;
+  const int64_t forgotten = quantized_tokens(l, longest) / l.tile_tokens - tiles_in(l, block_bytes);
+  if (forgotten <= 0) return recent;
+  const int64_t needed = l.local_window_size - 1 > l.recent_tokens ? l.local_window_size - 1 : l.recent_tokens;
+  const int64_t window = l.num_sink_tokens + forgotten * l.tile_tokens + needed;
+  return window > recent ? window : recent;
+}
+
 }  // namespace skv
 #endif

@@ -111,7 +111,7 @@ class Library:
             for name in ("skv_version", "skv_last_error", "skv_cpu_isa", "skv_cuda_build"):
                 getattr(self._c, name).restype = ctypes.c_char_p
             self._c.skv_rewind.argtypes = [
-                ctypes.POINTER(SkvCache), ctypes.c_int32, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64
+                ctypes.POINTER(SkvCache), ctypes.c_int32, ctypes.c_int32, *3 * [ctypes.c_int64]
             ]  # fmt: skip
             self._c.skv_attention.argtypes = [ctypes.POINTER(SkvAttention), ctypes.c_void_p]
             if self.cuda_build:
@@ -149,6 +149,7 @@ class Library:
         kv_num_heads: int,
         b: int,
         length: int,
+        longest_length: int,
         new_length: int,
         *,
         device: str = "cpu",
@@ -162,6 +163,7 @@ class Library:
             kv_num_heads: Blocks per sequence.
             b: Index of the sequence in the batch.
             length: Tokens held.
+            longest_length: Most tokens held since the sequence was empty.
             new_length: Tokens to hold.
             device: Where ``data`` is, ``cpu`` or ``cuda``; there it is done when ``synchronize`` returns.
 
@@ -169,7 +171,7 @@ class Library:
             SkvError: Too far back, or an unusable block.
         """
         held = SkvCache(SkvLayout.of(layout), data, block_bytes)
-        arguments = ctypes.byref(held), kv_num_heads, b, length, new_length
+        arguments = ctypes.byref(held), kv_num_heads, b, length, longest_length, new_length
         if device == "cuda":
             self._check("rewind", self._c.skv_cuda_rewind(*arguments, _DEFAULT_STREAM), "skv_cuda_last_error")
         else:

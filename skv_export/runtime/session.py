@@ -150,7 +150,7 @@ class Session:
             raise SkvError(
                 "max_length", got=wanted, expected=f"1 ... {self.config.context_length}, the model's context"
             )
-        return Cache(self.onnx.io_binding(), self.config.layers, batch, wanted, self.execution_provider, self.library)
+        return Cache(self.onnx, self.config.layers, batch, wanted, self.execution_provider, self.library)
 
     def run(
         self,
@@ -173,19 +173,13 @@ class Session:
             returns all. Rows of padding, or of a sequence without a new token, mean nothing.
 
         Raises:
-            SkvError: The mask does not fit the cache, or the capacity would be passed (nothing is written); or ONNX
-                Runtime fails (the cache is empty then).
+            SkvError: The mask does not fit the cache, or the model's context or the cache's capacity would be passed
+                (nothing is written); or ONNX Runtime fails (the cache is empty then).
         """
         ids = np.ascontiguousarray(input_ids, np.int64)
         new = self._new_tokens(ids, attention_mask, cache)
         lengths = cache.lengths + new.sum(axis=1)
-        if cache.capacity is not None and lengths.max() > cache.capacity:
-            raise SkvError(
-                "cache: total length",
-                got=f"{lengths.max()} tokens",
-                expected=f"at most its capacity of {cache.capacity}",
-                fix="Allocate the cache for a larger max_length, or make the prompt shorter.",
-            )
+        self.check_length(int(lengths.max()), cache.capacity)
         if position_ids is None:
             positions = np.where(new, cache.lengths[:, None] + new.cumsum(axis=1) - 1, 0)
         else:
@@ -203,10 +197,32 @@ class Session:
         logits = np.ascontiguousarray(logits)
         inputs = dict(zip(INPUTS, (ids, mask, positions), strict=True))
         self._run_bound(cache, {name: inputs[name] for name in self._inputs}, logits)
-        cache.lengths[:] = lengths
+        cache.advance(lengths)
         if place is not None and self.config.all_logits and not np.array_equal(place, np.sort(place, axis=1)):
             logits = np.take_along_axis(logits, np.argsort(place, axis=1)[:, :, None], axis=1)
         return logits
+
+    def check_length(self, length: int, capacity: int | None = None) -> None:
+        """Refuses a sequence that is longer than the model's context, or than a cache's capacity.
+
+        Raises:
+            SkvError: It is.
+        """
+        context = self.config.context_length
+        if length > context:
+            raise SkvError(
+                "total length",
+                got=f"{length} tokens",
+                expected=f"at most {context}, the model's context",
+                fix="Make the prompt shorter.",
+            )
+        if capacity is not None and length > capacity:
+            raise SkvError(
+                "cache: total length",
+                got=f"{length} tokens",
+                expected=f"at most its capacity of {capacity}",
+                fix="Allocate the cache for a larger max_length, or make the prompt shorter.",
+            )
 
     def _check_last(self, new: NDArray[np.bool_]) -> None:
         """A graph that returns the logits of its last column alone has none for a shorter sequence of the batch."""
@@ -291,30 +307,31 @@ class Session:
         Args:
             input_ids: ``[B, S]``, the prompts.
             attention_mask: ``[B, S]``, 0 = padding, left or right.
-            max_new_tokens: Tokens to generate at most; fewer where the cache ends.
+            max_new_tokens: Tokens to generate at most. A sequence ends earlier with an end token, and where it holds
+                the cache's max_length, which is the model's context at most.
             sampling: How a token is chosen; greedy if not given.
             cache: Holds what came before; a new one of the right size if not given. The last token that is yielded
                 has not been appended to it.
 
         Yields:
-            ``[B]``, the next token of each sequence; a finished one gets the padding token.
+            ``[B]``, the next token of each sequence; one that has ended gets the padding token.
 
         Raises:
             SkvError: See ``run``.
         """
         ids = np.asarray(input_ids, np.int64)
-        if cache is None:
-            cache = self.cache(len(ids), min(ids.shape[1] + max_new_tokens, self.config.context_length))
         new = np.ones(ids.shape, np.bool_) if attention_mask is None else np.asarray(attention_mask) != 0
+        if cache is None:
+            self.check_length(int(new.sum(axis=1).max(initial=0)))
+            cache = self.cache(len(ids), min(ids.shape[1] + max_new_tokens, self.config.context_length))
         choose = Sampler(sampling or Sampling())
         logits = last_logits(self.run(ids, self._mask(cache, new), None, cache), new)
         active = np.ones(len(ids), np.bool_)
         for step in range(max_new_tokens):
             tokens = np.where(active, choose(logits), self.pad_token_id)
             yield tokens
-            active = active & ~np.isin(tokens, self.config.eos_token_id)
-            full = cache.capacity is not None and cache.lengths[active].max(initial=0) >= cache.capacity
-            if not active.any() or full or step + 1 == max_new_tokens:
+            active = active & ~np.isin(tokens, self.config.eos_token_id) & (cache.lengths < cache.max_length)
+            if not active.any() or step + 1 == max_new_tokens:
                 return
             # A finished sequence gets no more tokens: its column is padding.
             logits = self.run(tokens[:, None], self._mask(cache, active[:, None]), None, cache)[:, 0]
@@ -417,6 +434,7 @@ class Generation:
         prefill_seconds: Until the first token.
         decode_seconds: From the first token to the last.
         cache_bytes: Bytes of the cache.
+        stop_reason: ``eos`` (an end token), ``max_new_tokens``, or ``context`` (the model's context is full).
     """
 
     text: str = ""
@@ -425,6 +443,7 @@ class Generation:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     cache_bytes: int = 0
+    stop_reason: str = ""
 
     def summary(self) -> str:
         """One line of figures."""
@@ -432,7 +451,7 @@ class Generation:
         speed = f", {steps / self.decode_seconds:.1f} tokens/s" if steps > 0 and self.decode_seconds > 0 else ""
         return (
             f"{self.prompt_tokens} prompt tokens in {self.prefill_seconds:.2f} s; {len(self.tokens)} new{speed}; "
-            f"cache {self.cache_bytes / 2**20:.1f} MiB"
+            f"cache {self.cache_bytes / 2**20:.1f} MiB; stopped by {self.stop_reason}"
         )
 
 
@@ -475,6 +494,7 @@ def generate_text(
     ids = session.tokenizer.encode(text, add_special_tokens=not chat).ids
     if not ids:
         raise SkvError("prompt: no tokens", got=repr(prompt), expected="some text")
+    session.check_length(len(ids))
     cache = session.cache(1, min(len(ids) + max_new_tokens, session.config.context_length))
     result = Generation(prompt_tokens=len(ids), cache_bytes=cache.nbytes)
     decoder = DecodeStream(skip_special_tokens=True)
@@ -490,6 +510,10 @@ def generate_text(
             if on_text is not None:
                 on_text(piece)
     result.decode_seconds = now - start - result.prefill_seconds
+    if result.tokens and result.tokens[-1] in session.config.eos_token_id:
+        result.stop_reason = "eos"
+    else:
+        result.stop_reason = "max_new_tokens" if len(result.tokens) == max_new_tokens else "context"
     return result
 
 

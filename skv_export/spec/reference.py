@@ -93,16 +93,27 @@ def load(layout: CacheLayout, block: Bytes, length: int) -> tuple[Float, NDArray
     return x, held
 
 
-def rewind(layout: CacheLayout, block: Bytes, length: int, new_length: int) -> None:
+def rewind(layout: CacheLayout, block: Bytes, length: int, new_length: int, longest_length: int | None = None) -> None:
     """Makes the blocks of ``length`` tokens blocks of ``new_length`` tokens, in place.
 
     Tokens that leave a tile and whose row in the ring has been overwritten are restored from their codes; every other
-    token keeps its bytes. At most ``recent_tokens`` can be taken back (and all of them, while nothing is quantized).
+    token keeps its bytes. Rows and a sliding window's tiles are overwritten up to the longest length that the blocks
+    have had, so a cache that is rewound repeatedly must say it. See ``rewind_floor`` for how far back is possible.
+
+    Args:
+        layout: The tensor's layout.
+        block: ``[N_kv, C]``.
+        length: Tokens held.
+        new_length: Tokens to hold.
+        longest_length: Most tokens held since the blocks were empty; None = ``length``, right for a first rewind.
 
     Raises:
-        SkvError: ``new_length`` is above ``length``, or too far back.
+        SkvError: ``new_length`` is above ``length``, or too far back; or ``longest_length`` is below ``length``.
     """
-    floor = rewind_floor(layout, length)
+    longest = length if longest_length is None else longest_length
+    if longest < length:
+        raise SkvError("rewind: longest length", got=longest, expected=f"at least the length, {length}")
+    floor = rewind_floor(layout, block.shape[-1], length, longest)
     if not floor <= new_length <= length:
         raise SkvError(
             f"rewind from {length} tokens",
@@ -116,14 +127,44 @@ def rewind(layout: CacheLayout, block: Bytes, length: int, new_length: int) -> N
         start = tile % tiles * layout.tile_bytes
         content = decode_tile(layout, block[:, start : start + layout.tile_bytes])
         for i, position in enumerate(range(sinks + tile * t, sinks + (tile + 1) * t)):
-            if position < length - layout.ring_tokens:
+            if position < longest - layout.ring_tokens:
                 rows[:, layout.full_row(position)] = _to_recent(layout, content[:, i])
     _write_rows(layout, block, rows)
 
 
-def rewind_floor(layout: CacheLayout, length: int) -> int:
-    """Smallest length to which a cache of ``length`` tokens can be rewound."""
-    return 0 if layout.quantized_tokens(length) == 0 else length - layout.recent_tokens
+def rewind_floor(layout: CacheLayout, block_bytes: int, length: int, longest_length: int) -> int:
+    """Smallest length to which blocks can be rewound.
+
+    That is ``recent_tokens`` back, or 0 while nothing is quantized. A sliding window's ring of tiles has in addition
+    forgotten what the longest length pushed out: the next query's window must begin after it. One rewind never meets
+    this limit, and none does that stays within ``recent_tokens`` of the longest length.
+
+    Args:
+        layout: The tensor's layout.
+        block_bytes: Bytes of one block.
+        length: Tokens held.
+        longest_length: Most tokens held since the blocks were empty.
+    """
+    if layout.quantized_tokens(length) == 0:
+        return 0
+    floor = length - layout.recent_tokens
+    forgotten = layout.quantized_tokens(longest_length) // layout.tile_tokens - layout.tiles_in(block_bytes)
+    if forgotten > 0:  # these tiles must be out of the window, and stay in tiles
+        needed = max(layout.local_window_size - 1, layout.recent_tokens)
+        floor = max(floor, layout.num_sink_tokens + forgotten * layout.tile_tokens + needed)
+    return floor
+
+
+def longest_after_rewind(layout: CacheLayout, longest_length: int, new_length: int) -> int:
+    """The longest length to count with once blocks have been rewound to ``new_length``; never above what it was.
+
+    All rows that are in use are whole again then, as if the blocks had never been longer than those rows reach. Where
+    a sliding window's ring of tiles has forgotten more than that length would, the old one stands.
+    """
+    quantized = layout.quantized_tokens(new_length)
+    if layout.local_window_size and layout.quantized_tokens(longest_length) > quantized + layout.tile_tokens:
+        return longest_length
+    return min(longest_length, layout.num_sink_tokens + quantized + layout.ring_tokens)
 
 
 def _to_recent(layout: CacheLayout, x: Float) -> NDArray[np.generic]:

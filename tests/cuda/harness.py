@@ -205,11 +205,14 @@ class Library:
         assert (rows[:, layout.head_dim :] == 7).all()
         return rows[:, : layout.head_dim]
 
-    def rewind(self, layout: CacheLayout, block: Array, length: int, new_length: int) -> Array:
+    def rewind(
+        self, layout: CacheLayout, block: Array, length: int, new_length: int, longest_length: int | None = None
+    ) -> Array:
         """Blocks ``[N_kv, C]`` of one sequence, taken back."""
         held = self.memory.put(block)
         cache = SkvCache(SkvLayout.of(layout), self.memory.address(held), block.shape[1])
-        lengths = (ctypes.c_int64(length), ctypes.c_int64(new_length))
+        longest = length if longest_length is None else longest_length
+        lengths = (ctypes.c_int64(length), ctypes.c_int64(longest), ctypes.c_int64(new_length))
         self.check(self.lib.skv_cuda_rewind(ctypes.byref(cache), block.shape[0], 0, *lengths, None))
         return self.memory.get(held)
 

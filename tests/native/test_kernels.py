@@ -162,7 +162,7 @@ def test_rewind_leaves_the_bytes_of_the_reference(length: int, recent_type: str)
     for layout in pair(recent_type=recent_type):
         full = empty(layout, 400)
         reference.append(layout, full, 0, tokens(length))
-        floor = reference.rewind_floor(layout, length)
+        floor = reference.rewind_floor(layout, full.shape[1], length, length)
         for new_length in {floor, max(floor, length - 7), length}:
             got, want = full.copy(), full.copy()
             reference.rewind(layout, want, length, new_length)

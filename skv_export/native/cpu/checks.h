@@ -4,6 +4,9 @@
 
 namespace skv {
 
+// Most tokens of a sequence: what seqlens_k, an int32, can say.
+constexpr int64_t kMaxLength = int64_t{1} << 31;
+
 // Notes the reason of a failure (printf style) for skv_last_error, and returns `status`.
 __attribute__((format(printf, 2, 3))) int fail(int status, const char* format, ...);
 

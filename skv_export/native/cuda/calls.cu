@@ -381,18 +381,26 @@ int skv_cuda_decode_tile(const SkvLayout* layout, const uint8_t* tile, float* ou
   return finished(decode_tile(*layout, tile, out, stream), "decode_tile");
 }
 
-int skv_cuda_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length, int64_t new_length,
-                    void* stream) {
+int skv_cuda_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length, int64_t longest_length,
+                    int64_t new_length, void* stream) {
   if (const int status = check_cache(*cache)) return status;
   if (const int status = check_length(*cache, length)) return status;
+  if (const int status = check_length(*cache, longest_length)) return status;
+  if (longest_length < length) return wrong("longest_length", longest_length, "the length or more");
+  if (b < 0 || kv_num_heads < 1 || kv_num_heads > kMaxGrid) return wrong("kv_num_heads", kv_num_heads, "1 ... 65535");
   const SkvLayout& l = cache->layout;
-  const int64_t floor = quantized_tokens(l, length) == 0 ? 0 : length - l.recent_tokens;
+  const int64_t floor = rewind_floor(l, cache->block_bytes, length, longest_length);
   if (new_length < floor || new_length > length) {
     return fail(SKV_INVALID_ARGUMENT, "rewind from %lld tokens; got %lld; expected %lld ... %lld (recent_tokens = %d)",
                 static_cast<long long>(length), static_cast<long long>(new_length), static_cast<long long>(floor),
                 static_cast<long long>(length), l.recent_tokens);
   }
-  return finished(rewind(make_cache(*cache), kv_num_heads, b, int32_t(length), int32_t(new_length), stream), "rewind");
+  const int32_t from = l.num_sink_tokens + int32_t(quantized_tokens(l, new_length));
+  const int32_t tiled = l.num_sink_tokens + int32_t(quantized_tokens(l, length));
+  const int32_t overwritten = int32_t(longest_length) - ring_tokens(l);  // later ones still have their rows
+  const int32_t to = tiled < overwritten ? tiled : overwritten;
+  if (from >= to) return SKV_OK;
+  return finished(rewind(make_cache(*cache), kv_num_heads, b, from, to, stream), "rewind");
 }
 
 const char* skv_cuda_last_error(void) { return last_error; }

@@ -81,13 +81,12 @@ __global__ void __launch_bounds__(kThreads) decode_tile_kernel(Cache c, const ui
   for (int e = 0; e < E; e++) out[t * c.dim + lane + 32 * e] = x[e];
 }
 
-// Grid: groups of kWarps tokens that leave their tiles, heads.
+// Grid: groups of kWarps tokens that leave their tiles and have no rows, heads.
 template <int E>
-__global__ void __launch_bounds__(kThreads) rewind_kernel(Cache c, int first_block, int length, int from, int to) {
+__global__ void __launch_bounds__(kThreads) rewind_kernel(Cache c, int64_t first_block, int from, int to) {
   uint8_t* block = block_of(c, first_block + blockIdx.y);
   const int lane = threadIdx.x % 32, sinks = c.layout.num_sink_tokens, tokens = c.layout.tile_tokens;
-  const int end = to < length - c.ring ? to : length - c.ring;  // later ones still have their rows
-  for (int position = from + blockIdx.x * kWarps + threadIdx.x / 32; position < end; position += gridDim.x * kWarps) {
+  for (int position = from + blockIdx.x * kWarps + threadIdx.x / 32; position < to; position += gridDim.x * kWarps) {
     const int tile = (position - sinks) / tokens;
     float x[E];
     decode_token(c, block + tile_start(c, tile), (position - sinks) % tokens, x);
@@ -136,15 +135,10 @@ cudaError_t decode_tile(const SkvLayout& layout, const uint8_t* tile, float* out
   });
 }
 
-cudaError_t rewind(const Cache& cache, int32_t kv_num_heads, int32_t b, int32_t length, int32_t new_length,
-                   void* stream) {
-  const SkvLayout& l = cache.layout;
-  const int32_t from = l.num_sink_tokens + int32_t(quantized_tokens(l, new_length));
-  const int32_t to = l.num_sink_tokens + int32_t(quantized_tokens(l, length));
-  if (from == to) return cudaSuccess;
+cudaError_t rewind(const Cache& cache, int32_t kv_num_heads, int32_t b, int32_t from, int32_t to, void* stream) {
   return with_channels(cache, [&](auto channels) {
     return launch(rewind_kernel<decltype(channels)::value>, dim3(groups_of_warps(to - from), kv_num_heads), kThreads, 0,
-                  stream, cache, b * kv_num_heads, length, from, to);
+                  stream, cache, int64_t{b} * kv_num_heads, from, to);
   });
 }
 

@@ -81,8 +81,8 @@ SKV_API const char* skv_cuda_path(const SkvAttention* call, const SkvCudaContext
 SKV_API int skv_cuda_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int32_t h, int64_t length,
                                 int32_t type, void* out, int64_t row_stride, void* stream);
 SKV_API int skv_cuda_decode_tile(const SkvLayout* layout, const uint8_t* tile, float* out, void* stream);
-SKV_API int skv_cuda_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length, int64_t new_length,
-                            void* stream);
+SKV_API int skv_cuda_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length,
+                            int64_t longest_length, int64_t new_length, void* stream);
 
 // Whether the current device can run the kernels, its multiprocessors, and its architecture (80 = compute
 // capability 8.0).

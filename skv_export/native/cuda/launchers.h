@@ -70,7 +70,7 @@ bool prefill_covers(int32_t dim);
 cudaError_t prefill(const Attention& attention, const Rows& keys, const Rows& values, void* stream);
 
 cudaError_t decode_tile(const SkvLayout& layout, const uint8_t* tile, float* out, void* stream);
-cudaError_t rewind(const Cache& cache, int32_t kv_num_heads, int32_t b, int32_t length, int32_t new_length,
-                   void* stream);
+// Gives positions [from, to) of sequence b, which stand in tiles, their full-precision rows back.
+cudaError_t rewind(const Cache& cache, int32_t kv_num_heads, int32_t b, int32_t from, int32_t to, void* stream);
 
 }  // namespace skv::cuda
