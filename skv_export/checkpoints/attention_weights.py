@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skv_export.checkpoints.checkpoint import Checkpoint
+from skv_export.checkpoints.gguf_config import ARCHITECTURES
 from skv_export.errors import SkvError
 
 Array = npt.NDArray[Any]
@@ -87,8 +88,6 @@ ROWS: Mapping[str, Row] = {
 
 _GGUF = Row("blk.{i}.", "attn_q", "attn_k", "attn_v", norm="attn_norm", q_norm="attn_q_norm", k_norm="attn_k_norm")
 _GGUF_FUSED = dataclasses.replace(_GGUF, qkv="attn_qkv")
-_GGUF_INTERLEAVED = ("llama", "granite", "granitemoe", "olmo", "smollm3", "mistral3")
-"""Architectures whose q and k rows llama.cpp's converter reorders, so that RoPE pairs are neighbours."""
 _PLAIN_HEADS = ("gpt2", "gpt_neox", "gptj", "opt", "bloom")
 """Architectures without grouped-query attention or a head_dim of their own, whatever config.json holds besides."""
 _LATENT = re.compile(r"kv_a_proj|kv_b_proj|q_a_proj|linear_attn|mixer\.(in_proj|conv)|time_mix")
@@ -207,7 +206,7 @@ def _rope(config: Mapping[str, Any], model_type: str, head_dim: int) -> tuple[in
     fraction = (
         rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or config.get("rotary_pct") or 1.0
     )
-    rotary = config.get("rotary_dim") or config.get("rope_dim") or int(head_dim * float(fraction))
+    rotary = config.get("rotary_dim") or int(head_dim * float(fraction))
     return min(int(rotary), head_dim) // 2 * 2, theta
 
 
@@ -330,7 +329,8 @@ class AttentionReader:
         base = self._prefix + self._row.layer.format(i=index)
         row = self._row
         (q, k, v), (q_bias, k_bias, v_bias) = self._fused(base) if row.qkv else self._separate(base)
-        if self.checkpoint.source.kind == "gguf" and self.config.model_type in _GGUF_INTERLEAVED:
+        gguf = ARCHITECTURES.get(self.checkpoint.gguf_architecture)
+        if gguf is not None and gguf.rows == "adjacent":
             q, k = self._halves(q), self._halves(k)
         return AttentionWeights(
             index=index,

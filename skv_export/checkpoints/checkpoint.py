@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy.typing as npt
 
+from skv_export.checkpoints.gguf import read_gguf, shard_names
+from skv_export.checkpoints.gguf_config import gguf_config
 from skv_export.checkpoints.tensor_files import LocalFile, RemoteFile, TensorEntry, read_header
 from skv_export.errors import SkvError
 
@@ -39,7 +41,7 @@ class Source:
         path: The folder; for ``gguf`` the one that holds the file; for ``hub`` its folder in the local cache, or None.
         repo_id: Hub id, for ``hub``.
         revision: Branch, tag or commit, for ``hub``.
-        gguf_file: File name inside ``path``, for ``gguf`` (as transformers' ``gguf_file=`` wants it).
+        gguf_file: File name inside ``path``, for ``gguf``; the first one's, if the model is cut into several.
     """
 
     kind: str
@@ -88,12 +90,14 @@ def _classify(text: str, revision: str | None) -> Source:
     if path.is_dir():
         return _classify_folder(path)
     if path.is_file():
-        if path.suffix == ".gguf":
-            return Source("gguf", path.parent, gguf_file=path.name)
+        if path.suffix.lower() == ".gguf":
+            return Source("gguf", path.parent, gguf_file=shard_names(path.name)[0])
         if path.suffix == ".safetensors":
             return _classify_folder(path.parent)
         raise SkvError(f"{path}: not a checkpoint", expected="a folder with safetensors, a .gguf file or a hub id")
-    looks_local = text.startswith((".", "/", "~")) or path.suffix in (".gguf", ".safetensors") or text.count("/") > 1
+    looks_local = (
+        text.startswith((".", "/", "~")) or path.suffix.lower() in (".gguf", ".safetensors") or text.count("/") > 1
+    )
     if looks_local or not _HUB_ID.fullmatch(text) or ".." in text or "--" in text:
         raise SkvError(
             f"checkpoint {text}: no such file or folder",
@@ -119,7 +123,7 @@ def _classify_folder(path: Path) -> Source:
     names = sorted(p.name for p in path.iterdir())
     if any(name.endswith(".safetensors") for name in names) or INDEX in names:
         return Source("safetensors", path)
-    ggufs = [name for name in names if name.endswith(".gguf")]
+    ggufs = sorted({shard_names(name)[0] for name in names if name.lower().endswith(".gguf")})
     if len(ggufs) == 1:
         return Source("gguf", path, gguf_file=ggufs[0])
     if len(ggufs) > 1:
@@ -164,9 +168,13 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The model's ``config.json``; for GGUF, what its metadata says, under the same names."""
+        """The model's ``config.json``; for GGUF, what its metadata says, under the same names.
+
+        Raises:
+            SkvError: No valid JSON; or metadata that are not understood.
+        """
         if self.source.kind == "gguf":
-            return self._gguf[0]
+            return gguf_config(*self._gguf, str(self.source))
         return self._json("config.json")
 
     @cached_property
@@ -231,10 +239,18 @@ class Checkpoint:
             )
         return self.entries[name]
 
+    @property
+    def gguf_architecture(self) -> str:
+        """llama.cpp's name of the architecture; empty for other files than GGUF."""
+        return str(self._gguf[0].get("general.architecture", "")) if self.source.kind == "gguf" else ""
+
+    @property
+    def gguf_metadata(self) -> Mapping[str, Any]:
+        """All metadata of a GGUF file; long lists, such as the vocabulary, are left out (None)."""
+        return self._gguf[0]
+
     @cached_property
     def _gguf(self) -> tuple[dict[str, Any], Mapping[str, TensorEntry]]:
-        from skv_export.checkpoints.gguf import read_gguf
-
         assert self.source.path and self.source.gguf_file
         return read_gguf(self.source.path / self.source.gguf_file)
 

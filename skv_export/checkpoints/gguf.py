@@ -1,4 +1,4 @@
-"""Owns reading GGUF files: metadata as a Hugging Face configuration, and tensors dequantized to float32.
+"""Owns reading GGUF files: metadata, and tensors dequantized to float32; a model may be cut into several files.
 
 The layout is ggml's: magic, version, counts, key-value pairs, tensor table, aligned data. Everything read is
 bounds-checked; the quantized blocks themselves are decoded by the ``gguf`` package.
@@ -7,6 +7,7 @@ bounds-checked; the quantized blocks themselves are decoded by the ``gguf`` pack
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,28 +22,7 @@ from skv_export.errors import SkvError
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_ARRAY = 1 << 24
-_MODEL_TYPES = {
-    "gptneox": "gpt_neox",
-    "gemma3": "gemma3_text",
-    "phi3": "phi3",
-    "qwen2moe": "qwen2_moe",
-    "qwen3moe": "qwen3_moe",
-}
-_CONFIG_KEYS = {
-    "block_count": "num_hidden_layers",
-    "embedding_length": "hidden_size",
-    "context_length": "max_position_embeddings",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.sliding_window": "sliding_window",
-    "attention.scale": "attention_multiplier",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "rope.freq_base": "rope_theta",
-    "rope.dimension_count": "rope_dim",
-    "vocab_size": "vocab_size",
-}
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 
 class GgufEntry(TensorEntry):
@@ -61,12 +41,45 @@ class GgufEntry(TensorEntry):
         return np.asarray(quants.dequantize(rows, kind), np.float32).reshape(self.shape)
 
 
+def shard_names(name: str) -> list[str]:
+    """Returns the names of all files of a model that is cut into several, first one first; or ``name`` alone."""
+    match = _SHARD.fullmatch(name)
+    if match is None or not 1 <= int(match["number"]) <= int(match["count"]):
+        return [name]
+    suffix = name[-len(".gguf") :]
+    return [f"{match['stem']}-{i + 1:05d}-of-{match['count']}{suffix}" for i in range(int(match["count"]))]
+
+
 def read_gguf(path: Path) -> tuple[dict[str, Any], Mapping[str, TensorEntry]]:
-    """Returns the configuration and the tensors' places.
+    """Returns the metadata and the tensors' places: of one file, or of a model whose first file ``path`` is.
 
     Raises:
-        SkvError: Not GGUF, truncated, or a table that contradicts the file's size; the package ``gguf`` is missing.
+        SkvError: A file is missing, not GGUF, truncated, or has a table that contradicts the file's size; the package
+            ``gguf`` is missing.
     """
+    names = shard_names(path.name)
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        raise SkvError(
+            f"{path}: the model is cut into {len(names)} files, and some are missing",
+            got=", ".join(missing[:3]),
+            fix="Put all of them into one folder.",
+        )
+    metadata, entries = _read_file(path.parent / names[0])
+    if (count := metadata.get("split.count", 1)) != len(names):
+        raise SkvError(f"{path}: split.count", got=count, expected=f"{len(names)}, by the file's name")
+    for name in names[1:]:
+        _, more = _read_file(path.parent / name)
+        if twice := entries.keys() & more.keys():
+            raise SkvError(f"{path}: tensor {min(twice)!r} stands in two files")
+        entries |= more
+    total = metadata.get("split.tensors.count", len(entries))
+    if total != len(entries):
+        raise SkvError(f"{path}: tensors of all files", got=len(entries), expected=f"{total} (split.tensors.count)")
+    return metadata, entries
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
     reader = _Reader(LocalFile(path))
     if bytes(reader.take(4)) != b"GGUF":
         raise reader.error("no GGUF magic", bytes(reader.file.read(0, 4)), "b'GGUF'")
@@ -82,10 +95,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Mapping[str, TensorEntry]]:
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
         raise reader.error("general.alignment", alignment, "a small power of two")
     base = -(-reader.position // alignment) * alignment
-    entries = {info[0]: _entry(reader, *info, base) for info in infos}
+    entries: dict[str, TensorEntry] = {info[0]: _entry(reader, *info, base) for info in infos}
     if len(entries) != len(infos):
         raise reader.error("tensor names", "one name twice", "unique names")
-    return _config(metadata), entries
+    return metadata, entries
 
 
 class _Reader:
@@ -163,19 +176,3 @@ def _entry(reader: _Reader, name: str, shape: tuple[int, ...], kind: int, offset
             f"tensor {name!r}: bytes {start}-{stop}", f"a file of {reader.file.size} bytes", "data within the file"
         )
     return GgufEntry(name, dtype.name, shape, reader.file, start, stop)
-
-
-def _config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    arch = str(metadata.get("general.architecture", ""))
-    config: dict[str, Any] = {
-        "model_type": _MODEL_TYPES.get(arch, arch),
-        "gguf_architecture": arch,
-        "_name_or_path": metadata.get("general.name", ""),
-    }
-    for key, name in _CONFIG_KEYS.items():
-        value = metadata.get(f"{arch}.{key}")
-        if isinstance(value, list):  # one per layer; they must agree for a single number
-            value = value[0] if len(set(value)) == 1 else None
-        if value is not None:
-            config[name] = value
-    return config

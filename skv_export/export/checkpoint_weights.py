@@ -14,20 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.modeling_gguf_pytorch_utils import (
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-    load_gguf_checkpoint,
-)
 
 from skv_export.checkpoints.checkpoint import Checkpoint, Source, hub_endpoint
+from skv_export.checkpoints.gguf_weights import GgufWeights, load_gguf_model
 from skv_export.errors import SkvError
 from skv_export.export.lazy_weights import to_torch
 from skv_export.export.supported import prepare_model
@@ -70,6 +63,10 @@ def load_model(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> 
     Raises:
         SkvError: transformers can't load it, or tensors are missing or do not fit.
     """
+    if source.kind == "gguf":
+        model = load_gguf_model(source, config, dtype)
+        prepare_model(model)
+        return model
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.pretrained,
@@ -82,7 +79,7 @@ def load_model(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> 
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise SkvError(f"{source}: transformers can't load its weights", got=str(error)[:500]) from error
-    model: PreTrainedModel = loaded[0]
+    model = loaded[0]
     wrong = [*loaded[1]["missing_keys"], *(key for key, *_ in loaded[1]["mismatched_keys"])]
     if wrong:
         raise _unfit(source, wrong)
@@ -119,8 +116,8 @@ class Weights:
     def __init__(self, source: Source, model: PreTrainedModel) -> None:
         self.source, self._model = source, model
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        self._tensors: _SafetensorsNames | _GgufNames = (
-            _GgufNames(source, model) if source.kind == "gguf" else _SafetensorsNames(source)
+        self._tensors: _SafetensorsNames | GgufWeights = (
+            GgufWeights(source, model) if source.kind == "gguf" else _SafetensorsNames(source)
         )
         self._last: tuple[_Group, dict[str, torch.Tensor]] | None = None
         self._members: list[str] = []
@@ -239,58 +236,3 @@ class _SafetensorsNames:
 
     def release(self, names: Iterable[str]) -> None:
         self._checkpoint.release(names)
-
-
-@dataclass(frozen=True)
-class _ModelNames:
-    """What transformers reads of a model to map GGUF's names: it asks each module, which for all of them takes long."""
-
-    config: PreTrainedConfig
-    names: tuple[str, ...]
-    prefix: str = ""
-
-    def state_dict(self) -> dict[str, None]:
-        return dict.fromkeys(self.names)
-
-    def named_children(self) -> list[tuple[str, _ModelNames]]:
-        if not self.prefix:
-            return []
-        inner = tuple(name.removeprefix(f"{self.prefix}.") for name in self.names if name.startswith(f"{self.prefix}."))
-        return [(self.prefix, _ModelNames(self.config, inner))]
-
-
-class _GgufNames:
-    """The tensors of a GGUF file as float32, under the model's names, as transformers converts them."""
-
-    def __init__(self, source: Source, model: PreTrainedModel) -> None:
-        assert source.path is not None and source.gguf_file is not None
-        self._checkpoint = Checkpoint(source)
-        path = str(source.path / source.gguf_file)
-        kind: Any = TENSOR_PROCESSORS.get(self._checkpoint.config["gguf_architecture"], TensorProcessor)
-        self._processor = kind(config=model.config.to_dict())
-        names = _ModelNames(model.config, tuple(model.state_dict()), model.base_model_prefix)
-        self._mapping: dict[str, str] = get_gguf_hf_weights_map(names, self._processor)
-        self._names = {self._mapping[name]: name for name in self._checkpoint.names() if name in self._mapping}
-        self._whole: dict[str, torch.Tensor] | None = None
-        if any("exps" in name for name in self._checkpoint.names()):  # experts are cut and merged across tensors
-            loaded = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)  # type: ignore[no-untyped-call]
-            self._whole = loaded["tensors"]
-
-    def names(self) -> Iterable[str]:
-        return self._names if self._whole is None else self._whole
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        return None  # some are reshaped
-
-    def read(self, name: str) -> torch.Tensor:
-        if self._whole is not None:
-            return self._whole[name]
-        stored = self._names[name]
-        array: NDArray[Any] = self._checkpoint.tensor(stored)
-        made = self._processor.process(
-            array, stored, tensor_key_mapping=self._mapping, parsed_parameters={"tensors": {}}
-        )
-        return torch.from_numpy(np.ascontiguousarray(made.weights))
-
-    def release(self, names: Iterable[str]) -> None:
-        """Nothing is kept: dequantizing copies."""

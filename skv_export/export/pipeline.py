@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from skv_export.checkpoints.checkpoint import Source, resolve
+from skv_export.checkpoints.checkpoint import Checkpoint, Source, resolve
 from skv_export.errors import SkvError
 from skv_export.export import empty_model, repeat_layers
 from skv_export.export.checkpoint_weights import Weights, download
@@ -159,9 +159,11 @@ def load_config(source: Source) -> PreTrainedConfig:
     """Reads a checkpoint's configuration.
 
     Raises:
-        SkvError: transformers can't read it.
+        SkvError: transformers can't read it; or a GGUF file's metadata are not understood.
     """
     try:
+        if source.kind == "gguf":
+            return AutoConfig.for_model(**Checkpoint(source).config)
         return AutoConfig.from_pretrained(source.pretrained, **pretrained_arguments(source))
     except (OSError, ValueError, KeyError) as error:
         raise SkvError(f"{source}: transformers can't read its configuration", got=str(error)[:500]) from error

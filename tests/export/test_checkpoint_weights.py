@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY, make_tiny
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from skv_export.checkpoints.checkpoint import Source, demo_checkpoint, resolve
 from skv_export.errors import SkvError
@@ -52,7 +52,13 @@ def test_experts_are_stacked_in_their_order(arch: str, tmp_path: Path, monkeypat
 
 
 def test_a_gguf_file_gives_what_transformers_makes_of_it() -> None:
-    assert_same(resolve(demo_checkpoint()))
+    source = resolve(demo_checkpoint())
+    model = empty_model.build(pipeline.load_config(source), torch.float32).model
+    weights = Weights(source, model)
+    theirs = AutoModelForCausalLM.from_pretrained(source.path, gguf_file=source.gguf_file, dtype=torch.float32)
+    for name, expected in theirs.state_dict().items():
+        torch.testing.assert_close(weights.tensor(name), expected, rtol=0, atol=0, msg=name)
+        weights.release()
 
 
 def test_tied_weights_have_one_name(tiny_checkpoint: Callable[..., Path]) -> None:

@@ -65,6 +65,15 @@ def make_tiny(folder: Path, arch: str, **overrides: Any) -> Path:
 
     torch.manual_seed(20240131)
     model = AutoModelForCausalLM.from_config(tiny_config(arch, **overrides))  # type: ignore[no-untyped-call]
+    randomize(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def randomize(model: Any) -> None:
+    """Gives a model random weights, by torch's random state."""
+    import torch
+
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -73,5 +82,3 @@ def make_tiny(folder: Path, arch: str, **overrides: Any) -> Path:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:
                 parameter.normal_(0, 0.3)
-    model.save_pretrained(folder)
-    return folder

@@ -1,0 +1,127 @@
+"""GGUF files of tiny models, as llama.cpp's converter writes them: its names, its order of rows, its norms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ADJACENT = ("llama", "granite", "smollm3")
+"""Architectures whose q and k rows the converter reorders so that RoPE's pairs are neighbours."""
+MODEL_TYPES = {"gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
+
+
+def write_gguf(
+    path: Path,
+    arch: str,
+    model: Any,
+    keys: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray] | None = None,
+    *,
+    tokenizer: bool = False,
+) -> Path:
+    """Writes a transformers model as a GGUF file.
+
+    Args:
+        path: The file.
+        arch: llama.cpp's name of the architecture.
+        model: The model.
+        keys: Metadata of the architecture's beside the usual ones; None leaves out one of those.
+        tensors: Tensors beside the model's.
+        tokenizer: Whether to write a small BPE tokenizer; else the file says that it has none.
+    """
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, arch)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    usual = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": 4 * config.hidden_size if arch == "gpt2" else config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": getattr(config, "num_key_value_heads", config.num_attention_heads),
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "vocab_size": config.vocab_size,
+        "rope.dimension_count": head_dim,
+        "rope.freq_base": float(rope.get("full_attention", rope).get("rope_theta", 10000.0)),
+    }
+    if arch in ("gpt2", "starcoder2"):
+        eps = getattr(config, "layer_norm_epsilon", None) or getattr(config, "norm_epsilon", None)
+        usual["attention.layer_norm_epsilon"] = float(eps)
+    else:
+        usual["attention.layer_norm_rms_epsilon"] = float(config.rms_norm_eps)
+    for key, value in {**usual, **(keys or {})}.items():
+        _add(writer, f"{arch}.{key}", value)
+    _tokenizer(writer, config.vocab_size if tokenizer else 0)
+    table = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        for stored, array in _converted(arch, table, config, name, tensor.float().numpy()):
+            writer.add_tensor(stored, np.ascontiguousarray(array, np.float32))
+    for name, array in (tensors or {}).items():
+        writer.add_tensor(name, np.asarray(array, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    if value is None:
+        return
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    (writer.add_array if isinstance(value, list) else add[type(value)])(key, value)
+
+
+def _converted(arch: str, table: Any, config: Any, name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Returns the tensors of one parameter."""
+    stem, _, suffix = name.rpartition(".")
+    if name.endswith("experts.gate_up_proj"):
+        block = name.split(".")[2]
+        halves = np.split(array, 2, axis=1)
+        return [
+            (f"blk.{block}.ffn_{part}_exps.weight", half) for part, half in zip(("gate", "up"), halves, strict=True)
+        ]
+    if name.endswith("experts.down_proj"):
+        return [(f"blk.{name.split('.')[2]}.ffn_down_exps.weight", array)]
+    stored = table.get_name(stem)
+    assert stored, name
+    if arch in ADJACENT and name.split(".")[-2] in ("q_proj", "k_proj"):
+        heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+        array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+    if arch.startswith("gemma") and stem.endswith("norm"):
+        array = array + 1
+    if arch == "gpt2" and suffix == "weight" and stem.rpartition(".")[2] in ("c_attn", "c_proj", "c_fc"):
+        array = array.T
+    if name.endswith("shared_expert_gate.weight"):
+        array = array[0]
+    return [(f"{stored}.{suffix}", array)]
+
+
+def _tokenizer(writer: Any, size: int) -> None:
+    """Writes a byte-level BPE of ``size`` tokens (three special ones, bytes, a few merges), or that there is none."""
+    if not size:
+        writer.add_tokenizer_model("none")
+        return
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    merges = ["t h", "th e", "Ġ a", "i n", "Ġa n", "e r", "Ġ the", "o u", "Ġ s"]
+    tokens = ["<unk>", "<s>", "</s>", *letters, *("".join(pair.split()) for pair in merges)]
+    tokens += [f"<extra_{i}>" for i in range(size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    kinds = [3 if token.startswith("<") and token.endswith(">") and len(token) > 1 else 1 for token in tokens]
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
