@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from skv_export.export.lazy_weights import TORCH_TYPES, Named, Reader, Stored
+from skv_export.model_folder.names import LOGITS
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.spec.recipe import WEIGHT_BITS, Recipe
 
@@ -137,7 +138,7 @@ def quantize_graph(graph: ir.Graph, recipe: Recipe) -> None:
 
 def _head(graph: ir.Graph) -> ir.Node | None:
     """The product with the output embedding: the last one before the logits."""
-    (value,) = (v for v in graph.outputs if v.name == "logits")
+    (value,) = (v for v in graph.outputs if v.name == LOGITS)
     node = value.producer()
     while node is not None and node.op_type not in ("MatMul", "Gemm"):
         node = next((v.producer() for v in node.inputs if v is not None and v.producer() is not None), None)

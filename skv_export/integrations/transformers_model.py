@@ -19,7 +19,8 @@ from transformers.utils import logging
 
 from skv_export.errors import SkvError
 from skv_export.integrations.transformers_cache import SkvCache
-from skv_export.model_folder import genai_config, hub
+from skv_export.model_folder import hub
+from skv_export.model_folder.names import LIBRARY_FILE
 from skv_export.model_folder.writer import output_folder
 from skv_export.runtime.session import Session, last_logits
 
@@ -141,7 +142,7 @@ class SkvForCausalLM(GenerationMixin):
             for path in files:
                 shutil.copyfile(path, folder / path.name)
             # A model of the hub comes without native code, which onnxruntime-genai wants in the folder.
-            shutil.copyfile(self.session.library.path, folder / genai_config.LIBRARY_FILE)
+            shutil.copyfile(self.session.library.path, folder / LIBRARY_FILE)
             self.generation_config.save_pretrained(folder)
 
     def push_to_hub(

@@ -16,13 +16,18 @@ from typing import Any
 
 import numpy as np
 
+from skv_export.model_folder.names import (
+    LIBRARY_FILE,
+    LOGITS,
+    MODEL_FILE,
+    TOKEN_INPUTS,
+    past_name,
+    present_name,
+)
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import BITS, LayerConfig
 
-CONFIG_FILE = "genai_config.json"
-LIBRARY_FILE = "libskv_ops.so"
-"""Its place in the folder; genai loads a custom-op library from there, the working directory or its own only."""
 MODEL_TYPE = "decoder"
 """genai's type for any decoder. Its others mean the same, or switch on what models of that name need in graphs."""
 Layouts = tuple[CacheLayout, CacheLayout]
@@ -146,21 +151,21 @@ def genai_config(
     options.setdefault("provider_options", [])
     options["custom_ops_library"] = LIBRARY_FILE
     decoder.update(
-        filename="model.onnx",
+        filename=MODEL_FILE,
         hidden_size=hidden_size,
         head_size=max(open_keys, default=row_bytes(_pair(layer))),
         num_attention_heads=layer.num_attention_heads,
         num_key_value_heads=layer.num_key_value_heads,
         num_hidden_layers=len(config.layers),
         inputs={
-            **{name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs},
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
+            **{name: name for name in TOKEN_INPUTS if name in inputs},
+            "past_key_names": past_name("%d", "key"),
+            "past_value_names": past_name("%d", "value"),
         },
         outputs={
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
+            "logits": LOGITS,
+            "present_key_names": present_name("%d", "key"),
+            "present_value_names": present_name("%d", "value"),
         },
     )
     # A window is the op's own business: genai would cut the cache to so many rows, or slide its inputs.

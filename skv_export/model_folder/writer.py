@@ -12,23 +12,37 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import GenerationConfig, PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.errors import SkvError
+from skv_export.model_folder.genai_config import genai_config
+from skv_export.model_folder.names import (
+    CHAT_TEMPLATE_FILE,
+    GENAI_CONFIG_FILE,
+    LIBRARY_FILE,
+    RECIPE_FILE,
+    SKV_CONFIG_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
+from skv_export.model_folder.skv_config import ModelConfig
+from skv_export.native.library import library_path
+from skv_export.spec.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig
 
 RESERVE_BYTES = 64 << 20
 """Room for the graph, configurations and tokenizer, on top of the weights."""
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE_FILE,
     "chat_template.json",
     "vocab.json",
     "merges.txt",
@@ -99,7 +113,7 @@ def check_target(out: Path, weight_bytes: int, *, force: bool = False) -> None:
     if out.exists() or out.is_symlink():
         if not force:
             raise SkvError(f"{out}: exists already", fix="Use --force to replace it, or choose another --out.")
-        if out.is_symlink() or not out.is_dir() or not (any(out.glob("skv_config.json")) or not any(out.iterdir())):
+        if out.is_symlink() or not out.is_dir() or not (any(out.glob(SKV_CONFIG_FILE)) or not any(out.iterdir())):
             raise SkvError(
                 f"{out}: not a folder written by skv_export, so --force does not replace it",
                 fix="Choose another --out.",
@@ -164,7 +178,7 @@ def write_tokenizer(source: Source, folder: Path) -> bool:
             return False
         for name in present:
             shutil.copyfile(local / name, folder / name)
-        if "tokenizer.json" in present:
+        if TOKENIZER_FILE in present:
             return True
     _convert_tokenizer(source, folder)
     return True
@@ -176,11 +190,12 @@ def _convert_tokenizer(source: Source, folder: Path) -> None:
 
     original = AutoTokenizer.from_pretrained(source.pretrained, **pretrained_arguments(source))
     original.save_pretrained(folder)
-    if not (folder / "tokenizer.json").is_file():
+    if not (folder / TOKENIZER_FILE).is_file():
         raise SkvError(
-            f"{source}: its tokenizer can't be written as tokenizer.json", fix="Use a checkpoint with a fast tokenizer."
+            f"{source}: its tokenizer can't be written as {TOKENIZER_FILE}",
+            fix="Use a checkpoint with a fast tokenizer.",
         )
-    written = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    written = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
     ids = original.encode(_SAMPLE)
     again = written.encode(_SAMPLE).ids
     if again != ids:
@@ -205,6 +220,8 @@ def generation_config(source: Source, config: PreTrainedConfig) -> GenerationCon
     Raises:
         SkvError: It says so in a way that transformers can't read.
     """
+    from transformers import GenerationConfig
+
     if source.path is None or not (source.path / "generation_config.json").is_file() or source.gguf_file:
         return GenerationConfig.from_model_config(config)
     try:
@@ -213,6 +230,30 @@ def generation_config(source: Source, config: PreTrainedConfig) -> GenerationCon
         raise SkvError(
             f"{source}: generation_config.json", got=str(error)[:300], fix="Correct or remove it."
         ) from error
+
+
+def write_configs(
+    folder: Path,
+    recipe: Recipe,
+    config: ModelConfig,
+    hidden_size: int,
+    inputs: Sequence[str],
+    genai_base: Mapping[str, Any],
+) -> None:
+    """Writes what a runtime reads beside the graph: the recipe, both configurations, and the native library.
+
+    Args:
+        folder: The folder being written.
+        recipe: As resolved.
+        config: The content of ``skv_config.json``.
+        hidden_size: Channels of the hidden state.
+        inputs: Names of the graph's inputs.
+        genai_base: What ``genai_config.json`` says that is not ours to say.
+    """
+    (folder / RECIPE_FILE).write_text(recipe.to_toml(), encoding="utf-8")
+    write_json(folder / SKV_CONFIG_FILE, config.to_dict(hidden_size))
+    write_json(folder / GENAI_CONFIG_FILE, genai_config(config, hidden_size, inputs, genai_base))
+    shutil.copyfile(library_path(), folder / LIBRARY_FILE)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -22,10 +22,12 @@ from skv_export.spec.layout import Bytes, CacheLayout, layout_fields
 from skv_export.spec.recipe import GRANULARITIES, RECENT_TYPES, ROTATIONS
 
 if TYPE_CHECKING:
-    from skv_export.spec.reference import AttentionParams
+    from skv_export.spec.op import AttentionParams
 
 FILE_NAME = "libskv_ops.so"
 ENVIRONMENT = "SKV_OPS_LIBRARY"
+INSTRUCTION_SETS = ("scalar", "avx2", "avxvnni", "avx512vnni", "neon")
+"""Of the CPU kernels; SKV_CPU_ISA in the environment names one."""
 _FIX = "Install the package with `pip install .`, or build with cmake and set SKV_OPS_LIBRARY to build/libskv_ops.so."
 
 # The enumerations of kv_layout.h number these names in this order.
@@ -133,7 +135,7 @@ class Library:
 
     @property
     def cpu_isa(self) -> str:
-        """The instruction set that was chosen: ``scalar``, ``avx2``, ``avx512vnni`` or ``neon``."""
+        """The instruction set that was chosen, one of ``INSTRUCTION_SETS``."""
         return self._text("skv_cpu_isa")
 
     @property

@@ -18,22 +18,31 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from skv_export.errors import SkvError
-from skv_export.model_folder.skv_config import CONFIG_FILE, ModelConfig, read_json
+from skv_export.model_folder.names import (
+    ATTENTION_MASK,
+    CHAT_TEMPLATE_FILE,
+    INPUT_IDS,
+    LOGITS,
+    MODEL_FILE,
+    SKV_CONFIG_FILE,
+    TENSORS,
+    TOKEN_INPUTS,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    past_name,
+)
+from skv_export.model_folder.skv_config import ModelConfig, read_json
 from skv_export.native.library import Library, library_path, load_library
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.cuda_graph import DecodeGraph, uncaptured
 from skv_export.runtime.providers import brief, check_kernels, load_error, open_session, ort_errors
 from skv_export.runtime.sampling import Sampler, Sampling
-from skv_export.spec.layout import OP_NAME
+from skv_export.spec.op import OP_NAME
 
 __all__ = [
     "Cache", "Generation", "Library", "ModelConfig", "Sampling", "Session", "generate_text", "last_logits",
     "library_path", "load_library", "load_tokenizer",
 ]  # fmt: skip
-
-MODEL_FILE = "model.onnx"
-INPUTS = ("input_ids", "attention_mask", "position_ids")
-"""A graph's inputs beside the caches; one that counts positions itself does without the last."""
 
 Int64 = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -115,23 +124,23 @@ class Session:
         """The graph and skv_config.json must speak of the same caches."""
         inputs = {x.name: x.shape for x in self.onnx.get_inputs()}
         for i, layer in enumerate(self.config.layers):
-            for name, layout in (("key", layer.key), ("value", layer.value)):
-                shape = inputs.pop(f"past_key_values.{i}.{name}", None)
+            for name, layout in zip(TENSORS, (layer.key, layer.value), strict=True):
+                shape = inputs.pop(past_name(i, name), None)
                 # A width may be open, for runtimes that allocate keys and values alike: then it has no number.
                 width = layout.width if shape is None or not isinstance(shape[3], int) else shape[3]
                 if shape is None or shape[1] != layer.num_key_value_heads or width != layout.width:
                     raise SkvError(
-                        f"{self.folder}: {MODEL_FILE} and {CONFIG_FILE} do not belong together: layer {i}, {name}",
+                        f"{self.folder}: {MODEL_FILE} and {SKV_CONFIG_FILE} do not belong together: layer {i}, {name}",
                         got=shape and shape[1:],
                         expected=[layer.num_key_value_heads, "rows", layout.width],
                         fix="Export the model again.",
                     )
-        self._inputs = tuple(name for name in INPUTS if name in inputs)
-        if set(inputs) - set(INPUTS) or not set(INPUTS[:2]) <= set(inputs):
+        self._inputs = tuple(name for name in TOKEN_INPUTS if name in inputs)
+        if set(inputs) - set(TOKEN_INPUTS) or not set(TOKEN_INPUTS[:2]) <= set(inputs):
             raise SkvError(
                 f"{self.folder}: {MODEL_FILE}: inputs",
                 got=sorted(inputs),
-                expected=f"{', '.join(INPUTS)} and the caches",
+                expected=f"{', '.join(TOKEN_INPUTS)} and the caches",
                 fix="Export the model again.",
             )
 
@@ -195,7 +204,7 @@ class Session:
         if not self.config.all_logits:
             logits = logits[:, :1]
         logits = np.ascontiguousarray(logits)
-        inputs = dict(zip(INPUTS, (ids, mask, positions), strict=True))
+        inputs = dict(zip(TOKEN_INPUTS, (ids, mask, positions), strict=True))
         self._run_bound(cache, {name: inputs[name] for name in self._inputs}, logits)
         cache.advance(lengths)
         if place is not None and self.config.all_logits and not np.array_equal(place, np.sort(place, axis=1)):
@@ -263,12 +272,12 @@ class Session:
     def _run_bound(self, cache: Cache, inputs: Mapping[str, NDArray[Any]], logits: Logits) -> None:
         import onnxruntime as ort
 
-        if self.cuda_graph and inputs[INPUTS[0]].shape[1] == 1 and self._replay(cache, inputs, logits):
+        if self.cuda_graph and inputs[INPUT_IDS].shape[1] == 1 and self._replay(cache, inputs, logits):
             return
         values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in inputs.items()}
         for name, value in values.items():
             cache.binding.bind_ortvalue_input(name, value)
-        cache.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        cache.binding.bind_ortvalue_output(LOGITS, ort.OrtValue.ortvalue_from_numpy(logits))
         try:
             self.onnx.run_with_iobinding(cache.binding, uncaptured() if self.cuda_graph else None)
         except ort_errors() as error:
@@ -282,7 +291,7 @@ class Session:
             number = next(self._graph_numbers)
             graph = DecodeGraph(self.onnx, cache, self._inputs, self.config.vocab_size, number)
             self._graphs[cache] = graph
-        if inputs["attention_mask"].shape[1] > graph.columns:
+        if inputs[ATTENTION_MASK].shape[1] > graph.columns:
             return False
         try:
             logits[:] = graph.run(inputs)
@@ -382,8 +391,8 @@ class Session:
         """
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        config = read_json(self.folder / "tokenizer_config.json", fix="Export with the checkpoint's tokenizer.")
-        file = self.folder / "chat_template.jinja"
+        config = read_json(self.folder / TOKENIZER_CONFIG_FILE, fix="Export with the checkpoint's tokenizer.")
+        file = self.folder / CHAT_TEMPLATE_FILE
         template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
         if not isinstance(template, str):
             raise SkvError(f"{self.folder}: no chat template", fix="Leave --chat out.")
@@ -401,7 +410,7 @@ def load_tokenizer(folder: Path | str) -> Any:
     """
     from tokenizers import Tokenizer
 
-    path = Path(folder) / "tokenizer.json"
+    path = Path(folder) / TOKENIZER_FILE
     if not path.is_file():
         raise SkvError(f"{path}: no such file", fix="Pass token ids, or export with the checkpoint's tokenizer.")
     return Tokenizer.from_file(str(path))

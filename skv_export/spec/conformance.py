@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from skv_export.spec.layout import Bytes, CacheLayout
+from skv_export.spec.op import AttentionParams
 from skv_export.spec.quantizer import Float
 from skv_export.spec.recipe import BITS, TILE_TOKENS, LayerConfig
-from skv_export.spec.reference import AttentionParams, Int32, append, quantized_kv_attention
+from skv_export.spec.reference import Int32, append, quantized_kv_attention
 
 Outcome = tuple[Float, Bytes, Bytes]
 """Of one call: output, present_key, present_value."""

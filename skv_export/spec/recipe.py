@@ -25,7 +25,11 @@ RECENT_TYPES = ("float16", "float", "bfloat16")
 DTYPES = ("fp32", "fp16", "bf16")
 WEIGHT_BITS = {"int8": 8, "int4": 4}
 WEIGHTS = (*DTYPES, *WEIGHT_BITS)
-GROUP_SIZES = (128, 64, 32)
+MAX_HEAD_DIM = 1024
+GROUP_MULTIPLE = 32
+"""Group sizes are multiples of it."""
+MAX_KEPT_TOKENS = 4096
+"""Most sinks, and most recent tokens."""
 
 _CHOICES: dict[str, tuple[object, ...]] = {
     "k_bits": BITS,
@@ -42,10 +46,10 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "weights": WEIGHTS,
 }
 _RANGES: dict[str, tuple[int, int]] = {
-    "k_group_size": (0, 1024),
-    "v_group_size": (0, 1024),
-    "num_sink_tokens": (0, 4096),
-    "recent_tokens": (0, 4096),
+    "k_group_size": (0, MAX_HEAD_DIM),
+    "v_group_size": (0, MAX_HEAD_DIM),
+    "num_sink_tokens": (0, MAX_KEPT_TOKENS),
+    "recent_tokens": (0, MAX_KEPT_TOKENS),
 }
 MAX_RECIPE_BYTES = 1 << 20
 
@@ -331,9 +335,12 @@ def _check(name: str, value: object) -> None:
         raise SkvError(
             name, got=repr(value), expected=f"an integer from {low} to {high}", fix=f"Set {name} within this range."
         )
-    if name.endswith("group_size") and value % 32:
+    if name.endswith("group_size") and value % GROUP_MULTIPLE:
         raise SkvError(
-            name, got=value, expected="a multiple of 32 (or 0 for the default)", fix=f"Set {name} to 32, 64 or 128."
+            name,
+            got=value,
+            expected=f"a multiple of {GROUP_MULTIPLE} (or 0 for the default)",
+            fix=f"Set {name} to 32, 64 or 128.",
         )
 
 

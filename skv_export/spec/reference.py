@@ -4,13 +4,12 @@ kernel: the cache's bytes are normative, the attention itself is checked within 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from skv_export.errors import SkvError
 from skv_export.spec.layout import Bytes, CacheLayout
+from skv_export.spec.op import AttentionParams
 from skv_export.spec.quantizer import Float, decode_tile, encode_tile, rotate, to_half, tree_sum
 
 Int32 = NDArray[np.int32]
@@ -193,31 +192,6 @@ def _check_capacity(layout: CacheLayout, block_bytes: int, length: int) -> None:
 
 
 # The op.
-
-
-@dataclass(frozen=True)
-class AttentionParams:
-    """The op's attributes that are not the cache's (design: section 3).
-
-    Attributes:
-        num_heads: N, query heads.
-        kv_num_heads: N_kv, key and value heads; divides N.
-        scale: Multiplies the scores; 0 = 1 / sqrt(head_dim).
-        softcap: ``softcap * tanh(score / softcap)`` where above 0.
-        local_window_size: Tokens a query sees, itself included; 0 = all.
-        do_rotary: Apply RoPE to queries and keys.
-        rotary_interleaved: Pairs of channels are neighbours instead of halves.
-        qk_norm_epsilon: Of the RMS norms whose weights are given.
-    """
-
-    num_heads: int
-    kv_num_heads: int
-    scale: float = 0.0
-    softcap: float = 0.0
-    local_window_size: int = 0
-    do_rotary: bool = False
-    rotary_interleaved: bool = False
-    qk_norm_epsilon: float = 1e-6
 
 
 def quantized_kv_attention(

@@ -25,7 +25,8 @@ from skv_export.export.decoder import SkvDecoder
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.session import Session
-from skv_export.spec.layout import Bytes, CacheLayout, options_of
+from skv_export.spec.layout import Bytes, CacheLayout
+from skv_export.spec.op import options_of
 from skv_export.spec.recipe import LayerConfig
 from skv_export.verification import graph_variants
 

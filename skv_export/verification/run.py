@@ -25,7 +25,7 @@ from skv_export.native.library import Library, load_library
 from skv_export.runtime.providers import open_session
 from skv_export.runtime.session import load_tokenizer
 from skv_export.spec.conformance import Case, Inputs, Outcome, expected_of, make_inputs, op_cases
-from skv_export.spec.layout import DOMAIN, LAYOUT_VERSION, OP_NAME, options_of
+from skv_export.spec.op import OP_NAME, LayerAttention, attention_node, one_node_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -138,31 +138,11 @@ def _op(library: Library, execution_provider: str, case: Case, i: Inputs) -> Out
     if i.query_seqlens is not None:
         feeds["query_seqlens"] = i.query_seqlens
     options = ort.SessionOptions()
-    session = open_session(_one_node(case, feeds), options, execution_provider, library, op_type=OP_NAME)
+    node = attention_node(list(feeds), LayerAttention(case.params, case.layouts).attributes())
+    model = one_node_model(node, {name: (x.dtype, x.shape) for name, x in feeds.items()})
+    session = open_session(model, options, execution_provider, library, op_type=OP_NAME)
     output, present_key, present_value = session.run(None, feeds)
     return output, present_key, present_value
-
-
-def _one_node(case: Case, feeds: dict[str, Any]) -> bytes:
-    from onnx import helper
-
-    names = ["query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", *[""] * 4]
-    names += ["head_sink", *[""] * 4, "query_seqlens"]
-    params = dataclasses.asdict(case.params)
-    params |= {name: int(params[name]) for name in ("do_rotary", "rotary_interleaved")}
-    node = helper.make_node(
-        OP_NAME, [n if n in feeds else "" for n in names], ["output", "present_key", "present_value"],
-        domain=DOMAIN, layout_version=LAYOUT_VERSION, **params, **options_of(*case.layouts),
-    )  # fmt: skip
-
-    def info(name: str, like: str) -> Any:
-        array = feeds[like]
-        return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
-
-    outputs = [info(n, like) for n, like in zip(node.output, ("query", "past_key", "past_value"), strict=True)]
-    graph = helper.make_graph([node], "op", [info(name, name) for name in feeds], outputs)
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("skv", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
 # The report.

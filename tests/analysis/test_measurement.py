@@ -38,7 +38,8 @@ def test_one_pass_is_token_by_token_decoding(traffic: Any, change: dict[str, Any
     import torch
 
     from skv_export.analysis.attention_capture import decode_output
-    from skv_export.spec.reference import AttentionParams, append, attend
+    from skv_export.spec.op import AttentionParams
+    from skv_export.spec.reference import append, attend
 
     sink = torch.tensor([0.5, -1.0, 2.0, 0.0]) if change.pop("sink", False) else None
     live = dataclasses.replace(traffic, sink=sink, **change)

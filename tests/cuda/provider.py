@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from op_nodes import OUTPUTS, PROVIDERS, arrays_of, attributes_of, model_of, session_of
+from op_nodes import PROVIDERS, arrays_of, attributes_of, model_of, session_of
 from tiny_models import TINY
 
 from skv_export.export.pipeline import export_model
+from skv_export.model_folder.names import MODEL_FILE
 from skv_export.native.library import library_path
-from skv_export.runtime.session import MODEL_FILE, Session
+from skv_export.runtime.session import Session
 from skv_export.spec.conformance import Case
-from skv_export.spec.layout import OP_NAME
+from skv_export.spec.op import OP_NAME, OUTPUT_NAMES
 from skv_export.spec.recipe import LayerConfig, Recipe
 from skv_export.spec.reference import quantized_kv_attention
 
@@ -67,7 +68,7 @@ def decode(case: Case, provider_options: dict[str, str]) -> None:
     for name, value in held.items():
         binding.bind_ortvalue_input(name, value)
     binding.bind_cpu_input("total_sequence_length", arrays["total_sequence_length"])
-    for name, value in zip(OUTPUTS, (output, held["past_key"], held["past_value"]), strict=True):
+    for name, value in zip(OUTPUT_NAMES, (output, held["past_key"], held["past_value"]), strict=True):
         binding.bind_ortvalue_output(name, value)
 
     rng = np.random.default_rng(0)

@@ -18,7 +18,7 @@ from skv_export.export import empty_model, pipeline, repeat_layers, to_onnx
 from skv_export.export.checkpoint_weights import load_model
 from skv_export.export.decoder import SkvDecoder
 from skv_export.export.lazy_weights import Stored
-from skv_export.export.pipeline import Plan
+from skv_export.model_folder.plan import Plan
 from skv_export.runtime.session import Session
 from skv_export.spec.recipe import Recipe
 

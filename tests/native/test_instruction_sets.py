@@ -17,7 +17,7 @@ import native
 import numpy as np
 import pytest
 
-from skv_export.native.library import SkvAttention, library_path
+from skv_export.native.library import INSTRUCTION_SETS, SkvAttention, library_path
 from skv_export.spec.conformance import (
     Case,
     attention_cases,
@@ -38,7 +38,7 @@ def forced(isa: str) -> dict[str, str]:
     return os.environ | {"SKV_CPU_ISA": isa}
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avxvnni", "avx512vnni", "neon"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_kernels_of_this_processor(isa: str) -> None:
     code = (
         "import sys; sys.path.insert(0, 'tests/support'); import native; print(native.library().skv_cpu_isa().decode())"

@@ -314,7 +314,7 @@ BAD_ATTRIBUTES: list[tuple[dict[str, Any], str]] = [
     ({"v_granularity": 1}, NODE + "v_granularity; got an integer; expected a string"),
     ({"k_parameter_bits": 12}, NODE + "k_parameter_bits; got 12; expected 16, or 8 with granularity channel"),
     ({"k_granularity": "token", "k_parameter_bits": 8}, NODE + "k_parameter_bits; got 8; expected 16, or 8 with"),
-    ({"v_parameter_bits": 4}, NODE + "v_parameter_bits; got 4; expected 8 ... 16"),
+    ({"v_parameter_bits": 4}, NODE + "v_parameter_bits; got 4; expected 16, or 8 with granularity channel"),
     ({"v_rotation": "dct"}, NODE + "v_rotation; got 'dct'; expected none or hadamard"),
     ({"recent_type": "float8"}, NODE + "recent_type; got 'float8'; expected float16 or float or bfloat16"),
     ({"tile_tokens": 48}, NODE + "tile_tokens; got 48; expected 32 or 64 or 128"),

@@ -16,8 +16,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
 from skv_export.spec.layout import CacheLayout
+from skv_export.spec.op import AttentionParams
 from skv_export.spec.recipe import LayerConfig
-from skv_export.spec.reference import AttentionParams, quantized_kv_attention
+from skv_export.spec.reference import quantized_kv_attention
 
 VOCAB, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 96, 4, 2, 32, 512
 WIDTH = HEADS * HEAD_DIM

@@ -26,7 +26,7 @@ using F = Simd::F;
 using I = Simd::I;
 
 constexpr int kLanes = Simd::kLanes;
-constexpr int kMaxGroups = kMaxDim / 32;
+constexpr int kMaxGroups = kMaxDim / skv::kMinGroup;
 constexpr int kQueryStride = kMaxDim + 64;  // not a power of two: rows do not meet in one set of the cache
 constexpr int kSumStride = kMaxDim + 8 * kLanes;
 constexpr float kSplitRange = 32512.0f;  // 127 * 256: high and low bytes of it fit int8

@@ -6,8 +6,8 @@
 
 namespace skv {
 
-// Most query rows that one call of Unit::attend takes, and most tokens of a run.
-enum { kMaxQueryRows = 4, kMaxRunTokens = 128, kMaxDim = 1024 };
+// Most query rows that one call of Unit::attend takes, most tokens of a run, most channels, and the smallest group.
+enum { kMaxQueryRows = 4, kMaxRunTokens = 128, kMaxDim = 1024, kMinGroup = 32 };
 
 // A tile of one cache tensor, spelled out so that units need not compute it.
 struct TileShape {

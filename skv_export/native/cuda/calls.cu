@@ -4,6 +4,7 @@
 
 #include "errors.h"
 #include "launchers.h"
+#include "layout_check.h"
 
 namespace skv::cuda {
 
@@ -35,39 +36,14 @@ int finished(cudaError_t error, const char* kernel) {
 
 int check_layout(const SkvLayout& l) {
   const char* tensor = l.is_value ? "value" : "key";
-  const auto bad = [&](const char* field, int64_t got, const char* expected) {
-    char what[64];
-    snprintf(what, sizeof what, "%s cache: %s", tensor, field);
-    return wrong(what, got, expected);
-  };
-  if (l.head_dim < 1 || l.head_dim > 1024) return bad("head_dim", l.head_dim, "1 ... 1024");
-  const bool known_bits = (l.bits >= 1 && l.bits <= 6) || l.bits == 8 || l.bits == 16;
-  if (!known_bits) return bad("bits", l.bits, "1 2 3 4 5 6 8 or 16");
-  if (l.granularity < SKV_CHANNEL || l.granularity > SKV_TOKEN_CHANNEL) {
-    return bad("granularity", l.granularity, "0, 1 or 2");
-  }
-  if (l.rotation != SKV_ROTATION_NONE && l.rotation != SKV_HADAMARD) return bad("rotation", l.rotation, "0 or 1");
-  if (l.group_size < 1 || padded_dim(l) % l.group_size) return bad("group_size", l.group_size, "a divisor of head_dim");
-  if (l.num_sink_tokens < 0 || l.num_sink_tokens > 4096) return bad("num_sink_tokens", l.num_sink_tokens, "0 ... 4096");
-  if (l.recent_tokens < 0 || l.recent_tokens > 4096) return bad("recent_tokens", l.recent_tokens, "0 ... 4096");
-  if (l.tile_tokens != 32 && l.tile_tokens != 64 && l.tile_tokens != 128) {
-    return bad("tile_tokens", l.tile_tokens, "32, 64 or 128");
-  }
-  if (l.recent_type < SKV_FLOAT16 || l.recent_type > SKV_BFLOAT16)
-    return bad("recent_type", l.recent_type, "0, 1 or 2");
-  if (l.local_window_size < 0 || l.local_window_size > (1 << 30)) {
-    return bad("local_window_size", l.local_window_size, "0 ... 2^30");
-  }
-  if (l.parameter_bits != 16 && (l.parameter_bits != 8 || l.granularity != SKV_CHANNEL)) {
-    return bad("parameter_bits", l.parameter_bits, "16, or 8 with granularity channel");
+  const LayoutProblem problem = find_problem(l);
+  if (problem.field) {
+    return fail(SKV_INVALID_ARGUMENT, "%s cache: %s; got %lld; expected %s", tensor, problem.field,
+                static_cast<long long>(problem.got), problem.expected);
   }
   if (padded_dim(l) > kMaxDim) {
     return fail(SKV_NOT_SUPPORTED, "%s cache: head_dim; got %d; expected at most %d on CUDA", tensor, l.head_dim,
                 kMaxDim);
-  }
-  if (l.granularity != SKV_CHANNEL && l.bits != 16 && l.group_size % 32) {
-    return fail(SKV_NOT_SUPPORTED, "%s cache: group_size; got %d; expected a multiple of 32 on CUDA", tensor,
-                l.group_size);
   }
   return SKV_OK;
 }
@@ -228,9 +204,8 @@ Plan plan(Attention& a, const SkvCudaContext& context) {
   }
   if (p.mma) {
     p.path = SKV_CUDA_MMA;
-    static const char* const names[] = {"channel", "token", "token_channel"};
     snprintf(path_text, sizeof path_text, "decode_mma K%dV%d D%d, keys %s, values %s", p.mma->k_bits, p.mma->v_bits,
-             p.mma->dim, names[a.key.layout.granularity], names[a.value.layout.granularity]);
+             p.mma->dim, kGranularities[a.key.layout.granularity], kGranularities[a.value.layout.granularity]);
   } else {
     p.path = SKV_CUDA_SIMPLE;
     snprintf(path_text, sizeof path_text, "decode_simple: %s", reason);
