@@ -35,7 +35,7 @@ def test_inputs_are_those_of_the_op() -> None:
 
 def test_attributes_are_those_of_the_op() -> None:
     source = (NATIVE / "attributes.cc").read_text(encoding="utf-8")
-    read = set(re.findall(r'reader\.(?:integer|real|text|required|required_count)\("(\w+)"', source))
+    read = set(re.findall(r'reader\.(?:choice|integer|real|text|required|required_count)\("(\w+)"', source))
     for pair in re.findall(r'name\("(k_\w+)", "(v_\w+)"\)', source):
         read |= set(pair)
     assert {name for row in rows("Attributes") for name in row[0].split(", ")} == read
