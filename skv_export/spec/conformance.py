@@ -336,15 +336,8 @@ def not_a_number_cases() -> tuple[Case, ...]:
         case("chunk, window", plain, everything, new_tokens=48, local_window_size=6),
         case("prompt of one of two", rotated, (("value", 1, 20, 10),), new_tokens=40, past_lengths=fresh),
         case("prompt", rotated, everything, new_tokens=90, past_lengths=fresh),
-        case(
-            "prompt, softcap and sink",
-            plain,
-            everything,
-            new_tokens=70,
-            past_lengths=fresh,
-            softcap=20.0,
-            head_sink=True,
-        ),
+        case("prompt, softcap", plain, everything, new_tokens=70, past_lengths=fresh, softcap=20.0),
+        case("prompt, sink", plain, everything, new_tokens=70, past_lengths=fresh, head_sink=True),
     )
 
 

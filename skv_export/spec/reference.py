@@ -357,7 +357,7 @@ def attend(
 
 
 def _weighted_sum(weights: Float, v: Float, seen: NDArray[np.bool_]) -> Float:
-    """``[N, S, D]``: ``weights`` ``[N, S, tokens]`` times values, where a row takes nothing from what it does not see."""
+    """``weights`` ``[N, S, tokens]`` times ``v``, ``[N, S, D]``; a row takes nothing from what it does not see."""
     finite = np.isfinite(v)
     out = weights @ np.where(finite, v, np.float32(0))
     for token in np.flatnonzero(~finite.all(axis=(0, 2))):
