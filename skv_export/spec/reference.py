@@ -284,6 +284,9 @@ def attend(
 ) -> Float:
     """Attention of one sequence's new tokens to each other, exactly, and to the past through the cache; writes nothing.
 
+    What is not a number stays so, and spreads to what depends on it alone: a query to its row, a key to the rows that
+    see it, a value to its channel (with a rotation, its block of channels) of these rows.
+
     Args:
         params: Attributes.
         layouts: Layouts of keys and values.
@@ -321,10 +324,20 @@ def attend(
     total = weights.sum(axis=-1, keepdims=True)
     if head_sink is not None:
         total = total + np.exp(sink - peak)
-    out = (weights / total) @ v
+    out = _weighted_sum(weights / total, v, seen)
     if v_layout.rotation == "hadamard":
         out = rotate(out, v_layout.rotation_dim)
     return out[..., : v_layout.head_dim]
+
+
+def _weighted_sum(weights: Float, v: Float, seen: NDArray[np.bool_]) -> Float:
+    """``weights`` ``[N, S, tokens]`` times ``v``, ``[N, S, D]``; a row takes nothing from what it does not see."""
+    finite = np.isfinite(v)
+    out = weights @ np.where(finite, v, np.float32(0))
+    for token in np.flatnonzero(~finite.all(axis=(0, 2))):
+        rest = np.where(finite[:, token], np.float32(0), v[:, token])
+        out += np.where(seen[:, token, None], weights[:, :, token, None] * rest[:, None], np.float32(0))
+    return out
 
 
 def _heads(x: Float, head_dim: int) -> Float:

@@ -195,6 +195,23 @@ void Attend::sum_tile(const uint8_t* tile) {
   }
 }
 
+// As sum_rows, for values that need not be finite: what a row does not see has a weight of about 0, which would not
+// hide them.
+void Attend::sum_seen_rows(const Run& run) {
+  for (int first = 0; first < run.count; first += kStrip) {
+    const int count = smaller(kStrip, run.count - first);
+    const float* values = strip(v_, run.value, run.value_form, first, count);
+    for (int m = 0; m < rows_; m++) {
+      for (int t = 0; t < count; t++) {
+        const int64_t position = run.position + first + t;
+        if (position < job_.first[m] || position > job_.last[m]) continue;
+        const float* value = values + static_cast<int64_t>(t) * dim_;
+        for (int d = 0; d < dim_; d++) sums_[0][m][d] += scores_[m][first + t] * value[d];
+      }
+    }
+  }
+}
+
 void Attend::sum_rows(const Run& run) {
   for (int first = 0; first < run.count; first += kStrip) {
     const int count = smaller(kStrip, run.count - first);

@@ -2,6 +2,7 @@
 
 #include <stdarg.h>
 #include <stdio.h>
+#include <string.h>
 
 #include <algorithm>
 
@@ -150,6 +151,17 @@ int check_call(const SkvAttention& c, bool append_only) {
     }
   }
   return check_lengths(c);
+}
+
+bool all_finite(const float* numbers, int64_t n) {
+  constexpr uint32_t kExponent = 0x7f800000;
+  uint32_t bad = 0;
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits;
+    memcpy(&bits, numbers + i, sizeof(bits));
+    bad |= (bits & kExponent) == kExponent;
+  }
+  return bad == 0;
 }
 
 int64_t total_tokens(const SkvAttention& call, int64_t b) { return int64_t{call.seqlens_k[b]} + 1; }

@@ -22,6 +22,9 @@ int check_capacity(const SkvCache& cache, const char* tensor, int64_t b, int64_t
 // Checks a whole call; `append_only`: query, output and head_sink are not looked at.
 int check_call(const SkvAttention& call, bool append_only);
 
+// Whether n numbers are all finite.
+bool all_finite(const float* numbers, int64_t n);
+
 // Total tokens of sequence b after the call, and those that the call adds.
 int64_t total_tokens(const SkvAttention& call, int64_t b);
 int64_t new_tokens(const SkvAttention& call, int64_t b);

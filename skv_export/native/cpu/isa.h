@@ -55,8 +55,10 @@ struct AttendJob {
   const int64_t* first;  // [rows], first position that the row sees
   const int64_t* last;   // [rows], last position that the row sees
   float softcap;         // 0 = none
+  bool any_value;        // values of float rows need not be finite
   // Out, [rows] of {peak, total, weighted values [D]}: sums of exp(score - peak) and of exp(score - peak) * value.
-  // A row that sees nothing has peak = -infinity, total = 0 and values 0.
+  // A row that sees nothing has peak = -infinity, total = 0 (or close to it) and values 0. A score that is not a number
+  // makes the total one too.
   float* partials;
 };
 
