@@ -29,13 +29,13 @@ from skv_export.export.to_onnx import INPUT_NAMES, build, save
 from skv_export.export.weight_quantization import stored_bytes
 from skv_export.model_folder import genai_config
 from skv_export.model_folder.skv_config import CONFIG_FILE, LayerCache, ModelConfig
+from skv_export.model_folder.tokenizer import write_tokenizer
 from skv_export.model_folder.writer import (
     check_target,
     digest,
     generation_config,
     output_folder,
     write_json,
-    write_tokenizer,
 )
 from skv_export.native.library import library_path
 from skv_export.spec.layout import cache_bytes
@@ -233,6 +233,7 @@ def export_model(
         with output_folder(target, planned.weight_bytes, force=force) as folder:
             phases.start("opening the weights")
             local = download(resolved)
+            write_tokenizer(local, folder)  # before the weights: what is wrong with it shows at once
             weights = Weights(local, model.model)
             phases.start("building the graph")
             graph = _build(planned, model, weights, all_logits)
@@ -316,7 +317,6 @@ def _write_beside(folder: Path, planned: Plan, local: Source, config: PreTrained
     generation = generation_config(local, config)
     generation.save_pretrained(folder)
     config.save_pretrained(folder)
-    write_tokenizer(local, folder)
     (folder / "recipe.toml").write_text(planned.recipe.to_toml(), encoding="utf-8")
     ours = _model_config(planned, config, generation, all_logits)
     hidden_size = int(config.hidden_size)
