@@ -26,8 +26,10 @@ from skv_export.errors import SkvError
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
 MAX_JSON_BYTES = 64 << 20
 MAX_SHARDS = 2048
+_COMPARED_BYTES = 1 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PICKLE_FIX = "Convert it: model.save_pretrained(FOLDER, safe_serialization=True)."
 
@@ -121,7 +123,7 @@ def _cached(repo_id: str, revision: str) -> Path | None:
 
 def _classify_folder(path: Path) -> Source:
     names = sorted(p.name for p in path.iterdir())
-    if any(name.endswith(".safetensors") for name in names) or INDEX in names:
+    if any(name.endswith(".safetensors") for name in names) or {INDEX, _ADAPTER} & set(names):
         return Source("safetensors", path)
     ggufs = sorted({shard_names(name)[0] for name in names if name.lower().endswith(".gguf")})
     if len(ggufs) == 1:
@@ -137,6 +139,11 @@ def _classify_folder(path: Path) -> Source:
         expected=f"{SINGLE}, or {INDEX} with its shards, or one .gguf file",
         fix="Pass the folder that holds config.json and the weights.",
     )
+
+
+def _plain_name(name: str) -> str:
+    """Returns a tensor's name without what torch.compile puts before the names of a module that it wraps."""
+    return name.replace("_orig_mod.", "")
 
 
 def _pickle(name: str) -> SkvError:
@@ -182,6 +189,7 @@ class Checkpoint:
         """Every tensor's place, by name, headers checked."""
         if self.source.kind == "gguf":
             return self._gguf[1]
+        self._refuse_adapter()
         shards = self.shards()
         with ThreadPoolExecutor(8) as pool:
             tables = list(pool.map(lambda shard: read_header(self._file(shard)), shards))
@@ -200,7 +208,21 @@ class Checkpoint:
                 got=", ".join(missing[:3]),
                 fix="Download it again.",
             )
-        return merged
+        return {_plain_name(name): entry for name, entry in merged.items()}
+
+    def _refuse_adapter(self) -> None:
+        """Refuses a folder with an adapter, alone or beside a model: transformers would add it to the weights."""
+        try:
+            adapter = self._json(_ADAPTER)
+        except FileNotFoundError:
+            return
+        base = adapter.get("base_model_name_or_path") or "its base model"
+        raise SkvError(
+            f"{self.source}: {_ADAPTER}: an adapter ({adapter.get('peft_type', 'of peft')}) of {base}",
+            expected="a model whose weights are whole",
+            fix="Merge it, PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload().save_pretrained(MERGED), and "
+            f"export MERGED; or remove {_ADAPTER} to export the model without it.",
+        )
 
     def names(self) -> list[str]:
         """Returns the names of all tensors."""
@@ -223,6 +245,18 @@ class Checkpoint:
         entry = self._entry(name)
         self.bytes_read += entry.nbytes
         return entry.array()
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers; reads no further than they do."""
+        first, second = self._entry(name), self._entry(other)
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            return False
+        for start in range(0, first.nbytes, _COMPARED_BYTES):
+            stop = min(start + _COMPARED_BYTES, first.nbytes)
+            a, b = (entry.file.read(entry.start + start, entry.start + stop) for entry in (first, second))
+            if a != b:
+                return False
+        return True
 
     def release(self, names: Iterable[str]) -> None:
         """Lets the system drop the pages of tensors that were read; views of them stay valid."""

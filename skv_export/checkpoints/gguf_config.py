@@ -296,12 +296,12 @@ def _layer_types(arch: str, layers: int, keys: _Keys) -> list[str]:
     return ["sliding_attention" if windowed else "full_attention" for windowed in given]
 
 
-def _architectures(keys: _Keys, entries: Mapping[str, TensorEntry], model_type: str) -> list[str]:
-    """Returns what the file is, as config.json's ``architectures`` would say it."""
+def _architectures(keys: _Keys, entries: Mapping[str, TensorEntry], model_type: str) -> list[str] | None:
+    """Returns what the file is if it is no language model, as config.json's ``architectures`` would say it."""
     pooling = keys.get("pooling_type", 0)
     if any(name.startswith("cls.") for name in entries):
         return [f"{model_type}ForSequenceClassification"]
-    return [f"{model_type}Model" if pooling else f"{model_type}ForCausalLM"]
+    return [f"{model_type}Model"] if pooling else None
 
 
 def _vocab_size(keys: _Keys, entries: Mapping[str, TensorEntry]) -> int:

@@ -149,6 +149,7 @@ def _exported_model(command: _Command) -> _Command:
 @click.option(
     "--all-logits", is_flag=True, help="Logits of every position, for evaluation; default: of the last token."
 )
+@click.option("--as-causal-lm", is_flag=True, help="Export a classifier, reward or embedding model's layers anyway.")
 @click.option("--copy-weights", is_flag=True, help="ONNX in: copy the weights instead of linking to them.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 def model(
@@ -158,6 +159,7 @@ def model(
     out: Path | None,
     force: bool,
     all_logits: bool,
+    as_causal_lm: bool,
     copy_weights: bool,
     dry_run: bool,
     **options: Any,
@@ -190,7 +192,10 @@ def model(
             got="an ONNX model",
             fix="Leave them out: its weights stay as they are.",
         )
-    plan = rewrite.plan(source, resolved) if rewriting else export.plan(source, resolved)
+    if rewriting:
+        plan: Any = rewrite.plan(source, resolved)
+    else:
+        plan = export.plan(source, resolved, as_causal_lm=as_causal_lm)
     click.echo(plan.table())
     if dry_run:
         return
@@ -198,7 +203,9 @@ def model(
     if rewriting:
         folder = rewrite.rewrite_model(source, out=target, recipe=resolved, force=force, copy_weights=copy_weights)
     else:
-        folder = export.export_model(source, out=target, recipe=resolved, force=force, all_logits=all_logits)
+        folder = export.export_model(
+            source, out=target, recipe=resolved, force=force, all_logits=all_logits, as_causal_lm=as_causal_lm
+        )
     click.echo(
         f"\nWritten to {folder}. Next:\n  skv-export verify {folder}\n  skv-export generate {folder} --prompt ..."
     )

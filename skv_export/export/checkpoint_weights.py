@@ -8,7 +8,8 @@ names and orders). What belongs together is what transformers' own loader says; 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +21,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from skv_export.checkpoints.checkpoint import Checkpoint, Source, hub_endpoint
+from skv_export.checkpoints.foreign_tensors import adapter_in, left_out, unfit_tensors
 from skv_export.checkpoints.gguf_weights import GgufWeights, load_gguf_model
 from skv_export.errors import SkvError
 from skv_export.export.lazy_weights import to_torch
 from skv_export.export.supported import prepare_model
 from skv_export.model_folder.writer import pretrained_arguments
 
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 _DOWNLOADED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
 
 
@@ -50,6 +54,27 @@ def download(source: Source) -> Source:
     except (OSError, ValueError, HTTPError) as error:
         raise SkvError(f"{source}: can't be downloaded", got=str(error)[:500], fix="Check the connection.") from error
     return Source("safetensors", Path(folder))
+
+
+def separate_head(source: Source, config: PreTrainedConfig) -> None:
+    """Unties a configuration whose checkpoint holds another output embedding than the input one, as transformers does.
+
+    Two tensors are compared, up to where they differ, and only of a checkpoint that has both.
+    """
+    if not config.tie_word_embeddings or source.kind == "gguf":
+        return
+    checkpoint = Checkpoint(source)
+    heads, embeddings = (
+        [name for name in checkpoint.names() if name.endswith(names)] for names in (_HEADS, _EMBEDDINGS)
+    )
+    if len(heads) == len(embeddings) == 1 and not checkpoint.same(heads[0], embeddings[0]):
+        config.tie_word_embeddings = False
+        warnings.warn(
+            f"{source}: config.json ties {heads[0]} to {embeddings[0]}, but the checkpoint holds both and they differ; "
+            "both are exported, as transformers loads them",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def load_model(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -82,7 +107,7 @@ def load_model(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> 
     model = loaded[0]
     wrong = [*loaded[1]["missing_keys"], *(key for key, *_ in loaded[1]["mismatched_keys"])]
     if wrong:
-        raise _unfit(source, wrong)
+        raise unfit_tensors(source, wrong, Checkpoint(source).names())
     prepare_model(model)
     return model
 
@@ -123,8 +148,10 @@ class Weights:
         self._members: list[str] = []
         stored = {self.canonical(name) for name in self._shapes}
         unfit = [name for name in stored if name not in self._groups or not self._fits(self._groups[name])]
-        if unfit:
-            raise _unfit(source, unfit)
+        held = list(self._tensors.names())
+        if unfit or adapter_in(held):
+            raise unfit_tensors(source, unfit, held)
+        self._say_what_is_left_out()
 
     def __contains__(self, name: object) -> bool:
         """Whether the checkpoint has to hold a tensor."""
@@ -148,13 +175,25 @@ class Weights:
         made = self._last[1]
         tensor = made.get(name, made.get(self.canonical(name)))
         if tensor is None or tuple(tensor.shape) != self._shapes[name]:
-            raise _unfit(self.source, [name])
+            raise unfit_tensors(self.source, [name], list(self._tensors.names()))
         return tensor
 
     def release(self) -> None:
         """Lets go of the memory of what was read last; tensors that are still held stay valid, and are read again."""
         self._tensors.release(self._members)
         self._last = None
+
+    def _say_what_is_left_out(self) -> None:
+        """Warns of tensors that the model's class has no place for; transformers leaves them out too."""
+        used = {member for group in self._groups.values() for member, _ in group.members}
+        ignored = self._model._keys_to_ignore_on_load_unexpected or ()
+        if names := left_out(set(self._tensors.names()) - used, ignored):
+            warnings.warn(
+                f"{self.source}: {self._model.config.model_type} has no place for {len(names)} tensors of the "
+                f"checkpoint, which are left out: {', '.join(names[:4])}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _fits(self, group: _Group) -> bool:
         """Whether a tensor that is taken as it is has the right shape; of others, reading them tells."""
@@ -209,14 +248,6 @@ class Weights:
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sorts ``experts.10`` behind ``experts.9``: experts are stacked in this order."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _unfit(source: Source, names: Sequence[str]) -> SkvError:
-    return SkvError(
-        f"{source}: tensors are missing or have another shape",
-        got=", ".join(sorted(names)[:4]),
-        fix="Download the checkpoint again.",
-    )
 
 
 class _SafetensorsNames:

@@ -13,28 +13,28 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
-from skv_export.checkpoints.checkpoint import Checkpoint, Source, resolve
+from skv_export.checkpoints.checkpoint import Source, resolve
+from skv_export.checkpoints.model_config import load_config
 from skv_export.errors import SkvError
 from skv_export.export import empty_model, repeat_layers
-from skv_export.export.checkpoint_weights import Weights, download
+from skv_export.export.checkpoint_weights import Weights, download, separate_head
 from skv_export.export.decoder import SkvDecoder
 from skv_export.export.empty_model import Skeleton
-from skv_export.export.supported import check_config, check_windows, context_length
+from skv_export.export.supported import check_config, check_purpose, check_windows, context_length
 from skv_export.export.to_onnx import build, save
 from skv_export.export.weight_quantization import stored_bytes
 from skv_export.model_folder.names import TOKEN_INPUTS
 from skv_export.model_folder.plan import Plan
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
+from skv_export.model_folder.tokenizer import write_tokenizer
 from skv_export.model_folder.writer import (
     check_target,
     digest,
     generation_config,
     output_folder,
-    pretrained_arguments,
     write_configs,
-    write_tokenizer,
 )
 from skv_export.native.library import library_path
 from skv_export.spec.recipe import Recipe
@@ -47,32 +47,27 @@ Progress = Callable[[str, float], None]
 """Called with a phase's name and the fraction of the whole that is done."""
 
 
-def plan(source: str | Path | Source, recipe: Recipe | None = None) -> Plan:
+def plan(source: str | Path | Source, recipe: Recipe | None = None, *, as_causal_lm: bool = False) -> Plan:
     """Says what an export would write; reads the configuration and no weights.
+
+    Args:
+        source: A folder with safetensors, a GGUF file, or a hub id.
+        recipe: The options; the defaults if not given.
+        as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
 
     Raises:
         SkvError: The checkpoint, its architecture or the recipe can't be used; the message says why.
     """
     resolved = resolve(source)
-    return _plan(resolved, recipe or Recipe(), load_config(resolved))[0]
+    return _plan(resolved, recipe or Recipe(), as_causal_lm)[0]
 
 
-def load_config(source: Source) -> PreTrainedConfig:
-    """Reads a checkpoint's configuration.
-
-    Raises:
-        SkvError: transformers can't read it; or a GGUF file's metadata are not understood.
-    """
-    try:
-        if source.kind == "gguf":
-            return AutoConfig.for_model(**Checkpoint(source).config)
-        return AutoConfig.from_pretrained(source.pretrained, **pretrained_arguments(source))
-    except (OSError, ValueError, KeyError) as error:
-        raise SkvError(f"{source}: transformers can't read its configuration", got=str(error)[:500]) from error
-
-
-def _plan(source: Source, recipe: Recipe, config: PreTrainedConfig) -> tuple[Plan, Skeleton]:
+def _plan(source: Source, recipe: Recipe, as_causal_lm: bool) -> tuple[Plan, Skeleton]:
+    config = load_config(source)
     check_config(config)
+    if not as_causal_lm:
+        check_purpose(config)
+    separate_head(source, config)
     count = int(config.num_hidden_layers)
     configs = recipe.layers(count)
     try:
@@ -111,6 +106,7 @@ def export_model(
     recipe: Recipe | None = None,
     force: bool = False,
     all_logits: bool = False,
+    as_causal_lm: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Exports a checkpoint.
@@ -121,6 +117,7 @@ def export_model(
         recipe: The options; the defaults if not given.
         force: Replace ``out`` if it exists.
         all_logits: Return the logits of every position, for evaluation.
+        as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
         progress: Told of each phase; a bar on standard error if not given.
 
     Returns:
@@ -134,11 +131,11 @@ def export_model(
     library_path()  # it goes into the folder: better none is written than one without it
     with _Phases(progress) as phases:
         phases.start("reading the configuration")
-        config = load_config(resolved)
-        planned, model = _plan(resolved, recipe or Recipe(), config)
+        planned, model = _plan(resolved, recipe or Recipe(), as_causal_lm)
         with output_folder(target, planned.weight_bytes, force=force) as folder:
             phases.start("opening the weights")
             local = download(resolved)
+            write_tokenizer(local, folder)  # before the weights: what is wrong with it shows at once
             weights = Weights(local, model.model)
             phases.start("building the graph")
             graph = _build(planned, model, weights, all_logits)
@@ -222,7 +219,6 @@ def _write_beside(folder: Path, planned: Plan, local: Source, config: PreTrained
     generation = generation_config(local, config)
     generation.save_pretrained(folder)
     config.save_pretrained(folder)
-    write_tokenizer(local, folder)
     given = {
         name: getattr(generation, name) for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
     }

@@ -23,6 +23,7 @@ _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 _OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "thinker_config")
 _STATE_SPACE = ("ssm_cfg", "state_size", "mamba_d_state", "time_step_rank", "rescale_every")
 _ALIBI_MODELS = ("bloom", "mpt")
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -70,6 +71,22 @@ def _reasons(config: PreTrainedConfig) -> Iterator[str]:
         yield "RoPE frequencies that change with the length (dynamic NTK) would make the cached keys wrong"
 
 
+def check_purpose(config: PreTrainedConfig) -> None:
+    """Refuses what was saved as another thing than a language model: a classifier, a reward or an embedding model.
+
+    Raises:
+        SkvError: ``architectures`` names no class of a language model.
+    """
+    named = [str(name) for name in config.architectures or ()]
+    if named and not any(name.endswith(_LANGUAGE_MODELS) for name in named):
+        raise SkvError(
+            f"{config.model_type}: config.json says that this is no language model: architectures",
+            got=", ".join(named),
+            expected=f"a class whose name ends with {', '.join(_LANGUAGE_MODELS)}",
+            fix="Use --as-causal-lm to export its layers as the language model that they were before.",
+        )
+
+
 def _is_gguf(config: PreTrainedConfig) -> bool:
     given: Any = config.quantization_config
     method = given.get("quant_method") if isinstance(given, Mapping) else getattr(given, "quant_method", "")
@@ -106,12 +123,19 @@ def context_length(config: PreTrainedConfig) -> int:
     """Returns the tokens that the exported model can attend to.
 
     A longrope model has two sets of frequencies, one beyond its original length; a cache can't hold keys of both, so
-    the export keeps the first set and ends where it does.
+    the export keeps the first set and ends where it does. YaRN reaches ``factor`` times its original length, whether or
+    not ``max_position_embeddings`` was raised with it.
     """
     full = int(getattr(config, "max_position_embeddings", None) or 2048)
-    original = "original_max_position_embeddings"
-    longropes = [rope for rope in _ropes(config) if rope.get("rope_type") == "longrope"]
-    return min([full, *(int(rope.get(original, full)) for rope in longropes)])
+    limits = []
+    for rope in _ropes(config):
+        original = int(rope.get("original_max_position_embeddings") or full)
+        if rope.get("rope_type") == "longrope":
+            limits.append(original)
+        if rope.get("rope_type") == "yarn":
+            stated = bool(rope.get("original_max_position_embeddings"))
+            full = max(full, int(original * float(rope.get("factor") or 1.0))) if stated else full
+    return min([full, *limits])
 
 
 def prepare_model(model: PreTrainedModel) -> None:

@@ -20,13 +20,10 @@ from skv_export.checkpoints.checkpoint import Source
 from skv_export.errors import SkvError
 from skv_export.model_folder.genai_config import genai_config
 from skv_export.model_folder.names import (
-    CHAT_TEMPLATE_FILE,
     GENAI_CONFIG_FILE,
     LIBRARY_FILE,
     RECIPE_FILE,
     SKV_CONFIG_FILE,
-    TOKENIZER_CONFIG_FILE,
-    TOKENIZER_FILE,
 )
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import library_path
@@ -37,19 +34,6 @@ if TYPE_CHECKING:
 
 RESERVE_BYTES = 64 << 20
 """Room for the graph, configurations and tokenizer, on top of the weights."""
-TOKENIZER_FILES = (
-    TOKENIZER_FILE,
-    TOKENIZER_CONFIG_FILE,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    CHAT_TEMPLATE_FILE,
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "vocab.txt",
-)
-_SAMPLE = "The capital of France is Paris.\n  def f(x):\n\treturn x + 1  # naïve café, 東京, 🙂 12345\n"
 
 
 @contextlib.contextmanager
@@ -157,51 +141,6 @@ def _swap(new: Path, out: Path) -> None:
             raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def write_tokenizer(source: Source, folder: Path) -> bool:
-    """Writes the tokenizer's files.
-
-    A local folder's files are copied as they are. Where they hold no ``tokenizer.json``, and for hub ids and GGUF
-    files, transformers writes them; what it wrote is read back and compared.
-
-    Returns:
-        Whether the checkpoint has a tokenizer.
-
-    Raises:
-        SkvError: What was written does not tokenize as the checkpoint does.
-    """
-    local = source.path if source.kind == "safetensors" else None
-    if local is not None:
-        present = [name for name in TOKENIZER_FILES if (local / name).is_file()]
-        if not present:
-            return False
-        for name in present:
-            shutil.copyfile(local / name, folder / name)
-        if TOKENIZER_FILE in present:
-            return True
-    _convert_tokenizer(source, folder)
-    return True
-
-
-def _convert_tokenizer(source: Source, folder: Path) -> None:
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
-
-    original = AutoTokenizer.from_pretrained(source.pretrained, **pretrained_arguments(source))
-    original.save_pretrained(folder)
-    if not (folder / TOKENIZER_FILE).is_file():
-        raise SkvError(
-            f"{source}: its tokenizer can't be written as {TOKENIZER_FILE}",
-            fix="Use a checkpoint with a fast tokenizer.",
-        )
-    written = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-    ids = original.encode(_SAMPLE)
-    again = written.encode(_SAMPLE).ids
-    if again != ids:
-        raise SkvError(
-            f"{source}: the written tokenizer differs from the checkpoint's", got=again[:8], expected=ids[:8]
-        )
 
 
 def pretrained_arguments(source: Source) -> dict[str, Any]:

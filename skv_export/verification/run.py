@@ -293,9 +293,10 @@ def load_model(source: Source, config: ModelConfig) -> PreTrainedModel:
     Raises:
         SkvError: It is another model than the folder's, or can't be loaded whole.
     """
+    from skv_export.checkpoints.model_config import load_config
     from skv_export.export import checkpoint_weights, pipeline
 
-    given = pipeline.load_config(source)
+    given = load_config(source)
     found = {"model_type": given.model_type, "vocab_size": given.vocab_size, "layers": given.num_hidden_layers}
     expected = {"model_type": config.model_type, "vocab_size": config.vocab_size, "layers": len(config.layers)}
     if found != expected:

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from skv_export.checkpoints.checkpoint import Checkpoint, resolve
 from skv_export.checkpoints.gguf_weights import load_gguf_model
+from skv_export.checkpoints.model_config import load_config
 from skv_export.errors import SkvError
-from skv_export.export.pipeline import load_config
 
 
 def tiny(arch: str, **overrides: Any) -> PreTrainedModel:

@@ -298,19 +298,6 @@ def test_shipped_recipe_fits_its_family(arch: str, tiny_checkpoint: Callable[...
     assert planned.cache_bytes(32768) < planned.half_cache_bytes(32768) / 3
 
 
-def test_tokenizer_files_come_along(
-    tiny_checkpoint: Callable[..., Path], demo_checkpoint: Path, tmp_path: Path
-) -> None:
-    from tokenizers import Tokenizer, models
-
-    checkpoint = shutil.copytree(tiny_checkpoint("qwen2"), tmp_path / "checkpoint")
-    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(checkpoint / "tokenizer.json"))
-    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
-    out = pipeline.export_model(checkpoint, out=tmp_path / "out", recipe=EXACT, progress=quiet)
-    for name in ("tokenizer.json", "chat_template.jinja"):
-        assert (out / name).read_bytes() == (checkpoint / name).read_bytes()
-
-
 # Refusals.
 
 REFUSED = {

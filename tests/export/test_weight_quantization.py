@@ -13,6 +13,7 @@ import torch
 from onnx import helper
 
 from skv_export.checkpoints.checkpoint import Source
+from skv_export.checkpoints.model_config import load_config
 from skv_export.errors import SkvError
 from skv_export.export import pipeline, weight_quantization
 from skv_export.export.checkpoint_weights import load_model
@@ -78,7 +79,7 @@ def test_export_computes_with_the_rounded_weights(
     )
     config = ModelConfig.load(out)
     assert config.weights == weights and Recipe.load(out / "recipe.toml") == recipe
-    model = load_model(checkpoint, pipeline.load_config(checkpoint), torch.float32)
+    model = load_model(checkpoint, load_config(checkpoint), torch.float32)
     ids = torch.randint(3, 320, (1, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         original = model(ids).logits[0, -1].numpy()

@@ -20,7 +20,7 @@ def write_gguf(
     keys: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
     *,
-    tokenizer: bool = False,
+    tokenizer: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a transformers model as a GGUF file.
 
@@ -30,11 +30,12 @@ def write_gguf(
         model: The model.
         keys: Metadata of the architecture's beside the usual ones; None leaves out one of those.
         tensors: Tensors beside the model's.
-        tokenizer: Whether to write a small BPE tokenizer; else the file says that it has none.
+        tokenizer: What a small tokenizer has otherwise than usual (model, pre, merges); None: the file has none.
     """
     import gguf
 
     config = model.config
+    path.parent.mkdir(exist_ok=True)
     writer = gguf.GGUFWriter(path, arch)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = getattr(config, "rope_parameters", None) or {}
@@ -58,7 +59,10 @@ def write_gguf(
         usual["attention.layer_norm_rms_epsilon"] = float(config.rms_norm_eps)
     for key, value in {**usual, **(keys or {})}.items():
         _add(writer, f"{arch}.{key}", value)
-    _tokenizer(writer, config.vocab_size if tokenizer else 0)
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+    else:
+        _tokenizer(writer, config.vocab_size, tokenizer)
     table = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -106,22 +110,21 @@ def _converted(arch: str, table: Any, config: Any, name: str, array: np.ndarray)
     return [(f"{stored}.{suffix}", array)]
 
 
-def _tokenizer(writer: Any, size: int) -> None:
-    """Writes a byte-level BPE of ``size`` tokens (three special ones, bytes, a few merges), or that there is none."""
-    if not size:
-        writer.add_tokenizer_model("none")
-        return
+def _tokenizer(writer: Any, size: int, given: Mapping[str, Any]) -> None:
+    """Writes a byte-level BPE of three special tokens, the bytes and merges; of ``given``, None leaves a key out."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    letters = list(bytes_to_unicode().values())
-    merges = ["t h", "th e", "Ġ a", "i n", "Ġa n", "e r", "Ġ the", "o u", "Ġ s"]
-    tokens = ["<unk>", "<s>", "</s>", *letters, *("".join(pair.split()) for pair in merges)]
+    usual = {"model": "gpt2", "pre": "gpt-2", "merges": ["t h", "th e", "i n", "\u0120 a", "\u0120a n", "\u0120 the"]}
+    said = {**usual, **given}
+    tokens = ["<unk>", "<s>", "</s>", *bytes_to_unicode().values()]
+    tokens += ["".join(pair.split()) for pair in said["merges"] or ()]
     tokens += [f"<extra_{i}>" for i in range(size - len(tokens))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_model(said["model"])
+    if said["pre"]:
+        writer.add_tokenizer_pre(said["pre"])
     writer.add_token_list(tokens)
-    kinds = [3 if token.startswith("<") and token.endswith(">") and len(token) > 1 else 1 for token in tokens]
-    writer.add_token_types(kinds)
-    writer.add_token_merges(merges)
+    writer.add_token_types([3 if len(token) > 1 and token.startswith("<") else 1 for token in tokens])
+    if said["merges"]:
+        writer.add_token_merges(said["merges"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

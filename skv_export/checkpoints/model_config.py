@@ -1,0 +1,65 @@
+"""A checkpoint's configuration as transformers has it: of ``config.json``, or of a GGUF file's metadata.
+
+Nothing is asked of the checkpoint's own code, and spellings that transformers does not know are put into its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from skv_export.checkpoints.checkpoint import Checkpoint, Source
+from skv_export.errors import SkvError
+
+_FAILURES = (AttributeError, KeyError, OSError, TypeError, ValueError, StrictDataclassError)
+"""What transformers raises for values that its configurations do not take."""
+
+
+def load_config(source: Source) -> PreTrainedConfig:
+    """Returns a checkpoint's configuration.
+
+    Raises:
+        SkvError: There is none; transformers does not know its ``model_type`` or does not take its values; a GGUF
+            file's metadata are not understood.
+    """
+    try:
+        values = Checkpoint(source).config
+    except FileNotFoundError as error:
+        raise SkvError(f"{source}: no config.json", fix="Put the model's config.json beside its weights.") from error
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise SkvError(
+            f"{source}: transformers can't read its configuration: model_type",
+            got=repr(model_type),
+            expected=f"one that transformers {transformers.__version__} has; code of a checkpoint's own is never run",
+        )
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(_known_rope(values))
+    except _FAILURES as error:
+        raise SkvError(f"{source}: transformers can't read its configuration", got=str(error)[:500]) from error
+
+
+def _known_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a configuration with RoPE as transformers spells it.
+
+    Longrope was called ``su``, and ``mrope`` is plain RoPE where all positions are of text.
+    """
+    made = dict(config)
+    if isinstance(text := made.get("text_config"), Mapping):
+        made["text_config"] = _known_rope(text)
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = made.get(key)
+        if not isinstance(rope, Mapping):
+            continue
+        kind = rope.get("rope_type", rope.get("type"))
+        if kind == "mrope":
+            made[key] = {**rope, "rope_type": "default", "type": "default"}
+        if kind in ("su", "longrope"):
+            original = made.get("original_max_position_embeddings")
+            known = {"original_max_position_embeddings": original} if original else {}
+            made[key] = {**known, **rope, "rope_type": "longrope", "type": "longrope"}
+    return made
