@@ -1,4 +1,4 @@
-"""Owns a checkpoint's weights: read one at a time on their way into a graph, or all at once into PyTorch.
+"""Owns a checkpoint's weights: read one at a time on their way into a graph.
 
 A checkpoint may name and cut its tensors otherwise than the model does (experts one by one, projections fused, GGUF's
 names and orders). What belongs together is what transformers' own loader says; what it would do for a whole model,
@@ -8,16 +8,15 @@ names and orders). What belongs together is what transformers' own loader says; 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_gguf_pytorch_utils import (
@@ -27,67 +26,9 @@ from transformers.modeling_gguf_pytorch_utils import (
     load_gguf_checkpoint,
 )
 
-from skv_export.checkpoints.checkpoint import Checkpoint, Source, hub_endpoint
-from skv_export.errors import SkvError
+from skv_export.checkpoints.checkpoint import Checkpoint, Source
+from skv_export.checkpoints.pretrained import unfit_tensors
 from skv_export.export.lazy_weights import to_torch
-from skv_export.export.supported import prepare_model
-from skv_export.model_folder.writer import pretrained_arguments
-
-_DOWNLOADED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
-
-
-def download(source: Source) -> Source:
-    """Returns a source whose files are on this disk: a hub id's are fetched into huggingface_hub's cache.
-
-    Raises:
-        SkvError: The hub can't be reached, or stops answering.
-    """
-    if source.kind != "hub":
-        return source
-    if source.path is not None:
-        return Source("safetensors", source.path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-
-    patterns = [*_DOWNLOADED, *Checkpoint(source).shards()]
-    try:
-        folder = snapshot_download(
-            str(source.repo_id), revision=source.revision, allow_patterns=patterns, endpoint=hub_endpoint()
-        )
-    except (OSError, ValueError, HTTPError) as error:
-        raise SkvError(f"{source}: can't be downloaded", got=str(error)[:500], fix="Check the connection.") from error
-    return Source("safetensors", Path(folder))
-
-
-def load_model(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Loads a whole checkpoint into PyTorch, ready for tracing; what is missing is an error, never a random number.
-
-    Args:
-        source: The checkpoint.
-        config: Its configuration.
-        dtype: Number format of the weights.
-
-    Raises:
-        SkvError: transformers can't load it, or tensors are missing or do not fit.
-    """
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.pretrained,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
-            use_safetensors=True,
-            **pretrained_arguments(source),
-        )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise SkvError(f"{source}: transformers can't load its weights", got=str(error)[:500]) from error
-    model: PreTrainedModel = loaded[0]
-    wrong = [*loaded[1]["missing_keys"], *(key for key, *_ in loaded[1]["mismatched_keys"])]
-    if wrong:
-        raise _unfit(source, wrong)
-    prepare_model(model)
-    return model
 
 
 @dataclass
@@ -127,7 +68,7 @@ class Weights:
         stored = {self.canonical(name) for name in self._shapes}
         unfit = [name for name in stored if name not in self._groups or not self._fits(self._groups[name])]
         if unfit:
-            raise _unfit(source, unfit)
+            raise unfit_tensors(source, unfit)
 
     def __contains__(self, name: object) -> bool:
         """Whether the checkpoint has to hold a tensor."""
@@ -151,7 +92,7 @@ class Weights:
         made = self._last[1]
         tensor = made.get(name, made.get(self.canonical(name)))
         if tensor is None or tuple(tensor.shape) != self._shapes[name]:
-            raise _unfit(self.source, [name])
+            raise unfit_tensors(self.source, [name])
         return tensor
 
     def release(self) -> None:
@@ -212,14 +153,6 @@ class Weights:
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sorts ``experts.10`` behind ``experts.9``: experts are stacked in this order."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _unfit(source: Source, names: Sequence[str]) -> SkvError:
-    return SkvError(
-        f"{source}: tensors are missing or have another shape",
-        got=", ".join(sorted(names)[:4]),
-        fix="Download the checkpoint again.",
-    )
 
 
 class _SafetensorsNames:

@@ -15,12 +15,13 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from skv_export.checkpoints.checkpoint import Source, resolve
+from skv_export.checkpoints.pretrained import DTYPES, download, load_config
 from skv_export.errors import SkvError
 from skv_export.export import empty_model, repeat_layers
-from skv_export.export.checkpoint_weights import Weights, download
+from skv_export.export.checkpoint_weights import Weights
 from skv_export.export.decoder import LayerAttention, SkvDecoder
 from skv_export.export.empty_model import Skeleton
 from skv_export.export.supported import check_config, check_windows, context_length
@@ -33,7 +34,6 @@ from skv_export.model_folder.writer import (
     digest,
     generation_config,
     output_folder,
-    pretrained_arguments,
     write_json,
     write_tokenizer,
 )
@@ -41,7 +41,6 @@ from skv_export.native.library import library_path
 from skv_export.spec.layout import cache_bytes
 from skv_export.spec.recipe import Recipe
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PHASES = {"reading the configuration": 0.0, "opening the weights": 0.1, "building the graph": 0.15, "writing": 0.5}
 """Phases of an export, and the fraction of its time that has passed when each starts."""
 PLAN_LENGTHS = (4096, 32768, 131072)
@@ -153,18 +152,6 @@ def plan(source: str | Path | Source, recipe: Recipe | None = None) -> Plan:
     """
     resolved = resolve(source)
     return _plan(resolved, recipe or Recipe(), load_config(resolved))[0]
-
-
-def load_config(source: Source) -> PreTrainedConfig:
-    """Reads a checkpoint's configuration.
-
-    Raises:
-        SkvError: transformers can't read it.
-    """
-    try:
-        return AutoConfig.from_pretrained(source.pretrained, **pretrained_arguments(source))
-    except (OSError, ValueError, KeyError) as error:
-        raise SkvError(f"{source}: transformers can't read its configuration", got=str(error)[:500]) from error
 
 
 def _plan(source: Source, recipe: Recipe, config: PreTrainedConfig) -> tuple[Plan, Skeleton]:

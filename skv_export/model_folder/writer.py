@@ -172,9 +172,10 @@ def write_tokenizer(source: Source, folder: Path) -> bool:
 
 def _convert_tokenizer(source: Source, folder: Path) -> None:
     from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
 
-    original = AutoTokenizer.from_pretrained(source.pretrained, **pretrained_arguments(source))
+    from skv_export.checkpoints.pretrained import load_tokenizer
+
+    original = load_tokenizer(source)
     original.save_pretrained(folder)
     if not (folder / "tokenizer.json").is_file():
         raise SkvError(
@@ -187,16 +188,6 @@ def _convert_tokenizer(source: Source, folder: Path) -> None:
         raise SkvError(
             f"{source}: the written tokenizer differs from the checkpoint's", got=again[:8], expected=ids[:8]
         )
-
-
-def pretrained_arguments(source: Source) -> dict[str, Any]:
-    """What transformers' ``from_pretrained`` needs beside the name; never code of the checkpoint's."""
-    arguments: dict[str, Any] = {"trust_remote_code": False, "local_files_only": source.repo_id is None}
-    if source.revision:
-        arguments["revision"] = source.revision
-    if source.gguf_file:
-        arguments["gguf_file"] = source.gguf_file
-    return arguments
 
 
 def generation_config(source: Source, config: PreTrainedConfig) -> GenerationConfig:

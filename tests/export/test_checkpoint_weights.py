@@ -13,9 +13,10 @@ from tiny_models import TINY, make_tiny
 from transformers import PreTrainedModel
 
 from skv_export.checkpoints.checkpoint import Source, demo_checkpoint, resolve
+from skv_export.checkpoints.pretrained import load_config, load_model
 from skv_export.errors import SkvError
-from skv_export.export import empty_model, pipeline
-from skv_export.export.checkpoint_weights import Weights, load_model
+from skv_export.export import empty_model
+from skv_export.export.checkpoint_weights import Weights
 from skv_export.export.lazy_weights import Named, Stored
 
 EXPERTS = {
@@ -26,8 +27,8 @@ EXPERTS = {
 
 
 def weights_of(source: Source) -> tuple[Weights, PreTrainedModel]:
-    config = pipeline.load_config(source)
-    return Weights(source, empty_model.build(config, torch.float32).model), load_model(source, config, torch.float32)
+    config = load_config(source)
+    return Weights(source, empty_model.build(config, torch.float32).model), load_model(source, config)
 
 
 def assert_same(source: Source) -> None:
@@ -65,7 +66,7 @@ def test_a_missing_tensor_and_one_of_another_shape_are_named_before_any_is_read(
 ) -> None:
     checkpoint = shutil.copytree(tiny_checkpoint("qwen3"), tmp_path / "checkpoint")
     stored = load_file(checkpoint / "model.safetensors")
-    model = empty_model.build(pipeline.load_config(Source("safetensors", checkpoint)), torch.float32).model
+    model = empty_model.build(load_config(Source("safetensors", checkpoint)), torch.float32).model
     name = "model.layers.1.mlp.up_proj.weight"
     for broken in ({}, {name: stored[name][:-1].clone()}):
         save_file({n: t for n, t in stored.items() if n != name} | broken, checkpoint / "model.safetensors")
