@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from skv_export import __version__
+from skv_export.cli.options import placement_options
 from skv_export.errors import SkvError
 from skv_export.spec.recipe import (
     BITS,
@@ -230,6 +231,7 @@ def model(
 @click.option("--max-kld-p99", type=float, help="Quality: fails above it, in nats.")
 @click.option("--min-top1-agreement", type=click.FloatRange(0, 1), help="Quality: fails below it.")
 @click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
+@placement_options
 def verify(
     folder: str,
     revision: str | None,

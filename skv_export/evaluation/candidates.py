@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, QuantizedCache
 
+from skv_export.checkpoints.pretrained import input_device
 from skv_export.errors import SkvError
 from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation
 from skv_export.spec.recipe import BITS, Recipe, shipped_recipes
@@ -95,6 +96,7 @@ class TransformersCache(Contender):
             q_group_size=_GROUP,
             residual_length=_RESIDUAL,
         )
+        ids = ids.to(input_device(model))
         with own_attention(model):
             first = _PROMPT[self.backend]
             parts = [ids[:first], *torch.split(ids[first:], _RESIDUAL)]
@@ -118,7 +120,9 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def simulated_logits(model: PreTrainedModel, ids: torch.Tensor, simulation: Simulation) -> torch.Tensor:
     """Float32 logits ``[S, vocab]`` of a window with the caches of a simulation, in one forward pass."""
-    logits: torch.Tensor = model(ids[None], use_cache=False, skv_simulation=simulation).logits[0]
+    logits: torch.Tensor = model(ids[None].to(input_device(model)), use_cache=False, skv_simulation=simulation).logits[
+        0
+    ]
     return logits.float()
 
 

@@ -140,7 +140,7 @@ def _row(contender: Contender, model: PreTrainedModel, length: int, prompts: lis
         hits = []
         for ids, count in of_depth:
             rows = contender.logits(model, ids)[-count - 1 : -1].log_softmax(-1)
-            answer = ids[-count:]
+            answer = ids[-count:].to(rows.device)
             hits.append(bool((rows.argmax(-1) == answer).all()))
             nll.append(-rows.gather(1, answer[:, None]).mean().item())
         found.append(float(np.mean(hits)))

@@ -58,7 +58,7 @@ def _run_reference(
     layer = LayerAttention.from_attributes(attributes, _head_dim(query, key, attributes))
 
     def floats(x: torch.Tensor | None) -> Any:
-        return None if x is None else x.detach().float().numpy()
+        return None if x is None else x.detach().float().cpu().numpy()
 
     output, present_key, present_value = quantized_kv_attention(
         layer.params,
@@ -68,11 +68,11 @@ def _run_reference(
         floats(value),
         past_key.numpy(),
         past_value.numpy(),
-        seqlens_k.numpy(),
+        seqlens_k.cpu().numpy(),
         head_sink=floats(head_sink),
-        query_seqlens=None if query_seqlens is None else query_seqlens.numpy(),
+        query_seqlens=None if query_seqlens is None else query_seqlens.cpu().numpy(),
     )
-    return torch.from_numpy(output).to(query.dtype), torch.from_numpy(present_key), torch.from_numpy(present_value)
+    return torch.from_numpy(output).to(query), torch.from_numpy(present_key), torch.from_numpy(present_value)
 
 
 def _fake(

@@ -17,9 +17,10 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from skv_export.checkpoints.checkpoint import Source, resolve
 from skv_export.checkpoints.model_config import load_config
+from skv_export.checkpoints.pretrained import DTYPES, download
 from skv_export.errors import SkvError
 from skv_export.export import empty_model, repeat_layers
-from skv_export.export.checkpoint_weights import Weights, download, separate_head
+from skv_export.export.checkpoint_weights import Weights, separate_head
 from skv_export.export.decoder import SkvDecoder
 from skv_export.export.empty_model import Skeleton
 from skv_export.export.supported import check_config, check_purpose, check_windows, context_length
@@ -39,7 +40,6 @@ from skv_export.model_folder.writer import (
 from skv_export.native.library import library_path
 from skv_export.spec.recipe import Recipe
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PHASES = {"reading the configuration": 0.0, "opening the weights": 0.1, "building the graph": 0.15, "writing": 0.5}
 """Phases of an export, and the fraction of its time that has passed when each starts."""
 

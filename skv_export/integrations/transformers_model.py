@@ -10,13 +10,15 @@ from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
-from transformers import AutoConfig, GenerationConfig, GenerationMixin, PretrainedConfig
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from skv_export.checkpoints.checkpoint import Source
+from skv_export.checkpoints.model_config import load_config
 from skv_export.errors import SkvError
 from skv_export.integrations.transformers_cache import SkvCache
 from skv_export.model_folder import hub
@@ -119,9 +121,9 @@ class SkvForCausalLM(GenerationMixin):
         session = Session(folder, execution_provider=execution_provider, cuda_graph=cuda_graph, num_threads=num_threads)
         if not (session.folder / "config.json").is_file():
             raise SkvError(f"{session.folder}/config.json: no such file", fix="Export the model again.")
-        config = AutoConfig.from_pretrained(session.folder)
+        config = load_config(Source("safetensors", session.folder))
         if (session.folder / "generation_config.json").is_file():
-            generation_config = GenerationConfig.from_pretrained(session.folder)
+            generation_config = GenerationConfig.from_pretrained(session.folder, local_files_only=True)
         else:
             generation_config = GenerationConfig.from_model_config(config)
         return cls(session, config.get_text_config(decoder=True), generation_config, max_length)

@@ -143,16 +143,6 @@ def _swap(new: Path, out: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def pretrained_arguments(source: Source) -> dict[str, Any]:
-    """What transformers' ``from_pretrained`` needs beside the name; never code of the checkpoint's."""
-    arguments: dict[str, Any] = {"trust_remote_code": False, "local_files_only": source.repo_id is None}
-    if source.revision:
-        arguments["revision"] = source.revision
-    if source.gguf_file:
-        arguments["gguf_file"] = source.gguf_file
-    return arguments
-
-
 def generation_config(source: Source, config: PreTrainedConfig) -> GenerationConfig:
     """Returns how a checkpoint on this disk wants text to be generated; by its configuration if it does not say.
 

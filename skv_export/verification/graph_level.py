@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from skv_export.checkpoints.pretrained import input_device
 from skv_export.errors import SkvError
 from skv_export.export.decoder import SkvDecoder
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
@@ -133,6 +134,7 @@ class TorchDecoder:
     def __init__(self, model: PreTrainedModel, config: ModelConfig) -> None:
         self.length = 0
         self.layers = config.layers
+        self._device = input_device(model)
         self._decoder = SkvDecoder(model, [layer_config(layer) for layer in config.layers])
         self._past: list[list[torch.Tensor]] = []
 
@@ -145,12 +147,13 @@ class TorchDecoder:
     def run(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Runs new tokens; returns the last one's logits, ``[vocab]``."""
         total = self.length + len(ids)
-        positions = torch.arange(self.length, total)[None]
-        mask = torch.ones((1, total), dtype=torch.int64)
+        tokens = torch.tensor([list(ids)], device=self._device)
+        positions = torch.arange(self.length, total, device=self._device)[None]
+        mask = torch.ones((1, total), dtype=torch.int64, device=self._device)
         with torch.no_grad():
-            logits, *self._past = self._decoder(torch.tensor([list(ids)]), mask, positions, *self._past)
+            logits, *self._past = self._decoder(tokens, mask, positions, *self._past)
         self.length = total
-        return logits[0, -1].numpy()
+        return logits[0, -1].float().cpu().numpy()
 
     def data(self, layer: int, name: str) -> Bytes:
         """One tensor's bytes, ``[1, N_kv, rows, W]``."""

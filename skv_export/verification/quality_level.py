@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
+from skv_export.checkpoints.pretrained import input_device
 from skv_export.errors import SkvError
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.runtime.session import Session
@@ -221,7 +222,8 @@ def measure(
                 ids = rows[:, start:end]
                 exported = torch.from_numpy(session.run(ids, None, None, cache))
                 with torch.no_grad():
-                    reference = model(torch.from_numpy(ids), past_key_values=past, use_cache=True).logits.float()
+                    given = torch.from_numpy(ids).to(input_device(model))
+                    reference = model(given, past_key_values=past, use_cache=True).logits.float().cpu()
                 targets = torch.from_numpy(rows[:, start + 1 : end + 1])
                 scored = targets.shape[1]
                 scores.add(reference[:, :scored], exported[:, :scored], targets)

@@ -30,6 +30,7 @@ from skv_export.spec.op import OP_NAME, LayerAttention, attention_node, one_node
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from skv_export.checkpoints.pretrained import Placement
     from skv_export.verification.graph_level import GraphResult, Tolerance
     from skv_export.verification.quality_level import QualityResult, Thresholds
 
@@ -219,6 +220,9 @@ def verify(
     levels: Sequence[str] = LEVELS,
     text: Path | str | None = None,
     execution_provider: str = "cpu",
+    device: str = "cpu",
+    dtype: str = "fp32",
+    device_map: str | None = None,
     windows: int = WINDOWS,
     window_tokens: int = WINDOW_TOKENS,
     tolerance: Tolerance | None = None,
@@ -232,6 +236,9 @@ def verify(
         levels: Of ``op``, ``graph``, ``quality``.
         text: File to take tokens from; the shipped prose if not given.
         execution_provider: ``cpu`` or ``cuda``, of the op and of the exported graph.
+        device: Where PyTorch runs the original: ``cpu``, ``cuda``, ``cuda:1``.
+        dtype: What PyTorch computes in: ``fp32``, ``fp16``, ``bf16``.
+        device_map: accelerate's, such as ``auto``, in place of ``device``.
         windows: Windows of text in the quality level.
         window_tokens: Tokens of each.
         tolerance: Of the graph level.
@@ -246,15 +253,16 @@ def verify(
     folder = Path(folder)
     config = ModelConfig.load(folder)
     report = Report(folder)
+    placement = _placement(device, dtype, device_map) if set(levels) & {"graph", "quality"} else None
     if "op" in levels:
         report = dataclasses.replace(report, op=check_op(execution_provider=execution_provider))
-    if not set(levels) & {"graph", "quality"}:
+    if placement is None:
         return report
     from skv_export.export import weight_quantization
     from skv_export.verification import graph_level, graph_variants, quality_level
 
     source = _source(config, checkpoint)
-    model = load_model(source, config)
+    model = load_original(source, config, placement)
     prose, tokenizer = quality_level.read_text(text), load_tokenizer(folder)
     report = dataclasses.replace(report, checkpoint=str(source))
     if "graph" in levels:
@@ -287,18 +295,33 @@ def _source(config: ModelConfig, checkpoint: str | Path | None) -> Source:
     )
 
 
-def load_model(source: Source, config: ModelConfig) -> PreTrainedModel:
-    """Loads the original into PyTorch: the weights as they were exported, the arithmetic in float32.
+def _placement(device: str, dtype: str, device_map: str | None) -> Placement:
+    from skv_export.checkpoints.pretrained import Placement
+
+    return Placement(device, dtype, device_map)
+
+
+def load_original(source: Source, config: ModelConfig, placement: Placement) -> PreTrainedModel:
+    """Loads the original into PyTorch: the weights as they were exported, the arithmetic as ``placement`` says.
 
     Raises:
         SkvError: It is another model than the folder's, or can't be loaded whole.
     """
+    from skv_export.checkpoints import pretrained
     from skv_export.checkpoints.model_config import load_config
-    from skv_export.export import checkpoint_weights, pipeline
+    from skv_export.export.supported import prepare_model
 
     given = load_config(source)
     found = {"model_type": given.model_type, "vocab_size": given.vocab_size, "layers": given.num_hidden_layers}
     expected = {"model_type": config.model_type, "vocab_size": config.vocab_size, "layers": len(config.layers)}
     if found != expected:
         raise SkvError(f"{source}: not what the folder was exported from", got=found, expected=expected)
-    return checkpoint_weights.load_model(source, given, pipeline.DTYPES[config.dtype]).float()  # type: ignore[no-untyped-call]
+    if placement.device_map is not None and placement.dtype != config.dtype:
+        raise SkvError(
+            f"verify: device_map={placement.device_map} with dtype={placement.dtype}",
+            expected=f"the export's dtype, {config.dtype}: a model that is spread out can't be converted",
+            fix=f"Pass --dtype {config.dtype}, or --device instead of --device-map.",
+        )
+    model = pretrained.load_model(source, given, dataclasses.replace(placement, dtype=config.dtype))
+    prepare_model(model)
+    return model if placement.dtype == config.dtype else model.to(placement.torch_dtype)  # type: ignore[arg-type]

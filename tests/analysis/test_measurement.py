@@ -107,9 +107,7 @@ class Tokens:
 
 @pytest.fixture
 def tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "skv_export.analysis.attention_capture.AutoTokenizer.from_pretrained", lambda *_, **__: Tokens()
-    )
+    monkeypatch.setattr("skv_export.analysis.attention_capture.load_tokenizer", lambda _: Tokens())
 
 
 TEXT = "".join(chr(33 + (i * i + 7 * i) % 90) for i in range(700))

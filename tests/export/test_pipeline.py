@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ROOT, TINY, make_tiny, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from skv_export.checkpoints import pretrained
+from skv_export.checkpoints.tensor_files import TensorEntry
 from skv_export.errors import SkvError
 from skv_export.export import lazy_weights, pipeline, supported, to_onnx
 from skv_export.export.decoder import AttentionCall, Lengths, SkvDecoder
@@ -281,7 +283,8 @@ def test_plan_reads_no_weights(tiny_checkpoint: Callable[..., Path], monkeypatch
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(TensorEntry, "array", fail)
+    monkeypatch.setattr(pretrained, "safe_open", fail)
     planned = pipeline.plan(tiny_checkpoint("gemma2"), Recipe())
     assert [x.params.local_window_size for x in planned.layers] == [24, 0, 24, 0]
     table = planned.table()

@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from tiny_models import write_tokenizer
+from transformers import LlamaConfig
 
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
 from skv_export.spec.layout import CacheLayout
@@ -93,11 +93,7 @@ class Tiny:
             vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=len(self.windows), num_attention_heads=HEADS,
             num_key_value_heads=KV_HEADS, bos_token_id=None, eos_token_id=None, pad_token_id=0,
         ).save_pretrained(folder)  # fmt: skip
-        vocabulary = {"<pad>": 0} | {chr(31 + i): i for i in range(1, VOCAB)}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-        tokenizer.decoder = decoders.Fuse()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)
+        write_tokenizer(folder, VOCAB)
         return folder
 
     def graph(self) -> onnx.ModelProto:
