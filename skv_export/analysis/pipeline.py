@@ -217,6 +217,9 @@ def analyze(
         save: Recipe to write.
         progress: Called after each step.
 
+    Returns:
+        Norms, scores and flags per layer, and the recommendation; ``to_recipe`` makes a recipe of it.
+
     Raises:
         SkvError: See ``checkpoint.resolve``; a budget outside what the choices allow; measure without a text.
     """

@@ -209,7 +209,15 @@ class Recipe:
 
     @classmethod
     def per_layer(cls, bits: list[tuple[int, int]], base: Recipe | None = None) -> Recipe:
-        """Returns ``base`` with ``(k_bits, v_bits)`` set layer by layer; the most frequent pair becomes the default."""
+        """Returns a recipe with bits of its own for each layer.
+
+        Args:
+            bits: ``(k_bits, v_bits)`` of each layer; the most frequent pair becomes the default.
+            base: All other options; the default recipe if not given.
+
+        Raises:
+            SkvError: A bit width outside ``BITS``.
+        """
         base = base or cls()
         common = max(sorted(set(bits)), key=bits.count)
         rest = sorted(set(bits) - {common})
@@ -226,7 +234,11 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "recipe") -> Recipe:
-        """Builds a recipe from TOML's tables.
+        """Builds a recipe from parsed TOML.
+
+        Args:
+            values: The keys of a recipe; ``layers`` is a list of tables.
+            source: What error messages call it.
 
         Raises:
             SkvError: Unknown key, wrong type, or a value outside its choices; the message names ``source`` and the key.
@@ -247,7 +259,7 @@ class Recipe:
 
     @classmethod
     def load(cls, path: Path | str) -> Recipe:
-        """Reads a TOML file.
+        """Reads a recipe from a TOML file.
 
         Raises:
             SkvError: The file is missing, too large, no TOML, or not a recipe.

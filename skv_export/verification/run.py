@@ -237,6 +237,9 @@ def verify(
         tolerance: Of the graph level.
         thresholds: Of the quality level.
 
+    Returns:
+        The results of the levels; ``passed`` and ``failures`` sum them up.
+
     Raises:
         SkvError: The folder, checkpoint or text can't be used. A level that fails is in the report instead.
     """
