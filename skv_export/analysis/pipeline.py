@@ -1,4 +1,4 @@
-"""Owns `skv-export analyze`: from a checkpoint to scores side by side, and a recommendation that a recipe can hold."""
+"""`analyze`: computes the scores of a checkpoint and recommends bits per layer, as a recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the command line: parse, call, print. A flag, a parameter and a recipe key have one name."""
+"""The command line: parses, calls, prints. A flag, a parameter and a recipe key have the same name."""
 
 from __future__ import annotations
 

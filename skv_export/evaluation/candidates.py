@@ -1,6 +1,6 @@
-"""Owns what `skv-export quality` compares: our recipes and other systems' caches, by name.
+"""The cache quantizers that `skv-export quality` compares: recipes, and the caches of other systems, by name.
 
-A contender predicts a window of text decode style: every token sees the cache that a decoder would have.
+A candidate predicts a window of text decode style: every token sees the cache that a decoder would have.
 """
 
 from __future__ import annotations

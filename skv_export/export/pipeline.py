@@ -1,7 +1,7 @@
-"""Owns the export: a checkpoint becomes a folder with the graph, its weights, and everything a runtime reads beside it.
+"""The export pipeline: from a checkpoint to a folder with the graph, its weights, and the files that a runtime reads.
 
-``plan`` says what would be written, from the configuration alone: it runs the model on torch's meta device, so what it
-knows of each layer is what the traced graph will have. ``export_model`` loads the weights and writes.
+``plan`` computes what would be written from the configuration alone, by running the model with fake parameters: its
+layers are those that the traced graph will have. ``export_model`` reads the weights and writes.
 """
 
 from __future__ import annotations

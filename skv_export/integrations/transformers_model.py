@@ -1,4 +1,4 @@
-"""Owns SkvForCausalLM: transformers' ``generate`` over the runtime. What optimum's ORTModelForCausalLM users know."""
+"""SkvForCausalLM: transformers' ``generate`` on the runtime, with the interface of optimum's ORTModelForCausalLM."""
 
 from __future__ import annotations
 

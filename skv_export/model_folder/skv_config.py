@@ -1,4 +1,4 @@
-"""Owns ``skv_config.json``: what an exported folder says about itself, read and checked; the exporter writes it."""
+"""``skv_config.json``, the description of an exported folder: reading with checks, and writing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns what is asked of onnxruntime itself: its execution providers, and its errors."""
+"""onnxruntime's execution providers and errors: opening a session, and explaining why it failed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Owns running an exported folder: the session, its calls, the token loop, and text in and out.
+"""Runs an exported folder: the session, its calls, the token loop, and generation of text.
 
-numpy, onnxruntime and tokenizers only: a machine that runs a model needs no torch.
+Needs numpy, onnxruntime and tokenizers; no torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Owns the named cases: shapes, seeds and tolerances that tests, ``verify --level op`` and kernels' benches share.
+"""Named test cases of the op: shapes, seeds and tolerances, shared by the tests, ``verify --level op`` and benchmarks.
 
 A case is one call of the op on a cache that already holds tokens. Its inputs come from its seed, so the same case is
-the same numbers everywhere. The tolerance of the attention output stands on the case, with its reason; bytes are exact.
+the same numbers everywhere. Each case has the tolerance of its attention output, with the reason; bytes are exact.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Owns the options of an export: frozen dataclasses, TOML in, resolved TOML out.
+"""The options of an export: frozen dataclasses, read from TOML and written as resolved TOML.
 
-A recipe key, a command-line flag and a dataclass field have one name. The quantizer's options may differ per layer:
-a recipe holds the defaults and a list of overrides, and ``Recipe.layer(i)`` gives what holds for layer ``i``.
+A recipe key, a command-line flag and a dataclass field have the same name. The quantizer's options may differ per
+layer: a recipe has defaults and a list of overrides, and ``Recipe.layer(i)`` gives the options of layer ``i``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MAX_RECIPE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """How one layer's keys and values are held in the cache (design: section 3, attributes of the op).
+    """How one layer's keys and values are held in the cache (docs/spec.md, Attributes).
 
     Attributes:
         k_bits: Bits of a key's code; 16 = not quantized.

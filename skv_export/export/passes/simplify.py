@@ -1,7 +1,7 @@
-"""Owns the passes that make a translated decoder lean: each replaces a pattern by something equal and cheaper.
+"""Graph passes that simplify a translated decoder: each replaces a pattern by an equivalent, cheaper one.
 
-They know ONNX's operators, not architectures, and leave alone what they do not recognize. A rewrite looks at one node
-at a time, in the graph's order; what it makes unused is removed afterwards.
+They depend on ONNX's operators, not on architectures, and leave unrecognized nodes unchanged. A rewrite visits one node
+at a time, in the graph's order; nodes that become unused are removed afterwards.
 """
 
 from __future__ import annotations
