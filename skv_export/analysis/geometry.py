@@ -135,7 +135,7 @@ class _Projection:
     Attributes:
         raw: ``[heads, D, hidden]``, as stored; a scaled copy of all of it is never made.
         gain: ``[hidden]``, the input norm's weight.
-        factor: ``[heads, D]``, what the output norm makes of each channel.
+        factor: ``[heads, D]``, factor of the output norm for each channel.
         varying: ``[heads, D]``, variance per channel.
         mean: ``[heads, D]``, constant part per channel.
     """

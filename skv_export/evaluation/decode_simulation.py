@@ -31,7 +31,7 @@ BLOCK = 128
 
 
 class TensorCache(Protocol):
-    """What a cache makes of one tensor, keys or values, of one layer; everything in the model's own basis."""
+    """How a cache represents one tensor, keys or values, of one layer; everything in the model's own basis."""
 
     @property
     def num_sink_tokens(self) -> int:

@@ -183,7 +183,7 @@ class _Phases:
 
 
 def _build(planned: Plan, model: Skeleton, weights: Weights, all_logits: bool) -> ir.Model:
-    """Returns the graph: of a few layers, the others stamped, where that can be; else all layers are traced."""
+    """Returns the graph: two traced layers of each kind, copied for the others, if possible; else all are traced."""
     samples = repeat_layers.choose(model.model, planned.layers)
     if samples is not None:
         with repeat_layers.cut(model.model, samples):

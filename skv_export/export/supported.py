@@ -38,7 +38,7 @@ def check_config(config: PreTrainedConfig) -> None:
 
 
 def _reasons(config: PreTrainedConfig) -> Iterator[str]:
-    """Yields what speaks against an export, the most telling first."""
+    """Yields the reasons why a model cannot be exported, the most specific first."""
 
     def has(*names: str) -> list[str]:
         return [name for name in names if getattr(config, name, None)]

@@ -62,7 +62,7 @@ def capacity(layers: Sequence[Layouts], max_length: int) -> int | None:
 
 
 def least_length(layers: Sequence[Layouts], context_length: int) -> int | None:
-    """Smallest ``max_length`` from which on genai's caches hold so many tokens; None = not within the context."""
+    """Smallest ``max_length`` whose genai cache holds ``max_length`` tokens; None = none within the context."""
     lengths = np.arange(1, context_length + 1)
     short = np.zeros(context_length, np.bool_)
     for layout, width in {(layout, row_bytes(pair)) for pair in layers for layout in pair}:

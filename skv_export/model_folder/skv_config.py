@@ -157,7 +157,7 @@ def _layer_cache(values: Mapping[str, Any]) -> LayerCache:
 
 
 def layout_entry(layout: CacheLayout) -> dict[str, Any]:
-    """What ``skv_config.json`` says of one cache tensor: the layout's fields, and the rule of its shape."""
+    """The entry of one cache tensor in ``skv_config.json``: the layout's fields, and the rule of its shape."""
     return {**dataclasses.asdict(layout), "shape": layout.shape_rule()}
 
 

@@ -121,7 +121,7 @@ class Session:
         return session
 
     def _check_graph(self) -> None:
-        """The graph and skv_config.json must speak of the same caches."""
+        """The graph and skv_config.json must describe the same caches."""
         inputs = {x.name: x.shape for x in self.onnx.get_inputs()}
         for i, layer in enumerate(self.config.layers):
             for name, layout in zip(TENSORS, (layer.key, layer.value), strict=True):

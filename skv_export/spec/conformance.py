@@ -146,7 +146,7 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def expected_of(case: Case, inputs: Inputs) -> Outcome:
-    """What the reference makes of a case's inputs: output, present_key, present_value."""
+    """The reference's result for a case's inputs: output, present_key, present_value."""
     return quantized_kv_attention(
         case.params,
         case.layouts,

@@ -103,7 +103,7 @@ class QualityResult:
 
 
 def flush_edges(layout: CacheLayout, length: int) -> list[int]:
-    """Ends of the calls that give what decoding ``length`` tokens one by one gives.
+    """Chunk boundaries at which chunked prefill equals token-by-token decoding of ``length`` tokens.
 
     A tile is flushed when the total reaches ``s + w + i * T``. Between two such lengths the tiles do not change, and
     every later token is exact in both: in one call as a new token, one by one as a recent one. (The recent rows are

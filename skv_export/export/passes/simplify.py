@@ -48,7 +48,7 @@ def simplify(model: ir.Model) -> None:
 
 
 def _fold_constants(model: ir.Model) -> None:
-    """Computes what depends on small constants only; weights are out of sight meanwhile, lest they are read."""
+    """Folds constants; weights are detached during folding so that they are not loaded."""
     weights = {value: value.const_value for value in model.graph.initializers.values() if _is_stored(value)}
     for value in weights:
         value.const_value = None
