@@ -46,3 +46,7 @@ gpu-bench:
 
 clean:
 	rm -rf $(VENV) build $(DEMO)
+
+.PHONY: docs
+docs: setup  ## The documentation as a site, in build/site; a broken link is an error
+	$(BIN)/mkdocs build --strict --quiet

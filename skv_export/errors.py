@@ -1,4 +1,4 @@
-"""Owns the one exception type that the package raises for bad input; imports nothing of ours."""
+"""SkvError, the exception that the package raises for bad input. Imports no other module of the package."""
 
 from __future__ import annotations
 

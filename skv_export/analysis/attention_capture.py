@@ -1,4 +1,5 @@
-"""Owns running a model as `analyze --measure` needs it: what each layer's attention sees, and caches held decode style.
+"""Runs a model for `analyze --measure`: records the inputs of each layer's attention, and simulates its quantized
+cache.
 
 A query sees the sinks and the recent tokens exactly, and the tiles that had been flushed before it quantized, by the
 reference quantizer: one pass over a window shows what token-by-token decoding would see.

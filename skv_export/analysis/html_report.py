@@ -1,4 +1,4 @@
-"""Owns the pages that show an analysis: one self-contained HTML file (inline SVG, light and dark), and a PNG."""
+"""Reports of an analysis: one self-contained HTML file (inline SVG, light and dark), and a PNG."""
 
 from __future__ import annotations
 

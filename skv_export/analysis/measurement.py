@@ -1,4 +1,4 @@
-"""Owns `analyze --measure`, the torch part of analyze: what each bit pair does to each layer, on text."""
+"""`analyze --measure`, the part of analyze that uses torch: measures on text what each bit pair costs in each layer."""
 
 from __future__ import annotations
 

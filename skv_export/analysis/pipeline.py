@@ -1,4 +1,4 @@
-"""Owns `skv-export analyze`: from a checkpoint to scores side by side, and a recommendation that a recipe can hold."""
+"""`analyze`: computes the scores of a checkpoint and recommends bits per layer, as a recipe."""
 
 from __future__ import annotations
 
@@ -223,6 +223,9 @@ def analyze(
         plot: PNG file to write.
         save: Recipe to write.
         progress: Called after each step.
+
+    Returns:
+        Norms, scores and flags per layer, and the recommendation; ``to_recipe`` makes a recipe of it.
 
     Raises:
         SkvError: See ``checkpoint.resolve``; a budget outside what the choices allow; measure without a text.

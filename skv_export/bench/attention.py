@@ -1,7 +1,7 @@
-"""Owns the timing of the attention op against ONNX Runtime's own, in one process.
+"""Times the attention op against ONNX Runtime's GroupQueryAttention, in one process.
 
-Every contender is a graph of one node in a session of its own, with its cache bound in place; the sessions take turns,
-so that a noisy machine is noisy for all of them.
+Each candidate is a one-node graph in its own session, with its cache bound in place. The sessions take turns, so that
+noise of the machine affects all of them alike.
 """
 
 from __future__ import annotations

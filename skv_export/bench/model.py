@@ -1,7 +1,7 @@
-"""Owns the timing of a whole exported model, alone or in turns with an onnxruntime-genai export of the same model.
+"""Times a whole exported model, alone or in turns with an onnxruntime-genai export of the same model.
 
-Every measurement is a process of its own, so that the peak of its memory is its own too: load, prefill a prompt of
-``context`` tokens, decode. The contenders take turns, context by context and round by round.
+Each measurement runs in its own process, so that its peak memory is its own: load, prefill a prompt of ``context``
+tokens, decode. The candidates take turns, context by context and round by round.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Owns the command `skv-export analyze`: parse, call `analyze`, print."""
+"""The command `skv-export analyze`: parses, calls `analyze`, prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns `skv-export doctor`: what is installed, which kernels will run, what is missing and how to fix it."""
+"""The command `skv-export doctor`: what is installed, which kernels will run, what is missing and how to fix it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the command line: parse, call, print. A flag, a parameter and a recipe key have one name."""
+"""The command line: parses, calls, prints. A flag, a parameter and a recipe key have the same name."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def main() -> None:
     """Export language models to ONNX Runtime with a KV cache quantized separately for keys and values.
 
     \b
-    skv-export model meta-llama/Llama-3.2-1B --k-bits 4 --v-bits 2 --out llama
-    skv-export verify llama --checkpoint meta-llama/Llama-3.2-1B
-    skv-export generate llama --prompt "The capital of France is"
+    skv-export model --k-bits 4 --v-bits 2 --out demo-model     # the demo model; or name a CHECKPOINT
+    skv-export verify demo-model
+    skv-export generate demo-model --prompt "The capital of France is"
 
     `skv-export CHECKPOINT ...` is short for `skv-export model CHECKPOINT ...`.
     """
@@ -86,7 +86,7 @@ _RECIPE_OPTIONS: dict[str, tuple[Any, str]] = {
     "v_bits": (BITS, "Bits of a value; 16 = not quantized."),
     "k_granularity": (
         GRANULARITIES,
-        "Who shares a key's scale: a channel of a tile, or a group of a token's channels.",
+        "What shares a key's scale: a channel of a tile, or a group of a token's channels.",
     ),
     "v_granularity": (GRANULARITIES, "The same for values."),
     "k_rotation": (ROTATIONS, "Rotate queries and keys after RoPE."),
@@ -103,8 +103,8 @@ _RECIPE_OPTIONS: dict[str, tuple[Any, str]] = {
     "weights": (WEIGHTS, "Number format of weights; int8 and int4 in blocks of 32, the rest as --dtype."),
 }
 _SWITCHES = {
-    "quantize_head": "Whether --weights int8 or int4 takes in the output embedding.",
-    "quantize_embeddings": "Whether --weights int8 or int4 takes in the input embedding.",
+    "quantize_head": "Whether --weights int8 or int4 includes the output embedding.",
+    "quantize_embeddings": "Whether --weights int8 or int4 includes the input embedding.",
 }
 
 
@@ -244,7 +244,7 @@ def verify(
     min_top1_agreement: float | None,
     **options: Any,
 ) -> None:
-    """Prove that FOLDER computes what PyTorch computes, and measure what quantization costs.
+    """Check that FOLDER computes what PyTorch computes, and measure what quantization costs.
 
     FOLDER is what `skv-export model` wrote, or the hub id of one that was pushed.
 

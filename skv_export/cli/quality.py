@@ -1,4 +1,4 @@
-"""Owns `skv-export quality`'s command line: parse, call, print; torch waits until it runs."""
+"""The command `skv-export quality`: parses, calls, prints; torch is imported only when it runs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Owns what `skv-export quality` compares: our recipes and other systems' caches, by name.
+"""The cache quantizers that `skv-export quality` compares: recipes, and the caches of other systems, by name.
 
-A contender predicts a window of text decode style: every token sees the cache that a decoder would have.
+A candidate predicts a window of text decode style: every token sees the cache that a decoder would have.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation
 from skv_export.spec.recipe import BITS, Recipe, shipped_recipes
 
 BASELINES = ("kivi", "hf-quanto", "hf-hqq")
-"""Other systems: each stands for its usual bit widths (``kivi``), or names one (``kivi-k4v2``, ``hf-quanto-4``)."""
+"""Other systems: a name alone means its usual bit widths (``kivi``); ``kivi-k4v2`` and ``hf-quanto-4`` name one."""
 _PACKAGES = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq", "hqq")}
 _CACHE_BITS = {"quanto": (4, 2), "hqq": (8, 4, 2)}
 """What works: hqq packs 3 bits into rows that it can't unpack to every length."""
@@ -159,7 +159,7 @@ def parse_configs(text: str, base: Recipe) -> list[Contender]:
 
 
 def of_recipe(name: str, recipe: Recipe) -> Simulated:
-    """Returns the contender of a recipe; its weights' number format plays no part, everything runs in float32."""
+    """Returns the contender of a recipe; its weights' number format is ignored, everything runs in float32."""
     key = hashlib.sha256(recipe.with_options(dtype="fp32", description="").to_toml().encode()).hexdigest()[:16]
     return Simulated(name, key, recipe.description, Simulation.of_recipe(recipe))
 

@@ -1,4 +1,4 @@
-"""Owns what HTML reports are made of: line charts as inline SVG, and the self-contained page around them."""
+"""Parts of HTML reports: line charts as inline SVG, and the self-contained page around them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Owns `skv-export quality`: what configurations of the cache lose against full precision, on one text in one run.
+"""`skv-export quality`: compares cache configurations with full precision, on one text in one run.
 
-Every window of text is predicted once by the unquantized model and once by each contender, decode style. Differences
-are taken position by position, so the standard error of a change is that of the difference, which is far below those
-of the two perplexities.
+Every window of text is predicted once by the unquantized model and once by each candidate, decode style. Differences
+are taken position by position, so the standard error of a change is that of the difference, which is far below those of
+the two perplexities.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Owns decoding without decoding: attention over a whole text at once, every token seeing a decoder's cache.
+"""Simulates token-by-token decoding in one forward pass: every token sees the cache that a decoder would have.
 
-A cache's content is a function of its length alone (design: section 3), and a tile's codes of its own tokens alone. So
-what the query at position i would read from a cache of i tokens can be computed for all i in one pass: quantize every
-tile once, then let each query see the quantized form of the tokens that have left for the tiles, and the full-precision
-form of the others. The result is that of one call per token, up to the order of float32 sums; tests hold it to the
-reference op.
+Which tokens are quantized depends on the cache's length alone (docs/spec.md, Which token is where), and a tile's codes
+on its own tokens alone. So what the query at position i would read from a cache of i tokens can be computed for all i
+in one pass: quantize every tile once, then let each query see the quantized form of the tokens that have left for the
+tiles, and the full-precision form of the others. The result is that of one call per token, up to the order of float32
+sums; tests hold it to the reference op.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BLOCK = 128
 
 
 class TensorCache(Protocol):
-    """What a cache makes of one tensor, keys or values, of one layer; everything in the model's own basis."""
+    """How a cache represents one tensor, keys or values, of one layer; everything in the model's own basis."""
 
     @property
     def num_sink_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""Owns the page that shows a quality run: Pareto plot, loss by position, tables; one self-contained file."""
+"""The HTML report of a quality run: Pareto plot, loss by position, tables; one self-contained file."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Owns a checkpoint's weights: read one at a time on their way into a graph.
+"""The weights of a checkpoint, read one parameter at a time for a graph.
 
-A checkpoint may name and cut its tensors otherwise than the model does (experts one by one, projections fused, GGUF's
-names and orders). What belongs together is what transformers' own loader says; what it would do for a whole model,
-``Weights`` does for one parameter, from memory-mapped files.
+A checkpoint's tensors may be named and split differently from the model's parameters (experts one by one, fused
+projections, GGUF's names and orders). The mapping is that of transformers' loader; ``Weights`` applies it to one
+parameter at a time, from memory-mapped files.
 """
 
 from __future__ import annotations

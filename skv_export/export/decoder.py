@@ -1,4 +1,5 @@
-"""Owns attention in torch: the custom op, the hook that puts it into a Hugging Face model, and the decoder around it.
+"""Attention in torch: the custom op, the hook that replaces attention in a Hugging Face model, and the decoder to
+trace.
 
 The op ``skv::quantized_kv_attention`` has the reference as its real implementation, so a model that uses it computes in
 PyTorch what the exported graph computes in ONNX Runtime. ``SkvDecoder`` is that model: the exporter traces it, and

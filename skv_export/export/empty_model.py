@@ -1,7 +1,7 @@
-"""Owns models without weights: shapes and settings of a checkpoint's model, to run and trace in no memory.
+"""Models with fake (zero-memory) parameters, for tracing.
 
-Parameters are torch's fake tensors, which pass through a model as shapes; buffers that a model computes itself (the
-frequencies of RoPE) are real, for they go into the graph.
+Parameters are torch's fake tensors, which have shapes and no data; buffers that a model computes itself (the
+frequencies of RoPE) are real, because they become constants of the graph.
 """
 
 from __future__ import annotations

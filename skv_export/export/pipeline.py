@@ -1,7 +1,7 @@
-"""Owns the export: a checkpoint becomes a folder with the graph, its weights, and everything a runtime reads beside it.
+"""The export pipeline: from a checkpoint to a folder with the graph, its weights, and the files that a runtime reads.
 
-``plan`` says what would be written, from the configuration alone: it runs the model on torch's meta device, so what it
-knows of each layer is what the traced graph will have. ``export_model`` loads the weights and writes.
+``plan`` computes what would be written from the configuration alone, by running the model with fake parameters: its
+layers are those that the traced graph will have. ``export_model`` reads the weights and writes.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ class _Phases:
 
 
 def _build(planned: Plan, model: Skeleton, weights: Weights, all_logits: bool) -> ir.Model:
-    """Returns the graph: of a few layers, the others stamped, where that can be; else all layers are traced."""
+    """Returns the graph: two traced layers of each kind, copied for the others, if possible; else all are traced."""
     samples = repeat_layers.choose(model.model, planned.layers)
     if samples is not None:
         with repeat_layers.cut(model.model, samples):

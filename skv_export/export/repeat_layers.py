@@ -1,8 +1,8 @@
-"""Owns the repetition of layers: a deep model is traced with a few of its layers, and the graph's others are stamped.
+"""Traces two layers of each kind and copies their subgraph for the other layers.
 
-Layers of one kind have the same attention, modules, parameters and settings. Of each kind two layers are traced, the
-first and the last; where their graphs are the same but for the weights, the first stands for all between them. Where
-anything differs, or a model does not look like a stack of layers, it is traced whole.
+Layers of one kind have the same attention, modules, parameters and settings. Of each kind the first and the last layer
+are traced; if their graphs differ only in the weights, the first is copied for all layers between them. If anything
+else differs, or the model is not a stack of layers, it is traced whole.
 """
 
 from __future__ import annotations

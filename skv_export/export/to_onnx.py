@@ -1,4 +1,4 @@
-"""Owns the ONNX graph: the op's ONNX schema, the translation of a traced decoder, names, and the files of a graph."""
+"""Translates a traced decoder to ONNX: the op's translation, names of inputs and outputs, and saving the graph."""
 
 from __future__ import annotations
 

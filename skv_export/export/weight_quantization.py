@@ -1,7 +1,8 @@
-"""Owns weights in 4 or 8 bits: which of a graph's are stored so, the operators that read them, and their codes.
+"""Weights in 4 or 8 bits: which weights of a graph are quantized, the operators that read them, and their codes.
 
 A matrix is quantized by ONNX Runtime's own quantizer in blocks of consecutive inputs of one output, each with a scale
-and a zero point, and read by MatMulNBits (an embedding by GatherBlockQuantized), whose kernels ONNX Runtime brings.
+and a zero point, and read by MatMulNBits (an embedding by GatherBlockQuantized), whose kernels are part of ONNX
+Runtime.
 """
 
 from __future__ import annotations

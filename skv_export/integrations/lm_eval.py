@@ -1,7 +1,7 @@
-"""Owns lm-eval's model `skv`: an exported folder, scored as a decoder would have seen every token.
+"""The model `skv` of lm-eval: scores an exported folder decode style.
 
-lm-eval knows the models of its own package only, so its command line is started from here:
-``skv-lm-eval --model skv --model_args pretrained=FOLDER --tasks ...`` is ``lm_eval`` with this model registered.
+lm-eval (up to 0.4.13) has no plugin mechanism, so this module wraps its command line: ``skv-lm-eval --model skv
+--model_args pretrained=FOLDER --tasks ...`` runs ``lm_eval`` with this model registered.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Owns SkvCache: a runtime's cache behind transformers' ``Cache`` interface, every method of it."""
+"""SkvCache: the runtime's cache behind transformers' ``Cache`` interface."""
 
 from __future__ import annotations
 

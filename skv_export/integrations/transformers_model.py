@@ -1,4 +1,4 @@
-"""Owns SkvForCausalLM: transformers' ``generate`` over the runtime. What optimum's ORTModelForCausalLM users know."""
+"""SkvForCausalLM: transformers' ``generate`` on the runtime, with the interface of optimum's ORTModelForCausalLM."""
 
 from __future__ import annotations
 
@@ -157,7 +157,15 @@ class SkvForCausalLM(GenerationMixin):
         revision: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """Uploads the model to the hub as one commit, with ``generation_config`` as it is now; see ``hub.push``.
+        """Uploads the model to the hub as one commit, with the current ``generation_config``.
+
+        Args:
+            repo_id: ``owner/name``; created if it does not exist.
+            commit_message: Of the commit.
+            private: Whether a new repository is private; the account's default if not given.
+            token: Of the hub; the stored one if not given.
+            revision: Branch to commit to; the default branch if not given.
+            create_pr: Open a pull request instead of committing to the branch.
 
         Returns:
             The commit's URL.
@@ -182,7 +190,11 @@ class SkvForCausalLM(GenerationMixin):
         return str(self.session.folder)
 
     def to(self, *targets: torch.device | torch.dtype | str | int, dtype: torch.dtype | None = None) -> SkvForCausalLM:
-        """Returns the model: what goes in and comes out is float32 on the CPU, whichever provider computes.
+        """Returns the model: inputs and outputs are float32 on the CPU, whichever provider computes.
+
+        Args:
+            targets: Devices and number formats, as in ``torch.nn.Module.to``.
+            dtype: A number format.
 
         Raises:
             SkvError: Another device or number format.
@@ -240,6 +252,13 @@ class SkvForCausalLM(GenerationMixin):
 
     def new_cache(self, batch: int, max_length: int | None = None) -> SkvCache:
         """Allocates an empty cache, to be passed as ``past_key_values``.
+
+        Args:
+            batch: Sequences.
+            max_length: Tokens per sequence; the model's ``max_length`` if not given.
+
+        Returns:
+            The cache; calls change it in place.
 
         Raises:
             SkvError: More tokens than the model was loaded for.
@@ -334,7 +353,19 @@ class SkvForCausalLM(GenerationMixin):
         logits_to_keep: int = 1,
         **_: Any,
     ) -> dict[str, Any]:
-        """Picks the new tokens; positions follow from the mask inside the runtime."""
+        """Selects the new tokens for ``forward``; called by ``generate``.
+
+        Args:
+            input_ids: ``[B, columns]``, all tokens so far.
+            next_sequence_length: New tokens, at the end of ``input_ids``; None = all.
+            past_key_values: The cache of the tokens before; None = empty.
+            attention_mask: ``[B, columns]``; the runtime derives positions from it.
+            use_cache: As in ``forward``.
+            logits_to_keep: As in ``forward``.
+
+        Returns:
+            The arguments of ``forward``.
+        """
         new = input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
         return {
             "input_ids": new,
@@ -345,7 +376,7 @@ class SkvForCausalLM(GenerationMixin):
         }
 
     def load_custom_generate(self, *_: Any, **__: Any) -> NoReturn:
-        """Not supported: a generation mode whose code is somebody's on the hub is not loaded.
+        """Not supported: code of a generation mode on the hub is not loaded.
 
         Raises:
             SkvError: Always.

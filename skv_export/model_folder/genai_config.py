@@ -1,10 +1,10 @@
-"""Owns what onnxruntime-genai needs of a folder, and what its way of allocating a cache costs.
+"""``genai_config.json`` for onnxruntime-genai, and what its cache allocation costs.
 
-genai 0.18 was read and run for what stands here. It allocates ``[batch, kv_heads, max_length, width]`` for the keys and
-for the values of a layer alike, with the width of the *key* input, or ``head_size`` where that dimension is open. Only
-the bytes of a block matter to the op, so any pair of widths runs there: the narrower tensor's last dimension is left
-open in the graph and gets the wider one's size. What it must not do is search with several beams, rewind, or grow its
-buffers (``past_present_share_buffer`` off): it would cut or copy blocks as if their rows were tokens.
+This describes genai 0.18, from its source and from runs. It allocates ``[batch, kv_heads, max_length, width]`` for the
+keys and for the values of a layer alike, with the width of the *key* input, or ``head_size`` where that dimension is
+open. Only the bytes of a block matter to the op, so any pair of widths runs there: the narrower tensor's last dimension
+is left open in the graph and gets the wider one's size. Beam search, rewinding and growing buffers
+(``past_present_share_buffer`` off) must stay off: they would cut or copy blocks as if their rows were tokens.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def capacity(layers: Sequence[Layouts], max_length: int) -> int | None:
 
 
 def least_length(layers: Sequence[Layouts], context_length: int) -> int | None:
-    """Smallest ``max_length`` from which on genai's caches hold so many tokens; None = not within the context."""
+    """Smallest ``max_length`` whose genai cache holds ``max_length`` tokens; None = none within the context."""
     lengths = np.arange(1, context_length + 1)
     short = np.zeros(context_length, np.bool_)
     for layout, width in {(layout, row_bytes(pair)) for pair in layers for layout in pair}:

@@ -1,6 +1,6 @@
-"""Owns exported folders on the Hugging Face hub: fetched into huggingface_hub's cache, and pushed from a folder.
+"""Exported folders on the Hugging Face hub: fetching into huggingface_hub's cache, and pushing.
 
-Native code goes neither way: a fetched model runs with the library that is installed here.
+Native code is neither fetched nor pushed: a fetched model runs with the installed library.
 """
 
 from __future__ import annotations

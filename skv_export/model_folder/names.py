@@ -1,4 +1,4 @@
-"""Owns the names of an exported folder: its files, and its graph's inputs and outputs."""
+"""Names in an exported folder: its files, and its graph's inputs and outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the plan of a folder: what an export or a rewrite would write, as figures and as text."""
+"""The plan of a folder: what an export or a rewrite would write, as figures and as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns ``skv_config.json``: what an exported folder says about itself, read and checked; the exporter writes it."""
+"""``skv_config.json``, the description of an exported folder: reading with checks, and writing."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def _layer_cache(values: Mapping[str, Any]) -> LayerCache:
 
 
 def layout_entry(layout: CacheLayout) -> dict[str, Any]:
-    """What ``skv_config.json`` says of one cache tensor: the layout's fields, and the rule of its shape."""
+    """The entry of one cache tensor in ``skv_config.json``: the layout's fields, and the rule of its shape."""
     return {**dataclasses.asdict(layout), "shape": layout.shape_rule()}
 
 

@@ -1,4 +1,4 @@
-"""Owns the output folder: it appears complete or not at all; and the files in it that come from the checkpoint's own.
+"""Writes the output folder, complete or not at all, and the files that come from the checkpoint.
 
 Everything is written into a folder beside the target, synced to disk, and renamed.
 """

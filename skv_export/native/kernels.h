@@ -1,6 +1,6 @@
-// Owns the C interface of the kernels: append, dequantize, rewind and decode attention over the quantized cache, with
-// no framework in sight. Tests call it through ctypes; ort/kernel_cpu.cc calls it from ONNX Runtime. The CUDA kernels
-// have the same functions with `skv_cuda_` in front and a stream behind (cuda/kernels_cuda.h).
+// The C interface of the kernels: append, dequantize, rewind and decode attention over the quantized cache, independent
+// of any framework. Tests call it through ctypes; ort/kernel_cpu.cc calls it from ONNX Runtime. The CUDA kernels have
+// the same functions with the prefix `skv_cuda_` and a stream (cuda/kernels_cuda.h).
 //
 // Every function checks its arguments before it writes anything, returns SKV_OK or an SkvStatus, and leaves the reason
 // (what, got, expected) in skv_last_error() of the calling thread. Nothing outside the given buffers is read or

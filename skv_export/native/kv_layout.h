@@ -1,6 +1,6 @@
-// Owns the cache's bytes on the native side: the mirror of skv_export/layout.py (design: section 4, layout_version 1).
-// Change both or a test fails. Plain C structs and constexpr functions: included by the CPU kernels, the CUDA kernels
-// and the ONNX Runtime side.
+// The cache's bytes in C, layout version 1 (docs/spec.md, The cache's bytes): the mirror of spec/layout.py; a test
+// compares the two. Plain C structs and constexpr functions: included by the CPU kernels, the CUDA kernels and the ONNX
+// Runtime side.
 #pragma once
 #include <stdint.h>
 

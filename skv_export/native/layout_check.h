@@ -1,5 +1,5 @@
-// Owns which layouts are legal: the limits that the CPU kernels, the CUDA kernels and the op share. The mirror of the
-// checks of CacheLayout in spec/layout.py; a test compares the two over a grid. Included by host code only.
+// Which layouts are legal: the limits that the CPU kernels, the CUDA kernels and the op share. The mirror of the checks
+// of CacheLayout in spec/layout.py; a test compares the two over a grid. Included by host code only.
 #pragma once
 #include <stdio.h>
 

@@ -1,4 +1,4 @@
-"""Owns the native library as Python sees it: finding libskv_ops.so, loading it, and its C interface through ctypes.
+"""The native library in Python: finds and loads libskv_ops.so, and calls its C interface through ctypes.
 
 The structures mirror ``native/kernels.h``. ONNX Runtime loads the same file as a custom-op library.
 """

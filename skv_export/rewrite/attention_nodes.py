@@ -1,4 +1,4 @@
-"""Owns what attention nodes of other exporters mean: read one by one into our terms, or refused with the reason.
+"""Parses the attention nodes of other exporters: each is translated into the op's terms, or refused with the reason.
 
 ``com.microsoft::GroupQueryAttention``, and the standard ``Attention`` (opset 23 on), with a past: its own input, or, as
 torch.onnx writes it, concatenated before the node. Nothing is changed.

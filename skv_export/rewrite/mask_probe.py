@@ -1,8 +1,9 @@
-"""Owns what a computed attention mask means: the part of the graph that makes it is run on a few small inputs.
+"""Determines what a computed attention mask means, by running its part of the graph on a few small inputs.
 
-A standard ``Attention`` node takes its mask from nodes that no pattern can match in general, as every exporter writes
-them differently. So the mask is evaluated where causal, padded and windowed masks differ, and compared. So are the
-nodes between a cache and attention, which must repeat each key-value head for its query heads.
+The nodes that compute the mask of a standard ``Attention`` differ between exporters, so no pattern matches them in
+general. The mask is therefore evaluated on inputs for which causal, padded and windowed masks differ, and compared. The
+nodes between a cache and attention, which must repeat each key-value head for its query heads, are checked in the same
+way.
 """
 
 from __future__ import annotations

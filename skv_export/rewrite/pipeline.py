@@ -1,4 +1,4 @@
-"""Owns ONNX to ONNX: a model of another exporter becomes a folder like ours, its attention nodes rewritten in place.
+"""The rewrite pipeline: from another exporter's ONNX model to an exported folder, with its attention nodes replaced.
 
 Weights are neither read nor copied: files of external data are cloned or hard-linked into the new folder where the
 file system can. Padding is the source's: GroupQueryAttention takes lengths from the mask's sums, so tokens stand first

@@ -1,4 +1,4 @@
-"""Owns ONNX files as a starting point: what a path names, and that the graph is whole and safe before it is used.
+"""ONNX files as input: resolves a path, and checks that the graph is complete and safe to use.
 
 Only the graph is read. Weights in files beside it are checked by place and size and never loaded; nothing is written.
 """

@@ -1,7 +1,7 @@
-"""Owns the surgery: attention nodes of a graph in memory become ``skv::QuantizedKVAttention``, with what they need.
+"""Replaces the attention nodes of a graph in memory by ``skv::QuantizedKVAttention``, with the inputs that it needs.
 
 GroupQueryAttention keeps its inputs one by one. A standard Attention gets its lengths from the attention mask, and the
-nodes that made its mask go, as do those that put the past in front of the new tokens before it.
+nodes that computed its mask are removed, as are those that concatenated the past and the new tokens.
 """
 
 from __future__ import annotations

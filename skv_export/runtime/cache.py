@@ -1,4 +1,4 @@
-"""Owns a running model's cache: buffers that are allocated once, bound in place, rewound and reordered."""
+"""The cache of a running model: buffers that are allocated once, bound in place, rewound and reordered."""
 
 from __future__ import annotations
 

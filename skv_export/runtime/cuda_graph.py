@@ -1,7 +1,7 @@
-"""Owns decoding as a CUDA graph: steps of one token per sequence, captured once and replayed as a single launch.
+"""Decoding as a CUDA graph: a step of one token per sequence is captured once and replayed as a single launch.
 
-Everything a captured step reads and writes stays where it is: the caches, and here the inputs and the logits. The mask
-has as many columns as the cache holds tokens, so that its shape never changes; the op takes the lengths from its sums.
+The buffers of a captured step are fixed: the caches, and, held here, the inputs and the logits. The mask has as many
+columns as the cache holds tokens, so that its shape never changes; the op takes the lengths from its sums.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Owns running an exported folder: the session, its calls, the token loop, and text in and out.
+"""Runs an exported folder: the session, its calls, the token loop, and generation of text.
 
-numpy, onnxruntime and tokenizers only: a machine that runs a model needs no torch.
+Needs numpy, onnxruntime and tokenizers; no torch.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class Session:
 
     Args:
         folder: What ``skv-export model`` wrote.
-        execution_provider: ``cpu`` or ``cuda``; never another one in silence.
+        execution_provider: ``cpu`` or ``cuda``; an error if it is not available, never a silent fallback.
         cuda_graph: On a GPU, capture decoding (one new token per sequence) as a CUDA graph per cache: one launch
             instead of hundreds a token.
         num_threads: Threads inside an op; 0 = ONNX Runtime's choice.
-        spinning: Its threads wait busily for the next op; turn it off where torch's threads share the cores.
+        spinning: Whether idle threads busy-wait for the next op; turn it off where torch's threads share the cores.
         model: The graph as bytes, in place of ``model.onnx``; its external data is the folder's (``verify`` uses it).
         config: The configuration that goes with ``model``.
 
@@ -73,7 +73,7 @@ class Session:
         onnx: onnxruntime's InferenceSession.
 
     Raises:
-        SkvError: A file is missing or damaged, the provider or its kernels are not there; the message says the fix.
+        SkvError: A file is missing or damaged, or the provider or its kernels are not available.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Session:
         return session
 
     def _check_graph(self) -> None:
-        """The graph and skv_config.json must speak of the same caches."""
+        """The graph and skv_config.json must describe the same caches."""
         inputs = {x.name: x.shape for x in self.onnx.get_inputs()}
         for i, layer in enumerate(self.config.layers):
             for name, layout in zip(TENSORS, (layer.key, layer.value), strict=True):
@@ -150,6 +150,9 @@ class Session:
         Args:
             batch: Sequences.
             max_length: Tokens per sequence; the model's context length if not given.
+
+        Returns:
+            An empty cache, allocated where the execution provider computes.
 
         Raises:
             SkvError: More tokens than the model's context, or none.
@@ -198,7 +201,7 @@ class Session:
             self._check_last(new)
             place = np.argsort(~new, axis=1, kind="stable")
             ids, positions, new = (np.take_along_axis(x, place, axis=1) for x in (ids, positions, new))
-        # The graph takes lengths from the mask's sums: the shortest mask that has them says the same as the caller's.
+        # The graph takes lengths from the mask's sums, so the shortest mask with these sums is equivalent.
         mask = self._mask(cache, new).astype(np.int64)
         logits = np.empty((*ids.shape, self.config.vocab_size), np.float32)
         if not self.config.all_logits:
@@ -214,8 +217,12 @@ class Session:
     def check_length(self, length: int, capacity: int | None = None) -> None:
         """Refuses a sequence that is longer than the model's context, or than a cache's capacity.
 
+        Args:
+            length: Tokens of the sequence, past and new.
+            capacity: Tokens that the cache holds; None = any number.
+
         Raises:
-            SkvError: It is.
+            SkvError: ``length`` exceeds one of the two.
         """
         context = self.config.context_length
         if length > context:
@@ -354,7 +361,15 @@ class Session:
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 128, sampling: Sampling | None = None
     ) -> list[list[int]]:
-        """Generates for a batch of prompts of any lengths; returns the new tokens of each, its end token included.
+        """Generates for a batch of prompts of any lengths.
+
+        Args:
+            prompts: Token ids of each prompt; at least one token each.
+            max_new_tokens: Tokens to generate per prompt, at most.
+            sampling: How a token is chosen; greedy if not given.
+
+        Returns:
+            The new token ids of each prompt, the end token included.
 
         Raises:
             SkvError: An empty prompt, or see ``run``.
@@ -384,7 +399,13 @@ class Session:
         return load_tokenizer(self.folder)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Puts messages (``role``, ``content``) into the model's chat template.
+        """Formats messages with the model's chat template.
+
+        Args:
+            messages: Each with ``role`` and ``content``.
+
+        Returns:
+            The prompt as text, up to where the model's answer starts.
 
         Raises:
             SkvError: The folder has no chat template.

@@ -1,7 +1,7 @@
-"""Owns the named cases: shapes, seeds and tolerances that tests, ``verify --level op`` and kernels' benches share.
+"""Named test cases of the op: shapes, seeds and tolerances, shared by the tests, ``verify --level op`` and benchmarks.
 
 A case is one call of the op on a cache that already holds tokens. Its inputs come from its seed, so the same case is
-the same numbers everywhere. The tolerance of the attention output stands on the case, with its reason; bytes are exact.
+the same numbers everywhere. Each case has the tolerance of its attention output, with the reason; bytes are exact.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def expected_of(case: Case, inputs: Inputs) -> Outcome:
-    """What the reference makes of a case's inputs: output, present_key, present_value."""
+    """The reference's result for a case's inputs: output, present_key, present_value."""
     return quantized_kv_attention(
         case.params,
         case.layouts,

@@ -1,4 +1,5 @@
-"""Owns the cache's bytes (design: section 4, layout_version 1): sizes, offsets, pack and unpack, in numpy.
+"""The cache's bytes, layout version 1 (docs/spec.md, The cache's bytes): sizes, offsets, packing and unpacking, in
+numpy.
 
 ``CacheLayout`` describes one tensor of one layer: keys or values. The cache of a sequence and KV head is one block of
 bytes: tiles of ``tile_tokens`` quantized tokens, then, at the end, the full-precision rows (sinks, then a ring of

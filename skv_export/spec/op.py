@@ -1,7 +1,7 @@
-"""Owns the op's interface: its name, inputs, outputs and attributes, and models of one such node. Needs no torch.
+"""The op's interface: its name, inputs, outputs and attributes, and one-node models of it. Needs no torch.
 
-``skv::QuantizedKVAttention`` mirrors com.microsoft::GroupQueryAttention input by input; what it computes is
-``reference.quantized_kv_attention``. ``native/ort/op.h`` is the mirror of this file.
+``skv::QuantizedKVAttention`` mirrors com.microsoft::GroupQueryAttention input by input (docs/spec.md, The op); what it
+computes is ``reference.quantized_kv_attention``. ``native/ort/op.h`` is the mirror of this file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Owns the options of an export: frozen dataclasses, TOML in, resolved TOML out.
+"""The options of an export: frozen dataclasses, read from TOML and written as resolved TOML.
 
-A recipe key, a command-line flag and a dataclass field have one name. The quantizer's options may differ per layer:
-a recipe holds the defaults and a list of overrides, and ``Recipe.layer(i)`` gives what holds for layer ``i``.
+A recipe key, a command-line flag and a dataclass field have the same name. The quantizer's options may differ per
+layer: a recipe has defaults and a list of overrides, and ``Recipe.layer(i)`` gives the options of layer ``i``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MAX_RECIPE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """How one layer's keys and values are held in the cache (design: section 3, attributes of the op).
+    """How one layer's keys and values are held in the cache (docs/spec.md, Attributes).
 
     Attributes:
         k_bits: Bits of a key's code; 16 = not quantized.
@@ -209,7 +209,15 @@ class Recipe:
 
     @classmethod
     def per_layer(cls, bits: list[tuple[int, int]], base: Recipe | None = None) -> Recipe:
-        """Returns ``base`` with ``(k_bits, v_bits)`` set layer by layer; the most frequent pair becomes the default."""
+        """Returns a recipe with bits of its own for each layer.
+
+        Args:
+            bits: ``(k_bits, v_bits)`` of each layer; the most frequent pair becomes the default.
+            base: All other options; the default recipe if not given.
+
+        Raises:
+            SkvError: A bit width outside ``BITS``.
+        """
         base = base or cls()
         common = max(sorted(set(bits)), key=bits.count)
         rest = sorted(set(bits) - {common})
@@ -226,7 +234,11 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "recipe") -> Recipe:
-        """Builds a recipe from TOML's tables.
+        """Builds a recipe from parsed TOML.
+
+        Args:
+            values: The keys of a recipe; ``layers`` is a list of tables.
+            source: What error messages call it.
 
         Raises:
             SkvError: Unknown key, wrong type, or a value outside its choices; the message names ``source`` and the key.
@@ -247,7 +259,7 @@ class Recipe:
 
     @classmethod
     def load(cls, path: Path | str) -> Recipe:
-        """Reads a TOML file.
+        """Reads a recipe from a TOML file.
 
         Raises:
             SkvError: The file is missing, too large, no TOML, or not a recipe.

@@ -1,5 +1,5 @@
-"""Owns the cache and the op: append, load, rewind and attend, in numpy float32. With ``quantizer``, the oracle of every
-kernel: the cache's bytes are normative, the attention itself is checked within a tolerance.
+"""The reference implementation of the cache and the op: append, load, rewind and attend, in numpy float32. Kernels are
+tested against it: their cache bytes must be equal, their attention within a tolerance.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def quantized_kv_attention(
     k_norm_weight: Float | None = None,
     query_seqlens: Int32 | None = None,
 ) -> tuple[Float, Bytes, Bytes]:
-    """The op ``skv::QuantizedKVAttention`` (design: section 3).
+    """The op ``skv::QuantizedKVAttention`` (docs/spec.md, The op).
 
     Args:
         params: Attributes.

@@ -1,11 +1,11 @@
-"""Owns the graph level of verify: the exported graph, step by step, against PyTorch with the same quantized cache.
+"""The graph level of verify: the exported graph, step by step, against PyTorch with the same quantized cache.
 
 PyTorch's attention is the reference in numpy, so a difference is the exporter's, the runtime's or a kernel's. Two runs:
 
 - With the recipe's bits every step starts from the same bytes: what a step computes and what it writes are compared.
-  (Two caches of their own drift apart: a key that rounds the other way changes every later one, and a chain of 30
-  layers makes 1e-2 of a last bit.)
-- With a cache that rounds nothing (16 bits, float32 rows) both keep a cache of their own over all steps.
+  (Two independent caches diverge: a key that rounds differently changes every later one, and 30 layers amplify a
+  difference in the last bit to 1e-2.)
+- With a cache that rounds nothing (16 bits, float32 rows) each keeps its own cache over all steps.
 """
 
 from __future__ import annotations

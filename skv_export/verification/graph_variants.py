@@ -1,6 +1,6 @@
-"""Owns the variants of an exported graph that verification runs, made in memory; their weights stay the folder's.
+"""Variants of an exported graph for verification, made in memory; they use the folder's weights.
 
-The twins are the exported graph but for one thing: which logits it returns, how many bits its cache has, or how its
+Each differs from the exported graph in one respect: which logits it returns, how many bits its cache has, or how its
 products with quantized weights are computed.
 """
 

@@ -1,8 +1,8 @@
-"""Owns `skv-export verify`: that an exported folder computes what PyTorch computes, in three levels, and the report.
+"""`verify`: checks on three levels that an exported folder computes what PyTorch computes, and reports.
 
 ``op``: the library against the reference, case by case. ``graph``: the exported graph against PyTorch with the same
 quantized cache and weights (``graph_level.py``). ``quality``: against the unquantized model (``quality_level.py``).
-torch waits until needed.
+torch is imported only for the last two.
 """
 
 from __future__ import annotations
@@ -243,6 +243,9 @@ def verify(
         window_tokens: Tokens of each.
         tolerance: Of the graph level.
         thresholds: Of the quality level.
+
+    Returns:
+        The results of the levels; ``passed`` and ``failures`` sum them up.
 
     Raises:
         SkvError: The folder, checkpoint or text can't be used. A level that fails is in the report instead.

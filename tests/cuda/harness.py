@@ -1,4 +1,4 @@
-"""Owns the Python side of the CUDA kernels' C interface for tests and benchmarks, on the CPU shim and on a GPU.
+"""The CUDA kernels' C interface in Python, for tests and benchmarks, on the CPU shim and on a GPU.
 
 ``Library`` calls the functions of ``native/cuda/kernels_cuda.h`` on arrays that a ``Memory`` has put where the kernels
 can read them: for the shim numpy arrays with sentinels around them, for a GPU torch tensors (``gpu_test.py``).

@@ -38,3 +38,11 @@ def test_links_lead_somewhere(page: Path) -> None:
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("suffix", ["py", "h", "cuh", "cc", "cu"])
+def test_files_say_in_their_first_line_what_they_do(suffix: str) -> None:
+    for path in sorted((ROOT / "skv_export").rglob(f"*.{suffix}")):
+        first = next(iter(path.read_text(encoding="utf-8").splitlines()), "")
+        assert first.startswith(('"""', "// ", "#include")), path
+        assert "Owns" not in first, path

@@ -1,4 +1,4 @@
-"""Owns models of one node, the op's inputs as arrays, and their comparison with the reference."""
+"""Models of one node, the op's inputs as arrays, and their comparison with the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns a two-layer model written by hand as ONNX nodes, and its folder: the runtime's tests need no export."""
+"""A two-layer model written by hand as ONNX nodes, and its folder, so that tests of the runtime need no export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the tiny models of all tests: one configuration for each attention variant that has to work."""
+"""The tiny models of all tests: one configuration for each attention variant that must work."""
 
 from __future__ import annotations
 

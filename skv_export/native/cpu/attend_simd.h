@@ -1,6 +1,6 @@
-// Owns the fast attention (with attend_keys.h and attend_values.h), written in the vocabulary of a Simd (simd_*.h), and
-// included once by each unit that has one. Everything is in an unnamed namespace: no code is shared between instruction
-// sets.
+// The fast attention (with attend_keys.h and attend_values.h), written with the operations of a Simd class (simd_*.h),
+// and included once by each unit that has one. Everything is in an unnamed namespace: no code is shared between
+// instruction sets.
 //
 // Tiles are never unpacked to floats. A key's code enters an integer dot product with the query as two planes of int8
 // (16 bits); scales per channel are folded into the query once per tile, scales per token applied to the sums. Values

@@ -1,4 +1,4 @@
-// Owns the weighted sums of the fast attention: probabilities times the values of a run. A part of attend_simd.h.
+// Weighted sums of the fast attention: probabilities times the values of a run. A part of attend_simd.h.
 #pragma once
 #include "cpu/attend_simd.h"
 

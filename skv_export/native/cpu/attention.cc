@@ -1,5 +1,4 @@
-// Owns the attention of a call: what each query sees, how the work is split over threads, and how partial results
-// merge.
+// Attention of a call: what each query sees, how the work is split over threads, and how partial results are merged.
 //
 // A head's past is cut into chunks of tiles; what stands in full precision (sinks, ring, new tokens) is one chunk more.
 // Each chunk and block of query rows is an item: the unit computes its partial softmax, and the partials of a row are

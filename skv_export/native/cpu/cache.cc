@@ -1,4 +1,4 @@
-// Owns append, dequantize and rewind (spec/reference.py: append, load, rewind), through the unit's codec.
+// Append, dequantize and rewind (spec/reference.py: append, load, rewind), with the unit's codec.
 #include "cpu/cache.h"
 
 #include <math.h>

@@ -1,4 +1,4 @@
-// Owns the checks of everything that crosses kernels.h, and the thread's last error.
+// Checks of the arguments of kernels.h, and the thread's last error.
 #pragma once
 #include "kernels.h"
 

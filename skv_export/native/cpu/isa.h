@@ -1,4 +1,4 @@
-// Owns the seam between the portable code (attention.cc, cache.cc) and the units, one translation unit per instruction
+// The interface between the portable code (attention.cc, cache.cc) and the units, one translation unit per instruction
 // set: plain structs and a table of functions. Nothing here has code: an inline function that a unit shared with the
 // rest could be kept by the linker in its AVX-512 form.
 #pragma once

@@ -1,4 +1,4 @@
-// Owns the calls of kernels_cuda.h: their checks, which kernels they take, their scratch, and the order of launches.
+// The functions of kernels_cuda.h: their checks, the choice of kernels, scratch memory, and the order of launches.
 #include <cstdarg>
 #include <cstdio>
 

@@ -1,4 +1,4 @@
-// Owns attention on tensor cores straight from the codes, for few query tokens (design: section 8).
+// Attention on tensor cores directly from the codes, for few query tokens.
 //
 // S^T = K Q^T and O^T = V^T P^T: 8 columns of queries (heads of a group, then tokens) stand on the N side of m16n8k16,
 // tokens or channels on the M side. A warp takes whole tiles in slabs of 32 tokens, which it copies to shared memory

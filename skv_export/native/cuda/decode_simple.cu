@@ -1,5 +1,5 @@
-// Owns attention on CUDA cores, one warp per token: every layout and type. The oracle of the fast kernels and what is
-// left for the layouts that they do not cover. Also owns the merge of the splits, which all of them share.
+// Attention on CUDA cores, one warp per token, for every layout and type: the reference of the fast kernels, and the
+// fallback for layouts that they do not cover. Also the merge of the splits, which all of them share.
 #include "launchers.h"
 
 namespace skv::cuda {

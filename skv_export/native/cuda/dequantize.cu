@@ -1,5 +1,4 @@
-// Owns the way back from the cache on the device: rows of a sequence, one tile, and rewind. Exact, as reference.load
-// is.
+// Dequantization on the device: rows of a sequence, one tile, and rewind. Exactly as reference.load.
 #include "launchers.h"
 
 namespace skv::cuda {

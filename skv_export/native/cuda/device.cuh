@@ -1,5 +1,4 @@
-// Owns what the kernels share: a cache as the device sees it, the lengths of a sequence, and rows of channels held by a
-// warp.
+// Shared by the kernels: the cache on the device, the lengths of a sequence, and rows of channels held by a warp.
 //
 // A row of D channels lies in a warp as x[E], E = D / 32: lane l holds channels l, l + 32, ... Sums and rotations over
 // such a row take their operands in the order of spec/reference.py, with every operation rounded on its own.

@@ -1,4 +1,4 @@
-// Owns the C interface of the CUDA kernels: kernels.h's functions with `skv_cuda_` in front, on device pointers and a
+// The C interface of the CUDA kernels: the functions of kernels.h with the prefix `skv_cuda_`, on device pointers and a
 // stream.
 //
 // Nothing here but skv_cuda_synchronize waits for the device, allocates, or reads device memory on the host; grids

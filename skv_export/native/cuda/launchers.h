@@ -1,4 +1,4 @@
-// Owns the list of kernels: one function each that launches it, with arguments already checked (calls.cu).
+// Launchers, one function per kernel; arguments have been checked (calls.cu).
 #pragma once
 #include "device.cuh"
 

@@ -1,4 +1,4 @@
-// Owns the reading and checking of the node's attributes.
+// Reads and checks the node's attributes.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

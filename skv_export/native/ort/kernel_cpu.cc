@@ -1,4 +1,4 @@
-// Owns the op's CPU kernel and the registration of every provider's kernels: what ONNX Runtime calls when it loads the
+// The op's CPU kernel, and RegisterCustomOps, which registers the kernels of all providers when ONNX Runtime loads the
 // library.
 //
 // A sequence with few new tokens goes to skv_attention; more go through GroupQueryAttention (ort/prefill.h) and
