@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skv_export.native.library import SkvAttention, SkvCache, SkvCudaContext, SkvLayout, SkvTokens
-from skv_export.spec.conformance import Case, Inputs, expected_of, make_inputs
+from skv_export.spec.conformance import Case, Inputs, expected_of, make_inputs, output_error
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.quantizer import rotate
 from skv_export.spec.recipe import LayerConfig
@@ -266,7 +266,7 @@ def difference(case: Case, kernels: Library, path: int = AUTO) -> tuple[float, s
     """Runs a case and the reference.
 
     Returns:
-        The largest difference of the outputs, relative to the largest output, and the path taken.
+        ``output_error`` of the outputs, and the path taken.
 
     Raises:
         AssertionError: The caches' bytes differ, or something outside a buffer was written.
@@ -278,7 +278,7 @@ def difference(case: Case, kernels: Library, path: int = AUTO) -> tuple[float, s
     result = kernels.attention(case, inputs, path)
     assert np.array_equal(result.key, key), f"{case.name}: bytes of the keys"
     assert np.array_equal(result.value, value), f"{case.name}: bytes of the values"
-    return float(np.abs(result.output - expected).max() / np.abs(expected).max()), result.path
+    return output_error(result.output, expected), result.path
 
 
 def as_type(x: Array, dtype: str) -> Array:

@@ -24,7 +24,7 @@ from harness import (
     difference,
 )
 
-from skv_export.spec.conformance import Case, all_layouts, make_inputs, op_cases
+from skv_export.spec.conformance import Case, all_layouts, make_inputs, not_a_number_cases, op_cases
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.quantizer import decode_tile, rotate
 from skv_export.spec.recipe import LayerConfig
@@ -68,6 +68,16 @@ def test_chosen_kernels_equal_the_reference(case: Case, kernels: Library) -> Non
     assert path.split()[0].rstrip(":") == (
         "prefill" if case.new_tokens > 8 else "decode_mma" if fast else "decode_simple"
     ), path
+
+
+@pytest.mark.parametrize("case", not_a_number_cases(), ids=lambda c: c.name)
+def test_what_is_not_a_number_stays_where_it_belongs(case: Case, kernels: Library) -> None:
+    check(case, kernels, SIMPLE)
+    paths = {
+        check(dataclasses.replace(case, dtype=x), kernels, AUTO, BFLOAT16_TOLERANCE) for x in ("float16", "bfloat16")
+    }
+    expected = "prefill" if case.new_tokens > 8 else "decode_simple" if case.config.k_bits == 16 else "decode_mma"
+    assert {path.split()[0].rstrip(":") for path in paths} == {expected}
 
 
 PAIRS = ((8, 8), (4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))

@@ -277,6 +277,10 @@ extern "C" int skv_layout_sizes(const SkvLayout* layout, int64_t block_bytes, in
     return fail(SKV_INVALID_ARGUMENT, "skv_layout_sizes: got null; expected two pointers");
   }
   if (int status = check_layout(*layout, layout->is_value == 1 ? "value" : "key")) return status;
+  if (length < 0 || length > kMaxLength) {
+    return fail(SKV_INVALID_ARGUMENT, "skv_layout_sizes: length; got %lld; expected 0 ... %lld",
+                static_cast<long long>(length), static_cast<long long>(kMaxLength));
+  }
   out[0] = tile_bytes(*layout);
   out[1] = row_bytes(*layout);
   out[2] = full_rows(*layout);

@@ -21,7 +21,6 @@ int fail(int status, const char* format, ...) {
 namespace {
 
 constexpr int kMaxSplits = 256;
-constexpr int kMaxDecodeTokens = 8;
 constexpr int64_t kMaxGrid = 65535;  // of a grid's y and z
 
 thread_local char path_text[256];
@@ -230,9 +229,10 @@ int attend(Attention& a, const Plan& p, const SkvCudaContext& context) {
   if (p.path == SKV_CUDA_PREFILL) {
     const Rows keys{scratch, context.max_length, a.key.dim, SKV_FLOAT16, a.key.dim};
     const Rows values{scratch + p.rows_bytes, context.max_length, a.key.dim, SKV_FLOAT16, a.key.dim};
-    const cudaError_t error = dequantize_all(a, keys, values, 0, a.batch, context.stream);
+    const cudaError_t error = dequantize_all(a, keys, values, 0, a.batch, true, context.stream);
     if (const int status = finished(error, "dequantize_all")) return status;
-    return finished(prefill(a, keys, values, context.stream), "prefill");
+    if (const int status = finished(prefill(a, keys, values, context.stream), "prefill")) return status;
+    return finished(spread_not_numbers(a, context.stream), "spread_not_numbers");
   }
   a.partial = reinterpret_cast<float*>(scratch);
   a.peaks = reinterpret_cast<float2*>(scratch + p.partial_bytes);
@@ -251,6 +251,8 @@ int attend(Attention& a, const Plan& p, const SkvCudaContext& context) {
 
 using namespace skv::cuda;
 using skv::quantized_tokens;
+using skv::rewind_floor;
+using skv::ring_tokens;
 
 int skv_cuda_attention(const SkvAttention* call, const SkvCudaContext* context) {
   if (const int status = check_call(*call, *context, true)) return status;
@@ -282,7 +284,7 @@ int skv_cuda_dense_rows(const SkvAttention* call, const SkvCudaContext* context,
   const int32_t head_dim = call->key_cache.layout.head_dim;
   const Rows dense_keys{keys, rows, head_dim, a.output_type, head_dim};
   const Rows dense_values{values, rows, head_dim, a.output_type, head_dim};
-  return finished(dequantize_all(a, dense_keys, dense_values, b, 1, context->stream), "dequantize_all");
+  return finished(dequantize_all(a, dense_keys, dense_values, b, 1, false, context->stream), "dequantize_all");
 }
 
 int skv_cuda_dense_lengths(const SkvAttention* call, const SkvCudaContext* context, int32_t* lengths) {

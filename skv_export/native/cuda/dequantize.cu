@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // Grid: groups of kWarps positions, sequence and head, keys or values.
 template <int E>
-__global__ void __launch_bounds__(kThreads) dequantize_all_kernel(Attention a, Rows keys, Rows values, int first) {
+__global__ void __launch_bounds__(kThreads)
+    dequantize_all_kernel(Attention a, Rows keys, Rows values, int first, bool zero_not_numbers) {
   const bool is_value = blockIdx.z != 0;
   const Cache& c = is_value ? a.value : a.key;
   const int b = first + blockIdx.y / a.kv_num_heads, head = blockIdx.y % a.kv_num_heads;
@@ -44,8 +45,34 @@ __global__ void __launch_bounds__(kThreads) dequantize_all_kernel(Attention a, R
       rotate(x, c);
     } else {
       load_token(is_value ? a.new_value : a.new_key, int64_t{b} * a.lengths.tokens + position - s.past, head, x);
+#pragma unroll
+      for (int e = 0; e < E; e++) x[e] = zero_not_numbers && is_value && is_nan(x[e]) ? 0.f : x[e];
     }
     write(is_value ? values : keys, blockIdx.y, position, x);
+  }
+}
+
+// Grid: groups of kWarps new tokens, sequence and head. A warp looks at one new value, and where something of it is not
+// a number, neither is that of the outputs which see it.
+template <int E>
+__global__ void __launch_bounds__(kThreads) spread_not_numbers_kernel(Attention a) {
+  const int b = blockIdx.y / a.kv_num_heads, head = blockIdx.y % a.kv_num_heads;
+  const Sequence s = sequence(a.lengths, b, a.key, a.value);
+  const int from = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (!s.valid || from >= s.fresh) return;
+  float x[E];
+  const int64_t first_token = int64_t{b} * a.lengths.tokens;
+  if (!load_not_numbers(a.new_value, first_token + from, head, a.value, x)) return;
+  const int end = a.window > 0 && from + a.window < s.fresh ? from + a.window : s.fresh;
+  const int head_dim = a.value.layout.head_dim;
+  for (int token = from; token < end; token++) {
+    for (int i = 0; i < a.group(); i++) {
+      const int64_t row = ((first_token + token) * a.num_heads + head * a.group() + i) * head_dim;
+      for (int e = 0; e < E; e++) {
+        const int d = lane + 32 * e;
+        if (d < head_dim && is_nan(x[e])) store(a.output, row + d, a.output_type, x[e]);
+      }
+    }
   }
 }
 
@@ -110,10 +137,18 @@ cudaError_t dequantize(const Cache& cache, const Rows& rows, int64_t sequence_an
 }
 
 cudaError_t dequantize_all(const Attention& a, const Rows& keys, const Rows& values, int32_t first, int32_t count,
-                           void* stream) {
+                           bool zero_not_numbers, void* stream) {
   return with_channels(a.key, [&](auto channels) {
     const dim3 grid(groups_of_warps(a.lengths.max_length), count * a.kv_num_heads, 2);
-    return launch(dequantize_all_kernel<decltype(channels)::value>, grid, kThreads, 0, stream, a, keys, values, first);
+    return launch(dequantize_all_kernel<decltype(channels)::value>, grid, kThreads, 0, stream, a, keys, values, first,
+                  zero_not_numbers);
+  });
+}
+
+cudaError_t spread_not_numbers(const Attention& a, void* stream) {
+  return with_channels(a.key, [&](auto channels) {
+    const dim3 grid((a.lengths.tokens + kWarps - 1) / kWarps, a.batch * a.kv_num_heads);
+    return launch(spread_not_numbers_kernel<decltype(channels)::value>, grid, kThreads, 0, stream, a);
   });
 }
 

@@ -4,6 +4,8 @@
 
 namespace skv::cuda {
 
+constexpr int kMaxDecodeTokens = 8;  // of a sequence, that decode_mma takes
+
 // One call's attention as its kernels take it, by value.
 struct Attention {
   Cache key, value;
@@ -59,9 +61,11 @@ struct Rows {
 };
 cudaError_t dequantize(const Cache& cache, const Rows& rows, int64_t sequence_and_head, int32_t length, void* stream);
 // The past of `count` sequences from `first` on, and behind it the new tokens as they are; the rows begin with the
-// first.
+// first. `zero_not_numbers`: new values that are not numbers become 0.
 cudaError_t dequantize_all(const Attention& attention, const Rows& keys, const Rows& values, int32_t first,
-                           int32_t count, void* stream);
+                           int32_t count, bool zero_not_numbers, void* stream);
+// What the outputs are that see such a value: not numbers.
+cudaError_t spread_not_numbers(const Attention& attention, void* stream);
 // seqlens_k of a call where all rows are new tokens; and zeros, or NaN, in the output rows that are none.
 cudaError_t dense_lengths(const Attention& attention, int32_t* lengths, void* stream);
 cudaError_t clear_padding(const Attention& attention, void* stream);
