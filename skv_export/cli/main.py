@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from skv_export import __version__
-from skv_export.errors import SkvError
+from skv_export.errors import SkvError, did_you_mean
 from skv_export.spec.recipe import (
     BITS,
     DTYPES,
@@ -334,7 +334,7 @@ def recipes(name: str | None) -> None:
             click.echo(f"{key:{width}}  {Recipe.load(path).description}")
         return
     if name not in found:
-        raise SkvError(f"recipe {name}: not shipped", expected=", ".join(sorted(found)))
+        raise SkvError(f"recipe {name}: not shipped", expected=", ".join(sorted(found)), fix=did_you_mean(name, found))
     click.echo(found[name].read_text(encoding="utf-8"), nl=False)
 
 
