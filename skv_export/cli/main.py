@@ -290,11 +290,11 @@ def generate(folder: str, revision: str | None, prompt: str, **options: Any) -> 
     skv-export generate smollm2 --chat --prompt "Why is the sky blue?" --temperature 0.7 --top-p 0.9
     """
     from skv_export.model_folder import hub
-    from skv_export.runtime import session
+    from skv_export.runtime.text import generate_text
 
     text = sys.stdin.read() if prompt == "-" else prompt
     local = hub.fetch(folder, revision=revision)
-    result = session.generate_text(local, text, on_text=lambda piece: click.echo(piece, nl=False), **options)
+    result = generate_text(local, text, on_text=lambda piece: click.echo(piece, nl=False), **options)
     click.echo(f"\n{result.summary()}", err=True)
 
 
