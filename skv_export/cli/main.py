@@ -13,7 +13,7 @@ import click
 
 from skv_export import __version__
 from skv_export.cli.options import placement_options
-from skv_export.errors import SkvError
+from skv_export.errors import SkvError, did_you_mean
 from skv_export.spec.recipe import (
     BITS,
     DTYPES,
@@ -292,11 +292,11 @@ def generate(folder: str, revision: str | None, prompt: str, **options: Any) -> 
     skv-export generate smollm2 --chat --prompt "Why is the sky blue?" --temperature 0.7 --top-p 0.9
     """
     from skv_export.model_folder import hub
-    from skv_export.runtime import session
+    from skv_export.runtime.text import generate_text
 
     text = sys.stdin.read() if prompt == "-" else prompt
     local = hub.fetch(folder, revision=revision)
-    result = session.generate_text(local, text, on_text=lambda piece: click.echo(piece, nl=False), **options)
+    result = generate_text(local, text, on_text=lambda piece: click.echo(piece, nl=False), **options)
     click.echo(f"\n{result.summary()}", err=True)
 
 
@@ -336,7 +336,7 @@ def recipes(name: str | None) -> None:
             click.echo(f"{key:{width}}  {Recipe.load(path).description}")
         return
     if name not in found:
-        raise SkvError(f"recipe {name}: not shipped", expected=", ".join(sorted(found)))
+        raise SkvError(f"recipe {name}: not shipped", expected=", ".join(sorted(found)), fix=did_you_mean(name, found))
     click.echo(found[name].read_text(encoding="utf-8"), nl=False)
 
 

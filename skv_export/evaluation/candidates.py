@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel, QuantizedCache
 
 from skv_export.checkpoints.pretrained import input_device
-from skv_export.errors import SkvError
+from skv_export.errors import SkvError, did_you_mean
 from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation
 from skv_export.spec.recipe import BITS, Recipe, shipped_recipes
 
@@ -152,7 +152,7 @@ def parse_configs(text: str, base: Recipe) -> list[Contender]:
             raise SkvError(
                 f"--configs: {name}",
                 expected=f"a bit pair such as K4V2 (bits: {widths}), a recipe file or pattern, or a shipped recipe",
-                fix="`skv-export recipes` lists those of the package.",
+                fix=did_you_mean(name, shipped_recipes()) or "`skv-export recipes` lists those of the package.",
             )
         found += [of_recipe(path.stem, Recipe.load(path)) for path in paths]
     return found
@@ -185,7 +185,7 @@ def parse_baselines(text: str) -> list[Contender]:
             found += [_transformers(cache[1], bits) for bits in widths]
         else:
             expected = ", ".join(BASELINES) + ", or one with its bits: kivi-k4v2, hf-quanto-4, hf-hqq-8"
-            raise SkvError(f"--baselines: {name}", expected=expected)
+            raise SkvError(f"--baselines: {name}", expected=expected, fix=did_you_mean(name, BASELINES))
     return found
 
 

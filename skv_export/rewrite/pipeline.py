@@ -233,7 +233,7 @@ def _check_names(source: OnnxSource) -> None:
             f"{source.path}: inputs that are not those of a token loop",
             got=", ".join(unknown) or f"no {INPUT_IDS}",
             expected=f"{', '.join(TOKEN_INPUTS)} and the past",
-            fix="Export a decoder that takes input_ids and nothing else.",
+            fix="Export the decoder alone: no embeddings, token types or states of an encoder among its inputs.",
         )
     others = _WRITTEN | {file.name for file in source.companions}
     taken = sorted(location for location in source.weights if location in others)

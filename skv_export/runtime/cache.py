@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from skv_export.errors import SkvError
+from skv_export.model_folder.names import TENSORS, past_name, present_name
 from skv_export.model_folder.skv_config import LayerCache
 from skv_export.native.library import Library
 from skv_export.spec import reference
@@ -49,19 +50,19 @@ class Cache:
         self.lengths: NDArray[np.int64] = np.zeros(batch, np.int64)
         self._longest = self.lengths.copy()  # since each was empty: up to there rows are overwritten
         self._onnx, self._device, self._library = onnx, device, library
-        self._tensors: dict[str, tuple[CacheLayout, Any]] = {}
+        self._tensors: dict[tuple[int, str], tuple[CacheLayout, Any]] = {}
         for i, layer in enumerate(layers):
-            for name, layout in (("key", layer.key), ("value", layer.value)):
+            for name, layout in zip(TENSORS, (layer.key, layer.value), strict=True):
                 shape = [batch, layer.num_key_value_heads, *layout.shape(max_length)]
                 buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.uint8, device)
-                self._tensors[f"{i}.{name}"] = layout, buffer
+                self._tensors[i, name] = layout, buffer
         self.bind(self.binding)
 
     def bind(self, binding: Any) -> None:
         """Binds the buffers, as past and present alike, to an IOBinding of the session."""
-        for name, (_, buffer) in self._tensors.items():
-            binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
-            binding.bind_ortvalue_output(f"present.{name}", buffer)
+        for key, (_, buffer) in self._tensors.items():
+            binding.bind_ortvalue_input(past_name(*key), buffer)
+            binding.bind_ortvalue_output(present_name(*key), buffer)
 
     @property
     def nbytes(self) -> int:
@@ -76,11 +77,7 @@ class Cache:
 
     def data(self, layer: int, name: str) -> Bytes:
         """Returns a copy of one tensor's bytes, ``[batch, N_kv, rows, W]``; ``name`` is ``key`` or ``value``."""
-        return np.array(self._tensors[f"{layer}.{name}"][1].numpy())
-
-    def pointers(self) -> tuple[int, ...]:
-        """Returns the buffers' addresses: they stay what they are for the cache's whole life."""
-        return tuple(buffer.data_ptr() for _, buffer in self._tensors.values())
+        return np.array(self._tensors[layer, name][1].numpy())
 
     def reset(self) -> None:
         """Forgets every token; the buffers stay."""
@@ -162,6 +159,6 @@ class Cache:
         return order
 
     def _copy(self, source: Cache, order: NDArray[np.int64]) -> None:
-        for name, (_, buffer) in self._tensors.items():
-            buffer.update_inplace(np.ascontiguousarray(source._tensors[name][1].numpy()[order]))
+        for key, (_, buffer) in self._tensors.items():
+            buffer.update_inplace(np.ascontiguousarray(source._tensors[key][1].numpy()[order]))
         self.lengths[:], self._longest[:] = source.lengths[order], source._longest[order]

@@ -118,7 +118,7 @@ class CacheLayout:
                 f"{tensor} cache: padded head_dim {self.padded_dim} is no multiple of the group size",
                 got=self.group_size,
                 expected=" or ".join(map(str, sizes)),
-                fix=f"Set --{tensor[0]}-group-size to one of these, or leave it out.",
+                fix=f"Leave --{tensor[0]}-group-size out to have the usual one.",
             )
         if self.parameter_bits == 8 and self.granularity != "channel":
             raise SkvError(f"{tensor} cache: parameter_bits with granularity {self.granularity}", got=8, expected=16)

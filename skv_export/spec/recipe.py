@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skv_export.errors import SkvError
+from skv_export.errors import SkvError, did_you_mean
 
 BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 """Bit widths of keys and of values; 16 leaves a tensor unquantized."""
@@ -51,6 +51,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "num_sink_tokens": (0, MAX_KEPT_TOKENS),
     "recent_tokens": (0, MAX_KEPT_TOKENS),
 }
+_SWITCHES = ("quantize_head", "quantize_embeddings")
 MAX_RECIPE_BYTES = 1 << 20
 
 
@@ -105,7 +106,7 @@ PER_LAYER_KEYS = tuple(f.name for f in dataclasses.fields(LayerConfig) if f.name
 """Keys that a ``[[layers]]`` table may set; sinks, recent tokens and tiles are one for the whole model."""
 
 
-_WEIGHT_KEYS = ("weights", "quantize_head", "quantize_embeddings")
+_WEIGHT_KEYS = ("weights", *_SWITCHES)
 _MODEL_KEYS = ("dtype", *_WEIGHT_KEYS, "description")
 
 
@@ -147,11 +148,10 @@ class Recipe:
             raise SkvError(
                 f"weights {self.weights} with dtype {self.dtype}",
                 expected="one number format for both, or weights in int8 or int4",
-                fix="Set one of the two.",
+                fix="Leave weights out: they are of the dtype then.",
             )
-        for name in ("quantize_head", "quantize_embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                raise SkvError(name, got=repr(getattr(self, name)), expected="true or false")
+        for name in _SWITCHES:
+            _check(name, getattr(self, name))
         for override in self.overrides:
             self._apply(override)
 
@@ -251,10 +251,14 @@ class Recipe:
         description = values.get("description", "")
         if not isinstance(description, str):
             raise SkvError(f"{source}: description", got=type(description).__name__, expected="a string")
+        own = {key: values[key] for key in _MODEL_KEYS if key in values}
+        default = {key: values[key] for key in names if key in values}
+        for key, value in (own | default).items():
+            _check(key, value, source)
         return cls(
-            default=LayerConfig(**{key: values[key] for key in names if key in values}),
-            overrides=tuple(_override(table, source) for table in tables),
-            **_with_dtype({key: values[key] for key in _MODEL_KEYS if key in values}),
+            default=LayerConfig(**default),
+            overrides=tuple(_override(table, f"{source}: [[layers]] {i}") for i, table in enumerate(tables, 1)),
+            **_with_dtype(own),
         )
 
     @classmethod
@@ -266,7 +270,9 @@ class Recipe:
         """
         path = Path(path)
         if not path.is_file():
-            raise SkvError(f"recipe {path}: no such file", fix="`skv-export recipes` lists those of the package.")
+            near = did_you_mean(str(path), shipped_recipes())
+            fix = f"{near or ''} `skv-export recipes` lists those of the package.".strip()
+            raise SkvError(f"recipe {path}: no such file", fix=fix)
         size = path.stat().st_size
         if size > MAX_RECIPE_BYTES:
             raise SkvError(f"recipe {path}: too large", got=f"{size} bytes", expected=f"at most {MAX_RECIPE_BYTES}")
@@ -314,46 +320,44 @@ def _override(table: Mapping[str, Any], source: str) -> LayerOverride:
         index = [index]
     valid = isinstance(index, list) and index and all(type(i) is int and i >= 0 for i in index)
     if not valid:
-        raise SkvError(f"{source}: [[layers]] index", got=repr(index), expected="a layer number or a list of them")
-    _reject_unknown(values, PER_LAYER_KEYS, f"{source}: [[layers]]")
+        raise SkvError(f"{source}: index", got=repr(index), expected="a layer number or a list of them")
+    _reject_unknown(values, PER_LAYER_KEYS, source)
     for key, value in values.items():
-        _check(key, value)
+        _check(key, value, source)
     return LayerOverride(tuple(index or ()), tuple(values.items()))
 
 
-def _reject_unknown(values: Mapping[str, Any], known: Any, source: str) -> None:
+def _reject_unknown(values: Mapping[str, Any], known: Sequence[str], source: str) -> None:
     unknown = sorted(set(values) - set(known))
     if unknown:
+        near = [found for key in unknown if (found := did_you_mean(key, known))]
         raise SkvError(
             f"{source}: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}",
             expected=", ".join(known),
-            fix="Remove or rename what is unknown.",
+            fix=" ".join(near) or None,
         )
 
 
-def _check(name: str, value: object) -> None:
-    choices = _CHOICES.get(name)
-    if choices is not None:
+def _check(name: str, value: object, source: str = "") -> None:
+    """Checks the value of a key; ``source`` says where it stands."""
+    what = f"{source}: {name}" if source else name
+    if name in _CHOICES:
+        choices = _CHOICES[name]
         if value not in choices or isinstance(value, (bool, float)):
-            raise SkvError(
-                name,
-                got=repr(value),
-                expected=f"one of {', '.join(map(str, choices))}",
-                fix=f"Set {name} to one of these.",
-            )
-        return
-    low, high = _RANGES[name]
-    if type(value) is not int or not low <= value <= high:
-        raise SkvError(
-            name, got=repr(value), expected=f"an integer from {low} to {high}", fix=f"Set {name} within this range."
-        )
-    if name.endswith("group_size") and value % GROUP_MULTIPLE:
-        raise SkvError(
-            name,
-            got=value,
-            expected=f"a multiple of {GROUP_MULTIPLE} (or 0 for the default)",
-            fix=f"Set {name} to 32, 64 or 128.",
-        )
+            expected, near = ", ".join(map(str, choices)), None
+            if isinstance(value, str):
+                number = value in map(str, choices) and value not in choices
+                near = "Write the number without quotes." if number else did_you_mean(value, map(str, choices))
+            raise SkvError(what, got=repr(value), expected=f"one of {expected}", fix=near)
+    elif name in _RANGES:
+        low, high = _RANGES[name]
+        if type(value) is not int or not low <= value <= high:
+            raise SkvError(what, got=repr(value), expected=f"an integer from {low} to {high}")
+        if name.endswith("group_size") and value % GROUP_MULTIPLE:
+            expected = f"a multiple of {GROUP_MULTIPLE} (or 0 for the default)"
+            raise SkvError(what, got=value, expected=expected, fix="Leave it out to have the usual one.")
+    elif name in _SWITCHES and not isinstance(value, bool):
+        raise SkvError(what, got=repr(value), expected="true or false")
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -22,8 +22,8 @@ from skv_export.checkpoints.checkpoint import Source, demo_checkpoint, resolve
 from skv_export.errors import SkvError
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import Library, load_library
+from skv_export.runtime.prompts import load_tokenizer
 from skv_export.runtime.providers import open_session
-from skv_export.runtime.session import load_tokenizer
 from skv_export.spec.conformance import Case, Inputs, Outcome, expected_of, make_inputs, op_cases
 from skv_export.spec.op import OP_NAME, LayerAttention, attention_node, one_node_model
 

@@ -101,6 +101,8 @@ def test_no_demo_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
     [
         (["model", "/nowhere", "--k-bits", "7"], "'7' is not one of '1', '2', '3', '4', '5', '6', '8', '16'"),
         (["model", "/nowhere", "--recipe", "no-such"], "recipe no-such: no such file"),
+        (["model", "/nowhere", "--recipe", "kivi4"], "kivi4: did you mean kivi-4?"),
+        (["recipes", "balance"], "balance: did you mean balanced?"),
         (["model", "/nowhere", "--v-group-size", "48"], "v_group_size; got 48; expected a multiple of 32"),
         (["model", "/nowhere/at/all"], "/nowhere/at/all"),
         (["verify", "/nowhere"], "/nowhere"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_graph import CONTEXT, EXACT, SMALL, VOCAB, Tiny
+from tiny_graph import CONTEXT, EXACT, SMALL, VOCAB, Tiny, addresses
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
 
 from skv_export import SkvForCausalLM
@@ -105,11 +105,11 @@ def test_text_streams_as_it_is_generated(model: SkvForCausalLM, capsys: pytest.C
 
 def test_a_cache_carries_on(model: SkvForCausalLM) -> None:
     ids, cache = torch.tensor([TOKENS[:40]]), model.new_cache(1)
-    before = cache.cache.pointers()
+    before = addresses(cache.cache)
     first = model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
     second = model.generate(first, past_key_values=cache, max_new_tokens=5, do_sample=False)
     assert second.equal(model.generate(ids, max_new_tokens=10, do_sample=False))
-    assert cache.cache.pointers() == before
+    assert addresses(cache.cache) == before
     assert cache.get_seq_length() == 49
     cache.reset()
     again = model.generate(ids, past_key_values=cache, max_new_tokens=10, do_sample=False)

@@ -12,21 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_graph import CONTEXT, EXACT, KV_HEADS, SMALL, VOCAB, Tiny
+from tiny_graph import CONTEXT, EXACT, KV_HEADS, SMALL, VOCAB, Tiny, addresses
 
 from skv_export.errors import SkvError
-from skv_export.model_folder.skv_config import layout_entry
+from skv_export.model_folder.skv_config import ModelConfig, layout_entry
 from skv_export.native import library
-from skv_export.runtime.sampling import Sampler
-from skv_export.runtime.session import (
-    ModelConfig,
-    Sampling,
-    Session,
-    generate_text,
-    last_logits,
-    library_path,
-    load_tokenizer,
-)
+from skv_export.native.library import library_path
+from skv_export.runtime.prompts import load_tokenizer
+from skv_export.runtime.sampling import Sampler, Sampling
+from skv_export.runtime.session import Session, last_logits
+from skv_export.runtime.text import generate_text
 from skv_export.spec.recipe import LayerConfig
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -124,11 +119,11 @@ def test_given_positions_are_used(exact: Session) -> None:
 
 def test_buffers_are_bound_in_place_and_never_move(quantized: Session) -> None:
     cache = quantized.cache(1, 200)
-    before, size = cache.pointers(), cache.nbytes
+    before, size = addresses(cache), cache.nbytes
     for token in TOKENS[:100]:
         quantized.run([[token]], None, None, cache)
     outputs = {v.data_ptr() for v in cache.binding.get_outputs() if v.data_type() == "tensor(uint8)"}
-    assert cache.pointers() == before
+    assert addresses(cache) == before
     assert outputs == set(before)
     assert (
         cache.nbytes
@@ -241,10 +236,10 @@ def test_reorder_makes_copies(quantized: Session) -> None:
     cache = quantized.cache(3)
     prompts = [TOKENS[:70], TOKENS[70:140], TOKENS[100:170]]
     quantized.run(prompts, None, None, cache)
-    before = cache.pointers()
+    before = addresses(cache)
     cache.reorder([2, 2, 0])
     logits = quantized.run([[5], [5], [5]], None, None, cache)[:, 0]
-    assert cache.pointers() == before
+    assert addresses(cache) == before
     for row, source in enumerate([2, 2, 0]):
         assert np.abs(logits[row] - Tiny().logits([*prompts[source], 5], [70, 1])[-1]).max() < FLIPPED
 
@@ -513,12 +508,12 @@ def test_decoding_from_buffers_that_stay_is_decoding(quantized: Session, monkeyp
         make = getattr(onnxruntime.OrtValue, name)
         given = 1 if name == "ortvalue_from_numpy" else 2
         monkeypatch.setattr(onnxruntime.OrtValue, name, lambda *a, make=make, given=given: make(*a[:given]))
-    monkeypatch.setattr(quantized, "cuda_graph", True)
+    monkeypatch.setattr(quantized.graph, "cuda_graph", True)
     assert np.array_equal(steps(quantized, TOKENS, chunks), expected)
     assert quantized.generate(prompts, max_new_tokens=40) == texts
     cache = quantized.cache(1)
     quantized.run([TOKENS[:20]], None, None, cache)
-    assert len(quantized._graphs) == 0  # those of the caches before went with them, and a prompt needs none
+    assert len(quantized.graph.captured) == 0  # those of the caches before went with them, and a prompt needs none
 
 
 def test_a_graph_is_the_gpus(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tiny_models import write_tokenizer
 from transformers import LlamaConfig
 
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
+from skv_export.runtime.cache import Cache
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.op import AttentionParams
 from skv_export.spec.recipe import LayerConfig
@@ -175,3 +176,8 @@ class Tiny:
         graph = helper.make_graph(nodes, "tiny", inputs, outputs, tensors)
         opsets = [helper.make_opsetid("", 18), helper.make_opsetid("skv", 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def addresses(cache: Cache) -> tuple[int, ...]:
+    """Where a cache's buffers are."""
+    return tuple(buffer.data_ptr() for _, buffer in cache._tensors.values())
