@@ -106,7 +106,7 @@ def save(model: ir.Model, folder: Path, progress: Progress = lambda fraction: No
 
 
 def _store_weights(graph: ir.Graph, weights: Weights, original: Callable[[str], str]) -> None:
-    """Puts the checkpoint's tensors in place of the trace's empty ones, under their names in the whole model."""
+    """Replaces the trace's empty tensors by the checkpoint's, under their names in the whole model."""
     traced = tuple(graph.initializers.items())
     graph.initializers.clear()
     for name, value in traced:
@@ -121,7 +121,7 @@ def _store_weights(graph: ir.Graph, weights: Weights, original: Callable[[str], 
 
 
 def _name(graph: ir.Graph, layers: Sequence[LayerAttention]) -> None:
-    """Names dimensions, and puts each layer's keys and values side by side."""
+    """Names dimensions, and orders inputs and outputs so that each layer's keys and values are adjacent."""
     by_name = {str(value.name): value for value in (*graph.inputs, *graph.outputs)}
     for name in TOKEN_INPUTS:
         columns = "total_sequence_length" if name == ATTENTION_MASK else "sequence_length"
@@ -261,7 +261,7 @@ def _translate(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences torch.onnx about packages that are not needed, and its own deprecations."""
+    """Silences torch.onnx's messages about packages that are not needed, and its deprecations."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -274,7 +274,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _is_plain(module: torch.fx.GraphModule) -> bool:
-    """Whether no operator changes its input or holds a graph: such programs mean the same decomposed or not."""
+    """Whether no operator mutates its input or contains a graph; such programs need no decomposition."""
     targets = {node.target for node in module.graph.nodes if node.op == "call_function"}
     overloads = {t for t in targets if isinstance(t, torch._ops.OpOverload)}
     others = {t for t in targets - overloads if isinstance(t, torch._ops.OperatorBase)}
@@ -282,7 +282,7 @@ def _is_plain(module: torch.fx.GraphModule) -> bool:
 
 
 def _drop_no_ops(module: torch.fx.GraphModule) -> None:
-    """Removes conversions to the type that a tensor has already; models write them for the sake of half precision."""
+    """Removes conversions to the type that a tensor already has; models have them for half precision."""
     conversions = (torch.ops.aten.to.dtype, torch.ops.aten.to.device)
     for node in module.graph.nodes:
         if node.target not in conversions or any(user.op == "output" for user in node.users):
