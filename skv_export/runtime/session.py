@@ -303,7 +303,17 @@ class Session:
         return load_tokenizer(self.folder)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Puts messages (``role``, ``content``) into the model's chat template; see ``prompts.chat_prompt``."""
+        """Formats messages with the model's chat template.
+
+        Args:
+            messages: Each with ``role`` and ``content``.
+
+        Returns:
+            The prompt as text, up to where the model's answer starts.
+
+        Raises:
+            SkvError: The folder has no chat template.
+        """
         return chat_prompt(self.folder, messages)
 
 
