@@ -35,7 +35,7 @@ _FIX_TRAIN = "Change the checkpoint with transformers, and export it again."
 
 
 def _refused(name: str, reason: str, fix: str) -> Callable[..., NoReturn]:
-    """A method of transformers' models that an exported graph can't have."""
+    """A method of transformers' models that an exported graph can't support."""
 
     def method(self: SkvForCausalLM, *_: Any, **__: Any) -> NoReturn:
         raise SkvError(f"SkvForCausalLM.{name}: not supported", got="a call", expected=f"none: {reason}", fix=fix)
@@ -208,15 +208,15 @@ class SkvForCausalLM(GenerationMixin):
         return self
 
     def float(self) -> SkvForCausalLM:
-        """Returns the model: what goes in and comes out is float32."""
+        """Returns the model: inputs and outputs are float32."""
         return self
 
     def cpu(self) -> SkvForCausalLM:
-        """Returns the model: what goes in and comes out is on the CPU."""
+        """Returns the model: inputs and outputs are on the CPU."""
         return self
 
     def eval(self) -> SkvForCausalLM:
-        """Returns the model: it never trains."""
+        """Returns the model, which is always in evaluation mode."""
         return self
 
     def train(self, mode: bool = True) -> SkvForCausalLM:
@@ -392,7 +392,7 @@ class SkvForCausalLM(GenerationMixin):
         input_ids_length: int,
         inputs_tensor: torch.Tensor,
     ) -> GenerationConfig:
-        """Ends generation where the model's context ends: the last token that is generated needs no room there."""
+        """Ends generation at the end of the model's context; the last token needs no room there."""
         if input_ids_length > self.max_length:
             raise SkvError(
                 "generate: prompt",

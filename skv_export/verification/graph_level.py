@@ -37,7 +37,7 @@ STEPS_PAST_FLUSHES = 64
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What may differ.
+    """Tolerances of the graph level.
 
     Attributes:
         exact: Any logit, with a cache that rounds nothing.
@@ -129,7 +129,7 @@ class GraphResult:
 
 
 class TorchDecoder:
-    """The model in PyTorch with the reference as its attention, and a cache of its own, for one sequence."""
+    """The model in PyTorch with the reference as its attention and its own cache, for one sequence."""
 
     def __init__(self, model: PreTrainedModel, config: ModelConfig) -> None:
         self.length = 0
@@ -139,7 +139,7 @@ class TorchDecoder:
         self._past: list[list[torch.Tensor]] = []
 
     def adopt(self, cache: Cache) -> None:
-        """Takes over the bytes of a runtime's cache of one sequence."""
+        """Copies the bytes of a runtime's cache of one sequence."""
         self._past = [
             [torch.from_numpy(cache.data(i, name)) for i in range(len(self.layers))] for name in ("key", "value")
         ]
@@ -178,7 +178,7 @@ def check(
     execution_provider: str = "cpu",
     tolerance: Tolerance | None = None,
 ) -> GraphResult:
-    """Compares the exported graph with PyTorch, with a cache that rounds nothing and with the recipe's.
+    """Compares the exported graph with PyTorch, with an unquantized cache and with the recipe's.
 
     Args:
         model: The original; its attention is the reference's meanwhile.
@@ -262,7 +262,7 @@ class _Track:
         return worst > self.limit
 
     def add_caches(self, step: int, decoder: TorchDecoder, cache: Cache) -> None:
-        """Adds what a step wrote, and notes the first layer whose keys or values are not the reference's."""
+        """Adds what a step wrote, and records the first layer whose keys or values differ from the reference's."""
         for i, layer in enumerate(decoder.layers):
             for name, layout in (("key", layer.key), ("value", layer.value)):
                 blocks = [h.data(i, name).reshape(layer.num_key_value_heads, -1) for h in (decoder, cache)]
@@ -298,7 +298,7 @@ def _epsilon(layout: CacheLayout) -> float:
 
 
 def _differences(layout: CacheLayout, reference: Bytes, exported: Bytes) -> tuple[int, int, float]:
-    """What differs between two blocks ``[N_kv, C]``.
+    """The differences between two blocks ``[N_kv, C]``.
 
     Returns:
         Bytes of the tiles, numbers of the full-precision rows, and by how much the latter differ, relative to the
@@ -319,7 +319,7 @@ def _differences(layout: CacheLayout, reference: Bytes, exported: Bytes) -> tupl
 
 
 def judge(quantized: Comparison, exact: Comparison, tolerance: Tolerance) -> GraphResult:
-    """Holds the comparisons against the tolerance."""
+    """Checks the comparisons against the tolerance."""
     failures = _beyond("nothing rounded", exact, exact.max_abs, tolerance.exact, "largest")
     failures += _contradicted("nothing rounded", exact)
     bits = "the recipe's bits"

@@ -33,7 +33,7 @@ LOGIT_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What the quality level must reach to pass; None = not looked at.
+    """Thresholds of the quality level; None = not checked.
 
     Attributes:
         max_ppl_increase: Perplexity over the original's, minus 1.
@@ -89,7 +89,7 @@ class QualityResult:
         ]
 
     def against(self, limits: Thresholds) -> tuple[str, ...]:
-        """Returns what misses its threshold."""
+        """Returns a sentence for each figure beyond its threshold."""
         checks = [
             ("perplexity increase", self.ppl_increase, limits.max_ppl_increase, 1),
             ("mean KL divergence", self.kld_mean, limits.max_kld_mean, 1),
@@ -136,7 +136,7 @@ def read_text(path: Path | str | None) -> str:
 
 
 def text_windows(tokenizer: Any, text: str, count: int, length: int) -> NDArray[np.int64]:
-    """Cuts windows out of a text, evenly spread; each starts with what the tokenizer puts before a text.
+    """Cuts windows out of a text, evenly spread; each starts with the tokenizer's prefix of a text.
 
     Args:
         tokenizer: tokenizers' Tokenizer.

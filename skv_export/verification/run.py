@@ -128,7 +128,7 @@ def _kernels(library: Library, case: Case, i: Inputs) -> Outcome:
 
 
 def _op(library: Library, execution_provider: str, case: Case, i: Inputs) -> Outcome:
-    """The same through a model of one node."""
+    """The same through a one-node model."""
     import onnxruntime as ort
 
     floats = {name: getattr(i, name).astype(case.dtype) for name in ("query", "key", "value")}
@@ -283,7 +283,7 @@ def verify(
 
 
 def _source(config: ModelConfig, checkpoint: str | Path | None) -> Source:
-    """The checkpoint that was named, or the one that the folder says it came from: a hub id, or the demo's file."""
+    """The given checkpoint, or the one recorded in the folder: a hub id, or the demo's file."""
     if checkpoint is not None:
         return resolve(checkpoint)
     kind, name = (str(config.source.get(key)) for key in ("kind", "name"))
