@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := demo-model
-# The CUDA kernels take minutes to compile: on a machine without a GPU only when asked for (SKV_CUDA=on).
-SKV_CUDA ?= $(if $(shell command -v nvidia-smi),auto,off)
+# auto: the CUDA kernels are compiled where there is a GPU, for its architecture; on: for all; off: not.
+SKV_CUDA ?= auto
 
 .PHONY: demo test lint gpu-test gpu-bench setup clean
 .DELETE_ON_ERROR:
@@ -32,6 +32,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	git ls-files '*.cc' '*.cu' '*.cuh' '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
 
 # On a machine with a GPU: the source tree, nvcc, torch and numpy are all they need; no environment is set up.
@@ -45,3 +46,7 @@ gpu-bench:
 
 clean:
 	rm -rf $(VENV) build $(DEMO)
+
+.PHONY: docs
+docs: setup  ## The documentation as a site, in build/site; a broken link is an error
+	$(BIN)/mkdocs build --strict --quiet

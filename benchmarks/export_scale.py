@@ -269,18 +269,15 @@ def against_genai(precisions: Sequence[str], rounds: int, options: str, work: Pa
 
 def convert(folder: Path) -> None:
     """The demo model's GGUF file as safetensors, which genai's builder reads."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
+    from skv_export.checkpoints.pretrained import load_model, load_tokenizer
 
-    from skv_export.checkpoints.checkpoint import demo_checkpoint
-
-    file = demo_checkpoint()
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    source = resolve(demo_checkpoint())
+    model = load_model(source)
     model.hf_quantizer, model.is_quantized = None, False  # save_pretrained refuses what came from a GGUF file otherwise
     del model.config.quantization_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    load_tokenizer(source).save_pretrained(folder)
 
 
 def build(checkpoint: Path, out: Path, precision: str) -> None:

@@ -121,7 +121,8 @@ class GroupQueryAttention:
     def __init__(self, batch: int, heads: int, kv_heads: int, length: int, bits: int, device: str = "cuda") -> None:
         import onnxruntime as ort
 
-        from skv_export.bench.attention import AttentionShape, group_query_attention, step_model
+        from skv_export.bench.attention import AttentionShape, group_query_attention
+        from skv_export.spec.op import one_node_model
 
         shape = AttentionShape(length, heads, kv_heads, D, batch)
         node, specs = group_query_attention(shape, bits, np.float32 if device == "cpu" else np.float16)
@@ -129,7 +130,7 @@ class GroupQueryAttention:
         if device == "cuda":
             stream = str(torch.cuda.current_stream().cuda_stream)
             providers.insert(0, ("CUDAExecutionProvider", {"user_compute_stream": stream}))
-        session = ort.InferenceSession(step_model(node, specs), providers=providers)
+        session = ort.InferenceSession(one_node_model(node, specs), providers=providers)
         if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
             sys.exit("gpu_bench: onnxruntime's CUDA provider did not start: pip install 'skv-export[gpu]'")
         self.tensors = {name: self.values(name, dtype, size, device) for name, (dtype, size) in specs.items()}

@@ -1,6 +1,9 @@
-"""Owns the one exception type that the package raises for bad input; imports nothing of ours."""
+"""SkvError, the exception that the package raises for bad input. Imports no other module of the package."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class SkvError(Exception):
@@ -25,3 +28,9 @@ class SkvError(Exception):
             details.append(f"expected {expected}")
         message = "; ".join(details)
         super().__init__(f"{message}. {fix}" if fix else message)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """Returns ``NAME: did you mean X?`` for the known name that is nearest to a mistyped one; None if none is near."""
+    near = difflib.get_close_matches(name.lower(), list(known), n=1)
+    return f"{name}: did you mean {near[0]}?" if near else None

@@ -43,7 +43,7 @@ def demo_checkpoint() -> Path:
 @pytest.fixture(scope="session")
 def library() -> Path:
     """The native library."""
-    from skv_export.runtime.session import library_path
+    from skv_export.native.library import library_path
 
     built = ROOT / "build" / "libskv_ops.so"
     if built.is_file():

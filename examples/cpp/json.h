@@ -1,4 +1,4 @@
-// Owns reading JSON: all that skv_config.json needs, and nothing else. Numbers are doubles, exact up to 2^53.
+// A JSON reader for skv_config.json. Numbers are doubles, exact up to 2^53.
 #pragma once
 
 #include <cctype>

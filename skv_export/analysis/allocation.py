@@ -1,4 +1,6 @@
-"""Owns the choice of bit widths: the paper's greedy rule, its true optimum, and options under any budget."""
+"""Allocation of bit widths to layers: the paper's greedy rule, its exact optimum, and dynamic programming under a byte
+budget.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Owns running a model as `analyze --measure` needs it: what each layer's attention sees, and caches held decode style.
+"""Runs a model for `analyze --measure`: records the inputs of each layer's attention, and simulates its quantized
+cache.
 
 A query sees the sinks and the recent tokens exactly, and the tiles that had been flushed before it quantized, by the
 reference quantizer: one pass over a window shows what token-by-token decoding would see.
@@ -15,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface
 
 from skv_export.checkpoints.checkpoint import Source
+from skv_export.checkpoints.pretrained import Placement, input_device, load_model, load_tokenizer, replace_attention
 from skv_export.errors import SkvError
 from skv_export.spec import quantizer, reference
 from skv_export.spec.layout import CacheLayout
@@ -55,7 +57,7 @@ class LayerTraffic:
     @property
     def seen(self) -> Tensor:
         """``[S, S]``: which keys each query sees."""
-        i = torch.arange(self.q.shape[1])
+        i = torch.arange(self.q.shape[1], device=self.q.device)
         distance = i[:, None] - i[None, :]
         return (distance >= 0) & (distance < self.window) if self.window else distance >= 0
 
@@ -99,13 +101,13 @@ def quantized(layout: CacheLayout, x: Tensor) -> Tensor:
     tiles = max(0, (x.shape[1] - sinks) // t)
     if layout.bits == EXACT or not tiles:
         return x
-    y = reference.stored(layout, x.numpy()).astype(np.float32)
+    y = reference.stored(layout, x.cpu().numpy()).astype(np.float32)
     span = slice(sinks, sinks + tiles * t)
     content = y[:, span].reshape(y.shape[0], tiles, t, -1)
     y[:, span] = quantizer.dequantize(layout, *quantizer.quantize(layout, content)).reshape(y.shape[0], tiles * t, -1)
     if layout.rotation == "hadamard":
         y = quantizer.rotate(y, layout.rotation_dim)
-    return torch.from_numpy(np.ascontiguousarray(y[..., : layout.head_dim]))
+    return torch.from_numpy(np.ascontiguousarray(y[..., : layout.head_dim])).to(x.device)
 
 
 class DecodeModel:
@@ -115,18 +117,12 @@ class DecodeModel:
         bits: Per layer the cache's options; a layer that is not named is exact.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, placement: Placement | None = None) -> None:
         name = f"skv_measure_{next(_INSTANCES)}"  # transformers' registry is global; each model has its own entry
         AttentionInterface.register(name, self._attend)
-        files = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-        if source.kind == "hub":
-            files["revision"] = source.revision or "main"
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(source.pretrained, **files)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            source.pretrained, dtype=torch.float32, attn_implementation=name, **files
-        )
-        self.model.train(False)
-        self.model.requires_grad_(False)
+        self.tokenizer = load_tokenizer(source)
+        self.model: Any = load_model(source, placement=placement)
+        replace_attention(self.model, name)
         self.bits: dict[int, LayerConfig] = {}
         self._record: dict[int, tuple[LayerTraffic, Tensor]] | None = None
 
@@ -148,7 +144,8 @@ class DecodeModel:
     @torch.no_grad()
     def log_probs(self, ids: Tensor) -> Tensor:
         """Returns ``[S, vocabulary]`` log-probabilities of the next token, with ``self.bits`` in force."""
-        return self.model(ids[None], use_cache=False).logits[0].float().log_softmax(-1)
+        ids = ids.to(input_device(self.model))
+        return self.model(ids[None], use_cache=False).logits[0].float().log_softmax(-1).cpu()
 
     def perplexity(self, windows: Sequence[Tensor]) -> float:
         """Perplexity over windows, with ``self.bits`` in force."""
@@ -162,17 +159,17 @@ class DecodeModel:
         divergence of the logits (docs/theory.md, "What a layer's error costs").
         """
         self._record = {}
-        embedded = self.model.get_input_embeddings()(ids[None]).requires_grad_()
+        embedded = self.model.get_input_embeddings()(ids[None].to(input_device(self.model))).requires_grad_()
         try:
             logits = self.model(inputs_embeds=embedded, use_cache=False).logits[0].float()
             generator = torch.Generator().manual_seed(seed)
-            sample = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            loss = torch.nn.functional.cross_entropy(logits, sample, reduction="sum")
+            sample = torch.multinomial(logits.detach().cpu().softmax(-1), 1, generator=generator)[:, 0]
+            loss = torch.nn.functional.cross_entropy(logits, sample.to(logits.device), reduction="sum")
             record = [self._record[i] for i in sorted(self._record)]
             gradients = torch.autograd.grad(loss, [output for _, output in record])
         finally:
             self._record = None
-        return [replace(t, gradient=g) for (t, _), g in zip(record, gradients, strict=True)]
+        return [replace(t, gradient=g.float().cpu()) for (t, _), g in zip(record, gradients, strict=True)]
 
     def _attend(
         self,
@@ -191,13 +188,15 @@ class DecodeModel:
         """The attention function that transformers calls: ``[1, heads, S, D]`` in, ``[1, S, N, D]`` out."""
         layer = int(module.layer_idx)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        live = LayerTraffic(query[0], key[0], value[0], scale, softcap or 0.0, sliding_window or 0, s_aux)
+        sink = None if s_aux is None else s_aux.float()
+        q, k, v = query[0].float(), key[0].float(), value[0].float()
+        live = LayerTraffic(q, k, v, scale, softcap or 0.0, sliding_window or 0, sink)
         config = self.bits.get(layer)
         output = decode_output(live, config) if config else live.attend(live.k, live.v, live.seen)
         if self._record is not None:
-            kept = replace(live, q=live.q.detach(), k=live.k.detach(), v=live.v.detach())
-            self._record[layer] = (kept, output)
-        return output.transpose(0, 1)[None].contiguous(), None
+            q, k, v = (x.detach().cpu() for x in (live.q, live.k, live.v))
+            self._record[layer] = (replace(live, q=q, k=k, v=v, sink=None if sink is None else sink.cpu()), output)
+        return output.transpose(0, 1)[None].contiguous().to(query.dtype), None
 
 
 def decode_output(live: LayerTraffic, config: LayerConfig) -> Tensor:
@@ -206,7 +205,7 @@ def decode_output(live: LayerTraffic, config: LayerConfig) -> Tensor:
     One softmax over twice the keys: each position takes part as it is or as its tile gives it back, never as both.
     """
     k_layout, v_layout = CacheLayout.pair(config, live.q.shape[-1], live.window)
-    far, seen = flushed(k_layout, live.q.shape[1]), live.seen
+    far, seen = flushed(k_layout, live.q.shape[1]).to(live.q.device), live.seen
     k = torch.cat([live.k, quantized(k_layout, live.k)], dim=1)
     v = torch.cat([live.v, quantized(v_layout, live.v)], dim=1)
     return live.attend(k, v, torch.cat([seen & ~far, seen & far], dim=1))

@@ -1,4 +1,4 @@
-"""Owns what an allocation costs, in bytes of the cache at a context length by the layout's own count, and the limit."""
+"""The memory model of `analyze`: bytes of the cache for an allocation at a context length, and the budget."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Owns the score `geometry`: the attention-output error that b-bit keys or values cause, predicted from weights alone.
+"""The score `geometry`: predicts from weights alone the error of the attention output under b-bit keys or values.
 
-docs/theory.md derives it. In short: a key's error moves a logit by ``scale * sqrt(sum_d E[q_d^2] * error_d)``; a moved
-logit moves the output by that much of the values' spread; a value's error moves the output by its own size. No scale
-trade between W_Q and W_K or between W_V and W_O changes any of these.
+docs/theory.md derives it. In short: a key's error changes a logit by ``scale * sqrt(sum_d E[q_d^2] * error_d)``, and
+the output by that fraction of the values' spread; a value's error changes the output directly. Rescaling W_Q against
+W_K, or W_V against W_O, changes none of these.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class _Projection:
     Attributes:
         raw: ``[heads, D, hidden]``, as stored; a scaled copy of all of it is never made.
         gain: ``[hidden]``, the input norm's weight.
-        factor: ``[heads, D]``, what the output norm makes of each channel.
+        factor: ``[heads, D]``, factor of the output norm for each channel.
         varying: ``[heads, D]``, variance per channel.
         mean: ``[heads, D]``, constant part per channel.
     """

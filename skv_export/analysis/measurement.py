@@ -1,4 +1,4 @@
-"""Owns `analyze --measure`, the torch part of analyze: what each bit pair does to each layer, on text."""
+"""`analyze --measure`, the part of analyze that uses torch: measures on text what each bit pair costs in each layer."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from skv_export.analysis.attention_capture import EXACT, DecodeModel, LayerTraffic, flushed, grouped, quantized
 from skv_export.analysis.geometry import MIDRISE_ERROR, REFERENCE_BITS, grid_error
 from skv_export.checkpoints.checkpoint import Source
+from skv_export.checkpoints.pretrained import Placement
 from skv_export.errors import SkvError
 from skv_export.spec import reference
 from skv_export.spec.layout import CacheLayout
@@ -213,6 +214,7 @@ def measure(
     kl: bool = False,
     state: Path | None = None,
     progress: Progress | None = None,
+    placement: Placement | None = None,
     model: DecodeModel | None = None,
 ) -> Measurement:
     """Runs the model on text and measures every layer and bit pair.
@@ -227,14 +229,24 @@ def measure(
         kl: Also quantize each layer alone and compare logits; ``2 * choices`` forward passes per layer and window.
         state: File that keeps what was done, so that an interrupted run goes on where it stopped.
         progress: Called after each step.
+        placement: Device and number format of the model; float32 on the CPU if not given.
         model: A model already loaded.
 
     Raises:
         SkvError: The text is too short, or ``state`` belongs to another run.
     """
-    decoder = model or DecodeModel(source)
+    decoder = model or DecodeModel(source, placement)
     parts = decoder.windows(text, window, windows)
-    key = [str(source), hashlib.sha256(text.encode()).hexdigest(), repr(base), list(choices), len(parts), window]
+    key = [
+        str(source),
+        hashlib.sha256(text.encode()).hexdigest(),
+        repr(base),
+        list(choices),
+        len(parts),
+        window,
+    ]
+    if placement not in (None, Placement()):
+        key.append(repr(placement))
     done = _State(state, hashlib.sha256(json.dumps(key).encode()).hexdigest())
     tick = progress or (lambda *_: None)
     for i, ids in enumerate(parts):

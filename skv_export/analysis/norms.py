@@ -1,7 +1,7 @@
-"""Owns the norms of projections: Frobenius, spectral, stable rank and the top of the spectrum, whole and per head.
+"""Norms of projections: Frobenius, spectral, stable rank and the largest singular values, whole and per head.
 
-Nothing here decomposes a whole matrix. A wide matrix (keys and values under grouped-query attention) has a small Gram
-matrix, whose diagonal blocks are the heads' Gram matrices; a large square one (queries) gets Lanczos steps.
+No whole matrix is decomposed. A wide matrix (keys and values under grouped-query attention) has a small Gram matrix,
+whose diagonal blocks are the heads' Gram matrices; for a large square one (queries), Lanczos iteration is used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Owns `skv-export analyze`: from a checkpoint to scores side by side, and a recommendation that a recipe can hold."""
+"""`analyze`: computes the scores of a checkpoint and recommends bits per layer, as a recipe."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from skv_export.spec.recipe import LayerConfig, Recipe
 
 if TYPE_CHECKING:
     from skv_export.analysis.measurement import Measurement
+    from skv_export.checkpoints.pretrained import Placement
 
 __all__ = ["Analysis", "allocate_bits", "allocate_bits_optimal", "analyze"]
 
@@ -186,6 +187,9 @@ def analyze(
     windows: int = 4,
     window: int = 1024,
     state: Path | None = None,
+    device: str = "cpu",
+    dtype: str = "fp32",
+    device_map: str | None = None,
     report: Path | None = None,
     json: Path | None = None,
     plot: Path | None = None,
@@ -211,11 +215,17 @@ def analyze(
         windows: Windows of text.
         window: Tokens in each.
         state: File that makes a measurement resumable.
+        device: Where the model runs that is measured: ``cpu``, ``cuda``, ``cuda:1``.
+        dtype: Its number format: ``fp32``, ``fp16``, ``bf16``.
+        device_map: accelerate's, such as ``auto``, in place of ``device``.
         report: HTML page to write.
         json: JSON file to write.
         plot: PNG file to write.
         save: Recipe to write.
         progress: Called after each step.
+
+    Returns:
+        Norms, scores and flags per layer, and the recommendation; ``to_recipe`` makes a recipe of it.
 
     Raises:
         SkvError: See ``checkpoint.resolve``; a budget outside what the choices allow; measure without a text.
@@ -225,6 +235,7 @@ def analyze(
             "--measure needs a text to run the model on",
             fix="Pass --text FILE, a few thousand words like those to come.",
         )
+    placement = _placement(device, dtype, device_map) if measure else None
     source = resolve(checkpoint, revision=revision)
     opened = Checkpoint(source)
     reader = AttentionReader(opened)
@@ -233,7 +244,9 @@ def analyze(
     ).limited(budget, memory)
     cache.check()
     layers = _read(reader, cache.base, progress)
-    measurement = _measure(source, str(text), cache, kl, windows, window, state, progress) if measure else None
+    measurement = (
+        _measure(source, str(text), cache, kl, windows, window, state, progress, placement) if measure else None
+    )
     scores = compare(layers, cache, optimal, measurement)
     flags = find_flags(layers, scores)
     analysis = Analysis(
@@ -296,6 +309,7 @@ def _measure(
     window: int,
     state: Path | None,
     progress: Progress | None,
+    placement: Placement | None,
 ) -> Measurement:
     from skv_export.analysis.measurement import measure
 
@@ -314,7 +328,14 @@ def _measure(
         kl=kl,
         state=state,
         progress=progress,
+        placement=placement,
     )
+
+
+def _placement(device: str, dtype: str, device_map: str | None) -> Placement:
+    from skv_export.checkpoints.pretrained import Placement
+
+    return Placement(device, dtype, device_map)
 
 
 def _recommend(

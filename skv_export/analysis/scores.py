@@ -1,4 +1,4 @@
-"""Owns the scores side by side: what each asks for under the budget, and flags where one can't be trusted."""
+"""Compares the scores: the allocation that each recommends under the budget, and flags where one is unreliable."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Owns the timing of the attention op against ONNX Runtime's own, in one process.
+"""Times the attention op against ONNX Runtime's GroupQueryAttention, in one process.
 
-Every contender is a graph of one node in a session of its own, with its cache bound in place; the sessions take turns,
-so that a noisy machine is noisy for all of them.
+Each candidate is a one-node graph in its own session, with its cache bound in place. The sessions take turns, so that
+noise of the machine affects all of them alike.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +21,24 @@ from onnx import helper
 
 from skv_export.errors import SkvError
 from skv_export.native.library import library_path
-from skv_export.spec.layout import DOMAIN, LAYOUT_VERSION, OP_NAME, Bytes, CacheLayout, options_of
+from skv_export.spec.layout import Bytes, CacheLayout
+from skv_export.spec.op import (
+    INPUT_NAMES,
+    OUTPUT_NAMES,
+    AttentionParams,
+    LayerAttention,
+    attention_node,
+    one_node_model,
+)
 from skv_export.spec.recipe import LayerConfig
 from skv_export.spec.reference import append
 
 BASELINES = {"ort-gqa-fp32": 32, "ort-gqa-int8": 8, "ort-gqa-int4": 4}
 """ONNX Runtime's GroupQueryAttention by the bits of its cache, which keys and values share."""
-Spec = tuple[np.dtype[Any], tuple[int, ...]]
-"""Type and shape of a tensor."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _WARM_UP = 3
+_INPUTS = INPUT_NAMES[:7]
+"""Those that both ops need, of the same names and meaning."""
 
 
 @dataclass(frozen=True)
@@ -161,20 +169,15 @@ def _ours(shape: AttentionShape, config: LayerConfig, threads: int) -> _Contende
     """The op with a filled cache. Each step writes the same position again, so all steps cost the same."""
     layouts = CacheLayout.pair(config, shape.head_dim)
     caches = [_filled(shape, layout, seed) for seed, layout in enumerate(layouts)]
-    attributes: dict[str, Any] = {
-        "num_heads": shape.num_heads,
-        "kv_num_heads": shape.kv_num_heads,
-        "layout_version": LAYOUT_VERSION,
-        **options_of(*layouts),
-    }
-    node = helper.make_node(OP_NAME, _INPUTS, _OUTPUTS, domain=DOMAIN, **attributes)
+    attention = LayerAttention(AttentionParams(shape.num_heads, shape.kv_num_heads), layouts)
+    node = attention_node(_INPUTS, attention.attributes())
     used = shape.batch * shape.kv_num_heads * sum(layout.block_bytes(shape.context) for layout in layouts)
     return _Contender(f"skv-{config.name}", _step(shape, node, caches, {}, threads), used)
 
 
 def group_query_attention(
     shape: AttentionShape, bits: int, dtype: type[np.floating[Any]] = np.float32
-) -> tuple[onnx.NodeProto, dict[str, Spec]]:
+) -> tuple[onnx.NodeProto, dict[str, tuple[np.dtype[Any], tuple[int, ...]]]]:
     """ONNX Runtime's op, one new token per sequence, with static scales per channel where its cache is quantized.
 
     Args:
@@ -186,7 +189,7 @@ def group_query_attention(
         The node, and its inputs; a cache has room for ``context + 1`` tokens.
     """
     rows = {"query": shape.num_heads, "key": shape.kv_num_heads, "value": shape.kv_num_heads}
-    specs: dict[str, Spec] = {
+    specs: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
         name: (np.dtype(dtype), (shape.batch, 1, heads * shape.head_dim)) for name, heads in rows.items()
     }
     width = shape.head_dim // 2 if bits == 4 else shape.head_dim
@@ -202,7 +205,7 @@ def group_query_attention(
         for name in ("k_scale", "v_scale"):
             specs[name] = np.dtype(np.float32), (shape.kv_num_heads * shape.head_dim,)
         attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": bits}
-    return helper.make_node("GroupQueryAttention", inputs, _OUTPUTS, domain="com.microsoft", **attributes), specs
+    return helper.make_node("GroupQueryAttention", inputs, OUTPUT_NAMES, domain="com.microsoft", **attributes), specs
 
 
 def _group_query_attention(shape: AttentionShape, name: str, threads: int) -> _Contender:
@@ -219,10 +222,6 @@ def _group_query_attention(shape: AttentionShape, name: str, threads: int) -> _C
     scales = {name: np.full(size, 0.02, np.float32) for name, (_, size) in specs.items() if name.endswith("_scale")}
     used = 2 * shape.batch * shape.kv_num_heads * shape.context * shape.head_dim * bits // 8
     return _Contender(name, _step(shape, node, caches, scales, threads), used)
-
-
-_INPUTS = ["query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length"]
-_OUTPUTS = ["output", "present_key", "present_value"]
 
 
 def _filled(shape: AttentionShape, layout: CacheLayout, seed: int) -> Bytes:
@@ -257,7 +256,7 @@ def _step(
     for name, held in kept.items():
         binding.bind_ortvalue_input(name, held)
     output = ort.OrtValue.ortvalue_from_numpy(np.zeros_like(arrays["query"]))
-    for name, held in zip(_OUTPUTS, (output, kept["past_key"], kept["past_value"]), strict=True):
+    for name, held in zip(OUTPUT_NAMES, (output, kept["past_key"], kept["past_value"]), strict=True):
         binding.bind_ortvalue_output(name, held)
 
     def step() -> None:
@@ -269,28 +268,13 @@ def _step(
     return step
 
 
-def step_model(node: onnx.NodeProto, inputs: Mapping[str, Spec]) -> bytes:
-    """A model of one attention node, which returns ``output``, ``present_key`` and ``present_value``."""
-
-    def infos(names: Sequence[str], like: Sequence[str]) -> Iterator[onnx.ValueInfoProto]:
-        for name, other in zip(names, like, strict=True):
-            dtype, shape = inputs[other]
-            yield helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), shape)
-
-    outputs = infos(_OUTPUTS, ("query", "past_key", "past_value"))
-    graph = helper.make_graph([node], "step", list(infos(list(inputs), list(inputs))), list(outputs))
-    opsets = [helper.make_opsetid(domain, version) for domain, version in (("", 20), (node.domain, 1))]
-    model: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
-    return model
-
-
 def _session(node: onnx.NodeProto, arrays: dict[str, NDArray[Any]], threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     # A session whose threads went on spinning would take the cores from the next contender.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.register_custom_ops_library(str(library_path()))
-    model = step_model(node, {name: (array.dtype, array.shape) for name, array in arrays.items()})
+    model = one_node_model(node, {name: (array.dtype, array.shape) for name, array in arrays.items()})
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -1,7 +1,7 @@
-"""Owns the timing of a whole exported model, alone or in turns with an onnxruntime-genai export of the same model.
+"""Times a whole exported model, alone or in turns with an onnxruntime-genai export of the same model.
 
-Every measurement is a process of its own, so that the peak of its memory is its own too: load, prefill a prompt of
-``context`` tokens, decode. The contenders take turns, context by context and round by round.
+Each measurement runs in its own process, so that its peak memory is its own: load, prefill a prompt of ``context``
+tokens, decode. The candidates take turns, context by context and round by round.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from skv_export.bench.attention import CLOCKS
 from skv_export.errors import SkvError
+from skv_export.model_folder.names import GENAI_CONFIG_FILE
 
 CONTEXTS = (128, 2048, 7000)
 DECODE_STEPS = 32
@@ -201,7 +202,7 @@ def _genai(folder: str, context: int, threads: int, steps: int, clock: str) -> R
     params = og.GeneratorParams(model)
     params.set_search_options(max_length=context + steps + 2, do_sample=False)
     generator = og.Generator(model, params)
-    vocab_size = json.loads((Path(folder) / "genai_config.json").read_text(encoding="utf-8"))["model"]["vocab_size"]
+    vocab_size = json.loads((Path(folder) / GENAI_CONFIG_FILE).read_text(encoding="utf-8"))["model"]["vocab_size"]
     tokens = np.random.default_rng(0).integers(0, vocab_size, context).astype(np.int32)
 
     def prefill() -> None:

@@ -1,6 +1,6 @@
-"""Owns where each architecture keeps its attention weights: one row each, and layers cut out of a checkpoint.
+"""Names of the attention weights by architecture, and reading one layer's projections from a checkpoint.
 
-Everything comes back in one form: ``[heads * head_dim, hidden]`` matrices, heads in order, RoPE pairs half a head apart
+All layers have one form: ``[heads * head_dim, hidden]`` matrices, heads in order, RoPE pairs half a head apart
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Owns checkpoints as files: what a path or hub id names, its configuration, and its tensors, read lazily.
+"""Checkpoints: resolves a path or hub id, and reads its configuration and, lazily, its tensors.
 
 Safetensors (one file or shards), GGUF, and hub ids over HTTP byte ranges. Pickles are refused: loading one runs code.
 """

@@ -1,4 +1,4 @@
-"""Owns reading GGUF files: metadata, and tensors dequantized to float32; a model may be cut into several files.
+"""Reads GGUF files: metadata, and tensors dequantized to float32; a model may be split into several files.
 
 The layout is ggml's: magic, version, counts, key-value pairs, tensor table, aligned data. Everything read is
 bounds-checked; the quantized blocks themselves are decoded by the ``gguf`` package.

@@ -193,7 +193,7 @@ class _Keys:
 
 
 def gguf_config(metadata: Mapping[str, Any], entries: Mapping[str, TensorEntry], name: str) -> dict[str, Any]:
-    """Returns what a GGUF file says of its model, as a configuration of transformers'.
+    """Returns the configuration of a GGUF file's model, as transformers' configuration.
 
     Args:
         metadata: All of the file's keys.

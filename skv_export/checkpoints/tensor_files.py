@@ -1,4 +1,4 @@
-"""Owns reading tensors out of files without loading them: local files, HTTP ranges, and safetensors headers.
+"""Reads tensors from files without loading the files: local files, HTTP ranges, and safetensors headers.
 
 A header is untrusted input: its offsets, shapes and dtypes are checked against the file before any data is read.
 """

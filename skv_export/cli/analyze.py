@@ -1,4 +1,4 @@
-"""Owns the command `skv-export analyze`: parse, call `analyze`, print."""
+"""The command `skv-export analyze`: parses, calls `analyze`, prints."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from skv_export.cli.options import placement_options
 from skv_export.spec.recipe import GRANULARITIES, ROTATIONS, TILE_TOKENS, LayerConfig
 
 _PATH = click.Path(path_type=Path, dir_okay=False)
@@ -87,6 +88,7 @@ class Pairs(click.ParamType[Any]):
 @click.option("--windows", type=int, default=4, show_default=True, help="Windows of text.")
 @click.option("--window", type=int, default=1024, show_default=True, help="Tokens in each.")
 @click.option("--state", type=_PATH, help="File that makes a measurement resumable.")
+@placement_options
 @click.option("--report", type=_PATH, help="HTML page to write.")
 @click.option("--plot", type=_PATH, help="PNG to write (extra `plots`).")
 @click.option("--json", type=_PATH, help="JSON file to write.")

@@ -1,4 +1,4 @@
-"""Owns `skv-export bench`: parse, call, print, and the command that repeats it."""
+"""The command `skv-export bench`: parses, calls, and prints the results and the command that repeats them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns `skv-export doctor`: what is installed, which kernels will run, what is missing and how to fix it."""
+"""The command `skv-export doctor`: what is installed, which kernels will run, what is missing and how to fix it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _library() -> list[Check]:
         Check(
             "CUDA kernels",
             cuda or "not built",
-            "" if cuda else "For NVIDIA GPUs: install with nvcc on the PATH (SKV_CUDA=on makes its absence an error).",
+            "" if cuda else "For NVIDIA GPUs: install with nvcc on the PATH and -C cmake.define.SKV_CUDA=on.",
             required=False,
         ),
     ]

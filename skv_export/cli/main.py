@@ -1,4 +1,4 @@
-"""Owns the command line: parse, call, print. A flag, a parameter and a recipe key have one name."""
+"""The command line: parses, calls, prints. A flag, a parameter and a recipe key have the same name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import click
 
 from skv_export import __version__
-from skv_export.errors import SkvError
+from skv_export.cli.options import placement_options
+from skv_export.errors import SkvError, did_you_mean
 from skv_export.spec.recipe import (
     BITS,
     DTYPES,
@@ -72,9 +73,9 @@ def main() -> None:
     """Export language models to ONNX Runtime with a KV cache quantized separately for keys and values.
 
     \b
-    skv-export model meta-llama/Llama-3.2-1B --k-bits 4 --v-bits 2 --out llama
-    skv-export verify llama --checkpoint meta-llama/Llama-3.2-1B
-    skv-export generate llama --prompt "The capital of France is"
+    skv-export model --k-bits 4 --v-bits 2 --out demo-model     # the demo model; or name a CHECKPOINT
+    skv-export verify demo-model
+    skv-export generate demo-model --prompt "The capital of France is"
 
     `skv-export CHECKPOINT ...` is short for `skv-export model CHECKPOINT ...`.
     """
@@ -85,7 +86,7 @@ _RECIPE_OPTIONS: dict[str, tuple[Any, str]] = {
     "v_bits": (BITS, "Bits of a value; 16 = not quantized."),
     "k_granularity": (
         GRANULARITIES,
-        "Who shares a key's scale: a channel of a tile, or a group of a token's channels.",
+        "What shares a key's scale: a channel of a tile, or a group of a token's channels.",
     ),
     "v_granularity": (GRANULARITIES, "The same for values."),
     "k_rotation": (ROTATIONS, "Rotate queries and keys after RoPE."),
@@ -102,8 +103,8 @@ _RECIPE_OPTIONS: dict[str, tuple[Any, str]] = {
     "weights": (WEIGHTS, "Number format of weights; int8 and int4 in blocks of 32, the rest as --dtype."),
 }
 _SWITCHES = {
-    "quantize_head": "Whether --weights int8 or int4 takes in the output embedding.",
-    "quantize_embeddings": "Whether --weights int8 or int4 takes in the input embedding.",
+    "quantize_head": "Whether --weights int8 or int4 includes the output embedding.",
+    "quantize_embeddings": "Whether --weights int8 or int4 includes the input embedding.",
 }
 
 
@@ -230,6 +231,7 @@ def model(
 @click.option("--max-kld-p99", type=float, help="Quality: fails above it, in nats.")
 @click.option("--min-top1-agreement", type=click.FloatRange(0, 1), help="Quality: fails below it.")
 @click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
+@placement_options
 def verify(
     folder: str,
     revision: str | None,
@@ -242,7 +244,7 @@ def verify(
     min_top1_agreement: float | None,
     **options: Any,
 ) -> None:
-    """Prove that FOLDER computes what PyTorch computes, and measure what quantization costs.
+    """Check that FOLDER computes what PyTorch computes, and measure what quantization costs.
 
     FOLDER is what `skv-export model` wrote, or the hub id of one that was pushed.
 
@@ -290,11 +292,11 @@ def generate(folder: str, revision: str | None, prompt: str, **options: Any) -> 
     skv-export generate smollm2 --chat --prompt "Why is the sky blue?" --temperature 0.7 --top-p 0.9
     """
     from skv_export.model_folder import hub
-    from skv_export.runtime import session
+    from skv_export.runtime.text import generate_text
 
     text = sys.stdin.read() if prompt == "-" else prompt
     local = hub.fetch(folder, revision=revision)
-    result = session.generate_text(local, text, on_text=lambda piece: click.echo(piece, nl=False), **options)
+    result = generate_text(local, text, on_text=lambda piece: click.echo(piece, nl=False), **options)
     click.echo(f"\n{result.summary()}", err=True)
 
 
@@ -334,7 +336,7 @@ def recipes(name: str | None) -> None:
             click.echo(f"{key:{width}}  {Recipe.load(path).description}")
         return
     if name not in found:
-        raise SkvError(f"recipe {name}: not shipped", expected=", ".join(sorted(found)))
+        raise SkvError(f"recipe {name}: not shipped", expected=", ".join(sorted(found)), fix=did_you_mean(name, found))
     click.echo(found[name].read_text(encoding="utf-8"), nl=False)
 
 

@@ -1,4 +1,4 @@
-"""Owns `skv-export quality`'s command line: parse, call, print; torch waits until it runs."""
+"""The command `skv-export quality`: parses, calls, prints; torch is imported only when it runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from skv_export.cli.options import placement_options
 from skv_export.spec.recipe import LayerConfig, Recipe
 
 DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
@@ -34,6 +35,7 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 @click.option("--state", type=click.Path(path_type=Path), help="Keep finished windows here; go on from them.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write the table and the Pareto plot as HTML.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures as JSON.")
+@placement_options
 def quality_command(
     checkpoint: str | None,
     text: Path | None,
@@ -48,6 +50,9 @@ def quality_command(
     state: Path | None,
     report: Path | None,
     json_file: Path | None,
+    device: str,
+    dtype: str,
+    device_map: str | None,
 ) -> None:
     """Measure what quantized caches lose on CHECKPOINT: perplexity, KL divergence, agreement, bits.
 
@@ -59,16 +64,18 @@ def quality_command(
     skv-export quality ./Qwen3-0.6B --configs 'recipes/*.toml' --baselines kivi,hf-quanto --report quality.html
     """
     from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
+    from skv_export.checkpoints.pretrained import Placement
     from skv_export.evaluation import candidates, comparison, needle
     from skv_export.evaluation.html_report import html
     from skv_export.verification.quality_level import read_text
 
+    placement = Placement(device, dtype, device_map)
     base = Recipe(LayerConfig()).with_options(recent_tokens=recent_tokens, num_sink_tokens=num_sink_tokens)
     wanted = [*candidates.parse_configs(configs, base), *candidates.parse_baselines(baselines)]
     lengths = needle.parse_lengths(needle_lengths)
     source = resolve(checkpoint or demo_checkpoint())
     prose = read_text(text)
-    loaded = comparison.load(source)
+    loaded = comparison.load(source, placement)
     with click.progressbar(length=1000, label="quality", show_pos=False) as bar:
 
         def progress(what: str, done: int, total: int) -> None:

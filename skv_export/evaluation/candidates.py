@@ -1,6 +1,6 @@
-"""Owns what `skv-export quality` compares: our recipes and other systems' caches, by name.
+"""The cache quantizers that `skv-export quality` compares: recipes, and the caches of other systems, by name.
 
-A contender predicts a window of text decode style: every token sees the cache that a decoder would have.
+A candidate predicts a window of text decode style: every token sees the cache that a decoder would have.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, QuantizedCache
 
-from skv_export.errors import SkvError
+from skv_export.checkpoints.pretrained import input_device
+from skv_export.errors import SkvError, did_you_mean
 from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation
 from skv_export.spec.recipe import BITS, Recipe, shipped_recipes
 
 BASELINES = ("kivi", "hf-quanto", "hf-hqq")
-"""Other systems: each stands for its usual bit widths (``kivi``), or names one (``kivi-k4v2``, ``hf-quanto-4``)."""
+"""Other systems: a name alone means its usual bit widths (``kivi``); ``kivi-k4v2`` and ``hf-quanto-4`` name one."""
 _PACKAGES = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq", "hqq")}
 _CACHE_BITS = {"quanto": (4, 2), "hqq": (8, 4, 2)}
 """What works: hqq packs 3 bits into rows that it can't unpack to every length."""
@@ -95,6 +96,7 @@ class TransformersCache(Contender):
             q_group_size=_GROUP,
             residual_length=_RESIDUAL,
         )
+        ids = ids.to(input_device(model))
         with own_attention(model):
             first = _PROMPT[self.backend]
             parts = [ids[:first], *torch.split(ids[first:], _RESIDUAL)]
@@ -118,7 +120,9 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def simulated_logits(model: PreTrainedModel, ids: torch.Tensor, simulation: Simulation) -> torch.Tensor:
     """Float32 logits ``[S, vocab]`` of a window with the caches of a simulation, in one forward pass."""
-    logits: torch.Tensor = model(ids[None], use_cache=False, skv_simulation=simulation).logits[0]
+    logits: torch.Tensor = model(ids[None].to(input_device(model)), use_cache=False, skv_simulation=simulation).logits[
+        0
+    ]
     return logits.float()
 
 
@@ -148,14 +152,14 @@ def parse_configs(text: str, base: Recipe) -> list[Contender]:
             raise SkvError(
                 f"--configs: {name}",
                 expected=f"a bit pair such as K4V2 (bits: {widths}), a recipe file or pattern, or a shipped recipe",
-                fix="`skv-export recipes` lists those of the package.",
+                fix=did_you_mean(name, shipped_recipes()) or "`skv-export recipes` lists those of the package.",
             )
         found += [of_recipe(path.stem, Recipe.load(path)) for path in paths]
     return found
 
 
 def of_recipe(name: str, recipe: Recipe) -> Simulated:
-    """Returns the contender of a recipe; its weights' number format plays no part, everything runs in float32."""
+    """Returns the contender of a recipe; its weights' number format is ignored, everything runs in float32."""
     key = hashlib.sha256(recipe.with_options(dtype="fp32", description="").to_toml().encode()).hexdigest()[:16]
     return Simulated(name, key, recipe.description, Simulation.of_recipe(recipe))
 
@@ -181,7 +185,7 @@ def parse_baselines(text: str) -> list[Contender]:
             found += [_transformers(cache[1], bits) for bits in widths]
         else:
             expected = ", ".join(BASELINES) + ", or one with its bits: kivi-k4v2, hf-quanto-4, hf-hqq-8"
-            raise SkvError(f"--baselines: {name}", expected=expected)
+            raise SkvError(f"--baselines: {name}", expected=expected, fix=did_you_mean(name, BASELINES))
     return found
 
 

@@ -1,8 +1,8 @@
-"""Owns `skv-export quality`: what configurations of the cache lose against full precision, on one text in one run.
+"""`skv-export quality`: compares cache configurations with full precision, on one text in one run.
 
-Every window of text is predicted once by the unquantized model and once by each contender, decode style. Differences
-are taken position by position, so the standard error of a change is that of the difference, which is far below those
-of the two perplexities.
+Every window of text is predicted once by the unquantized model and once by each candidate, decode style. Differences
+are taken position by position, so the standard error of a change is that of the difference, which is far below those of
+the two perplexities.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from skv_export.checkpoints.checkpoint import Source
+from skv_export.checkpoints.pretrained import Placement, load_model, load_tokenizer, replace_attention
 from skv_export.errors import SkvError
 from skv_export.evaluation.candidates import Contender, simulated_logits
 from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation
@@ -136,21 +137,18 @@ def pareto(rows: Sequence[Row]) -> list[Row]:
 # The model and its text.
 
 
-def load(source: Source) -> tuple[PreTrainedModel, Any]:
-    """Loads a checkpoint in float32 with simulated attention, and its tokenizer.
+def load(source: Source, placement: Placement | None = None) -> tuple[PreTrainedModel, Any]:
+    """Loads a checkpoint with simulated attention, and its tokenizer.
+
+    Args:
+        source: The checkpoint.
+        placement: Device and number format; float32 on the CPU if not given.
 
     Raises:
-        SkvError: The model does not take transformers' AttentionInterface.
+        SkvError: It can't be loaded whole, or does not take transformers' AttentionInterface.
     """
-    files = {"revision": source.revision} if source.kind == "hub" else {}
-    if source.gguf_file:
-        files["gguf_file"] = source.gguf_file
-    tokenizer: Any = AutoTokenizer.from_pretrained(source.pretrained, **files)
-    model: Any = AutoModelForCausalLM.from_pretrained(source.pretrained, dtype=torch.float32, **files)
-    model.eval().requires_grad_(False)
-    model.set_attn_implementation(ATTENTION_NAME)
-    if model.config._attn_implementation != ATTENTION_NAME:
-        raise SkvError(f"{model.config.model_type}: its attention can't be replaced, so its cache can't be simulated")
+    tokenizer, model = load_tokenizer(source), load_model(source, placement=placement)
+    replace_attention(model, ATTENTION_NAME)
     return model, tokenizer
 
 
@@ -211,6 +209,7 @@ _ARRAYS = ("nll", "nll_reference", "divergence")
 def _compare(reference: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, bits: float) -> _Window:
     """Compares log-probabilities ``[S, vocab]`` with logits of a contender."""
     parts: list[torch.Tensor] = []
+    ids = ids.to(logits.device)
     for start in range(0, len(ids) - 1, _CHUNK):
         rows = slice(start, min(start + _CHUNK, len(ids) - 1))
         p, q = reference[rows], logits[rows].log_softmax(-1)
@@ -218,7 +217,7 @@ def _compare(reference: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, b
         divergence = (p.exp() * (p - q)).sum(-1).clamp(min=0)
         agreement = (p.argmax(-1) == q.argmax(-1)).float()
         parts.append(torch.stack([-q.gather(1, target)[:, 0], -p.gather(1, target)[:, 0], divergence, agreement]))
-    nll, nll_reference, divergence, agreement = torch.cat(parts, 1).numpy()
+    nll, nll_reference, divergence, agreement = torch.cat(parts, 1).cpu().numpy()
     return _Window(nll, nll_reference, divergence, float(agreement.mean()), bits)
 
 
@@ -289,7 +288,8 @@ def run(
     model, tokenizer = loaded or load(source)
     cut = cut_windows(tokenizer, text, windows, window)
     digest = hashlib.sha256(cut.numpy().tobytes()).hexdigest()[:16]
-    done = _State(state, f"{source}:{digest}")
+    number_format = "" if model.dtype == torch.float32 else f":{model.dtype}"
+    done = _State(state, f"{source}:{digest}{number_format}")
     cut = cut[:first]
     tick = progress or (lambda *_: None)
     for i, ids in enumerate(cut):

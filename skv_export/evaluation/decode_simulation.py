@@ -1,10 +1,10 @@
-"""Owns decoding without decoding: attention over a whole text at once, every token seeing a decoder's cache.
+"""Simulates token-by-token decoding in one forward pass: every token sees the cache that a decoder would have.
 
-A cache's content is a function of its length alone (design: section 3), and a tile's codes of its own tokens alone. So
-what the query at position i would read from a cache of i tokens can be computed for all i in one pass: quantize every
-tile once, then let each query see the quantized form of the tokens that have left for the tiles, and the full-precision
-form of the others. The result is that of one call per token, up to the order of float32 sums; tests hold it to the
-reference op.
+Which tokens are quantized depends on the cache's length alone (docs/spec.md, Which token is where), and a tile's codes
+on its own tokens alone. So what the query at position i would read from a cache of i tokens can be computed for all i
+in one pass: quantize every tile once, then let each query see the quantized form of the tokens that have left for the
+tiles, and the full-precision form of the others. The result is that of one call per token, up to the order of float32
+sums; tests hold it to the reference op.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BLOCK = 128
 
 
 class TensorCache(Protocol):
-    """What a cache makes of one tensor, keys or values, of one layer; everything in the model's own basis."""
+    """How a cache represents one tensor, keys or values, of one layer; everything in the model's own basis."""
 
     @property
     def num_sink_tokens(self) -> int:
@@ -71,12 +71,12 @@ class LayoutCache:
 
     def exact(self, x: torch.Tensor) -> torch.Tensor:
         """Rounds to ``recent_type``, in the cache's basis."""
-        return self._to_model(stored(self.layout, x.numpy()).astype(np.float32))
+        return self._to_model(stored(self.layout, x.cpu().numpy()).astype(np.float32), x.device)
 
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
         """Quantizes every full tile and reads it back."""
         layout = self.layout
-        rows = stored(layout, x.numpy())
+        rows = stored(layout, x.cpu().numpy())
         first, t = layout.num_sink_tokens, layout.tile_tokens
         tiles = max(0, (rows.shape[1] - first) // t)
         span = slice(first, first + tiles * t)
@@ -84,16 +84,16 @@ class LayoutCache:
         if tiles:
             content = rows[:, span].reshape(rows.shape[0], tiles, t, -1)
             out[:, span] = decode_tile(layout, encode_tile(layout, content)).reshape(rows.shape[0], tiles * t, -1)
-        return self._to_model(out)
+        return self._to_model(out, x.device)
 
     def effective_bits(self, context_length: int) -> float:
         """All bytes of the block, over the tokens that a query can see: a sliding window has no use for more."""
         seen = min(context_length, self.layout.local_window_size or context_length)
         return self.layout.effective_bits(context_length) * context_length / seen
 
-    def _to_model(self, rows: Any) -> torch.Tensor:
+    def _to_model(self, rows: Any, device: torch.device) -> torch.Tensor:
         x = rotate(rows, self.layout.rotation_dim) if self.layout.rotation == "hadamard" else rows
-        return torch.from_numpy(np.ascontiguousarray(x[..., : self.layout.head_dim]))
+        return torch.from_numpy(np.ascontiguousarray(x[..., : self.layout.head_dim])).to(device)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,8 @@ class KiviCache:
             groups = x.reshape(heads, tokens * dim // g, g, 1)
         else:
             groups = x[:, : tokens // g * g].reshape(heads, tokens // g, g, dim)
-        out = torch.from_numpy(_min_max(groups.half().float().numpy(), self.bits)).reshape(heads, -1, dim)
+        read = torch.from_numpy(_min_max(groups.half().float().cpu().numpy(), self.bits)).to(x.device)
+        out = read.reshape(heads, -1, dim)
         return torch.cat([out, x[:, out.shape[1] :]], 1)
 
     def effective_bits(self, context_length: int) -> float:
@@ -211,7 +212,7 @@ def attend(
     sink = None if head_sink is None else head_sink.float().reshape(heads, -1, 1, 1)
     for start in range(0, tokens, BLOCK):
         stop = min(start + BLOCK, tokens)
-        q, own = grouped[:, :, start:stop], torch.arange(stop - start)
+        q, own = grouped[:, :, start:stop], torch.arange(stop - start, device=query.device)
         # The query heads of a KV head share its rows: one product for all of them.
         folded = q.reshape(heads, -1, dim)
         k, k_late = _view(caches[0], *k_states, start, stop)
@@ -238,10 +239,11 @@ def attend(
 def _mask(scores: torch.Tensor, start: int, window: int) -> None:
     """Hides the tokens after each query, and those that a sliding window has left behind, in place."""
     queries, columns = scores.shape[-2:]
-    position = torch.arange(start, start + queries)[:, None]
-    scores[..., start:].masked_fill_(torch.arange(start, columns) > position, -torch.inf)
+    column = torch.arange(columns, device=scores.device)
+    position = column[start : start + queries, None]
+    scores[..., start:].masked_fill_(column[start:] > position, -torch.inf)
     if 0 < window < columns:
-        scores.masked_fill_(torch.arange(columns) <= position - window, -torch.inf)
+        scores.masked_fill_(column <= position - window, -torch.inf)
 
 
 _Change = tuple[slice, torch.Tensor, torch.Tensor]
@@ -260,8 +262,8 @@ def _view(
     seen[:, sinks:first] = quantized[:, sinks:first]
     if last == first:
         return seen, []
-    ends = torch.tensor([sinks + cache.quantized_tokens(i) for i in range(start, stop)])
-    late = (torch.arange(first, last)[None] < ends[:, None]).float()
+    ends = torch.tensor([sinks + cache.quantized_tokens(i) for i in range(start, stop)], device=exact.device)
+    late = (torch.arange(first, last, device=exact.device)[None] < ends[:, None]).float()
     columns = slice(first, last)
     return seen, [(columns, late, quantized[:, columns] - exact[:, columns])]
 

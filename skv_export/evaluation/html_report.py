@@ -1,13 +1,12 @@
-"""Owns the page that shows a quality run: Pareto plot, loss by position, tables; one self-contained file."""
+"""The HTML report of a quality run: Pareto plot, loss by position, tables; one self-contained file."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from html import escape
-from importlib import resources
 
-from skv_export.analysis.html_report import Chart, Line, svg
+from skv_export.evaluation.charts import Chart, Line, page, svg
 from skv_export.evaluation.comparison import BITS_CONTEXT, Result, Row, pareto
 from skv_export.evaluation.needle import DEPTHS, NeedleResult
 
@@ -19,7 +18,6 @@ _FLOOR = 1e-6
 
 def html(result: Result, retrieval: NeedleResult | None = None) -> str:
     """Returns the page."""
-    style = resources.files("skv_export").joinpath("data/report.css").read_text(encoding="utf-8")
     first = result.rows[0]
     parts = [
         f"<h1>{escape(result.model)}</h1>",
@@ -33,12 +31,7 @@ def html(result: Result, retrieval: NeedleResult | None = None) -> str:
         _positions(result.rows),
         _needles(retrieval) if retrieval else "",
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(result.model)}: quality per bit</title><style>{style}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
-    )
+    return page(f"{result.model}: quality per bit", parts)
 
 
 def scatter(rows: Sequence[Row]) -> str:

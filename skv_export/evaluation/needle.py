@@ -1,8 +1,8 @@
-"""Owns needle retrieval: numbers hidden at chosen depths of a long text, and whether the model still finds them.
+"""Needle retrieval: numbers are hidden at chosen depths of a long text, and the model is asked for them.
 
 Decode style like all of `skv-export quality`: the text, the question and the answer each see the cache that a decoder
-would have. The answer is found when the model's most likely token is the right one at every place of it, which is
-exactly when greedy decoding would write it; so no decoding loop is needed.
+would have. The answer counts as found if the most likely token is the right one at each of its positions, that is, if
+greedy decoding would produce it; so no decoding loop is needed.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _row(contender: Contender, model: PreTrainedModel, length: int, prompts: lis
         hits = []
         for ids, count in of_depth:
             rows = contender.logits(model, ids)[-count - 1 : -1].log_softmax(-1)
-            answer = ids[-count:]
+            answer = ids[-count:].to(rows.device)
             hits.append(bool((rows.argmax(-1) == answer).all()))
             nll.append(-rows.gather(1, answer[:, None]).mean().item())
         found.append(float(np.mean(hits)))

@@ -1,8 +1,8 @@
-"""Owns a checkpoint's weights: read one at a time on their way into a graph, or all at once into PyTorch.
+"""The weights of a checkpoint, read one parameter at a time for a graph.
 
-A checkpoint may name and cut its tensors otherwise than the model does (experts one by one, projections fused, GGUF's
-names and orders). What belongs together is what transformers' own loader says; what it would do for a whole model,
-``Weights`` does for one parameter, from memory-mapped files.
+A checkpoint's tensors may be named and split differently from the model's parameters (experts one by one, fused
+projections, GGUF's names and orders). The mapping is that of transformers' loader; ``Weights`` applies it to one
+parameter at a time, from memory-mapped files.
 """
 
 from __future__ import annotations
@@ -12,48 +12,20 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from skv_export.checkpoints.checkpoint import Checkpoint, Source, hub_endpoint
+from skv_export.checkpoints.checkpoint import Checkpoint, Source
 from skv_export.checkpoints.foreign_tensors import adapter_in, left_out, unfit_tensors
-from skv_export.checkpoints.gguf_weights import GgufWeights, load_gguf_model
-from skv_export.errors import SkvError
+from skv_export.checkpoints.gguf_weights import GgufWeights
 from skv_export.export.lazy_weights import to_torch
-from skv_export.export.supported import prepare_model
-from skv_export.model_folder.writer import pretrained_arguments
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
-_DOWNLOADED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
-
-
-def download(source: Source) -> Source:
-    """Returns a source whose files are on this disk: a hub id's are fetched into huggingface_hub's cache.
-
-    Raises:
-        SkvError: The hub can't be reached, or stops answering.
-    """
-    if source.kind != "hub":
-        return source
-    if source.path is not None:
-        return Source("safetensors", source.path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-
-    patterns = [*_DOWNLOADED, *Checkpoint(source).shards()]
-    try:
-        folder = snapshot_download(
-            str(source.repo_id), revision=source.revision, allow_patterns=patterns, endpoint=hub_endpoint()
-        )
-    except (OSError, ValueError, HTTPError) as error:
-        raise SkvError(f"{source}: can't be downloaded", got=str(error)[:500], fix="Check the connection.") from error
-    return Source("safetensors", Path(folder))
 
 
 def separate_head(source: Source, config: PreTrainedConfig) -> None:
@@ -75,41 +47,6 @@ def separate_head(source: Source, config: PreTrainedConfig) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def load_model(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Loads a whole checkpoint into PyTorch, ready for tracing; what is missing is an error, never a random number.
-
-    Args:
-        source: The checkpoint.
-        config: Its configuration.
-        dtype: Number format of the weights.
-
-    Raises:
-        SkvError: transformers can't load it, or tensors are missing or do not fit.
-    """
-    if source.kind == "gguf":
-        model = load_gguf_model(source, config, dtype)
-        prepare_model(model)
-        return model
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.pretrained,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
-            use_safetensors=True,
-            **pretrained_arguments(source),
-        )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise SkvError(f"{source}: transformers can't load its weights", got=str(error)[:500]) from error
-    model = loaded[0]
-    wrong = [*loaded[1]["missing_keys"], *(key for key, *_ in loaded[1]["mismatched_keys"])]
-    if wrong:
-        raise unfit_tensors(source, wrong, Checkpoint(source).names())
-    prepare_model(model)
-    return model
 
 
 @dataclass

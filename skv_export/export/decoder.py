@@ -1,4 +1,5 @@
-"""Owns attention in torch: the custom op, the hook that puts it into a Hugging Face model, and the decoder around it.
+"""Attention in torch: the custom op, the hook that replaces attention in a Hugging Face model, and the decoder to
+trace.
 
 The op ``skv::quantized_kv_attention`` has the reference as its real implementation, so a model that uses it computes in
 PyTorch what the exported graph computes in ONNX Runtime. ``SkvDecoder`` is that model: the exporter traces it, and
@@ -7,7 +8,6 @@ PyTorch what the exported graph computes in ONNX Runtime. ``SkvDecoder`` is that
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,52 +16,14 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from skv_export.errors import SkvError
-from skv_export.spec.layout import LAYOUT_VERSION, CacheLayout, options_of
+from skv_export.spec.op import ATTRIBUTE_TYPES, AttentionParams, Attributes, LayerAttention
 from skv_export.spec.recipe import LayerConfig
-from skv_export.spec.reference import AttentionParams, quantized_kv_attention
+from skv_export.spec.reference import quantized_kv_attention
 
 ATTENTION_NAME = "skv"
 """Name under which the hook is registered with transformers."""
 
 _UNSUPPORTED = "This architecture can't be exported; the README lists those that can."
-
-Attributes = dict[str, int | float | str]
-
-
-@dataclass(frozen=True)
-class LayerAttention:
-    """One layer's attention: what its ONNX node's attributes say.
-
-    Attributes:
-        params: The attributes that GroupQueryAttention has too.
-        layouts: Layouts of keys and values.
-    """
-
-    params: AttentionParams
-    layouts: tuple[CacheLayout, CacheLayout]
-
-    @classmethod
-    def build(cls, config: LayerConfig, head_dim: int, params: AttentionParams) -> LayerAttention:
-        """Returns the layer for a recipe's options; the cache's window is the attention's."""
-        return cls(params, CacheLayout.pair(config, head_dim, params.local_window_size))
-
-    def attributes(self) -> Attributes:
-        """Returns the op's attributes, all of them (design: section 3)."""
-        given: Attributes = {f.name: getattr(self.params, f.name) for f in dataclasses.fields(self.params)}
-        given.update(do_rotary=int(self.params.do_rotary), rotary_interleaved=int(self.params.rotary_interleaved))
-        return given | {"layout_version": LAYOUT_VERSION} | options_of(*self.layouts)
-
-    @classmethod
-    def from_attributes(cls, attributes: Attributes, head_dim: int) -> LayerAttention:
-        """Inverse of ``attributes``."""
-        given: dict[str, Any] = dict(attributes)
-        params = AttentionParams(**{f.name: given[f.name] for f in dataclasses.fields(AttentionParams)})
-        config = LayerConfig(**{f.name: given[f.name] for f in dataclasses.fields(LayerConfig)})
-        params = dataclasses.replace(
-            params, do_rotary=bool(params.do_rotary), rotary_interleaved=bool(params.rotary_interleaved)
-        )
-        return cls.build(config, head_dim, params)
-
 
 # The torch op.
 
@@ -70,9 +32,6 @@ _TENSORS = (
     "SymInt total_sequence_length, Tensor? head_sink, Tensor? query_seqlens"
 )
 _TYPES = {int: "int", float: "float", str: "str"}
-_EXAMPLE = LayerAttention.build(LayerConfig(), 64, AttentionParams(1, 1, scale=1.0)).attributes()
-ATTRIBUTE_TYPES: dict[str, type] = {name: type(value) for name, value in _EXAMPLE.items()}
-"""The op's attributes and their types, in the schema's order."""
 _SCHEMA = (
     f"({_TENSORS}, *, {', '.join(f'{_TYPES[t]} {n}' for n, t in ATTRIBUTE_TYPES.items())}) -> (Tensor, Tensor, Tensor)"
 )
@@ -100,7 +59,7 @@ def _run_reference(
     layer = LayerAttention.from_attributes(attributes, _head_dim(query, key, attributes))
 
     def floats(x: torch.Tensor | None) -> Any:
-        return None if x is None else x.detach().float().numpy()
+        return None if x is None else x.detach().float().cpu().numpy()
 
     output, present_key, present_value = quantized_kv_attention(
         layer.params,
@@ -110,11 +69,11 @@ def _run_reference(
         floats(value),
         past_key.numpy(),
         past_value.numpy(),
-        seqlens_k.numpy(),
+        seqlens_k.cpu().numpy(),
         head_sink=floats(head_sink),
-        query_seqlens=None if query_seqlens is None else query_seqlens.numpy(),
+        query_seqlens=None if query_seqlens is None else query_seqlens.cpu().numpy(),
     )
-    return torch.from_numpy(output).to(query.dtype), torch.from_numpy(present_key), torch.from_numpy(present_value)
+    return torch.from_numpy(output).to(query), torch.from_numpy(present_key), torch.from_numpy(present_value)
 
 
 def _fake(

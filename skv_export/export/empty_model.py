@@ -1,7 +1,7 @@
-"""Owns models without weights: shapes and settings of a checkpoint's model, to run and trace in no memory.
+"""Models with fake (zero-memory) parameters, for tracing.
 
-Parameters are torch's fake tensors, which pass through a model as shapes; buffers that a model computes itself (the
-frequencies of RoPE) are real, for they go into the graph.
+Parameters are torch's fake tensors, which have shapes and no data; buffers that a model computes itself (the
+frequencies of RoPE) are real, because they become constants of the graph.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from accelerate import init_empty_weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -49,7 +49,9 @@ def build(config: PreTrainedConfig, dtype: torch.dtype) -> Skeleton:
         Whatever transformers raises where the configuration is no such model's.
     """
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, trust_remote_code=False
+        )
     model.tie_weights()
     prepare_model(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)

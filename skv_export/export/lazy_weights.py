@@ -1,7 +1,7 @@
-"""Owns weights inside a graph: known by name, type and what is done to them, computed only when they are written.
+"""Lazy weights: expressions over checkpoint tensors, evaluated in slabs when the graph is saved.
 
-A form is an expression over the checkpoint's tensors. Forms are compared and renamed without reading anything, which
-is how one layer's weights stand for those of its like; written, a weight passes through memory in slabs.
+Expressions are compared and renamed without reading any tensor; so the weights of one layer can be mapped to those of
+another layer of the same kind.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
-"""Owns the export: a checkpoint becomes a folder with the graph, its weights, and everything a runtime reads beside it.
+"""The export pipeline: from a checkpoint to a folder with the graph, its weights, and the files that a runtime reads.
 
-``plan`` says what would be written, from the configuration alone: it runs the model on torch's meta device, so what it
-knows of each layer is what the traced graph will have. ``export_model`` loads the weights and writes.
+``plan`` computes what would be written from the configuration alone, by running the model with fake parameters: its
+layers are those that the traced graph will have. ``export_model`` reads the weights and writes.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,131 +17,35 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from skv_export.checkpoints.checkpoint import Source, resolve
 from skv_export.checkpoints.model_config import load_config
+from skv_export.checkpoints.pretrained import DTYPES, download
 from skv_export.checkpoints.snapshot import Snapshot
 from skv_export.errors import SkvError
 from skv_export.export import empty_model, repeat_layers
-from skv_export.export.checkpoint_weights import Weights, download, separate_head
-from skv_export.export.decoder import LayerAttention, SkvDecoder
+from skv_export.export.checkpoint_weights import Weights, separate_head
+from skv_export.export.decoder import SkvDecoder
 from skv_export.export.empty_model import Skeleton
 from skv_export.export.supported import check_config, check_purpose, check_windows, context_length
-from skv_export.export.to_onnx import INPUT_NAMES, build, save
+from skv_export.export.to_onnx import build, save
 from skv_export.export.weight_quantization import stored_bytes
-from skv_export.model_folder import genai_config
-from skv_export.model_folder.skv_config import CONFIG_FILE, LayerCache, ModelConfig
+from skv_export.model_folder.names import TOKEN_INPUTS
+from skv_export.model_folder.plan import Plan
+from skv_export.model_folder.skv_config import LayerCache, ModelConfig
 from skv_export.model_folder.tokenizer import write_tokenizer
 from skv_export.model_folder.writer import (
     check_target,
     digest,
     generation_config,
     output_folder,
-    write_json,
+    write_configs,
 )
 from skv_export.native.library import library_path
-from skv_export.spec.layout import cache_bytes
 from skv_export.spec.recipe import Recipe
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PHASES = {"reading the configuration": 0.0, "opening the weights": 0.1, "building the graph": 0.15, "writing": 0.5}
 """Phases of an export, and the fraction of its time that has passed when each starts."""
-PLAN_LENGTHS = (4096, 32768, 131072)
-"""Lengths at which a plan compares the cache with an fp16 one."""
 
 Progress = Callable[[str, float], None]
 """Called with a phase's name and the fraction of the whole that is done."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an export would write.
-
-    Attributes:
-        source: The checkpoint.
-        recipe: The options.
-        model_type: Hugging Face's name of the architecture.
-        layers: Attention of each layer, as the graph will have it.
-        weight_bytes: Size of the weights as the recipe wants them, tied ones once.
-        context_length: Tokens that the model can attend to.
-    """
-
-    source: Source
-    recipe: Recipe
-    model_type: str
-    layers: tuple[LayerAttention, ...]
-    weight_bytes: int
-    context_length: int
-
-    def cache_bytes(self, length: int) -> int:
-        """Returns the bytes that the cache of one sequence of ``length`` tokens takes."""
-        return cache_bytes(
-            [layer.layouts for layer in self.layers], [layer.params.kv_num_heads for layer in self.layers], length
-        )
-
-    def half_cache_bytes(self, length: int) -> int:
-        """Returns what an fp16 cache takes that keeps every token in every layer."""
-        return sum(2 * 2 * length * layer.params.kv_num_heads * layer.layouts[0].head_dim for layer in self.layers)
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes by which one more token makes the cache larger, sliding windows aside."""
-        full = [layer for layer in self.layers if not layer.params.local_window_size] or self.layers
-        return sum(
-            layer.params.kv_num_heads * layout.tile_bytes / layout.tile_tokens
-            for layer in full
-            for layout in layer.layouts
-        )
-
-    def table(self) -> str:
-        """Returns the plan as text."""
-        lines = [
-            f"{self.source}: {self.model_type}, {len(self.layers)} layers, context {self.context_length:,}",
-            self._weights_row(),
-            "",
-        ]
-        lines += [f"  {row}" for row in self._layer_rows()]
-        lines += ["", f"cache: {self.bytes_per_token:,.0f} bytes per token and sequence"]
-        for length in PLAN_LENGTHS:
-            ours, half = self.cache_bytes(length), self.half_cache_bytes(length)
-            ratio = f"{half / ours:.1f}x smaller"
-            lines.append(f"  {length:>7,} tokens: {_size(ours):>9} instead of {_size(half):>9} in fp16, {ratio}")
-        pairs = [layer.layouts for layer in self.layers]
-        return "\n".join([*lines, "", genai_config.advice(self.recipe.layers(len(pairs)), pairs, self.context_length)])
-
-    def _weights_row(self) -> str:
-        recipe = self.recipe
-        if not recipe.weight_bits:
-            return f"weights: {recipe.dtype}, {_size(self.weight_bytes)}"
-        kept = [
-            *(["the output embedding"] if not recipe.quantize_head else []),
-            *(["the input embedding"] if not recipe.quantize_embeddings else []),
-        ]
-        rest = f" but for {' and '.join(kept)}" if kept else ""
-        return f"weights: matrices in {recipe.weights}{rest}, the rest in {recipe.dtype}, {_size(self.weight_bytes)}"
-
-    def _layer_rows(self) -> list[str]:
-        """One line for each run of equal layers."""
-        rows: list[tuple[int, int, str]] = []
-        for i, layer in enumerate(self.layers):
-            key, value = layer.layouts
-            params = layer.params
-            window = f", window {params.local_window_size}" if params.local_window_size else ""
-            text = (
-                f"K{key.bits}V{value.bits}, {params.num_heads} query heads on {params.kv_num_heads}, "
-                f"head_dim {key.head_dim}{window}, keys per {key.granularity}, values per {value.granularity}, "
-                f"first {key.num_sink_tokens} and last {key.recent_tokens} tokens exact"
-            )
-            if rows and rows[-1][2] == text:
-                rows[-1] = (rows[-1][0], i, text)
-            else:
-                rows.append((i, i, text))
-        return [f"layer{'s' if a < b else ''} {a if a == b else f'{a}-{b}'}: {text}" for a, b, text in rows]
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
 
 
 def plan(source: str | Path | Source, recipe: Recipe | None = None, *, as_causal_lm: bool = False) -> Plan:
@@ -282,7 +184,7 @@ class _Phases:
 
 
 def _build(planned: Plan, model: Skeleton, weights: Weights, all_logits: bool) -> ir.Model:
-    """Returns the graph: of a few layers, the others stamped, where that can be; else all layers are traced."""
+    """Returns the graph: two traced layers of each kind, copied for the others, if possible; else all are traced."""
     samples = repeat_layers.choose(model.model, planned.layers)
     if samples is not None:
         with repeat_layers.cut(model.model, samples):
@@ -321,16 +223,12 @@ def _write_beside(folder: Path, planned: Plan, local: Source, config: PreTrained
     generation = generation_config(local, config)
     generation.save_pretrained(folder)
     config.save_pretrained(folder)
-    (folder / "recipe.toml").write_text(planned.recipe.to_toml(), encoding="utf-8")
-    ours = _model_config(planned, config, generation, all_logits)
-    hidden_size = int(config.hidden_size)
-    write_json(folder / CONFIG_FILE, ours.to_dict(hidden_size))
     given = {
         name: getattr(generation, name) for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
     }
     base = {"search": {name: value for name, value in given.items() if value is not None}}
-    write_json(folder / genai_config.CONFIG_FILE, genai_config.genai_config(ours, hidden_size, INPUT_NAMES, base))
-    shutil.copyfile(library_path(), folder / genai_config.LIBRARY_FILE)
+    ours = _model_config(planned, config, generation, all_logits)
+    write_configs(folder, planned.recipe, ours, int(config.hidden_size), TOKEN_INPUTS, base)
 
 
 def _model_config(
@@ -363,8 +261,5 @@ def _model_config(
             "revision": source.revision,
             "sha256": digest(source, config),
         },
-        layers=tuple(
-            LayerCache(x.params.num_heads, x.params.kv_num_heads, x.params.local_window_size, *x.layouts)
-            for x in planned.layers
-        ),
+        layers=tuple(map(LayerCache.of, planned.layers)),
     )

@@ -1,8 +1,8 @@
-"""Owns the repetition of layers: a deep model is traced with a few of its layers, and the graph's others are stamped.
+"""Traces two layers of each kind and copies their subgraph for the other layers.
 
-Layers of one kind have the same attention, modules, parameters and settings. Of each kind two layers are traced, the
-first and the last; where their graphs are the same but for the weights, the first stands for all between them. Where
-anything differs, or a model does not look like a stack of layers, it is traced whole.
+Layers of one kind have the same attention, modules, parameters and settings. Of each kind the first and the last layer
+are traced; if their graphs differ only in the weights, the first is copied for all layers between them. If anything
+else differs, or the model is not a stack of layers, it is traced whole.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from skv_export.export.decoder import LayerAttention
 from skv_export.export.lazy_weights import Stored
-from skv_export.spec.layout import DOMAIN
+from skv_export.model_folder.names import TENSORS, layer_of_cache, past_name, present_name
+from skv_export.spec.op import DOMAIN, LayerAttention
 
 BOUNDARY = "LayerBoundary"
 """The operator, of no effect, that a traced graph has before each layer and after the last one."""
@@ -206,13 +206,8 @@ def _is_boundary(node: ir.Node) -> bool:
     return node.domain == DOMAIN and node.op_type == BOUNDARY
 
 
-def _cache_index(name: str | None) -> int | None:
-    parts = str(name).split(".")
-    return int(parts[1]) if parts[0] in ("past_key_values", "present") and len(parts) == 3 else None
-
-
 def _without_layers(values: Sequence[ir.Value]) -> list[ir.Value]:
-    return [value for value in values if _cache_index(value.name) is None]
+    return [value for value in values if layer_of_cache(value.name) is None]
 
 
 def _regions(graph: ir.Graph, samples: Samples) -> dict[int, _Region] | None:
@@ -220,7 +215,7 @@ def _regions(graph: ir.Graph, samples: Samples) -> dict[int, _Region] | None:
     places = {index: place for place, index in enumerate(samples.traced)}
     owner: dict[ir.Value, int] = {}
     for value in (*graph.inputs, *graph.initializers.values()):
-        index = _cache_index(value.name) if value.is_graph_input() else samples.layer(str(value.name))
+        index = layer_of_cache(value.name) if value.is_graph_input() else samples.layer(str(value.name))
         if index is not None:
             owner[value] = places[index]
     nodes: list[list[ir.Node]] = [[] for _ in samples.traced]
@@ -304,7 +299,7 @@ def _copy(
         for value in node.inputs:
             if value is not None and value not in new:
                 new[value] = _outer(graph, samples, value, region.index, index)
-                if value.is_graph_input() and _cache_index(value.name) is not None:
+                if value.is_graph_input() and layer_of_cache(value.name) is not None:
                     caches[str(new[value].name)] = new[value]
             inputs.append(None if value is None else new[value])
         copy = ir.Node(
@@ -318,13 +313,13 @@ def _copy(
             new[old] = output
         made.append(copy)
     assert region.end is not None
-    names = [f"{kind}.{index}.{tensor}" for kind in ("past_key_values", "present") for tensor in ("key", "value")]
+    names = [name(index, tensor) for name in (past_name, present_name) for tensor in TENSORS]
     return new[region.end], [caches[name] for name in names]
 
 
 def _outer(graph: ir.Graph, samples: Samples, value: ir.Value, a: int, b: int) -> ir.Value:
     """What stands in layer ``b`` for a value from outside layer ``a``; weights and caches are made."""
-    if value.is_graph_input() and _cache_index(value.name) is not None:
+    if value.is_graph_input() and layer_of_cache(value.name) is not None:
         return ir.Value(name=_renamed_cache(value.name, b), type=value.type, shape=value.shape)
     tensor = value.const_value
     if not value.is_initializer() or not isinstance(tensor, Stored):

@@ -1,7 +1,7 @@
-"""Owns which models can be exported: refusals by name and reason, and what makes a model traceable.
+"""Which models can be exported: refuses the others by name, with the reason, and prepares a model for tracing.
 
-Anything that would compute something else than the checkpoint does is refused, here from the configuration or, where
-only the running model shows it, by the attention hook.
+A model whose export would compute something else than the checkpoint is refused: here, from the configuration, or by
+the attention hook, when the model runs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def check_config(config: PreTrainedConfig) -> None:
 
 
 def _reasons(config: PreTrainedConfig) -> Iterator[str]:
-    """Yields what speaks against an export, the most telling first."""
+    """Yields the reasons why a model cannot be exported, the most specific first."""
 
     def has(*names: str) -> list[str]:
         return [name for name in names if getattr(config, name, None)]

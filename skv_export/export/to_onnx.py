@@ -1,4 +1,4 @@
-"""Owns the ONNX graph: the op's ONNX schema, the translation of a traced decoder, names, and the files of a graph."""
+"""Translates a traced decoder to ONNX: the op's translation, names of inputs and outputs, and saving the graph."""
 
 from __future__ import annotations
 
@@ -18,42 +18,37 @@ from onnxscript import opset23
 
 from skv_export.errors import SkvError
 from skv_export.export.checkpoint_weights import Weights
-from skv_export.export.decoder import ATTRIBUTE_TYPES, LayerAttention
 from skv_export.export.lazy_weights import Named, Stored, write_external
 from skv_export.export.passes.simplify import simplify
 from skv_export.export.repeat_layers import BOUNDARY, Samples, stamp
 from skv_export.export.weight_quantization import MICROSOFT, quantize_graph
 from skv_export.model_folder.genai_config import cache_widths
-from skv_export.spec.layout import DOMAIN, OP_NAME
+from skv_export.model_folder.names import (
+    ATTENTION_MASK,
+    DATA_FILE,
+    LOGITS,
+    MODEL_FILE,
+    TENSORS,
+    TOKEN_INPUTS,
+    past_name,
+    present_name,
+)
+from skv_export.spec.op import (
+    ATTRIBUTE_TYPES,
+    DOMAIN,
+    INPUTS,
+    OP_NAME,
+    OP_VERSION,
+    OUTPUTS,
+    LayerAttention,
+    Parameter,
+    in_order,
+)
 from skv_export.spec.recipe import Recipe
 
 OPSET = 23
 """The first with RMSNormalization and RotaryEmbedding; ONNX Runtime has kernels for both from 1.24 on."""
-MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 
-INPUTS = (
-    "query",
-    "key",
-    "value",
-    "past_key",
-    "past_value",
-    "seqlens_k",
-    "total_sequence_length",
-    "cos_cache",
-    "sin_cache",
-    "position_ids",
-    "attention_bias",
-    "head_sink",
-    "reserved_12",
-    "reserved_13",
-    "q_norm_weight",
-    "k_norm_weight",
-    "query_seqlens",
-)
-"""The op's inputs (design: section 3)."""
-OUTPUTS = ("output", "present_key", "present_value")
-INPUT_NAMES = ("input_ids", "attention_mask", "position_ids")
-"""The graph's inputs, besides the caches."""
 
 Progress = Callable[[float], None]
 """Called with the fraction of the work that is done."""
@@ -82,9 +77,9 @@ def build(
         SkvError: The graph does not have one attention node per layer.
     """
     traced = range(len(layers)) if samples is None else samples.traced
-    caches = [f"{i}.{tensor}" for tensor in ("key", "value") for i in traced]
-    inputs = [*INPUT_NAMES, *(f"past_key_values.{name}" for name in caches)]
-    model = translate(program, inputs, ["logits", *(f"present.{name}" for name in caches)])
+    caches = [(i, tensor) for tensor in TENSORS for i in traced]
+    inputs = [*TOKEN_INPUTS, *(past_name(*cache) for cache in caches)]
+    model = translate(program, inputs, [LOGITS, *(present_name(*cache) for cache in caches)])
     _store_weights(model.graph, weights, samples.original if samples is not None else str)
     simplify(model)
     quantize_graph(model.graph, recipe)
@@ -128,15 +123,15 @@ def _store_weights(graph: ir.Graph, weights: Weights, original: Callable[[str], 
 def _name(graph: ir.Graph, layers: Sequence[LayerAttention]) -> None:
     """Names dimensions, and puts each layer's keys and values side by side."""
     by_name = {str(value.name): value for value in (*graph.inputs, *graph.outputs)}
-    for name in INPUT_NAMES:
-        columns = "total_sequence_length" if name == "attention_mask" else "sequence_length"
+    for name in TOKEN_INPUTS:
+        columns = "total_sequence_length" if name == ATTENTION_MASK else "sequence_length"
         by_name[name].shape = ir.Shape(["batch_size", columns])
-    logits = by_name["logits"]
+    logits = by_name[LOGITS]
     assert logits.shape is not None
     logits.shape = ir.Shape(["batch_size", 1 if logits.shape[1] == 1 else "sequence_length", logits.shape[2]])
-    inputs, outputs = list(graph.inputs[: len(INPUT_NAMES)]), [logits]
+    inputs, outputs = list(graph.inputs[: len(TOKEN_INPUTS)]), [logits]
     for i, layer in enumerate(layers):
-        for tensor, width in zip(("key", "value"), cache_widths(layer.layouts), strict=True):
+        for tensor, width in zip(TENSORS, cache_widths(layer.layouts), strict=True):
             name = f"{i}.{tensor}"
             shape: list[int | str] = [
                 "batch_size",
@@ -144,7 +139,7 @@ def _name(graph: ir.Graph, layers: Sequence[LayerAttention]) -> None:
                 f"rows.{name}",
                 f"width.{name}" if width is None else width,
             ]
-            for value, where in ((by_name[f"past_key_values.{name}"], inputs), (by_name[f"present.{name}"], outputs)):
+            for value, where in ((by_name[past_name(i, tensor)], inputs), (by_name[present_name(i, tensor)], outputs)):
                 value.shape = ir.Shape(shape)
                 where.append(value)
     graph.inputs[:], graph.outputs[:] = inputs, outputs
@@ -162,25 +157,22 @@ def register_schema() -> None:
     """Registers the op's ONNX schema, once per process; torch's translation asks for it."""
     schema = onnx.defs.OpSchema
     kinds = {int: schema.AttrType.INT, float: schema.AttrType.FLOAT, str: schema.AttrType.STRING}
-    fixed = dict.fromkeys(("past_key", "past_value", "present_key", "present_value"), "tensor(uint8)")
-    fixed |= dict.fromkeys(("seqlens_k", "total_sequence_length", "query_seqlens"), "tensor(int32)")
-    fixed["position_ids"] = "tensor(int64)"
     option = schema.FormalParameterOption
 
-    def parameter(name: str, optional: bool) -> Any:
-        kind = option.Optional if optional else option.Single
-        return schema.FormalParameter(name, fixed.get(name, "T"), param_option=kind)
+    def formal(parameter: Parameter) -> Any:
+        kind = option.Optional if parameter.optional else option.Single
+        return schema.FormalParameter(parameter.name, parameter.type, param_option=kind)
 
     floats = ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")
-    one, same = ([parameter(name, False)] for name in ("hidden", "same"))
-    onnx.defs.register_schema(schema(BOUNDARY, DOMAIN, 1, inputs=one, outputs=same, type_constraints=[floats]))
+    one, same = ([formal(Parameter(name))] for name in ("hidden", "same"))
+    onnx.defs.register_schema(schema(BOUNDARY, DOMAIN, OP_VERSION, inputs=one, outputs=same, type_constraints=[floats]))
     onnx.defs.register_schema(
         schema(
             OP_NAME,
             DOMAIN,
-            1,
-            inputs=[parameter(name, i in (1, 2) or i > 6) for i, name in enumerate(INPUTS)],
-            outputs=[parameter(name, False) for name in OUTPUTS],
+            OP_VERSION,
+            inputs=[formal(parameter) for parameter in INPUTS],
+            outputs=[formal(parameter) for parameter in OUTPUTS],
             type_constraints=[floats],
             attributes=[schema.Attribute(name, kinds[kind], "") for name, kind in ATTRIBUTE_TYPES.items()],
         )
@@ -199,15 +191,22 @@ def _attention(  # type: ignore[no-untyped-def]
     query_seqlens=None,
     **attributes,
 ):
-    given = dict(zip(INPUTS, (query, key, value, past_key, past_value, seqlens_k), strict=False))
-    given["total_sequence_length"] = opset23.Cast(total_sequence_length, to=ir.DataType.INT32)
-    given.update(head_sink=head_sink, query_seqlens=query_seqlens)
-    op = onnxscript.values.Opset(DOMAIN, 1)
-    return op.QuantizedKVAttention(*(given.get(name) for name in INPUTS), **attributes)
+    given = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "past_key": past_key,
+        "past_value": past_value,
+        "seqlens_k": seqlens_k,
+        "total_sequence_length": opset23.Cast(total_sequence_length, to=ir.DataType.INT32),
+        "head_sink": head_sink,
+        "query_seqlens": query_seqlens,
+    }
+    return onnxscript.values.Opset(DOMAIN, OP_VERSION).QuantizedKVAttention(*in_order(given), **attributes)
 
 
 def _boundary(hidden):  # type: ignore[no-untyped-def]
-    return onnxscript.values.Opset(DOMAIN, 1).LayerBoundary(hidden)
+    return onnxscript.values.Opset(DOMAIN, OP_VERSION).LayerBoundary(hidden)
 
 
 def _to_dtype(x, dtype, non_blocking=False, copy=False, memory_format=None):  # type: ignore[no-untyped-def]

@@ -1,7 +1,8 @@
-"""Owns weights in 4 or 8 bits: which of a graph's are stored so, the operators that read them, and their codes.
+"""Weights in 4 or 8 bits: which weights of a graph are quantized, the operators that read them, and their codes.
 
 A matrix is quantized by ONNX Runtime's own quantizer in blocks of consecutive inputs of one output, each with a scale
-and a zero point, and read by MatMulNBits (an embedding by GatherBlockQuantized), whose kernels ONNX Runtime brings.
+and a zero point, and read by MatMulNBits (an embedding by GatherBlockQuantized), whose kernels are part of ONNX
+Runtime.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from skv_export.export.lazy_weights import TORCH_TYPES, Named, Reader, Stored
+from skv_export.model_folder.names import LOGITS
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.spec.recipe import WEIGHT_BITS, Recipe
 
@@ -137,7 +139,7 @@ def quantize_graph(graph: ir.Graph, recipe: Recipe) -> None:
 
 def _head(graph: ir.Graph) -> ir.Node | None:
     """The product with the output embedding: the last one before the logits."""
-    (value,) = (v for v in graph.outputs if v.name == "logits")
+    (value,) = (v for v in graph.outputs if v.name == LOGITS)
     node = value.producer()
     while node is not None and node.op_type not in ("MatMul", "Gemm"):
         node = next((v.producer() for v in node.inputs if v is not None and v.producer() is not None), None)

@@ -1,7 +1,7 @@
-"""Owns lm-eval's model `skv`: an exported folder, scored as a decoder would have seen every token.
+"""The model `skv` of lm-eval: scores an exported folder decode style.
 
-lm-eval knows the models of its own package only, so its command line is started from here:
-``skv-lm-eval --model skv --model_args pretrained=FOLDER --tasks ...`` is ``lm_eval`` with this model registered.
+lm-eval (up to 0.4.13) has no plugin mechanism, so this module wraps its command line: ``skv-lm-eval --model skv
+--model_args pretrained=FOLDER --tasks ...`` runs ``lm_eval`` with this model registered.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
+from skv_export.checkpoints.checkpoint import Source
+from skv_export.checkpoints.pretrained import load_tokenizer
 from skv_export.errors import SkvError
 from skv_export.model_folder import hub
 from skv_export.runtime.sampling import Sampling
@@ -86,7 +87,7 @@ class SkvLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
             raise SkvError("batch_size", got=batch_size, expected="a number")
         self.batch_size = int(batch_size)
         self.max_gen_toks, self.decode_style, self.add_bos_token = int(max_gen_toks), decode_style, add_bos_token
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.tokenizer = load_tokenizer(Source("safetensors", self.folder))
 
     @cached_property
     def generator(self) -> Session:

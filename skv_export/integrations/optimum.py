@@ -1,4 +1,4 @@
-"""Owns `optimum-cli export skv MODEL OUT`: `skv-export model` under optimum's name, with the same options.
+"""The command `optimum-cli export skv MODEL OUT`: `skv-export model` with the same options.
 
 optimum finds it through `optimum/commands/register/register_skv.py`, and imports it whenever its command line starts:
 nothing heavy is imported here.

@@ -1,57 +1,47 @@
-"""Owns SkvForCausalLM: transformers' ``generate`` over the runtime. What optimum's ORTModelForCausalLM users know."""
+"""SkvForCausalLM: transformers' ``generate`` on the runtime, with the interface of optimum's ORTModelForCausalLM."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
+import numpy as np
 import torch
-from transformers import AutoConfig, GenerationConfig, GenerationMixin, PretrainedConfig
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from skv_export.checkpoints.checkpoint import Source
+from skv_export.checkpoints.model_config import load_config
 from skv_export.errors import SkvError
-from skv_export.model_folder import genai_config, hub
+from skv_export.integrations.transformers_cache import SkvCache
+from skv_export.model_folder import hub
+from skv_export.model_folder.names import LIBRARY_FILE
 from skv_export.model_folder.writer import output_folder
-from skv_export.runtime.cache import Cache
 from skv_export.runtime.session import Session, last_logits
 
 logger = logging.get_logger(__name__)
 # A pipeline looks its model's class up in this table and reports an error, yet works, when it is not there.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["skv"] = "SkvForCausalLM"
+_FIX_DEVICE = "Choose where it computes with execution_provider; leave out device."
+_FIX_DTYPE = "Choose it at the export: skv-export model --dtype."
+_FIX_TRAIN = "Change the checkpoint with transformers, and export it again."
 
 
-class SkvCache(TransformersCache):
-    """A runtime's cache as transformers counts it: in columns, padding included.
+def _refused(name: str, reason: str, fix: str) -> Callable[..., NoReturn]:
+    """A method of transformers' models that an exported graph can't have."""
 
-    Attributes:
-        cache: The runtime's cache, which counts tokens.
-        columns: Columns of the attention mask so far.
-    """
+    def method(self: SkvForCausalLM, *_: Any, **__: Any) -> NoReturn:
+        raise SkvError(f"SkvForCausalLM.{name}: not supported", got="a call", expected=f"none: {reason}", fix=fix)
 
-    def __init__(self, cache: Cache) -> None:
-        super().__init__(layers=[])  # transformers' layers hold tensors; ours are the runtime's buffers
-        self.cache = cache
-        self.columns = 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Returns the columns so far."""
-        return self.columns
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Puts each sequence's cache where beam search wants it."""
-        self.cache.reorder(beam_idx.numpy())
-
-    def reset(self) -> None:
-        """Forgets every token; the buffers stay."""
-        self.cache.reset()
-        self.columns = 0
+    method.__name__, method.__doc__ = name, f"Not supported: {reason}.\n\nRaises:\n    SkvError: Always."
+    return method
 
 
 class SkvForCausalLM(GenerationMixin):
@@ -131,9 +121,9 @@ class SkvForCausalLM(GenerationMixin):
         session = Session(folder, execution_provider=execution_provider, cuda_graph=cuda_graph, num_threads=num_threads)
         if not (session.folder / "config.json").is_file():
             raise SkvError(f"{session.folder}/config.json: no such file", fix="Export the model again.")
-        config = AutoConfig.from_pretrained(session.folder)
+        config = load_config(Source("safetensors", session.folder))
         if (session.folder / "generation_config.json").is_file():
-            generation_config = GenerationConfig.from_pretrained(session.folder)
+            generation_config = GenerationConfig.from_pretrained(session.folder, local_files_only=True)
         else:
             generation_config = GenerationConfig.from_model_config(config)
         return cls(session, config.get_text_config(decoder=True), generation_config, max_length)
@@ -154,7 +144,7 @@ class SkvForCausalLM(GenerationMixin):
             for path in files:
                 shutil.copyfile(path, folder / path.name)
             # A model of the hub comes without native code, which onnxruntime-genai wants in the folder.
-            shutil.copyfile(self.session.library.path, folder / genai_config.LIBRARY_FILE)
+            shutil.copyfile(self.session.library.path, folder / LIBRARY_FILE)
             self.generation_config.save_pretrained(folder)
 
     def push_to_hub(
@@ -167,7 +157,15 @@ class SkvForCausalLM(GenerationMixin):
         revision: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """Uploads the model to the hub as one commit, with ``generation_config`` as it is now; see ``hub.push``.
+        """Uploads the model to the hub as one commit, with the current ``generation_config``.
+
+        Args:
+            repo_id: ``owner/name``; created if it does not exist.
+            commit_message: Of the commit.
+            private: Whether a new repository is private; the account's default if not given.
+            token: Of the hub; the stored one if not given.
+            revision: Branch to commit to; the default branch if not given.
+            create_pr: Open a pull request instead of committing to the branch.
 
         Returns:
             The commit's URL.
@@ -191,20 +189,62 @@ class SkvForCausalLM(GenerationMixin):
         """The folder, as transformers asks for it."""
         return str(self.session.folder)
 
-    def to(self, device: torch.device | str) -> SkvForCausalLM:
-        """Returns the model: what goes in and comes out is on the CPU, whichever provider computes.
+    def to(self, *targets: torch.device | torch.dtype | str | int, dtype: torch.dtype | None = None) -> SkvForCausalLM:
+        """Returns the model: inputs and outputs are float32 on the CPU, whichever provider computes.
+
+        Args:
+            targets: Devices and number formats, as in ``torch.nn.Module.to``.
+            dtype: A number format.
 
         Raises:
-            SkvError: Another device.
+            SkvError: Another device or number format.
         """
-        if torch.device(device).type != "cpu":
-            raise SkvError(
-                "device of SkvForCausalLM",
-                got=device,
-                expected="cpu",
-                fix="Choose where it computes with execution_provider; leave out device.",
-            )
+        for target in (*targets, *(() if dtype is None else (dtype,))):
+            if isinstance(target, torch.dtype):
+                if target != self.dtype:
+                    raise SkvError("dtype of SkvForCausalLM", got=target, expected=self.dtype, fix=_FIX_DTYPE)
+            elif isinstance(target, int) or torch.device(target).type != "cpu":  # a number is an accelerator's
+                raise SkvError("device of SkvForCausalLM", got=target, expected="cpu", fix=_FIX_DEVICE)
         return self
+
+    def float(self) -> SkvForCausalLM:
+        """Returns the model: what goes in and comes out is float32."""
+        return self
+
+    def cpu(self) -> SkvForCausalLM:
+        """Returns the model: what goes in and comes out is on the CPU."""
+        return self
+
+    def eval(self) -> SkvForCausalLM:
+        """Returns the model: it never trains."""
+        return self
+
+    def train(self, mode: bool = True) -> SkvForCausalLM:
+        """Returns the model.
+
+        Raises:
+            SkvError: ``mode`` is not False.
+        """
+        if mode:
+            raise SkvError("SkvForCausalLM.train: not supported", got=mode, expected=False, fix=_FIX_TRAIN)
+        return self
+
+    half = _refused("half", "the number format is the export's", _FIX_DTYPE)
+    bfloat16 = _refused("bfloat16", "the number format is the export's", _FIX_DTYPE)
+    double = _refused("double", "the number format is the export's", _FIX_DTYPE)
+    cuda = _refused("cuda", "what goes in and comes out is on the CPU", _FIX_DEVICE)
+    requires_grad_ = _refused("requires_grad_", "an exported graph can't be trained", _FIX_TRAIN)
+    gradient_checkpointing_enable = _refused(
+        "gradient_checkpointing_enable", "an exported graph can't be trained", _FIX_TRAIN
+    )
+    parameters = _refused("parameters", "the weights are the graph's", _FIX_TRAIN)
+    named_parameters = _refused("named_parameters", "the weights are the graph's", _FIX_TRAIN)
+    state_dict = _refused("state_dict", "the weights are the graph's", _FIX_TRAIN)
+    load_state_dict = _refused("load_state_dict", "the weights are the graph's", _FIX_TRAIN)
+    add_adapter = _refused("add_adapter", "the weights are the graph's", _FIX_TRAIN)
+    get_input_embeddings = _refused("get_input_embeddings", "the weights are the graph's", _FIX_TRAIN)
+    get_output_embeddings = _refused("get_output_embeddings", "the weights are the graph's", _FIX_TRAIN)
+    resize_token_embeddings = _refused("resize_token_embeddings", "the vocabulary is the graph's", _FIX_TRAIN)
 
     def can_generate(self) -> bool:
         """Returns True."""
@@ -212,6 +252,13 @@ class SkvForCausalLM(GenerationMixin):
 
     def new_cache(self, batch: int, max_length: int | None = None) -> SkvCache:
         """Allocates an empty cache, to be passed as ``past_key_values``.
+
+        Args:
+            batch: Sequences.
+            max_length: Tokens per sequence; the model's ``max_length`` if not given.
+
+        Returns:
+            The cache; calls change it in place.
 
         Raises:
             SkvError: More tokens than the model was loaded for.
@@ -234,6 +281,8 @@ class SkvForCausalLM(GenerationMixin):
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Runs new tokens.
 
@@ -244,13 +293,18 @@ class SkvForCausalLM(GenerationMixin):
             use_cache: False: the cache is made for this call alone.
             return_dict: A ModelOutput is returned in any case.
             logits_to_keep: 1 = only the last real token of each sequence; 0 = all that the graph returns.
+            position_ids: ``[B, S]``; None = as the mask says.
+            labels: ``[B, S]``, as ``input_ids``, -100 = not counted: adds ``loss``, the mean cross entropy of each
+                token given those before it in this call.
 
         Returns:
             ``logits`` ``[B, 1, vocab]`` (``[B, S, vocab]`` if exported with all logits), and ``past_key_values``.
 
         Raises:
-            SkvError: See ``Session.run``.
+            SkvError: ``labels`` where the graph returns the last logits only, or see ``Session.run``.
         """
+        if labels is not None:
+            self._check_labels(labels, input_ids, logits_to_keep)
         batch, tokens = input_ids.shape
         state = past_key_values
         if state is None:
@@ -262,17 +316,30 @@ class SkvForCausalLM(GenerationMixin):
         if attention_mask is None and state.columns != int(state.cache.lengths.min()):
             raise SkvError("attention_mask: needed, as the sequences so far have padding", fix="Pass the whole mask.")
         mask = None if attention_mask is None else attention_mask.numpy()
-        logits = self.session.run(input_ids.numpy(), mask, None, state.cache)
-        state.columns += tokens
+        positions = None if position_ids is None else position_ids.numpy()
+        logits = self.session.run(input_ids.numpy(), mask, positions, state.cache)
+        state.append_columns(np.ones((batch, tokens), np.bool_) if mask is None else mask[:, -tokens:] != 0)
         if logits_to_keep == 1 and mask is not None:
             logits = last_logits(logits, mask[:, -tokens:] != 0)[:, None]
         elif logits_to_keep == 1:
             logits = logits[:, -1:]
-        return CausalLMOutputWithPast(
-            logits=torch.from_numpy(logits), past_key_values=None if use_cache is False else state
-        )
+        result = torch.from_numpy(logits)
+        loss = None
+        if labels is not None:
+            loss = torch.nn.functional.cross_entropy(result[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=result, past_key_values=None if use_cache is False else state)
 
     __call__ = forward
+
+    def _check_labels(self, labels: torch.Tensor, input_ids: torch.Tensor, logits_to_keep: int) -> None:
+        if not self.session.config.all_logits or logits_to_keep:
+            raise SkvError(
+                "labels: the loss needs the logits of every token",
+                got="the last token's",
+                fix="Export with --all-logits, and leave logits_to_keep out.",
+            )
+        if labels.shape != input_ids.shape:
+            raise SkvError("labels: shape", got=list(labels.shape), expected=list(input_ids.shape))
 
     # What GenerationMixin asks of a model.
 
@@ -286,7 +353,19 @@ class SkvForCausalLM(GenerationMixin):
         logits_to_keep: int = 1,
         **_: Any,
     ) -> dict[str, Any]:
-        """Picks the new tokens; positions follow from the mask inside the runtime."""
+        """Selects the new tokens for ``forward``; called by ``generate``.
+
+        Args:
+            input_ids: ``[B, columns]``, all tokens so far.
+            next_sequence_length: New tokens, at the end of ``input_ids``; None = all.
+            past_key_values: The cache of the tokens before; None = empty.
+            attention_mask: ``[B, columns]``; the runtime derives positions from it.
+            use_cache: As in ``forward``.
+            logits_to_keep: As in ``forward``.
+
+        Returns:
+            The arguments of ``forward``.
+        """
         new = input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
         return {
             "input_ids": new,
@@ -295,6 +374,43 @@ class SkvForCausalLM(GenerationMixin):
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
         }
+
+    def load_custom_generate(self, *_: Any, **__: Any) -> NoReturn:
+        """Not supported: code of a generation mode on the hub is not loaded.
+
+        Raises:
+            SkvError: Always.
+        """
+        raise SkvError("custom_generate: not supported, as it runs code from a hub", fix="Leave it out.")
+
+    def _prepare_generated_length(
+        self,
+        generation_config: GenerationConfig,
+        has_default_max_length: bool,
+        has_default_min_length: bool,
+        model_input_name: str,
+        input_ids_length: int,
+        inputs_tensor: torch.Tensor,
+    ) -> GenerationConfig:
+        """Ends generation where the model's context ends: the last token that is generated needs no room there."""
+        if input_ids_length > self.max_length:
+            raise SkvError(
+                "generate: prompt",
+                got=f"{input_ids_length} tokens",
+                expected=f"at most max_length = {self.max_length}",
+                fix="Make the prompt shorter, or pass a larger max_length to from_pretrained.",
+            )
+        config: GenerationConfig = super()._prepare_generated_length(  # type: ignore[misc]  # its self is a Protocol
+            generation_config, has_default_max_length, has_default_min_length, model_input_name, input_ids_length,
+            inputs_tensor,
+        )  # fmt: skip
+        if config.max_length > self.max_length + 1:
+            logger.warning(
+                f"Generation ends after {self.max_length + 1 - input_ids_length} new tokens at most, "
+                f"where max_length = {self.max_length} (the model's context, if not given) is full."
+            )
+            config.max_length = self.max_length + 1
+        return config
 
     def _prepare_cache_for_generation(
         self,
@@ -308,7 +424,15 @@ class SkvForCausalLM(GenerationMixin):
         if generation_config.cache_implementation is not None:
             given = generation_config.cache_implementation
             logger.warning_once(f"cache_implementation={given!r} is ignored: the cache is the export's.")
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        given = model_kwargs.get("past_key_values")
+        if isinstance(given, SkvCache) and given.get_max_length() < max_cache_length:
+            raise SkvError(
+                "generate: total length",
+                got=f"{max_cache_length} tokens",
+                expected=f"at most {given.get_max_length()}, the max_length of past_key_values",
+                fix="Lower max_new_tokens, or pass a larger max_length to new_cache.",
+            )
+        if given is not None or generation_config.use_cache is False:
             return False
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs["past_key_values"] = self.new_cache(batch_size * copies, max_cache_length)

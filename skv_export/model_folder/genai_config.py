@@ -1,10 +1,10 @@
-"""Owns what onnxruntime-genai needs of a folder, and what its way of allocating a cache costs.
+"""``genai_config.json`` for onnxruntime-genai, and what its cache allocation costs.
 
-genai 0.18 was read and run for what stands here. It allocates ``[batch, kv_heads, max_length, width]`` for the keys and
-for the values of a layer alike, with the width of the *key* input, or ``head_size`` where that dimension is open. Only
-the bytes of a block matter to the op, so any pair of widths runs there: the narrower tensor's last dimension is left
-open in the graph and gets the wider one's size. What it must not do is search with several beams, rewind, or grow its
-buffers (``past_present_share_buffer`` off): it would cut or copy blocks as if their rows were tokens.
+This describes genai 0.18, from its source and from runs. It allocates ``[batch, kv_heads, max_length, width]`` for the
+keys and for the values of a layer alike, with the width of the *key* input, or ``head_size`` where that dimension is
+open. Only the bytes of a block matter to the op, so any pair of widths runs there: the narrower tensor's last dimension
+is left open in the graph and gets the wider one's size. Beam search, rewinding and growing buffers
+(``past_present_share_buffer`` off) must stay off: they would cut or copy blocks as if their rows were tokens.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from typing import Any
 
 import numpy as np
 
+from skv_export.model_folder.names import (
+    LIBRARY_FILE,
+    LOGITS,
+    MODEL_FILE,
+    TOKEN_INPUTS,
+    past_name,
+    present_name,
+)
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import BITS, LayerConfig
 
-CONFIG_FILE = "genai_config.json"
-LIBRARY_FILE = "libskv_ops.so"
-"""Its place in the folder; genai loads a custom-op library from there, the working directory or its own only."""
 MODEL_TYPE = "decoder"
 """genai's type for any decoder. Its others mean the same, or switch on what models of that name need in graphs."""
 Layouts = tuple[CacheLayout, CacheLayout]
@@ -57,7 +62,7 @@ def capacity(layers: Sequence[Layouts], max_length: int) -> int | None:
 
 
 def least_length(layers: Sequence[Layouts], context_length: int) -> int | None:
-    """Smallest ``max_length`` from which on genai's caches hold so many tokens; None = not within the context."""
+    """Smallest ``max_length`` whose genai cache holds ``max_length`` tokens; None = none within the context."""
     lengths = np.arange(1, context_length + 1)
     short = np.zeros(context_length, np.bool_)
     for layout, width in {(layout, row_bytes(pair)) for pair in layers for layout in pair}:
@@ -146,21 +151,21 @@ def genai_config(
     options.setdefault("provider_options", [])
     options["custom_ops_library"] = LIBRARY_FILE
     decoder.update(
-        filename="model.onnx",
+        filename=MODEL_FILE,
         hidden_size=hidden_size,
         head_size=max(open_keys, default=row_bytes(_pair(layer))),
         num_attention_heads=layer.num_attention_heads,
         num_key_value_heads=layer.num_key_value_heads,
         num_hidden_layers=len(config.layers),
         inputs={
-            **{name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs},
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
+            **{name: name for name in TOKEN_INPUTS if name in inputs},
+            "past_key_names": past_name("%d", "key"),
+            "past_value_names": past_name("%d", "value"),
         },
         outputs={
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
+            "logits": LOGITS,
+            "present_key_names": present_name("%d", "key"),
+            "present_value_names": present_name("%d", "value"),
         },
     )
     # A window is the op's own business: genai would cut the cache to so many rows, or slide its inputs.

@@ -1,6 +1,6 @@
-"""Owns exported folders on the Hugging Face hub: fetched into huggingface_hub's cache, and pushed from a folder.
+"""Exported folders on the Hugging Face hub: fetching into huggingface_hub's cache, and pushing.
 
-Native code goes neither way: a fetched model runs with the library that is installed here.
+Native code is neither fetched nor pushed: a fetched model runs with the installed library.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from skv_export import __version__
 from skv_export.checkpoints.checkpoint import hub_endpoint
 from skv_export.errors import SkvError
-from skv_export.model_folder.skv_config import CONFIG_FILE, ModelConfig
+from skv_export.model_folder.names import RECIPE_FILE, SKV_CONFIG_FILE
+from skv_export.model_folder.skv_config import ModelConfig
 
 PATTERNS = ("*.json", "*.jinja", "*.toml", "*.txt", "*.onnx*", "*.data", "tokenizer.model", "README.md")
 """The files of an exported folder; external data of a rewritten model may be named in any of these ways."""
@@ -66,7 +67,7 @@ def fetch(
     try:
         # First the file that tells an exported model from others, before gigabytes of something else.
         config = api.hf_hub_download(
-            name, CONFIG_FILE, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+            name, SKV_CONFIG_FILE, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
         )
         commit = Path(config).parent.name
         folder = api.snapshot_download(
@@ -79,7 +80,7 @@ def fetch(
         return _without_links(Path(folder))
     except _ERRORS as error:
         absent = isinstance(error, EntryNotFoundError) and isinstance(error, HfHubHTTPError)
-        what = f"no {CONFIG_FILE} in this repository" if absent else "no such folder, and the hub does not give it"
+        what = f"no {SKV_CONFIG_FILE} in this repository" if absent else "no such folder, and the hub does not give it"
         raise SkvError(
             f"{name}: {what}",
             got=_brief(error),
@@ -191,7 +192,7 @@ def _card(repo_id: str, config: ModelConfig) -> str:
         "---\nlibrary_name: skv_export\npipeline_tag: text-generation\ntags: [onnx, kv-cache-quantization]\n"
         f"{base}---\n\n# {repo_id.rpartition('/')[2]}\n\n"
         f"{source.get('name') or config.model_type}, exported by skv_export {__version__} to ONNX Runtime with a "
-        f"quantized KV cache ({', '.join(pairs)}; `recipe.toml` has all options).\n\n"
+        f"quantized KV cache ({', '.join(pairs)}; `{RECIPE_FILE}` has all options).\n\n"
         "```python\nfrom skv_export import SkvForCausalLM\n"
         f'model = SkvForCausalLM.from_pretrained("{repo_id}")\n```\n'
     )

@@ -1,4 +1,4 @@
-"""Owns ``skv_config.json``: what an exported folder says about itself, read and checked; the exporter writes it."""
+"""``skv_config.json``, the description of an exported folder: reading with checks, and writing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 
 from skv_export import __version__
 from skv_export.errors import SkvError
+from skv_export.model_folder.names import SKV_CONFIG_FILE
 from skv_export.spec.layout import CacheLayout
+from skv_export.spec.op import LayerAttention
 
 FORMAT_VERSION = 1
 """Version of ``skv_config.json``."""
-CONFIG_FILE = "skv_config.json"
 MAX_JSON_BYTES = 64 << 20
 
 
@@ -36,6 +37,12 @@ class LayerCache:
     local_window_size: int
     key: CacheLayout
     value: CacheLayout
+
+    @classmethod
+    def of(cls, layer: LayerAttention) -> LayerCache:
+        """Returns the cache of a layer's attention."""
+        params = layer.params
+        return cls(params.num_heads, params.kv_num_heads, params.local_window_size, *layer.layouts)
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class ModelConfig:
         Raises:
             SkvError: Missing, damaged, or of another version; the message names the file and the key.
         """
-        path = Path(folder) / CONFIG_FILE
+        path = Path(folder) / SKV_CONFIG_FILE
         values = read_json(path, fix="Export the model with `skv-export model`.")
         version = values.get("format_version")
         if version != FORMAT_VERSION:
@@ -150,7 +157,7 @@ def _layer_cache(values: Mapping[str, Any]) -> LayerCache:
 
 
 def layout_entry(layout: CacheLayout) -> dict[str, Any]:
-    """What ``skv_config.json`` says of one cache tensor: the layout's fields, and the rule of its shape."""
+    """The entry of one cache tensor in ``skv_config.json``: the layout's fields, and the rule of its shape."""
     return {**dataclasses.asdict(layout), "shape": layout.shape_rule()}
 
 

@@ -1,4 +1,4 @@
-"""Owns the output folder: it appears complete or not at all; and the files in it that come from the checkpoint's own.
+"""Writes the output folder, complete or not at all, and the files that come from the checkpoint.
 
 Everything is written into a folder beside the target, synced to disk, and renamed.
 """
@@ -12,14 +12,25 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import GenerationConfig, PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.errors import SkvError
+from skv_export.model_folder.genai_config import genai_config
+from skv_export.model_folder.names import (
+    GENAI_CONFIG_FILE,
+    LIBRARY_FILE,
+    RECIPE_FILE,
+    SKV_CONFIG_FILE,
+)
+from skv_export.model_folder.skv_config import ModelConfig
+from skv_export.native.library import library_path
+from skv_export.spec.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig
 
 RESERVE_BYTES = 64 << 20
 """Room for the graph, configurations and tokenizer, on top of the weights."""
@@ -86,7 +97,7 @@ def check_target(out: Path, weight_bytes: int, *, force: bool = False) -> None:
     if out.exists() or out.is_symlink():
         if not force:
             raise SkvError(f"{out}: exists already", fix="Use --force to replace it, or choose another --out.")
-        if out.is_symlink() or not out.is_dir() or not (any(out.glob("skv_config.json")) or not any(out.iterdir())):
+        if out.is_symlink() or not out.is_dir() or not (any(out.glob(SKV_CONFIG_FILE)) or not any(out.iterdir())):
             raise SkvError(
                 f"{out}: not a folder written by skv_export, so --force does not replace it",
                 fix="Choose another --out.",
@@ -132,22 +143,14 @@ def _swap(new: Path, out: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def pretrained_arguments(source: Source) -> dict[str, Any]:
-    """What transformers' ``from_pretrained`` needs beside the name; never code of the checkpoint's."""
-    arguments: dict[str, Any] = {"trust_remote_code": False, "local_files_only": source.repo_id is None}
-    if source.revision:
-        arguments["revision"] = source.revision
-    if source.gguf_file:
-        arguments["gguf_file"] = source.gguf_file
-    return arguments
-
-
 def generation_config(source: Source, config: PreTrainedConfig) -> GenerationConfig:
     """Returns how a checkpoint on this disk wants text to be generated; by its configuration if it does not say.
 
     Raises:
         SkvError: It says so in a way that transformers can't read.
     """
+    from transformers import GenerationConfig
+
     if source.path is None or not (source.path / "generation_config.json").is_file() or source.gguf_file:
         return GenerationConfig.from_model_config(config)
     try:
@@ -156,6 +159,30 @@ def generation_config(source: Source, config: PreTrainedConfig) -> GenerationCon
         raise SkvError(
             f"{source}: generation_config.json", got=str(error)[:300], fix="Correct or remove it."
         ) from error
+
+
+def write_configs(
+    folder: Path,
+    recipe: Recipe,
+    config: ModelConfig,
+    hidden_size: int,
+    inputs: Sequence[str],
+    genai_base: Mapping[str, Any],
+) -> None:
+    """Writes what a runtime reads beside the graph: the recipe, both configurations, and the native library.
+
+    Args:
+        folder: The folder being written.
+        recipe: As resolved.
+        config: The content of ``skv_config.json``.
+        hidden_size: Channels of the hidden state.
+        inputs: Names of the graph's inputs.
+        genai_base: What ``genai_config.json`` says that is not ours to say.
+    """
+    (folder / RECIPE_FILE).write_text(recipe.to_toml(), encoding="utf-8")
+    write_json(folder / SKV_CONFIG_FILE, config.to_dict(hidden_size))
+    write_json(folder / GENAI_CONFIG_FILE, genai_config(config, hidden_size, inputs, genai_base))
+    shutil.copyfile(library_path(), folder / LIBRARY_FILE)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

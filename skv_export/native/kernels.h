@@ -1,6 +1,6 @@
-// Owns the C interface of the kernels: append, dequantize, rewind and decode attention over the quantized cache, with
-// no framework in sight. Tests call it through ctypes; ort/kernel_cpu.cc calls it from ONNX Runtime. The CUDA kernels
-// have the same functions with `skv_cuda_` in front and a stream behind (cuda/kernels_cuda.h).
+// The C interface of the kernels: append, dequantize, rewind and decode attention over the quantized cache, independent
+// of any framework. Tests call it through ctypes; ort/kernel_cpu.cc calls it from ONNX Runtime. The CUDA kernels have
+// the same functions with the prefix `skv_cuda_` and a stream (cuda/kernels_cuda.h).
 //
 // Every function checks its arguments before it writes anything, returns SKV_OK or an SkvStatus, and leaves the reason
 // (what, got, expected) in skv_last_error() of the calling thread. Nothing outside the given buffers is read or
@@ -82,7 +82,10 @@ SKV_API int skv_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t 
 SKV_API int skv_decode_tile(const SkvLayout* layout, const uint8_t* tile, float* out);
 
 // Makes the blocks of sequence b a cache of new_length tokens (reference.rewind): at most recent_tokens back.
-SKV_API int skv_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length, int64_t new_length);
+// longest_length: most tokens that the sequence has held since it was empty, `length` if it was never rewound; rows and
+// a sliding window's tiles are overwritten up to there.
+SKV_API int skv_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length, int64_t longest_length,
+                       int64_t new_length);
 
 // Sizes, for the test that compares kv_layout.h with spec/layout.py: out[0..5] = tile_bytes, row_bytes, full_rows,
 // tiles in block_bytes, capacity (-1 = any), quantized tokens at `length`.

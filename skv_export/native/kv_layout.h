@@ -1,6 +1,6 @@
-// Owns the cache's bytes on the native side: the mirror of skv_export/layout.py (design: section 4, layout_version 1).
-// Change both or a test fails. Plain C structs and constexpr functions: included by the CPU kernels, the CUDA kernels
-// and the ONNX Runtime side.
+// The cache's bytes in C, layout version 1 (docs/spec.md, The cache's bytes): the mirror of spec/layout.py; a test
+// compares the two. Plain C structs and constexpr functions: included by the CPU kernels, the CUDA kernels and the ONNX
+// Runtime side.
 #pragma once
 #include <stdint.h>
 
@@ -84,6 +84,18 @@ SKV_HD int64_t quantized_tokens(const SkvLayout& l, int64_t length) {
 // Full-precision row of a position, while it is a sink or recent.
 SKV_HD int64_t full_row(const SkvLayout& l, int64_t position) {
   return position < l.num_sink_tokens ? position : l.num_sink_tokens + (position - l.num_sink_tokens) % ring_tokens(l);
+}
+
+// Smallest length to which a block can be rewound (spec/reference.py: rewind_floor). `longest`: most tokens that it has
+// held since it was empty.
+SKV_HD int64_t rewind_floor(const SkvLayout& l, int64_t block_bytes, int64_t length, int64_t longest) {
+  if (quantized_tokens(l, length) == 0) return 0;
+  const int64_t recent = length - l.recent_tokens;
+  const int64_t forgotten = quantized_tokens(l, longest) / l.tile_tokens - tiles_in(l, block_bytes);
+  if (forgotten <= 0) return recent;
+  const int64_t needed = l.local_window_size - 1 > l.recent_tokens ? l.local_window_size - 1 : l.recent_tokens;
+  const int64_t window = l.num_sink_tokens + forgotten * l.tile_tokens + needed;
+  return window > recent ? window : recent;
 }
 
 }  // namespace skv

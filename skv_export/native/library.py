@@ -1,4 +1,4 @@
-"""Owns the native library as Python sees it: finding libskv_ops.so, loading it, and its C interface through ctypes.
+"""The native library in Python: finds and loads libskv_ops.so, and calls its C interface through ctypes.
 
 The structures mirror ``native/kernels.h``. ONNX Runtime loads the same file as a custom-op library.
 """
@@ -22,10 +22,12 @@ from skv_export.spec.layout import Bytes, CacheLayout, layout_fields
 from skv_export.spec.recipe import GRANULARITIES, RECENT_TYPES, ROTATIONS
 
 if TYPE_CHECKING:
-    from skv_export.spec.reference import AttentionParams
+    from skv_export.spec.op import AttentionParams
 
 FILE_NAME = "libskv_ops.so"
 ENVIRONMENT = "SKV_OPS_LIBRARY"
+INSTRUCTION_SETS = ("scalar", "avx2", "avxvnni", "avx512vnni", "neon")
+"""Of the CPU kernels; SKV_CPU_ISA in the environment names one."""
 _FIX = "Install the package with `pip install .`, or build with cmake and set SKV_OPS_LIBRARY to build/libskv_ops.so."
 
 # The enumerations of kv_layout.h number these names in this order.
@@ -111,7 +113,7 @@ class Library:
             for name in ("skv_version", "skv_last_error", "skv_cpu_isa", "skv_cuda_build"):
                 getattr(self._c, name).restype = ctypes.c_char_p
             self._c.skv_rewind.argtypes = [
-                ctypes.POINTER(SkvCache), ctypes.c_int32, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64
+                ctypes.POINTER(SkvCache), ctypes.c_int32, ctypes.c_int32, *3 * [ctypes.c_int64]
             ]  # fmt: skip
             self._c.skv_attention.argtypes = [ctypes.POINTER(SkvAttention), ctypes.c_void_p]
             if self.cuda_build:
@@ -133,7 +135,7 @@ class Library:
 
     @property
     def cpu_isa(self) -> str:
-        """The instruction set that was chosen: ``scalar``, ``avx2``, ``avx512vnni`` or ``neon``."""
+        """The instruction set that was chosen, one of ``INSTRUCTION_SETS``."""
         return self._text("skv_cpu_isa")
 
     @property
@@ -149,6 +151,7 @@ class Library:
         kv_num_heads: int,
         b: int,
         length: int,
+        longest_length: int,
         new_length: int,
         *,
         device: str = "cpu",
@@ -162,6 +165,7 @@ class Library:
             kv_num_heads: Blocks per sequence.
             b: Index of the sequence in the batch.
             length: Tokens held.
+            longest_length: Most tokens held since the sequence was empty.
             new_length: Tokens to hold.
             device: Where ``data`` is, ``cpu`` or ``cuda``; there it is done when ``synchronize`` returns.
 
@@ -169,7 +173,7 @@ class Library:
             SkvError: Too far back, or an unusable block.
         """
         held = SkvCache(SkvLayout.of(layout), data, block_bytes)
-        arguments = ctypes.byref(held), kv_num_heads, b, length, new_length
+        arguments = ctypes.byref(held), kv_num_heads, b, length, longest_length, new_length
         if device == "cuda":
             self._check("rewind", self._c.skv_cuda_rewind(*arguments, _DEFAULT_STREAM), "skv_cuda_last_error")
         else:

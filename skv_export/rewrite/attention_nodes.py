@@ -1,4 +1,4 @@
-"""Owns what attention nodes of other exporters mean: read one by one into our terms, or refused with the reason.
+"""Parses the attention nodes of other exporters: each is translated into the op's terms, or refused with the reason.
 
 ``com.microsoft::GroupQueryAttention``, and the standard ``Attention`` (opset 23 on), with a past: its own input, or, as
 torch.onnx writes it, concatenated before the node. Nothing is changed.
@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from skv_export.spec.reference import AttentionParams
+from skv_export.spec.op import INPUT_NAMES, AttentionParams
 
 GQA = ("com.microsoft", "GroupQueryAttention", "")
 ATTENTION = ("", "Attention", "")
@@ -41,6 +41,11 @@ _GQA_ATTRIBUTES = {
 _ATTENTION_ATTRIBUTES = {
     "q_num_heads", "kv_num_heads", "scale", "softcap", "is_causal", "qk_matmul_output_mode", "softmax_precision"
 }  # fmt: skip
+_INPUTS = {
+    GQA: (*INPUT_NAMES[:12], "k_scale", "v_scale", *INPUT_NAMES[14:16]),
+    ATTENTION: ("Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen"),
+}
+"""Names of the inputs. Ours mirror GroupQueryAttention's, but for the scales of a quantized cache."""
 _REPEATS = {"Expand", "Identity", "Reshape", "Tile", "Unsqueeze"}
 """What may stand between a cache and attention, if it repeats heads (``MaskProbe.check_repeats``)."""
 
@@ -117,10 +122,10 @@ def read_node(node: ir.Node, graph: ir.Graph, head_dim: int | None) -> Attention
     if unknown:
         raise Refusal(f"unknown attribute {', '.join(unknown)}")
     if node.op_identifier() == GQA:
-        return _read_gqa(node, *_caches(node, 3), head_dim)
-    if _input(node, 4) is None and _input(node, 5) is None:
+        return _read_gqa(node, *_caches(node), head_dim)
+    if _input(node, "past_key") is None and _input(node, "past_value") is None:
         return _read_attention(node, *_concatenated(node), head_dim)
-    return _read_attention(node, *_caches(node, 4), None, head_dim)
+    return _read_attention(node, *_caches(node), None, head_dim)
 
 
 Pair = tuple[ir.Value, ir.Value]
@@ -137,23 +142,23 @@ def _read_gqa(node: ir.Node, past: Pair, present: Pair, head_dim: int | None) ->
     ):
         if attributes.get(name, fine) != fine:
             raise Refusal(f"{name} = {attributes[name]}: {why}")
-    _refuse_inputs(node, {10: "attention_bias", 12: "k_scale", 13: "v_scale"})
+    _refuse_inputs(node, "attention_bias", "k_scale", "v_scale")
     if len([x for x in node.outputs if x.name and x.uses()]) > 3 or len(node.outputs) > 3:
         raise Refusal("more than three outputs: it returns its scores")
-    for index, name in ((5, "seqlens_k"), (6, "total_sequence_length")):
-        if _input(node, index) is None:
+    for name in ("seqlens_k", "total_sequence_length"):
+        if _input(node, name) is None:
             raise Refusal(f"no input {name}")
     window = int(attributes.get("local_window_size", -1))
     if window == 0 or window < -1:
         raise Refusal(f"local_window_size = {window}: expected -1 for none, or at least 1")
-    norms = [_input(node, 14), _input(node, 15)]
+    norms = [_input(node, "q_norm_weight"), _input(node, "k_norm_weight")]
     if (norms[0] is None) != (norms[1] is None):
         raise Refusal("only one of q_norm_weight and k_norm_weight")
     epsilons = {attributes.get(f"{x}_norm_epsilon", attributes.get("qk_norm_epsilon", 1e-6)) for x in "qk"}
     if norms[0] is not None and len(epsilons) > 1:
         raise Refusal(f"q_norm_epsilon and k_norm_epsilon differ: {sorted(epsilons)}")
     rotary = bool(attributes.get("do_rotary", 0))
-    if rotary and (_input(node, 7) is None or _input(node, 8) is None):
+    if rotary and (_input(node, "cos_cache") is None or _input(node, "sin_cache") is None):
         raise Refusal("do_rotary without cos_cache and sin_cache")
     heads = int(attributes.get("num_heads", 0)), int(attributes.get("kv_num_heads", 0))
     params = AttentionParams(
@@ -165,17 +170,18 @@ def _read_gqa(node: ir.Node, past: Pair, present: Pair, head_dim: int | None) ->
         rotary_interleaved=bool(attributes.get("rotary_interleaved", 0)),
         qk_norm_epsilon=float(max(epsilons)),
     )
-    packed = _input(node, 1) is None
-    if packed != (_input(node, 2) is None):
+    key, value = _input(node, "key"), _input(node, "value")
+    packed = key is None
+    if packed != (value is None):
         raise Refusal("only one of key and value: it reads another layer's cache")
     widths = {
         node.inputs[0]: params.num_heads + (2 * params.kv_num_heads if packed else 0),
-        _input(node, 1): params.kv_num_heads,
-        _input(node, 2): params.kv_num_heads,
+        key: params.kv_num_heads,
+        value: params.kv_num_heads,
         node.outputs[0]: params.num_heads,
         **dict.fromkeys(norms, 1),
     }
-    smooth = bool(attributes.get("smooth_softmax", 0)) and _input(node, 11) is None
+    smooth = bool(attributes.get("smooth_softmax", 0)) and _input(node, "head_sink") is None
     return AttentionNode(
         node, params, _head_dim(past, widths, head_dim), _dtype(past), past, present, smooth_softmax=smooth
     )
@@ -183,7 +189,7 @@ def _read_gqa(node: ir.Node, past: Pair, present: Pair, head_dim: int | None) ->
 
 def _read_attention(node: ir.Node, past: Pair, present: Pair, new: Pair | None, head_dim: int | None) -> AttentionNode:
     attributes = _attributes(node)
-    _refuse_inputs(node, {6: "nonpad_kv_seqlen"})
+    _refuse_inputs(node, "nonpad_kv_seqlen")
     if len(node.outputs) > 3:
         raise Refusal("more than three outputs: it returns its scores")
     # The standard wants the attributes with three dimensions, and with those only.
@@ -205,7 +211,7 @@ def _read_attention(node: ir.Node, past: Pair, present: Pair, new: Pair | None, 
     if heads_first and any(_dim(value, 3) not in (None, found) for value in node.inputs[:3]):
         raise Refusal("queries, keys and values have different head dims")
     is_causal = bool(attributes.get("is_causal", 0))
-    mask = _input(node, 3)
+    mask = _input(node, "attn_mask")
     if mask is None and not is_causal:
         raise Refusal("neither is_causal nor attn_mask: attention in both directions")
     if new and is_causal:
@@ -236,21 +242,22 @@ def _factor(attributes: Mapping[str, Any], name: str) -> float:
     return value
 
 
-def _input(node: ir.Node, index: int) -> ir.Value | None:
+def _input(node: ir.Node, name: str) -> ir.Value | None:
+    index = _INPUTS[node.op_identifier()].index(name)
     return node.inputs[index] if index < len(node.inputs) else None
 
 
-def _refuse_inputs(node: ir.Node, names: Mapping[int, str]) -> None:
-    for index, name in names.items():
-        if _input(node, index) is not None:
+def _refuse_inputs(node: ir.Node, *names: str) -> None:
+    for name in names:
+        if _input(node, name) is not None:
             raise Refusal(f"has an input {name}, which the op does not take")
 
 
-def _caches(node: ir.Node, first: int) -> tuple[Pair, Pair]:
-    """The past (inputs ``first`` and the next) and the present of a node that holds its cache itself."""
+def _caches(node: ir.Node) -> tuple[Pair, Pair]:
+    """The past and the present of a node that holds its cache itself."""
     past, present = [], []
-    for index, name in ((first, "past_key"), (first + 1, "past_value")):
-        value = _input(node, index)
+    for name in ("past_key", "past_value"):
+        value = _input(node, name)
         if value is None:
             raise Refusal(f"no input {name}: export the model with its past, held by this node")
         past.append(_past(value, name, node))
@@ -265,8 +272,8 @@ def _concatenated(node: ir.Node) -> tuple[Pair, Pair, Pair]:
     if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
         raise Refusal("no input past_key, but an output present_key: its cache is never read")
     past, present, new = [], [], []
-    for index, name in ((1, "key"), (2, "value")):
-        concat, reader = _concat(node, index, name)
+    for read, name in (("K", "key"), ("V", "value")):
+        concat, reader = _concat(_input(node, read), node, name)
         axis = concat.attributes["axis"].as_int() if "axis" in concat.attributes else None
         if len(concat.inputs) != 2 or axis not in (2, -2):
             raise Refusal(f"its {name} comes from node {concat.name!r}, no Concat of past_{name} and new along tokens")
@@ -278,9 +285,8 @@ def _concatenated(node: ir.Node) -> tuple[Pair, Pair, Pair]:
     return (past[0], past[1]), (present[0], present[1]), (new[0], new[1])
 
 
-def _concat(node: ir.Node, index: int, name: str) -> tuple[ir.Node, ir.Node]:
-    """The Concat that an input of a node comes from, and who reads it: the node, or what repeats heads in between."""
-    value, reader = _input(node, index), node
+def _concat(value: ir.Value | None, reader: ir.Node, name: str) -> tuple[ir.Node, ir.Node]:
+    """The Concat that a node's input comes from, and who reads it: the node, or what repeats heads in between."""
     while value is not None:
         maker = value.producer()
         if maker is not None and maker.op_type == "Concat":

@@ -1,8 +1,9 @@
-"""Owns what a computed attention mask means: the part of the graph that makes it is run on a few small inputs.
+"""Determines what a computed attention mask means, by running its part of the graph on a few small inputs.
 
-A standard ``Attention`` node takes its mask from nodes that no pattern can match in general, as every exporter writes
-them differently. So the mask is evaluated where causal, padded and windowed masks differ, and compared. So are the
-nodes between a cache and attention, which must repeat each key-value head for its query heads.
+The nodes that compute the mask of a standard ``Attention`` differ between exporters, so no pattern matches them in
+general. The mask is therefore evaluated on inputs for which causal, padded and windowed masks differ, and compared. The
+nodes between a cache and attention, which must repeat each key-value head for its query heads, are checked in the same
+way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
+from skv_export.model_folder.names import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
 from skv_export.rewrite.attention_nodes import AttentionNode, Refusal
 
 MASKED = -1e4
@@ -154,12 +156,12 @@ def _feed(value: ir.Value, past: int, tokens: int, padding: int) -> NDArray[Any]
     if len(value.shape) == 4:
         fixed = [size if isinstance(size, int) else 1 for size in value.shape]
         return np.zeros((1, fixed[1], past, fixed[3]), value.dtype.numpy())
-    if value.name == "attention_mask":
+    if value.name == ATTENTION_MASK:
         array = np.ones((1, past + tokens), np.int64)
         array[:, past + tokens - padding :] = 0
-    elif value.name == "position_ids":
+    elif value.name == POSITION_IDS:
         array = np.arange(past, past + tokens)[None, :]
-    elif value.name == "input_ids":
+    elif value.name == INPUT_IDS:
         array = np.zeros((1, tokens), np.int64)
     else:
         raise Refusal(f"its mask depends on the graph's input {value.name!r}")

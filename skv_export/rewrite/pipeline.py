@@ -1,4 +1,4 @@
-"""Owns ONNX to ONNX: a model of another exporter becomes a folder like ours, its attention nodes rewritten in place.
+"""The rewrite pipeline: from another exporter's ONNX model to an exported folder, with its attention nodes replaced.
 
 Weights are neither read nor copied: files of external data are cloned or hard-linked into the new folder where the
 file system can. Padding is the source's: GroupQueryAttention takes lengths from the mask's sums, so tokens stand first
@@ -15,32 +15,37 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 
+from skv_export.checkpoints.checkpoint import Source
 from skv_export.errors import SkvError
-from skv_export.export.decoder import LayerAttention
-from skv_export.model_folder import genai_config
-from skv_export.model_folder.skv_config import CONFIG_FILE, LayerCache, ModelConfig
-from skv_export.model_folder.writer import check_target, output_folder, write_json
+from skv_export.model_folder.names import (
+    GENAI_CONFIG_FILE,
+    INPUT_IDS,
+    LIBRARY_FILE,
+    LOGITS,
+    MODEL_FILE,
+    RECIPE_FILE,
+    SKV_CONFIG_FILE,
+    TOKEN_INPUTS,
+)
+from skv_export.model_folder.plan import Plan
+from skv_export.model_folder.skv_config import LayerCache, ModelConfig
+from skv_export.model_folder.writer import check_target, output_folder, write_configs
 from skv_export.native.library import library_path
 from skv_export.rewrite.attention_nodes import AttentionNode, Refusal, is_attention, read_node
 from skv_export.rewrite.mask_probe import MaskProbe
 from skv_export.rewrite.source import OnnxSource
 from skv_export.rewrite.surgery import Layer, rewrite_graph
+from skv_export.spec.op import LayerAttention
 from skv_export.spec.recipe import Recipe
 
-if TYPE_CHECKING:
-    from skv_export.export.pipeline import Plan
-
-INPUTS = ("input_ids", "attention_mask", "position_ids")
-"""What a token loop gives to a graph, besides the caches; a source may do without the last two."""
 DTYPES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
-MODEL_FILE, RECIPE_FILE = "model.onnx", "recipe.toml"
 _FICLONE = 0x40049409  # linux/fs.h
-_WRITTEN = {MODEL_FILE, RECIPE_FILE, CONFIG_FILE, genai_config.CONFIG_FILE, genai_config.LIBRARY_FILE}
+_WRITTEN = {MODEL_FILE, RECIPE_FILE, SKV_CONFIG_FILE, GENAI_CONFIG_FILE, LIBRARY_FILE}
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Rewrite:
             for node, options in zip(nodes, chosen.layers(len(nodes)), strict=True)
         )
         dtype = DTYPES[nodes[0].dtype]
-        config = dataclasses.replace(config, dtype=dtype, layers=tuple(_layer_cache(layer.op) for layer in layers))
+        config = dataclasses.replace(config, dtype=dtype, layers=tuple(LayerCache.of(layer.op) for layer in layers))
         return cls(opened, layers, config, hidden_size, dataclasses.replace(chosen, dtype=dtype))
 
 
@@ -91,9 +96,6 @@ def plan(source: Path | str, recipe: Recipe | None = None) -> Plan:
     Raises:
         SkvError: See ``Rewrite.read``.
     """
-    from skv_export.checkpoints.checkpoint import Source
-    from skv_export.export.pipeline import Plan
-
     planned = Rewrite.read(source, recipe)
     return Plan(
         source=Source("onnx", planned.source.path),
@@ -134,7 +136,7 @@ def rewrite_model(
     target = Path(out)
     check_target(target, 0, force=force)
     rewrite = Rewrite.read(source, recipe)
-    library = library_path()
+    library_path()  # it goes into the folder: better none is written than one without it
     if target.resolve() == rewrite.source.path.parent.resolve():
         raise SkvError(f"{target}: the source's own folder", fix="Pass another --out: the source is never changed.")
     with output_folder(target, _bytes_to_write(rewrite, target, copy_weights), force=force) as folder:
@@ -144,15 +146,9 @@ def rewrite_model(
             _share(file, folder / location, copy=copy_weights)
         for file in rewrite.source.companions:
             shutil.copyfile(file, folder / file.name)
-        shutil.copyfile(library, folder / genai_config.LIBRARY_FILE)
-        (folder / RECIPE_FILE).write_text(rewrite.recipe.to_toml(), encoding="utf-8")
         inputs = [str(value.name) for value in rewrite.source.graph.graph.inputs]
         base = rewrite.source.genai_config
-        write_json(folder / CONFIG_FILE, rewrite.config.to_dict(rewrite.hidden_size))
-        write_json(
-            folder / genai_config.CONFIG_FILE,
-            genai_config.genai_config(rewrite.config, rewrite.hidden_size, inputs, base),
-        )
+        write_configs(folder, rewrite.recipe, rewrite.config, rewrite.hidden_size, inputs, base)
     return target
 
 
@@ -166,10 +162,10 @@ def _model_config(source: OnnxSource) -> tuple[ModelConfig, int]:
     if not runs and not config:
         raise SkvError(
             f"{source.path}: no configuration beside the graph",
-            expected="genai_config.json or config.json in its folder",
+            expected=f"{GENAI_CONFIG_FILE} or config.json in its folder",
             fix="Copy it there: it says where a text ends, and how long the context is.",
         )
-    logits = next((x for x in source.graph.graph.outputs if x.name == "logits"), None)
+    logits = next((x for x in source.graph.graph.outputs if x.name == LOGITS), None)
     if logits is None or logits.shape is None or len(logits.shape) != 3:
         got = ", ".join(str(x.name) for x in source.graph.graph.outputs[:3])
         raise SkvError(f"{source.path}: outputs", got=got, expected="logits [batch, tokens, vocab_size]")
@@ -206,10 +202,6 @@ def _model_config(source: OnnxSource) -> tuple[ModelConfig, int]:
     return model, hidden_size
 
 
-def _layer_cache(op: LayerAttention) -> LayerCache:
-    return LayerCache(op.params.num_heads, op.params.kv_num_heads, op.params.local_window_size, *op.layouts)
-
-
 def _configured_head_dim(source: OnnxSource) -> int | None:
     config = {**source.config, **_table(source.config.get("text_config"))}
     decoder = _table(_table(source.genai_config.get("model")).get("decoder"))
@@ -233,13 +225,15 @@ def _token(value: object) -> int | None:
 
 def _check_names(source: OnnxSource) -> None:
     """Inputs must be those of a token loop, and weights must not stand in files that are written here."""
-    unknown = [str(x.name) for x in source.graph.graph.inputs if x.name not in INPUTS and len(x.shape or "past") != 4]
-    if unknown or not any(x.name == "input_ids" for x in source.graph.graph.inputs):
+    unknown = [
+        str(x.name) for x in source.graph.graph.inputs if x.name not in TOKEN_INPUTS and len(x.shape or "past") != 4
+    ]
+    if unknown or not any(x.name == INPUT_IDS for x in source.graph.graph.inputs):
         raise SkvError(
             f"{source.path}: inputs that are not those of a token loop",
-            got=", ".join(unknown) or "no input_ids",
-            expected=f"{', '.join(INPUTS)} and the past",
-            fix="Export a decoder that takes input_ids and nothing else.",
+            got=", ".join(unknown) or f"no {INPUT_IDS}",
+            expected=f"{', '.join(TOKEN_INPUTS)} and the past",
+            fix="Export the decoder alone: no embeddings, token types or states of an encoder among its inputs.",
         )
     others = _WRITTEN | {file.name for file in source.companions}
     taken = sorted(location for location in source.weights if location in others)
@@ -294,7 +288,7 @@ def _in_order(nodes: Sequence[AttentionNode], source: OnnxSource) -> list[Attent
                 fix="Hybrid models, with linear attention or convolutions between, are not supported.",
             )
     ours = {value for node in nodes for value in node.past}
-    others = [str(x.name) for x in source.graph.graph.inputs if x.name not in INPUTS and x not in ours]
+    others = [str(x.name) for x in source.graph.graph.inputs if x.name not in TOKEN_INPUTS and x not in ours]
     if others:
         raise SkvError(
             f"{source.path}: state that no attention node holds",

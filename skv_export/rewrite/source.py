@@ -1,4 +1,4 @@
-"""Owns ONNX files as a starting point: what a path names, and that the graph is whole and safe before it is used.
+"""ONNX files as input: resolves a path, and checks that the graph is complete and safe to use.
 
 Only the graph is read. Weights in files beside it are checked by place and size and never loaded; nothing is written.
 """
@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from skv_export.errors import SkvError
+from skv_export.model_folder.names import GENAI_CONFIG_FILE, MODEL_FILE
 from skv_export.model_folder.skv_config import read_json
 
 MAX_GRAPH_BYTES = (1 << 31) - 1
@@ -82,7 +83,7 @@ class OnnxSource:
             ShapeInferencePass()(graph)
         folders = [path.parent, path.parent.parent] if path.parent.name == "onnx" else [path.parent]
         found = {file.name: file for folder in reversed(folders) for file in _companions(folder)}
-        genai = path.parent / "genai_config.json"
+        genai = path.parent / GENAI_CONFIG_FILE
         return cls(
             path=path,
             graph=graph,
@@ -121,7 +122,7 @@ def find_onnx(source: Path | str) -> Path:
         raise SkvError(f"{path}: no ONNX model there", expected="a .onnx file, or a folder that holds one")
     for folder in (path, path / "onnx"):
         files = sorted(folder.glob("*.onnx"))
-        named = [file for file in files if file.name == "model.onnx"]
+        named = [file for file in files if file.name == MODEL_FILE]
         if named or len(files) == 1:
             return (named or files)[0].absolute()
         if files:

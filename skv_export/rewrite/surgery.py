@@ -1,7 +1,7 @@
-"""Owns the surgery: attention nodes of a graph in memory become ``skv::QuantizedKVAttention``, with what they need.
+"""Replaces the attention nodes of a graph in memory by ``skv::QuantizedKVAttention``, with the inputs that it needs.
 
 GroupQueryAttention keeps its inputs one by one. A standard Attention gets its lengths from the attention mask, and the
-nodes that made its mask go, as do those that put the past in front of the new tokens before it.
+nodes that computed its mask are removed, as are those that concatenated the past and the new tokens.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from skv_export.export.decoder import LayerAttention
 from skv_export.model_folder.genai_config import cache_widths
+from skv_export.model_folder.names import ATTENTION_MASK, INPUT_IDS, LOGITS, TENSORS, past_name, present_name
 from skv_export.rewrite.attention_nodes import AttentionNode
-from skv_export.spec.layout import DOMAIN, OP_NAME
+from skv_export.spec.op import DOMAIN, INPUT_NAMES, OP_NAME, OP_VERSION, LayerAttention, in_order
 
 _PREFIX = "skv"
 
@@ -46,7 +46,7 @@ def rewrite_graph(model: ir.Model, layers: Sequence[Layer]) -> None:
         surgery.caches(layer, index)
     surgery.drop_unread()
     surgery.float_logits()
-    model.graph.opset_imports[DOMAIN] = 1
+    model.graph.opset_imports[DOMAIN] = OP_VERSION
     model.graph.sort()
 
 
@@ -68,30 +68,31 @@ class Surgery:
     def attention(self, layer: Layer) -> None:
         """Makes an attention node the op; its name, its outputs and, of GroupQueryAttention, its inputs stay."""
         node, attention = layer.attention.node, layer.attention
-        inputs: list[ir.Value | None]
+        given: dict[str, ir.Value | None]
         if attention.is_gqa:
-            inputs = list(node.inputs)
+            given = dict(zip(INPUT_NAMES, node.inputs, strict=False))
             if not layer.op.params.do_rotary:
-                inputs[7:10] = [None] * len(inputs[7:10])
+                given |= dict.fromkeys(("cos_cache", "sin_cache", "position_ids"))
         else:
-            inputs = [node.inputs[0], *(attention.new or node.inputs[1:3])]
-            inputs = [self._tokens_first(node, x) if attention.heads_first else x for x in inputs]
-            inputs += [*attention.past, self.seqlens_k, self.total_sequence_length]
-        inputs += [None] * (17 - len(inputs))
+            new = [node.inputs[0], *(attention.new or node.inputs[1:3])]
+            given = dict(zip(("query", "key", "value"), new, strict=True))
+            if attention.heads_first:
+                given = {name: self._tokens_first(node, x) for name, x in given.items()}
+            given |= dict(zip(("past_key", "past_value"), attention.past, strict=True))
+            given |= {"seqlens_k": self.seqlens_k, "total_sequence_length": self.total_sequence_length}
         if attention.smooth_softmax:
             zeros = np.zeros(layer.op.params.num_heads, attention.dtype.numpy())
-            inputs[11] = self._initializer(f"{node.name}.head_sink", zeros)
-        if inputs[16] is None and any(value.name == "attention_mask" for value in self.graph.inputs):
-            inputs[16] = self.query_seqlens
-        while inputs[-1] is None:
-            inputs.pop()
+            given["head_sink"] = self._initializer(f"{node.name}.head_sink", zeros)
+        if any(value.name == ATTENTION_MASK for value in self.graph.inputs):
+            given["query_seqlens"] = self.query_seqlens
+        inputs = in_order(given)
         if attention.heads_first:
             self._heads_first(node, layer)
         if attention.new:
             self._present_outputs(node, attention)
         if not attention.is_gqa:
             self._unread.update(x for x in node.inputs[1:4] if x is not None)
-        node.domain, node.op_type, node.version = DOMAIN, OP_NAME, 1
+        node.domain, node.op_type, node.version = DOMAIN, OP_NAME, OP_VERSION
         node.resize_inputs(len(inputs))
         for i, value in enumerate(inputs):
             node.replace_input_with(i, value)
@@ -141,13 +142,13 @@ class Surgery:
         """Gives the inputs and outputs of a layer's cache their new type and shape, and the names of the ecosystem."""
         past, present = layer.attention.past, layer.attention.node.outputs[1:3]
         widths = cache_widths(layer.op.layouts)
-        for kind, source, result, width in zip(("key", "value"), past, present, widths, strict=True):
+        for kind, source, result, width in zip(TENSORS, past, present, widths, strict=True):
             batch = source.shape[0] if source.shape is not None else None
             size = width if width is not None else f"cache_width.{index}.{kind}"
-            for value, name in ((source, "past_key_values"), (result, "present")):
+            for value, name in ((source, past_name), (result, present_name)):
                 value.type = ir.TensorType(ir.DataType.UINT8)
                 value.shape = ir.Shape([batch, layer.op.params.kv_num_heads, f"cache_rows.{index}.{kind}", size])
-                value.name = f"{name}.{index}.{kind}"
+                value.name = name(index, kind)
 
     def past_shapes(self, layer: Layer) -> None:
         """Gives who reads a past's shape the one that it had in the source: ``[B, N_kv, tokens, D]``."""
@@ -180,10 +181,10 @@ class Surgery:
     def float_logits(self) -> None:
         """Makes the logits float32, whatever the model computes in."""
         for index, value in enumerate(self.graph.outputs):
-            if value.name == "logits" and value.dtype != ir.DataType.FLOAT:
-                value.name = self._unique(f"{_PREFIX}/logits")
+            if value.name == LOGITS and value.dtype != ir.DataType.FLOAT:
+                value.name = self._unique(f"{_PREFIX}/{LOGITS}")
                 cast = self._add("Cast", [value], to=ir.DataType.FLOAT)
-                cast.name, cast.type, cast.shape = "logits", ir.TensorType(ir.DataType.FLOAT), value.shape
+                cast.name, cast.type, cast.shape = LOGITS, ir.TensorType(ir.DataType.FLOAT), value.shape
                 self.graph.outputs[index] = cast
 
     # Lengths, from the mask.
@@ -192,10 +193,10 @@ class Surgery:
     def mask(self) -> ir.Value:
         """The graph's attention_mask ``[B, past + S]``; a graph without one gets it."""
         for value in self.graph.inputs:
-            if value.name == "attention_mask":
+            if value.name == ATTENTION_MASK:
                 return value
         shape = ir.Shape(["batch_size", "total_sequence_length"])
-        value = ir.Value(name="attention_mask", shape=shape, type=ir.TensorType(ir.DataType.INT64))
+        value = ir.Value(name=ATTENTION_MASK, shape=shape, type=ir.TensorType(ir.DataType.INT64))
         self.graph.inputs.insert(1, value)
         return value
 
@@ -226,7 +227,7 @@ class Surgery:
         """int32 ``[B]``: each sequence's new tokens. Without it, one that gets none would count its padding as one."""
 
         def build() -> ir.Value:
-            ids = next(x for x in self.graph.inputs if x.name == "input_ids")
+            ids = next(x for x in self.graph.inputs if x.name == INPUT_IDS)
             start = self._add("Neg", [self._add("Shape", [ids], start=1, end=2)])
             axis = self._constant("axis_1", [1])
             new = self._add("Slice", [self.mask, start, self._constant("end", [np.iinfo(np.int64).max]), axis])
@@ -240,7 +241,7 @@ class Surgery:
         """int64 ``[1]``: the mask's columns before the new tokens."""
 
         def build() -> ir.Value:
-            ids = next(x for x in self.graph.inputs if x.name == "input_ids")
+            ids = next(x for x in self.graph.inputs if x.name == INPUT_IDS)
             sizes = [self._add("Shape", [x], start=1, end=2) for x in (self.mask, ids)]
             return self._add("Sub", sizes)
 

@@ -1,4 +1,4 @@
-"""Owns a running model's cache: buffers that are allocated once, bound in place, rewound and reordered."""
+"""The cache of a running model: buffers that are allocated once, bound in place, rewound and reordered."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from skv_export.errors import SkvError
+from skv_export.model_folder.names import TENSORS, past_name, present_name
 from skv_export.model_folder.skv_config import LayerCache
 from skv_export.native.library import Library
+from skv_export.spec import reference
 from skv_export.spec.layout import Bytes, CacheLayout
 
 
@@ -23,7 +25,7 @@ class Cache:
     a call that would pass the capacity is an error before anything is written.
 
     Args:
-        binding: onnxruntime's IOBinding of the session; the buffers are bound to it here.
+        onnx: onnxruntime's InferenceSession.
         layers: The model's layers.
         batch: Sequences.
         max_length: Tokens per sequence.
@@ -31,34 +33,36 @@ class Cache:
         library: The native library.
 
     Attributes:
-        binding: As given.
+        binding: IOBinding of the session, to which the buffers are bound.
+        layers: As given.
         batch: Sequences.
         max_length: Tokens per sequence that were asked for; ``capacity`` may be a little more.
         lengths: ``[batch]``, tokens held.
     """
 
     def __init__(
-        self, binding: Any, layers: Sequence[LayerCache], batch: int, max_length: int, device: str, library: Library
+        self, onnx: Any, layers: Sequence[LayerCache], batch: int, max_length: int, device: str, library: Library
     ) -> None:
         import onnxruntime as ort
 
-        self.binding = binding
-        self.batch, self.max_length = batch, max_length
+        self.binding = onnx.io_binding()
+        self.layers, self.batch, self.max_length = tuple(layers), batch, max_length
         self.lengths: NDArray[np.int64] = np.zeros(batch, np.int64)
-        self._device, self._library = device, library
-        self._tensors: dict[str, tuple[CacheLayout, Any]] = {}
+        self._longest = self.lengths.copy()  # since each was empty: up to there rows are overwritten
+        self._onnx, self._device, self._library = onnx, device, library
+        self._tensors: dict[tuple[int, str], tuple[CacheLayout, Any]] = {}
         for i, layer in enumerate(layers):
-            for name, layout in (("key", layer.key), ("value", layer.value)):
+            for name, layout in zip(TENSORS, (layer.key, layer.value), strict=True):
                 shape = [batch, layer.num_key_value_heads, *layout.shape(max_length)]
                 buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.uint8, device)
-                self._tensors[f"{i}.{name}"] = layout, buffer
-        self.bind(binding)
+                self._tensors[i, name] = layout, buffer
+        self.bind(self.binding)
 
     def bind(self, binding: Any) -> None:
         """Binds the buffers, as past and present alike, to an IOBinding of the session."""
-        for name, (_, buffer) in self._tensors.items():
-            binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
-            binding.bind_ortvalue_output(f"present.{name}", buffer)
+        for key, (_, buffer) in self._tensors.items():
+            binding.bind_ortvalue_input(past_name(*key), buffer)
+            binding.bind_ortvalue_output(present_name(*key), buffer)
 
     @property
     def nbytes(self) -> int:
@@ -73,33 +77,36 @@ class Cache:
 
     def data(self, layer: int, name: str) -> Bytes:
         """Returns a copy of one tensor's bytes, ``[batch, N_kv, rows, W]``; ``name`` is ``key`` or ``value``."""
-        return np.array(self._tensors[f"{layer}.{name}"][1].numpy())
-
-    def pointers(self) -> tuple[int, ...]:
-        """Returns the buffers' addresses: they stay what they are for the cache's whole life."""
-        return tuple(buffer.data_ptr() for _, buffer in self._tensors.values())
+        return np.array(self._tensors[layer, name][1].numpy())
 
     def reset(self) -> None:
         """Forgets every token; the buffers stay."""
-        self.lengths[:] = 0
+        self.lengths[:] = self._longest[:] = 0
 
-    def rewind_floor(self, length: int) -> int:
-        """Smallest length above 0 to which a sequence of ``length`` tokens can be rewound."""
-        layouts = [layout for layout, _ in self._tensors.values()]
-        return max(length - x.recent_tokens if x.quantized_tokens(length) else 0 for x in layouts)
+    def advance(self, lengths: ArrayLike) -> None:
+        """Notes that a call has appended tokens: ``lengths``, ``[batch]``, are held now."""
+        self.lengths[:] = lengths
+        np.maximum(self._longest, self.lengths, out=self._longest)
+
+    def rewind_floor(self, b: int) -> int:
+        """Smallest length above 0 to which sequence ``b`` can be rewound."""
+        length, longest = int(self.lengths[b]), int(self._longest[b])
+        tensors = self._tensors.values()
+        return max(reference.rewind_floor(x, math.prod(y.shape()[2:]), length, longest) for x, y in tensors)
 
     def rewind(self, lengths: int | ArrayLike) -> None:
         """Takes back tokens, so that each sequence holds ``lengths`` of them (one number, or one per sequence).
 
-        At most ``recent_tokens`` can be taken back, or everything. Tokens whose exact form is gone come back from their
-        codes; where a tile has not been quantized since, it is as if the tokens had never been there.
+        At most ``recent_tokens`` can be taken back, or everything; with a sliding window, repeated rewinds may end
+        earlier, but never within ``recent_tokens`` of the longest length. Tokens whose exact form is gone come back
+        from their codes; all others are as if the tokens taken back had never been there.
 
         Raises:
             SkvError: Too far back, or longer than what is held; nothing has changed.
         """
         new = np.broadcast_to(np.asarray(lengths, np.int64), self.lengths.shape)
         for b, (held, wanted) in enumerate(zip(self.lengths.tolist(), new.tolist(), strict=True)):
-            floor = self.rewind_floor(held)
+            floor = self.rewind_floor(b)
             if wanted != 0 and not floor <= wanted <= held:
                 raise SkvError(
                     f"rewind of sequence {b}, which holds {held} tokens",
@@ -110,19 +117,48 @@ class Cache:
         for layout, buffer in self._tensors.values():
             heads, block_bytes = buffer.shape()[1], math.prod(buffer.shape()[2:])
             for b in np.flatnonzero((new != 0) & (new != self.lengths)).tolist():
-                held, wanted = int(self.lengths[b]), int(new[b])
+                lengths_of_b = int(self.lengths[b]), int(self._longest[b]), int(new[b])
                 self._library.rewind(
-                    layout, buffer.data_ptr(), block_bytes, heads, b, held, wanted, device=self._device
+                    layout, buffer.data_ptr(), block_bytes, heads, b, *lengths_of_b, device=self._device
                 )
         if self._device == "cuda":  # the next call runs on a stream of ONNX Runtime's
             self._library.synchronize()
+        for b in np.flatnonzero(new != self.lengths).tolist():
+            longest, wanted = int(self._longest[b]), int(new[b])
+            counted = (reference.longest_after_rewind(x, longest, wanted) for x, _ in self._tensors.values())
+            self._longest[b] = max(counted) if wanted else 0
         self.lengths[:] = new
 
     def reorder(self, indices: ArrayLike) -> None:
-        """Makes sequence ``i`` a copy of what sequence ``indices[i]`` was, in place (beam search)."""
+        """Makes sequence ``i`` a copy of what sequence ``indices[i]`` was, in place (beam search).
+
+        Raises:
+            SkvError: Not an index of a sequence for each sequence.
+        """
+        order = self._order(indices)
+        if len(order) != self.batch:
+            raise SkvError("reorder: indices", got=len(order), expected=f"{self.batch}, one for each sequence")
+        if not np.array_equal(order, np.arange(self.batch)):
+            self._copy(self, order)
+
+    def select(self, indices: ArrayLike) -> Cache:
+        """Returns a new cache, with buffers of its own, whose sequence ``i`` is a copy of sequence ``indices[i]``.
+
+        Raises:
+            SkvError: No indices, or not of sequences.
+        """
+        order = self._order(indices)
+        twin = Cache(self._onnx, self.layers, len(order), self.max_length, self._device, self._library)
+        twin._copy(self, order)
+        return twin
+
+    def _order(self, indices: ArrayLike) -> NDArray[np.int64]:
         order = np.asarray(indices, np.int64)
-        if np.array_equal(order, np.arange(self.batch)):
-            return
-        for _, buffer in self._tensors.values():
-            buffer.update_inplace(np.ascontiguousarray(buffer.numpy()[order]))
-        self.lengths[:] = self.lengths[order]
+        if order.ndim != 1 or not order.size or order.min() < 0 or order.max() >= self.batch:
+            raise SkvError("sequences of the cache", got=order.tolist(), expected=f"indices of 0 ... {self.batch - 1}")
+        return order
+
+    def _copy(self, source: Cache, order: NDArray[np.int64]) -> None:
+        for key, (_, buffer) in self._tensors.items():
+            buffer.update_inplace(np.ascontiguousarray(source._tensors[key][1].numpy()[order]))
+        self.lengths[:], self._longest[:] = source.lengths[order], source._longest[order]

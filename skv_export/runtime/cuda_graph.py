@@ -1,7 +1,7 @@
-"""Owns decoding as a CUDA graph: steps of one token per sequence, captured once and replayed as a single launch.
+"""Decoding as a CUDA graph: a step of one token per sequence is captured once and replayed as a single launch.
 
-Everything a captured step reads and writes stays where it is: the caches, and here the inputs and the logits. The mask
-has as many columns as the cache holds tokens, so that its shape never changes; the op takes the lengths from its sums.
+The buffers of a captured step are fixed: the caches, and, held here, the inputs and the logits. The mask has as many
+columns as the cache holds tokens, so that its shape never changes; the op takes the lengths from its sums.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from skv_export.model_folder.names import ATTENTION_MASK, LOGITS
 from skv_export.runtime.cache import Cache
 
 _GRAPH_ID = "gpu_graph_id"
@@ -50,11 +51,11 @@ class DecodeGraph:
         cache.bind(self._binding)
         self._inputs: dict[str, Any] = {}
         for name in inputs:
-            shape = cache.batch, self.columns if name == "attention_mask" else 1
+            shape = cache.batch, self.columns if name == ATTENTION_MASK else 1
             self._inputs[name] = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.int64), "cuda", 0)
             self._binding.bind_ortvalue_input(name, self._inputs[name])
         self._logits = ort.OrtValue.ortvalue_from_shape_and_type([cache.batch, 1, vocab_size], np.float32, "cuda")
-        self._binding.bind_ortvalue_output("logits", self._logits)
+        self._binding.bind_ortvalue_output(LOGITS, self._logits)
         self._options = ort.RunOptions()
         self._options.add_run_config_entry(_GRAPH_ID, str(number))
 
@@ -69,7 +70,7 @@ class DecodeGraph:
         """
         for name, value in self._inputs.items():
             x = inputs[name]
-            if name == "attention_mask":  # the new token's column is the last one
+            if name == ATTENTION_MASK:  # the new token's column is the last one
                 x = np.pad(x, ((0, 0), (self.columns - x.shape[1], 0)))
             value.update_inplace(np.ascontiguousarray(x))
         # The first run is several: the same step again writes the same bytes.

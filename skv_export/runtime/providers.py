@@ -1,4 +1,4 @@
-"""Owns what is asked of onnxruntime itself: its execution providers, and its errors."""
+"""onnxruntime's execution providers and errors: opening a session, and explaining why it failed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def open_session(
     op_type: str,
     cuda_graph: bool = False,
 ) -> Any:
-    """Opens a session on a provider, and on no other in silence.
+    """Opens a session on a provider; never a silent fallback to another.
 
     Args:
         model: A file, or the model itself.
@@ -78,7 +78,7 @@ def check_provider(name: str, available: Sequence[str], library: Library) -> Non
         library: The native library.
 
     Raises:
-        SkvError: They are not; never another provider in silence.
+        SkvError: They are not; there is never a silent fallback to another provider.
     """
     if name not in EXECUTION_PROVIDERS:
         raise SkvError("execution_provider", got=name, expected=" or ".join(EXECUTION_PROVIDERS))

@@ -1,4 +1,4 @@
-"""Owns how the next token is chosen from logits: greedy, temperature, top-k and top-p, in numpy."""
+"""Sampling: chooses the next token from logits, greedy or with temperature, top-k and top-p, in numpy."""
 
 from __future__ import annotations
 

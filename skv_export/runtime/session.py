@@ -1,45 +1,25 @@
-"""Owns running an exported folder: the session, its calls, the token loop, and text in and out.
+"""An exported folder, running: calls with new tokens, checked, and the loop that generates token by token.
 
-numpy, onnxruntime and tokenizers only: a machine that runs a model needs no torch.
+Needs numpy, onnxruntime and tokenizers; no torch.
 """
 
 from __future__ import annotations
 
-import itertools
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from skv_export.errors import SkvError
-from skv_export.model_folder.skv_config import CONFIG_FILE, ModelConfig, read_json
-from skv_export.native.library import Library, library_path, load_library
+from skv_export.model_folder.skv_config import ModelConfig
+from skv_export.native.library import load_library
 from skv_export.runtime.cache import Cache
-from skv_export.runtime.cuda_graph import DecodeGraph, uncaptured
-from skv_export.runtime.providers import brief, check_kernels, load_error, open_session, ort_errors
+from skv_export.runtime.graph import Graph, Int64, Logits
+from skv_export.runtime.prompts import chat_prompt, load_tokenizer
 from skv_export.runtime.sampling import Sampler, Sampling
-from skv_export.spec.layout import OP_NAME
-
-__all__ = [
-    "Cache", "Generation", "Library", "ModelConfig", "Sampling", "Session", "generate_text", "last_logits",
-    "library_path", "load_library", "load_tokenizer",
-]  # fmt: skip
-
-MODEL_FILE = "model.onnx"
-INPUTS = ("input_ids", "attention_mask", "position_ids")
-"""A graph's inputs beside the caches; one that counts positions itself does without the last."""
-
-Int64 = NDArray[np.int64]
-Logits = NDArray[np.float32]
-
-
-# The session.
 
 
 class Session:
@@ -47,11 +27,11 @@ class Session:
 
     Args:
         folder: What ``skv-export model`` wrote.
-        execution_provider: ``cpu`` or ``cuda``; never another one in silence.
+        execution_provider: ``cpu`` or ``cuda``; an error if it is not available, never a silent fallback.
         cuda_graph: On a GPU, capture decoding (one new token per sequence) as a CUDA graph per cache: one launch
             instead of hundreds a token.
         num_threads: Threads inside an op; 0 = ONNX Runtime's choice.
-        spinning: Its threads wait busily for the next op; turn it off where torch's threads share the cores.
+        spinning: Whether idle threads busy-wait for the next op; turn it off where torch's threads share the cores.
         model: The graph as bytes, in place of ``model.onnx``; its external data is the folder's (``verify`` uses it).
         config: The configuration that goes with ``model``.
 
@@ -61,10 +41,11 @@ class Session:
         execution_provider: As asked for.
         cuda_graph: As asked for.
         library: The native library.
+        graph: The loaded graph.
         onnx: onnxruntime's InferenceSession.
 
     Raises:
-        SkvError: A file is missing or damaged, the provider or its kernels are not there; the message says the fix.
+        SkvError: A file is missing or damaged, or the provider or its kernels are not available.
     """
 
     def __init__(
@@ -84,56 +65,18 @@ class Session:
         if cuda_graph and execution_provider != "cuda":
             raise SkvError("cuda_graph", got=f"execution_provider {execution_provider}", expected="cuda")
         self.cuda_graph = cuda_graph
-        self._graphs: WeakKeyDictionary[Cache, DecodeGraph] = WeakKeyDictionary()
-        self._graph_numbers = itertools.count(1)
         self.library = load_library()
-        self.onnx = self._load(model, num_threads, spinning)
-        self._check_graph()
-
-    def _load(self, model: bytes | None, num_threads: int, spinning: bool) -> Any:
-        import onnxruntime as ort
-
-        path = self.folder / MODEL_FILE
-        if model is None and not path.is_file():
-            raise SkvError(f"{path}: no such file", fix="Export the model with `skv-export model`.")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = num_threads
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder))
-        try:
-            session = open_session(
-                str(path) if model is None else model, options, self.execution_provider, self.library,
-                op_type=OP_NAME, cuda_graph=self.cuda_graph,
-            )  # fmt: skip
-        except ort_errors() as error:
-            raise load_error(path, error) from error
-        check_kernels(self.config, self.execution_provider, self.library)
-        return session
-
-    def _check_graph(self) -> None:
-        """The graph and skv_config.json must speak of the same caches."""
-        inputs = {x.name: x.shape for x in self.onnx.get_inputs()}
-        for i, layer in enumerate(self.config.layers):
-            for name, layout in (("key", layer.key), ("value", layer.value)):
-                shape = inputs.pop(f"past_key_values.{i}.{name}", None)
-                # A width may be open, for runtimes that allocate keys and values alike: then it has no number.
-                width = layout.width if shape is None or not isinstance(shape[3], int) else shape[3]
-                if shape is None or shape[1] != layer.num_key_value_heads or width != layout.width:
-                    raise SkvError(
-                        f"{self.folder}: {MODEL_FILE} and {CONFIG_FILE} do not belong together: layer {i}, {name}",
-                        got=shape and shape[1:],
-                        expected=[layer.num_key_value_heads, "rows", layout.width],
-                        fix="Export the model again.",
-                    )
-        self._inputs = tuple(name for name in INPUTS if name in inputs)
-        if set(inputs) - set(INPUTS) or not set(INPUTS[:2]) <= set(inputs):
-            raise SkvError(
-                f"{self.folder}: {MODEL_FILE}: inputs",
-                got=sorted(inputs),
-                expected=f"{', '.join(INPUTS)} and the caches",
-                fix="Export the model again.",
-            )
+        self.graph = Graph(
+            self.folder,
+            self.config,
+            self.library,
+            execution_provider=execution_provider,
+            cuda_graph=cuda_graph,
+            num_threads=num_threads,
+            spinning=spinning,
+            model=model,
+        )
+        self.onnx = self.graph.onnx
 
     def cache(self, batch: int = 1, max_length: int | None = None) -> Cache:
         """Allocates a cache.
@@ -141,6 +84,9 @@ class Session:
         Args:
             batch: Sequences.
             max_length: Tokens per sequence; the model's context length if not given.
+
+        Returns:
+            An empty cache, allocated where the execution provider computes.
 
         Raises:
             SkvError: More tokens than the model's context, or none.
@@ -150,7 +96,7 @@ class Session:
             raise SkvError(
                 "max_length", got=wanted, expected=f"1 ... {self.config.context_length}, the model's context"
             )
-        return Cache(self.onnx.io_binding(), self.config.layers, batch, wanted, self.execution_provider, self.library)
+        return Cache(self.onnx, self.config.layers, batch, wanted, self.execution_provider, self.library)
 
     def run(
         self,
@@ -173,40 +119,61 @@ class Session:
             returns all. Rows of padding, or of a sequence without a new token, mean nothing.
 
         Raises:
-            SkvError: The mask does not fit the cache, or the capacity would be passed (nothing is written); or ONNX
-                Runtime fails (the cache is empty then).
+            SkvError: The mask does not fit the cache, or the model's context or the cache's capacity would be passed
+                (nothing is written); or ONNX Runtime fails (the cache is empty then).
         """
         ids = np.ascontiguousarray(input_ids, np.int64)
-        new = self._new_tokens(ids, attention_mask, cache)
+        self._check_ids(ids, cache.batch)
+        new = np.ones(ids.shape, np.bool_) if attention_mask is None else self._new_columns(ids, attention_mask, cache)
+        if position_ids is not None:
+            position_ids = np.broadcast_to(np.asarray(position_ids, np.int64), ids.shape)
+        return self._append(ids, new, position_ids, cache)
+
+    def _append(self, ids: Int64, new: NDArray[np.bool_], positions: Int64 | None, cache: Cache) -> Logits:
+        """``run`` with what it has checked; ``new`` says which columns hold tokens, ``[B, S]``."""
         lengths = cache.lengths + new.sum(axis=1)
-        if cache.capacity is not None and lengths.max() > cache.capacity:
-            raise SkvError(
-                "cache: total length",
-                got=f"{lengths.max()} tokens",
-                expected=f"at most its capacity of {cache.capacity}",
-                fix="Allocate the cache for a larger max_length, or make the prompt shorter.",
-            )
-        if position_ids is None:
+        self.check_length(int(lengths.max()), cache.capacity)
+        if positions is None:
             positions = np.where(new, cache.lengths[:, None] + new.cumsum(axis=1) - 1, 0)
-        else:
-            positions = np.broadcast_to(np.asarray(position_ids, np.int64), ids.shape)
         place = None
         if self.config.right_padded:
             self._check_last(new)
             place = np.argsort(~new, axis=1, kind="stable")
-            ids, positions, new = (np.take_along_axis(x, place, axis=1) for x in (ids, positions, new))
+            ids, positions = (np.take_along_axis(x, place, axis=1) for x in (ids, positions))
+            new = np.take_along_axis(new, place, axis=1)
         # The graph takes lengths from the mask's sums: the shortest mask that has them says the same as the caller's.
-        mask = self._mask(cache, new).astype(np.int64)
-        logits = np.empty((*ids.shape, self.config.vocab_size), np.float32)
-        if not self.config.all_logits:
-            logits = logits[:, :1]
-        logits = np.ascontiguousarray(logits)
-        inputs = dict(zip(INPUTS, (ids, mask, positions), strict=True))
-        self._run_bound(cache, {name: inputs[name] for name in self._inputs}, logits)
-        cache.lengths[:] = lengths
+        past = np.arange(cache.lengths.max())[None, :] < cache.lengths[:, None]
+        logits = self.graph.run(cache, ids, np.concatenate([past, new], axis=1).astype(np.int64), positions)
+        cache.advance(lengths)
         if place is not None and self.config.all_logits and not np.array_equal(place, np.sort(place, axis=1)):
             logits = np.take_along_axis(logits, np.argsort(place, axis=1)[:, :, None], axis=1)
         return logits
+
+    def check_length(self, length: int, capacity: int | None = None) -> None:
+        """Refuses a sequence that is longer than the model's context, or than a cache's capacity.
+
+        Args:
+            length: Tokens of the sequence, past and new.
+            capacity: Tokens that the cache holds; None = any number.
+
+        Raises:
+            SkvError: ``length`` exceeds one of the two.
+        """
+        context = self.config.context_length
+        if length > context:
+            raise SkvError(
+                "total length",
+                got=f"{length} tokens",
+                expected=f"at most {context}, the model's context",
+                fix="Make the prompt shorter.",
+            )
+        if capacity is not None and length > capacity:
+            raise SkvError(
+                "cache: total length",
+                got=f"{length} tokens",
+                expected=f"at most its capacity of {capacity}",
+                fix="Allocate the cache for a larger max_length, or make the prompt shorter.",
+            )
 
     def _check_last(self, new: NDArray[np.bool_]) -> None:
         """A graph that returns the logits of its last column alone has none for a shorter sequence of the batch."""
@@ -219,15 +186,18 @@ class Session:
                 fix="Run the sequences one by one, or rewrite a model that returns all logits.",
             )
 
-    def _new_tokens(self, ids: Int64, attention_mask: ArrayLike | None, cache: Cache) -> NDArray[np.bool_]:
-        """Which of the new columns hold tokens, ``[B, S]``, after checking the mask against the cache."""
-        if ids.ndim != 2 or ids.shape[0] != cache.batch or ids.shape[1] < 1:
-            raise SkvError("input_ids: shape", got=list(ids.shape), expected=f"[{cache.batch}, at least 1]")
+    def _check_ids(self, ids: Int64, batch: int | None) -> None:
+        """Checks tokens, and that they are of ``batch`` sequences; None = of any number."""
+        if ids.ndim != 2 or ids.shape[0] != (batch or ids.shape[0]) or ids.size == 0:
+            wanted = "at least 1" if batch is None else batch
+            raise SkvError("input_ids: shape", got=list(ids.shape), expected=f"[{wanted}, at least 1]")
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             outside = sorted({int(i) for i in ids.flat if not 0 <= i < self.config.vocab_size})
             raise SkvError("input_ids: no such token", got=outside[:4], expected=f"0 ... {self.config.vocab_size - 1}")
-        if attention_mask is None:
-            return np.ones(ids.shape, np.bool_)
+
+    @staticmethod
+    def _new_columns(ids: Int64, attention_mask: ArrayLike, cache: Cache) -> NDArray[np.bool_]:
+        """Which of the new columns hold tokens, ``[B, S]``, after checking the mask against the cache."""
         mask = np.asarray(attention_mask) != 0
         columns = ids.shape[1]
         if mask.ndim != 2 or mask.shape[0] != cache.batch or mask.shape[1] < columns:
@@ -243,37 +213,6 @@ class Session:
                 fix="Pass the mask of all tokens so far, or none.",
             )
         return mask[:, -columns:]
-
-    def _run_bound(self, cache: Cache, inputs: Mapping[str, NDArray[Any]], logits: Logits) -> None:
-        import onnxruntime as ort
-
-        if self.cuda_graph and inputs[INPUTS[0]].shape[1] == 1 and self._replay(cache, inputs, logits):
-            return
-        values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in inputs.items()}
-        for name, value in values.items():
-            cache.binding.bind_ortvalue_input(name, value)
-        cache.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
-        try:
-            self.onnx.run_with_iobinding(cache.binding, uncaptured() if self.cuda_graph else None)
-        except ort_errors() as error:
-            cache.reset()  # some layers may have appended already
-            raise SkvError("ONNX Runtime: the call failed, and the cache has been emptied", got=brief(error)) from error
-
-    def _replay(self, cache: Cache, inputs: Mapping[str, NDArray[Any]], logits: Logits) -> bool:
-        """Runs a step of decoding as a graph; False where the mask has more columns than the graph's."""
-        graph = self._graphs.get(cache)
-        if graph is None:
-            number = next(self._graph_numbers)
-            graph = DecodeGraph(self.onnx, cache, self._inputs, self.config.vocab_size, number)
-            self._graphs[cache] = graph
-        if inputs["attention_mask"].shape[1] > graph.columns:
-            return False
-        try:
-            logits[:] = graph.run(inputs)
-        except ort_errors() as error:
-            cache.reset()
-            raise SkvError("ONNX Runtime: the call failed, and the cache has been emptied", got=brief(error)) from error
-        return True
 
     # The token loop.
 
@@ -291,44 +230,50 @@ class Session:
         Args:
             input_ids: ``[B, S]``, the prompts.
             attention_mask: ``[B, S]``, 0 = padding, left or right.
-            max_new_tokens: Tokens to generate at most; fewer where the cache ends.
+            max_new_tokens: Tokens to generate at most. A sequence ends earlier with an end token, and where it holds
+                the cache's max_length, which is the model's context at most.
             sampling: How a token is chosen; greedy if not given.
             cache: Holds what came before; a new one of the right size if not given. The last token that is yielded
                 has not been appended to it.
 
         Yields:
-            ``[B]``, the next token of each sequence; a finished one gets the padding token.
+            ``[B]``, the next token of each sequence; one that has ended gets the padding token.
 
         Raises:
             SkvError: See ``run``.
         """
         ids = np.asarray(input_ids, np.int64)
-        if cache is None:
-            cache = self.cache(len(ids), min(ids.shape[1] + max_new_tokens, self.config.context_length))
+        self._check_ids(ids, None if cache is None else cache.batch)
         new = np.ones(ids.shape, np.bool_) if attention_mask is None else np.asarray(attention_mask) != 0
+        if new.shape != ids.shape:
+            raise SkvError("attention_mask: shape", got=list(new.shape), expected=list(ids.shape))
+        if cache is None:
+            self.check_length(int(new.sum(axis=1).max(initial=0)))
+            cache = self.cache(len(ids), min(ids.shape[1] + max_new_tokens, self.config.context_length))
         choose = Sampler(sampling or Sampling())
-        logits = last_logits(self.run(ids, self._mask(cache, new), None, cache), new)
+        logits = last_logits(self._append(ids, new, None, cache), new)
         active = np.ones(len(ids), np.bool_)
         for step in range(max_new_tokens):
             tokens = np.where(active, choose(logits), self.pad_token_id)
             yield tokens
-            active = active & ~np.isin(tokens, self.config.eos_token_id)
-            full = cache.capacity is not None and cache.lengths[active].max(initial=0) >= cache.capacity
-            if not active.any() or full or step + 1 == max_new_tokens:
+            active = active & ~np.isin(tokens, self.config.eos_token_id) & (cache.lengths < cache.max_length)
+            if not active.any() or step + 1 == max_new_tokens:
                 return
             # A finished sequence gets no more tokens: its column is padding.
-            logits = self.run(tokens[:, None], self._mask(cache, active[:, None]), None, cache)[:, 0]
-
-    @staticmethod
-    def _mask(cache: Cache, new: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """A mask of what the cache holds, then the new columns."""
-        past = np.arange(cache.lengths.max())[None, :] < cache.lengths[:, None]
-        return np.concatenate([past, new], axis=1)
+            logits = self._append(tokens[:, None], active[:, None], None, cache)[:, 0]
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 128, sampling: Sampling | None = None
     ) -> list[list[int]]:
-        """Generates for a batch of prompts of any lengths; returns the new tokens of each, its end token included.
+        """Generates for a batch of prompts of any lengths.
+
+        Args:
+            prompts: Token ids of each prompt; at least one token each.
+            max_new_tokens: Tokens to generate per prompt, at most.
+            sampling: How a token is chosen; greedy if not given.
+
+        Returns:
+            The new token ids of each prompt, the end token included.
 
         Raises:
             SkvError: An empty prompt, or see ``run``.
@@ -358,36 +303,8 @@ class Session:
         return load_tokenizer(self.folder)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Puts messages (``role``, ``content``) into the model's chat template.
-
-        Raises:
-            SkvError: The folder has no chat template.
-        """
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        config = read_json(self.folder / "tokenizer_config.json", fix="Export with the checkpoint's tokenizer.")
-        file = self.folder / "chat_template.jinja"
-        template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
-        if not isinstance(template, str):
-            raise SkvError(f"{self.folder}: no chat template", fix="Leave --chat out.")
-        special = {name: config.get(name) or "" for name in ("bos_token", "eos_token")}
-        special = {name: x["content"] if isinstance(x, dict) else x for name, x in special.items()}
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **special)
-
-
-def load_tokenizer(folder: Path | str) -> Any:
-    """Reads the ``tokenizer.json`` of an exported folder into tokenizers' Tokenizer.
-
-    Raises:
-        SkvError: There is none.
-    """
-    from tokenizers import Tokenizer
-
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise SkvError(f"{path}: no such file", fix="Pass token ids, or export with the checkpoint's tokenizer.")
-    return Tokenizer.from_file(str(path))
+        """Puts messages (``role``, ``content``) into the model's chat template; see ``prompts.chat_prompt``."""
+        return chat_prompt(self.folder, messages)
 
 
 def last_logits(logits: Logits, new: NDArray[np.bool_]) -> Logits:
@@ -401,96 +318,6 @@ def last_logits(logits: Logits, new: NDArray[np.bool_]) -> Logits:
         return logits[:, 0]
     ends = np.where(new, np.arange(new.shape[1]), -1).max(axis=1)
     return logits[np.arange(len(logits)), ends]
-
-
-# One call from prompt to text.
-
-
-@dataclass
-class Generation:
-    """What ``generate_text`` did.
-
-    Attributes:
-        text: What was generated.
-        prompt_tokens: Tokens of the prompt.
-        tokens: Generated token ids.
-        prefill_seconds: Until the first token.
-        decode_seconds: From the first token to the last.
-        cache_bytes: Bytes of the cache.
-    """
-
-    text: str = ""
-    prompt_tokens: int = 0
-    tokens: list[int] = field(default_factory=list)
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    cache_bytes: int = 0
-
-    def summary(self) -> str:
-        """One line of figures."""
-        steps = len(self.tokens) - 1
-        speed = f", {steps / self.decode_seconds:.1f} tokens/s" if steps > 0 and self.decode_seconds > 0 else ""
-        return (
-            f"{self.prompt_tokens} prompt tokens in {self.prefill_seconds:.2f} s; {len(self.tokens)} new{speed}; "
-            f"cache {self.cache_bytes / 2**20:.1f} MiB"
-        )
-
-
-def generate_text(
-    folder: Path | str,
-    prompt: str,
-    *,
-    on_text: Callable[[str], object] | None = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    chat: bool = False,
-    execution_provider: str = "cpu",
-    cuda_graph: bool = False,
-) -> Generation:
-    """Continues a prompt.
-
-    Args:
-        folder: What ``skv-export model`` wrote.
-        prompt: Text to continue; with ``chat``, what the user says.
-        on_text: Called with each piece of text as it comes.
-        max_new_tokens: Tokens to generate at most.
-        temperature: 0 = greedy.
-        top_k: Only the k most likely tokens; 0 = all.
-        top_p: Only the most likely tokens that make up this probability.
-        seed: Of the sampling.
-        chat: Put the prompt into the model's chat template.
-        execution_provider: ``cpu`` or ``cuda``.
-        cuda_graph: Decode as a CUDA graph; see ``Session``.
-
-    Raises:
-        SkvError: See ``Session``; or the prompt has no token.
-    """
-    from tokenizers.decoders import DecodeStream
-
-    session = Session(folder, execution_provider=execution_provider, cuda_graph=cuda_graph)
-    text = session.chat_prompt([{"role": "user", "content": prompt}]) if chat else prompt
-    ids = session.tokenizer.encode(text, add_special_tokens=not chat).ids
-    if not ids:
-        raise SkvError("prompt: no tokens", got=repr(prompt), expected="some text")
-    cache = session.cache(1, min(len(ids) + max_new_tokens, session.config.context_length))
-    result = Generation(prompt_tokens=len(ids), cache_bytes=cache.nbytes)
-    decoder = DecodeStream(skip_special_tokens=True)
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    start = now = time.perf_counter()
-    for (token,) in session.stream([ids], max_new_tokens=max_new_tokens, sampling=sampling, cache=cache):
-        now = time.perf_counter()
-        result.prefill_seconds = result.prefill_seconds or now - start
-        result.tokens.append(int(token))
-        piece = decoder.step(session.tokenizer, int(token))
-        if piece:
-            result.text += piece
-            if on_text is not None:
-                on_text(piece)
-    result.decode_seconds = now - start - result.prefill_seconds
-    return result
 
 
 def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:

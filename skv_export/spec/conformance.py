@@ -1,7 +1,7 @@
-"""Owns the named cases: shapes, seeds and tolerances that tests, ``verify --level op`` and kernels' benches share.
+"""Named test cases of the op: shapes, seeds and tolerances, shared by the tests, ``verify --level op`` and benchmarks.
 
 A case is one call of the op on a cache that already holds tokens. Its inputs come from its seed, so the same case is
-the same numbers everywhere. The tolerance of the attention output stands on the case, with its reason; bytes are exact.
+the same numbers everywhere. Each case has the tolerance of its attention output, with the reason; bytes are exact.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from skv_export.spec.layout import Bytes, CacheLayout
+from skv_export.spec.op import AttentionParams
 from skv_export.spec.quantizer import Float
 from skv_export.spec.recipe import BITS, TILE_TOKENS, LayerConfig
-from skv_export.spec.reference import AttentionParams, Int32, append, quantized_kv_attention
+from skv_export.spec.reference import Int32, append, quantized_kv_attention
 
 Outcome = tuple[Float, Bytes, Bytes]
 """Of one call: output, present_key, present_value."""
@@ -46,6 +47,7 @@ class Case:
         head_sink: Give a head sink.
         dtype: ``float32`` or ``float16``, of queries, keys, values and output.
         spare_tokens: Capacity beyond the total length; unwritten slots are filled with 0xFF.
+        not_numbers: What is not a number: (``query``, ``key`` or ``value``; sequence; new token; column).
     """
 
     name: str
@@ -61,6 +63,7 @@ class Case:
     head_sink: bool = False
     dtype: str = "float32"
     spare_tokens: int = 70
+    not_numbers: tuple[tuple[str, int, int, int], ...] = ()
 
     @property
     def tolerance(self) -> float:
@@ -125,10 +128,15 @@ def make_inputs(case: Case) -> Inputs:
         rows = [tokens(heads, case.new_tokens, gain).swapaxes(0, 1).reshape(case.new_tokens, -1) for _ in range(batch)]
         return np.stack(rows)
 
+    new = {
+        "query": flat(case.num_heads),
+        "key": flat(case.kv_num_heads, channels),
+        "value": flat(case.kv_num_heads),
+    }
+    for tensor, *at in case.not_numbers:
+        new[tensor][tuple(at)] = np.nan
     return Inputs(
-        query=flat(case.num_heads),
-        key=flat(case.kv_num_heads, channels),
-        value=flat(case.kv_num_heads),
+        **new,
         past_key=caches[0],
         past_value=caches[1],
         seqlens_k=np.array(case.total_lengths, np.int32) - 1,
@@ -138,7 +146,7 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def expected_of(case: Case, inputs: Inputs) -> Outcome:
-    """What the reference makes of a case's inputs: output, present_key, present_value."""
+    """The reference's result for a case's inputs: output, present_key, present_value."""
     return quantized_kv_attention(
         case.params,
         case.layouts,
@@ -151,6 +159,15 @@ def expected_of(case: Case, inputs: Inputs) -> Outcome:
         head_sink=inputs.head_sink,
         query_seqlens=inputs.query_seqlens,
     )
+
+
+def output_error(got: Float, want: Float) -> float:
+    """Largest difference of two outputs, relative to the largest number; infinite where NaNs stand in other places."""
+    number = ~np.isnan(want)
+    if not np.array_equal(~np.isnan(got), number):
+        return np.inf
+    largest = float(np.abs(want[number]).max(initial=0.0)) or 1.0
+    return float(np.abs(got[number].astype(np.float32) - want[number]).max(initial=0.0)) / largest
 
 
 def layout_cases() -> Iterator[CacheLayout]:
@@ -285,6 +302,43 @@ def token_channel_cases() -> tuple[Case, ...]:
         Case("token_channel, one group", dataclasses.replace(both, k_group_size=128), head_dim=128),
         Case("token_channel, groups of 32", dataclasses.replace(both, k_group_size=32, v_group_size=32)),
         *_cases_of("token_channel", both),
+    )
+
+
+def not_a_number_cases() -> tuple[Case, ...]:
+    """Calls in which something is not a number: it must stay so in what depends on it, and nowhere else."""
+    rotated = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
+    plain = dataclasses.replace(rotated, v_rotation="none")
+    exact = dataclasses.replace(plain, k_bits=16, v_bits=16)
+    past, fresh = (200, 90), (0, 0)
+    query, key, value = ("query", 0, 0, 70), ("key", 1, 0, 3), ("value", 0, 0, 64)
+    late_key, late_value = ("key", 0, 3, 5), ("value", 1, 5, 66)
+    everything = (("query", 0, 11, 200), ("key", 0, 30, 64), ("value", 1, 40, 10), ("value", 1, 41, 127))
+
+    def case(name: str, config: LayerConfig, not_numbers: tuple[tuple[str, int, int, int], ...], **rest: Any) -> Case:
+        return Case(f"not a number, {name}", config, not_numbers=not_numbers, **{"past_lengths": past, **rest})
+
+    return (
+        case("query", rotated, (query,)),
+        case("key", rotated, (key,)),
+        case("value", plain, (value,)),
+        case("value, rotated", rotated, (value,)),
+        case("first token of all", plain, (key, value), past_lengths=fresh),
+        case("softcap", plain, (key, value), softcap=20.0),
+        case("window and sink", plain, (key, value), local_window_size=40, head_sink=True),
+        case("keys per token", dataclasses.replace(plain, k_granularity="token"), (query, key)),
+        case("values per channel", dataclasses.replace(plain, v_granularity="channel"), (value, key)),
+        case("nothing rounded", exact, (key, value)),
+        case("eight tokens", plain, (late_key, late_value), new_tokens=8),
+        case("eight tokens, rotated", rotated, (("query", 1, 2, 0), late_key, late_value), new_tokens=8),
+        case("window of three", plain, (late_key, late_value), new_tokens=8, local_window_size=3),
+        case("ragged", plain, (late_key, late_value), new_tokens=8, query_seqlens=(4, 7)),
+        case("chunk", plain, everything, new_tokens=48),
+        case("chunk, window", plain, everything, new_tokens=48, local_window_size=6),
+        case("prompt of one of two", rotated, (("value", 1, 20, 10),), new_tokens=40, past_lengths=fresh),
+        case("prompt", rotated, everything, new_tokens=90, past_lengths=fresh),
+        case("prompt, softcap", plain, everything, new_tokens=70, past_lengths=fresh, softcap=20.0),
+        case("prompt, sink", plain, everything, new_tokens=70, past_lengths=fresh, head_sink=True),
     )
 
 

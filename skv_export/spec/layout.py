@@ -1,4 +1,5 @@
-"""Owns the cache's bytes (design: section 4, layout_version 1): sizes, offsets, pack and unpack, in numpy.
+"""The cache's bytes, layout version 1 (docs/spec.md, The cache's bytes): sizes, offsets, packing and unpacking, in
+numpy.
 
 ``CacheLayout`` describes one tensor of one layer: keys or values. The cache of a sequence and KV head is one block of
 bytes: tiles of ``tile_tokens`` quantized tokens, then, at the end, the full-precision rows (sinks, then a ring of
@@ -18,11 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skv_export.errors import SkvError
-from skv_export.spec.recipe import LayerConfig
-
-DOMAIN = "skv"
-OP_NAME = "QuantizedKVAttention"
-"""The op that reads and writes such caches, and its domain."""
+from skv_export.spec.recipe import (
+    BITS,
+    GRANULARITIES,
+    GROUP_MULTIPLE,
+    MAX_HEAD_DIM,
+    MAX_KEPT_TOKENS,
+    PARAMETER_BITS,
+    RECENT_TYPES,
+    ROTATIONS,
+    TILE_TOKENS,
+    LayerConfig,
+)
 
 LAYOUT_VERSION = 1
 CHANNEL_MULTIPLE = 32
@@ -39,6 +47,22 @@ RECENT_DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 
+MAX_WINDOW = 1 << 30
+_RANGES = {
+    "head_dim": (1, MAX_HEAD_DIM),
+    "num_sink_tokens": (0, MAX_KEPT_TOKENS),
+    "recent_tokens": (0, MAX_KEPT_TOKENS),
+    "local_window_size": (0, MAX_WINDOW),
+}
+_CHOICES = {
+    "bits": BITS,
+    "granularity": GRANULARITIES,
+    "rotation": ROTATIONS,
+    "tile_tokens": TILE_TOKENS,
+    "recent_type": RECENT_TYPES,
+    "parameter_bits": PARAMETER_BITS,
+}
+
 Bytes = NDArray[np.uint8]
 Half = NDArray[np.float16]
 
@@ -52,7 +76,7 @@ class CacheLayout:
         bits: 1 2 3 4 5 6 8, or 16 = not quantized.
         granularity: ``channel``, ``token`` or ``token_channel``.
         rotation: ``none`` or ``hadamard``.
-        group_size: Channels that share a scale (not with ``channel``); divides ``padded_dim``.
+        group_size: Channels that share a scale (not with ``channel``); divides ``padded_dim``, a multiple of 32.
         num_sink_tokens: First tokens in full precision (s).
         recent_tokens: Last tokens in full precision, at least (w).
         tile_tokens: Tokens per tile (T).
@@ -62,7 +86,7 @@ class CacheLayout:
         parameter_bits: Bits of each scale and offset: 16, or with ``channel`` 8.
 
     Raises:
-        SkvError: ``group_size`` does not divide ``padded_dim``, or a number is out of range.
+        SkvError: A field is none of its choices or out of its range; ``native/layout_check.h`` has the same limits.
     """
 
     head_dim: int
@@ -80,22 +104,24 @@ class CacheLayout:
 
     def __post_init__(self) -> None:
         tensor = "value" if self.is_value else "key"
-        if not 1 <= self.head_dim <= 1024:
-            raise SkvError(f"{tensor} cache: head_dim", got=self.head_dim, expected="1 ... 1024")
-        if self.group_size < 1 or self.padded_dim % self.group_size:
-            sizes = [g for g in (32, 64, 96, 128, 256) if self.padded_dim % g == 0]
+        for field, (low, high) in _RANGES.items():
+            value = getattr(self, field)
+            if not low <= value <= high:
+                raise SkvError(f"{tensor} cache: {field}", got=value, expected=f"{low} ... {high}")
+        for field, choices in _CHOICES.items():
+            value = getattr(self, field)
+            if value not in choices:
+                raise SkvError(f"{tensor} cache: {field}", got=repr(value), expected=", ".join(map(str, choices)))
+        if self.group_size < 1 or self.group_size % GROUP_MULTIPLE or self.padded_dim % self.group_size:
+            sizes = [g for g in range(GROUP_MULTIPLE, self.padded_dim + 1, GROUP_MULTIPLE) if self.padded_dim % g == 0]
             raise SkvError(
                 f"{tensor} cache: padded head_dim {self.padded_dim} is no multiple of the group size",
                 got=self.group_size,
                 expected=" or ".join(map(str, sizes)),
-                fix=f"Set --{tensor[0]}-group-size to one of these, or leave it out.",
+                fix=f"Leave --{tensor[0]}-group-size out to have the usual one.",
             )
-        if self.parameter_bits != 16 and (self.parameter_bits != 8 or self.granularity != "channel"):
-            raise SkvError(
-                f"{tensor} cache: parameter_bits with granularity {self.granularity}",
-                got=self.parameter_bits,
-                expected="16 or 8" if self.granularity == "channel" else 16,
-            )
+        if self.parameter_bits == 8 and self.granularity != "channel":
+            raise SkvError(f"{tensor} cache: parameter_bits with granularity {self.granularity}", got=8, expected=16)
 
     @classmethod
     def pair(cls, config: LayerConfig, head_dim: int, local_window_size: int = 0) -> tuple[CacheLayout, CacheLayout]:
@@ -378,14 +404,6 @@ class CacheLayout:
 def layout_fields() -> tuple[str, ...]:
     """Names of the layout's fields, in the order of ``SkvLayout`` in ``native/kv_layout.h``."""
     return tuple(f.name for f in dataclasses.fields(CacheLayout))
-
-
-def options_of(key: CacheLayout, value: CacheLayout) -> dict[str, Any]:
-    """Inverse of ``CacheLayout.pair``: a ``LayerConfig``'s options, resolved; the op's attributes have these names."""
-    own = ("bits", "group_size", "granularity", "rotation", "parameter_bits")
-    common = ("num_sink_tokens", "recent_tokens", "tile_tokens", "recent_type")
-    given = {f"{letter}_{name}": getattr(one, name) for name in own for letter, one in (("k", key), ("v", value))}
-    return given | {name: getattr(key, name) for name in common}
 
 
 def cache_bytes(layouts: list[tuple[CacheLayout, CacheLayout]], kv_num_heads: list[int], max_length: int) -> int:

@@ -1,7 +1,7 @@
-"""Owns the quantizer's arithmetic: rotation, codes, scales and offsets of a tile, in numpy float32; normative.
+"""The quantizer's arithmetic: rotation, codes, scales and offsets of a tile, in numpy float32; normative.
 
-The order of every float32 operation is (design: section 5): sums over a group are halving trees, nothing is contracted,
-so that the kernels give the same bytes.
+The order of the float32 operations is specified (docs/spec.md, The quantizer's arithmetic): sums over a group are
+halving trees, nothing is contracted, so that the kernels give the same bytes.
 """
 
 from __future__ import annotations

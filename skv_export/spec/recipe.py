@@ -1,19 +1,19 @@
-"""Owns the options of an export: frozen dataclasses, TOML in, resolved TOML out.
+"""The options of an export: frozen dataclasses, read from TOML and written as resolved TOML.
 
-A recipe key, a command-line flag and a dataclass field have one name. The quantizer's options may differ per layer:
-a recipe holds the defaults and a list of overrides, and ``Recipe.layer(i)`` gives what holds for layer ``i``.
+A recipe key, a command-line flag and a dataclass field have the same name. The quantizer's options may differ per
+layer: a recipe has defaults and a list of overrides, and ``Recipe.layer(i)`` gives the options of layer ``i``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skv_export.errors import SkvError
+from skv_export.errors import SkvError, did_you_mean
 
 BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 """Bit widths of keys and of values; 16 leaves a tensor unquantized."""
@@ -25,7 +25,11 @@ RECENT_TYPES = ("float16", "float", "bfloat16")
 DTYPES = ("fp32", "fp16", "bf16")
 WEIGHT_BITS = {"int8": 8, "int4": 4}
 WEIGHTS = (*DTYPES, *WEIGHT_BITS)
-GROUP_SIZES = (128, 64, 32)
+MAX_HEAD_DIM = 1024
+GROUP_MULTIPLE = 32
+"""Group sizes are multiples of it."""
+MAX_KEPT_TOKENS = 4096
+"""Most sinks, and most recent tokens."""
 
 _CHOICES: dict[str, tuple[object, ...]] = {
     "k_bits": BITS,
@@ -42,17 +46,18 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "weights": WEIGHTS,
 }
 _RANGES: dict[str, tuple[int, int]] = {
-    "k_group_size": (0, 1024),
-    "v_group_size": (0, 1024),
-    "num_sink_tokens": (0, 4096),
-    "recent_tokens": (0, 4096),
+    "k_group_size": (0, MAX_HEAD_DIM),
+    "v_group_size": (0, MAX_HEAD_DIM),
+    "num_sink_tokens": (0, MAX_KEPT_TOKENS),
+    "recent_tokens": (0, MAX_KEPT_TOKENS),
 }
+_SWITCHES = ("quantize_head", "quantize_embeddings")
 MAX_RECIPE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """How one layer's keys and values are held in the cache (design: section 3, attributes of the op).
+    """How one layer's keys and values are held in the cache (docs/spec.md, Attributes).
 
     Attributes:
         k_bits: Bits of a key's code; 16 = not quantized.
@@ -101,7 +106,7 @@ PER_LAYER_KEYS = tuple(f.name for f in dataclasses.fields(LayerConfig) if f.name
 """Keys that a ``[[layers]]`` table may set; sinks, recent tokens and tiles are one for the whole model."""
 
 
-_WEIGHT_KEYS = ("weights", "quantize_head", "quantize_embeddings")
+_WEIGHT_KEYS = ("weights", *_SWITCHES)
 _MODEL_KEYS = ("dtype", *_WEIGHT_KEYS, "description")
 
 
@@ -143,11 +148,10 @@ class Recipe:
             raise SkvError(
                 f"weights {self.weights} with dtype {self.dtype}",
                 expected="one number format for both, or weights in int8 or int4",
-                fix="Set one of the two.",
+                fix="Leave weights out: they are of the dtype then.",
             )
-        for name in ("quantize_head", "quantize_embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                raise SkvError(name, got=repr(getattr(self, name)), expected="true or false")
+        for name in _SWITCHES:
+            _check(name, getattr(self, name))
         for override in self.overrides:
             self._apply(override)
 
@@ -205,7 +209,15 @@ class Recipe:
 
     @classmethod
     def per_layer(cls, bits: list[tuple[int, int]], base: Recipe | None = None) -> Recipe:
-        """Returns ``base`` with ``(k_bits, v_bits)`` set layer by layer; the most frequent pair becomes the default."""
+        """Returns a recipe with bits of its own for each layer.
+
+        Args:
+            bits: ``(k_bits, v_bits)`` of each layer; the most frequent pair becomes the default.
+            base: All other options; the default recipe if not given.
+
+        Raises:
+            SkvError: A bit width outside ``BITS``.
+        """
         base = base or cls()
         common = max(sorted(set(bits)), key=bits.count)
         rest = sorted(set(bits) - {common})
@@ -222,7 +234,11 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "recipe") -> Recipe:
-        """Builds a recipe from TOML's tables.
+        """Builds a recipe from parsed TOML.
+
+        Args:
+            values: The keys of a recipe; ``layers`` is a list of tables.
+            source: What error messages call it.
 
         Raises:
             SkvError: Unknown key, wrong type, or a value outside its choices; the message names ``source`` and the key.
@@ -235,22 +251,28 @@ class Recipe:
         description = values.get("description", "")
         if not isinstance(description, str):
             raise SkvError(f"{source}: description", got=type(description).__name__, expected="a string")
+        own = {key: values[key] for key in _MODEL_KEYS if key in values}
+        default = {key: values[key] for key in names if key in values}
+        for key, value in (own | default).items():
+            _check(key, value, source)
         return cls(
-            default=LayerConfig(**{key: values[key] for key in names if key in values}),
-            overrides=tuple(_override(table, source) for table in tables),
-            **_with_dtype({key: values[key] for key in _MODEL_KEYS if key in values}),
+            default=LayerConfig(**default),
+            overrides=tuple(_override(table, f"{source}: [[layers]] {i}") for i, table in enumerate(tables, 1)),
+            **_with_dtype(own),
         )
 
     @classmethod
     def load(cls, path: Path | str) -> Recipe:
-        """Reads a TOML file.
+        """Reads a recipe from a TOML file.
 
         Raises:
             SkvError: The file is missing, too large, no TOML, or not a recipe.
         """
         path = Path(path)
         if not path.is_file():
-            raise SkvError(f"recipe {path}: no such file", fix="`skv-export recipes` lists those of the package.")
+            near = did_you_mean(str(path), shipped_recipes())
+            fix = f"{near or ''} `skv-export recipes` lists those of the package.".strip()
+            raise SkvError(f"recipe {path}: no such file", fix=fix)
         size = path.stat().st_size
         if size > MAX_RECIPE_BYTES:
             raise SkvError(f"recipe {path}: too large", got=f"{size} bytes", expected=f"at most {MAX_RECIPE_BYTES}")
@@ -298,43 +320,44 @@ def _override(table: Mapping[str, Any], source: str) -> LayerOverride:
         index = [index]
     valid = isinstance(index, list) and index and all(type(i) is int and i >= 0 for i in index)
     if not valid:
-        raise SkvError(f"{source}: [[layers]] index", got=repr(index), expected="a layer number or a list of them")
-    _reject_unknown(values, PER_LAYER_KEYS, f"{source}: [[layers]]")
+        raise SkvError(f"{source}: index", got=repr(index), expected="a layer number or a list of them")
+    _reject_unknown(values, PER_LAYER_KEYS, source)
     for key, value in values.items():
-        _check(key, value)
+        _check(key, value, source)
     return LayerOverride(tuple(index or ()), tuple(values.items()))
 
 
-def _reject_unknown(values: Mapping[str, Any], known: Any, source: str) -> None:
+def _reject_unknown(values: Mapping[str, Any], known: Sequence[str], source: str) -> None:
     unknown = sorted(set(values) - set(known))
     if unknown:
+        near = [found for key in unknown if (found := did_you_mean(key, known))]
         raise SkvError(
             f"{source}: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}",
             expected=", ".join(known),
-            fix="Remove or rename what is unknown.",
+            fix=" ".join(near) or None,
         )
 
 
-def _check(name: str, value: object) -> None:
-    choices = _CHOICES.get(name)
-    if choices is not None:
+def _check(name: str, value: object, source: str = "") -> None:
+    """Checks the value of a key; ``source`` says where it stands."""
+    what = f"{source}: {name}" if source else name
+    if name in _CHOICES:
+        choices = _CHOICES[name]
         if value not in choices or isinstance(value, (bool, float)):
-            raise SkvError(
-                name,
-                got=repr(value),
-                expected=f"one of {', '.join(map(str, choices))}",
-                fix=f"Set {name} to one of these.",
-            )
-        return
-    low, high = _RANGES[name]
-    if type(value) is not int or not low <= value <= high:
-        raise SkvError(
-            name, got=repr(value), expected=f"an integer from {low} to {high}", fix=f"Set {name} within this range."
-        )
-    if name.endswith("group_size") and value % 32:
-        raise SkvError(
-            name, got=value, expected="a multiple of 32 (or 0 for the default)", fix=f"Set {name} to 32, 64 or 128."
-        )
+            expected, near = ", ".join(map(str, choices)), None
+            if isinstance(value, str):
+                number = value in map(str, choices) and value not in choices
+                near = "Write the number without quotes." if number else did_you_mean(value, map(str, choices))
+            raise SkvError(what, got=repr(value), expected=f"one of {expected}", fix=near)
+    elif name in _RANGES:
+        low, high = _RANGES[name]
+        if type(value) is not int or not low <= value <= high:
+            raise SkvError(what, got=repr(value), expected=f"an integer from {low} to {high}")
+        if name.endswith("group_size") and value % GROUP_MULTIPLE:
+            expected = f"a multiple of {GROUP_MULTIPLE} (or 0 for the default)"
+            raise SkvError(what, got=value, expected=expected, fix="Leave it out to have the usual one.")
+    elif name in _SWITCHES and not isinstance(value, bool):
+        raise SkvError(what, got=repr(value), expected="true or false")
 
 
 def shipped_recipes() -> dict[str, Path]:

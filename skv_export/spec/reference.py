@@ -1,16 +1,15 @@
-"""Owns the cache and the op: append, load, rewind and attend, in numpy float32. With ``quantizer``, the oracle of every
-kernel: the cache's bytes are normative, the attention itself is checked within a tolerance.
+"""The reference implementation of the cache and the op: append, load, rewind and attend, in numpy float32. Kernels are
+tested against it: their cache bytes must be equal, their attention within a tolerance.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skv_export.errors import SkvError
 from skv_export.spec.layout import Bytes, CacheLayout
+from skv_export.spec.op import AttentionParams
 from skv_export.spec.quantizer import Float, decode_tile, encode_tile, rotate, to_half, tree_sum
 
 Int32 = NDArray[np.int32]
@@ -93,16 +92,27 @@ def load(layout: CacheLayout, block: Bytes, length: int) -> tuple[Float, NDArray
     return x, held
 
 
-def rewind(layout: CacheLayout, block: Bytes, length: int, new_length: int) -> None:
+def rewind(layout: CacheLayout, block: Bytes, length: int, new_length: int, longest_length: int | None = None) -> None:
     """Makes the blocks of ``length`` tokens blocks of ``new_length`` tokens, in place.
 
     Tokens that leave a tile and whose row in the ring has been overwritten are restored from their codes; every other
-    token keeps its bytes. At most ``recent_tokens`` can be taken back (and all of them, while nothing is quantized).
+    token keeps its bytes. Rows and a sliding window's tiles are overwritten up to the longest length that the blocks
+    have had, so a cache that is rewound repeatedly must say it. See ``rewind_floor`` for how far back is possible.
+
+    Args:
+        layout: The tensor's layout.
+        block: ``[N_kv, C]``.
+        length: Tokens held.
+        new_length: Tokens to hold.
+        longest_length: Most tokens held since the blocks were empty; None = ``length``, right for a first rewind.
 
     Raises:
-        SkvError: ``new_length`` is above ``length``, or too far back.
+        SkvError: ``new_length`` is above ``length``, or too far back; or ``longest_length`` is below ``length``.
     """
-    floor = rewind_floor(layout, length)
+    longest = length if longest_length is None else longest_length
+    if longest < length:
+        raise SkvError("rewind: longest length", got=longest, expected=f"at least the length, {length}")
+    floor = rewind_floor(layout, block.shape[-1], length, longest)
     if not floor <= new_length <= length:
         raise SkvError(
             f"rewind from {length} tokens",
@@ -116,14 +126,44 @@ def rewind(layout: CacheLayout, block: Bytes, length: int, new_length: int) -> N
         start = tile % tiles * layout.tile_bytes
         content = decode_tile(layout, block[:, start : start + layout.tile_bytes])
         for i, position in enumerate(range(sinks + tile * t, sinks + (tile + 1) * t)):
-            if position < length - layout.ring_tokens:
+            if position < longest - layout.ring_tokens:
                 rows[:, layout.full_row(position)] = _to_recent(layout, content[:, i])
     _write_rows(layout, block, rows)
 
 
-def rewind_floor(layout: CacheLayout, length: int) -> int:
-    """Smallest length to which a cache of ``length`` tokens can be rewound."""
-    return 0 if layout.quantized_tokens(length) == 0 else length - layout.recent_tokens
+def rewind_floor(layout: CacheLayout, block_bytes: int, length: int, longest_length: int) -> int:
+    """Smallest length to which blocks can be rewound.
+
+    That is ``recent_tokens`` back, or 0 while nothing is quantized. A sliding window's ring of tiles has in addition
+    forgotten what the longest length pushed out: the next query's window must begin after it. One rewind never meets
+    this limit, and none does that stays within ``recent_tokens`` of the longest length.
+
+    Args:
+        layout: The tensor's layout.
+        block_bytes: Bytes of one block.
+        length: Tokens held.
+        longest_length: Most tokens held since the blocks were empty.
+    """
+    if layout.quantized_tokens(length) == 0:
+        return 0
+    floor = length - layout.recent_tokens
+    forgotten = layout.quantized_tokens(longest_length) // layout.tile_tokens - layout.tiles_in(block_bytes)
+    if forgotten > 0:  # these tiles must be out of the window, and stay in tiles
+        needed = max(layout.local_window_size - 1, layout.recent_tokens)
+        floor = max(floor, layout.num_sink_tokens + forgotten * layout.tile_tokens + needed)
+    return floor
+
+
+def longest_after_rewind(layout: CacheLayout, longest_length: int, new_length: int) -> int:
+    """The longest length to count with once blocks have been rewound to ``new_length``; never above what it was.
+
+    All rows that are in use are whole again then, as if the blocks had never been longer than those rows reach. Where
+    a sliding window's ring of tiles has forgotten more than that length would, the old one stands.
+    """
+    quantized = layout.quantized_tokens(new_length)
+    if layout.local_window_size and layout.quantized_tokens(longest_length) > quantized + layout.tile_tokens:
+        return longest_length
+    return min(longest_length, layout.num_sink_tokens + quantized + layout.ring_tokens)
 
 
 def _to_recent(layout: CacheLayout, x: Float) -> NDArray[np.generic]:
@@ -154,31 +194,6 @@ def _check_capacity(layout: CacheLayout, block_bytes: int, length: int) -> None:
 # The op.
 
 
-@dataclass(frozen=True)
-class AttentionParams:
-    """The op's attributes that are not the cache's (design: section 3).
-
-    Attributes:
-        num_heads: N, query heads.
-        kv_num_heads: N_kv, key and value heads; divides N.
-        scale: Multiplies the scores; 0 = 1 / sqrt(head_dim).
-        softcap: ``softcap * tanh(score / softcap)`` where above 0.
-        local_window_size: Tokens a query sees, itself included; 0 = all.
-        do_rotary: Apply RoPE to queries and keys.
-        rotary_interleaved: Pairs of channels are neighbours instead of halves.
-        qk_norm_epsilon: Of the RMS norms whose weights are given.
-    """
-
-    num_heads: int
-    kv_num_heads: int
-    scale: float = 0.0
-    softcap: float = 0.0
-    local_window_size: int = 0
-    do_rotary: bool = False
-    rotary_interleaved: bool = False
-    qk_norm_epsilon: float = 1e-6
-
-
 def quantized_kv_attention(
     params: AttentionParams,
     layouts: tuple[CacheLayout, CacheLayout],
@@ -197,7 +212,7 @@ def quantized_kv_attention(
     k_norm_weight: Float | None = None,
     query_seqlens: Int32 | None = None,
 ) -> tuple[Float, Bytes, Bytes]:
-    """The op ``skv::QuantizedKVAttention`` (design: section 3).
+    """The op ``skv::QuantizedKVAttention`` (docs/spec.md, The op).
 
     Args:
         params: Attributes.
@@ -269,6 +284,9 @@ def attend(
 ) -> Float:
     """Attention of one sequence's new tokens to each other, exactly, and to the past through the cache; writes nothing.
 
+    What is not a number stays so, and spreads to what depends on it alone: a query to its row, a key to the rows that
+    see it, a value to its channel (with a rotation, its block of channels) of these rows.
+
     Args:
         params: Attributes.
         layouts: Layouts of keys and values.
@@ -306,10 +324,20 @@ def attend(
     total = weights.sum(axis=-1, keepdims=True)
     if head_sink is not None:
         total = total + np.exp(sink - peak)
-    out = (weights / total) @ v
+    out = _weighted_sum(weights / total, v, seen)
     if v_layout.rotation == "hadamard":
         out = rotate(out, v_layout.rotation_dim)
     return out[..., : v_layout.head_dim]
+
+
+def _weighted_sum(weights: Float, v: Float, seen: NDArray[np.bool_]) -> Float:
+    """``weights`` ``[N, S, tokens]`` times ``v``, ``[N, S, D]``; a row takes nothing from what it does not see."""
+    finite = np.isfinite(v)
+    out = weights @ np.where(finite, v, np.float32(0))
+    for token in np.flatnonzero(~finite.all(axis=(0, 2))):
+        rest = np.where(finite[:, token], np.float32(0), v[:, token])
+        out += np.where(seen[:, token, None], weights[:, :, token, None] * rest[:, None], np.float32(0))
+    return out
 
 
 def _heads(x: Float, head_dim: int) -> Float:

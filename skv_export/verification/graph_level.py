@@ -1,11 +1,11 @@
-"""Owns the graph level of verify: the exported graph, step by step, against PyTorch with the same quantized cache.
+"""The graph level of verify: the exported graph, step by step, against PyTorch with the same quantized cache.
 
 PyTorch's attention is the reference in numpy, so a difference is the exporter's, the runtime's or a kernel's. Two runs:
 
 - With the recipe's bits every step starts from the same bytes: what a step computes and what it writes are compared.
-  (Two caches of their own drift apart: a key that rounds the other way changes every later one, and a chain of 30
-  layers makes 1e-2 of a last bit.)
-- With a cache that rounds nothing (16 bits, float32 rows) both keep a cache of their own over all steps.
+  (Two independent caches diverge: a key that rounds differently changes every later one, and 30 layers amplify a
+  difference in the last bit to 1e-2.)
+- With a cache that rounds nothing (16 bits, float32 rows) each keeps its own cache over all steps.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from skv_export.checkpoints.pretrained import input_device
 from skv_export.errors import SkvError
 from skv_export.export.decoder import SkvDecoder
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.session import Session
-from skv_export.spec.layout import Bytes, CacheLayout, options_of
+from skv_export.spec.layout import Bytes, CacheLayout
+from skv_export.spec.op import options_of
 from skv_export.spec.recipe import LayerConfig
 from skv_export.verification import graph_variants
 
@@ -132,6 +134,7 @@ class TorchDecoder:
     def __init__(self, model: PreTrainedModel, config: ModelConfig) -> None:
         self.length = 0
         self.layers = config.layers
+        self._device = input_device(model)
         self._decoder = SkvDecoder(model, [layer_config(layer) for layer in config.layers])
         self._past: list[list[torch.Tensor]] = []
 
@@ -144,12 +147,13 @@ class TorchDecoder:
     def run(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Runs new tokens; returns the last one's logits, ``[vocab]``."""
         total = self.length + len(ids)
-        positions = torch.arange(self.length, total)[None]
-        mask = torch.ones((1, total), dtype=torch.int64)
+        tokens = torch.tensor([list(ids)], device=self._device)
+        positions = torch.arange(self.length, total, device=self._device)[None]
+        mask = torch.ones((1, total), dtype=torch.int64, device=self._device)
         with torch.no_grad():
-            logits, *self._past = self._decoder(torch.tensor([list(ids)]), mask, positions, *self._past)
+            logits, *self._past = self._decoder(tokens, mask, positions, *self._past)
         self.length = total
-        return logits[0, -1].numpy()
+        return logits[0, -1].float().cpu().numpy()
 
     def data(self, layer: int, name: str) -> Bytes:
         """One tensor's bytes, ``[1, N_kv, rows, W]``."""

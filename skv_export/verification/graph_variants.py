@@ -1,6 +1,6 @@
-"""Owns the variants of an exported graph that verification runs, made in memory; their weights stay the folder's.
+"""Variants of an exported graph for verification, made in memory; they use the folder's weights.
 
-The twins are the exported graph but for one thing: which logits it returns, how many bits its cache has, or how its
+Each differs from the exported graph in one respect: which logits it returns, how many bits its cache has, or how its
 products with quantized weights are computed.
 """
 
@@ -14,9 +14,11 @@ import onnx
 
 from skv_export.errors import SkvError
 from skv_export.export.weight_quantization import CODES
+from skv_export.model_folder.names import LOGITS, MODEL_FILE, layer_of_cache
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
-from skv_export.runtime.session import MODEL_FILE, Session
+from skv_export.runtime.session import Session
 from skv_export.spec.layout import CacheLayout
+from skv_export.spec.op import DOMAIN
 
 EXACT_BITS, EXACT_TYPE = 16, "float"
 _GATHERS = ("GatherElements", "GatherND", "Gather")
@@ -65,7 +67,7 @@ def all_logits(folder: Path, *, execution_provider: str = "cpu") -> Session:
     model.graph.node.remove(gather)
     del model.graph.value_info[:]  # the shapes behind the gather are others now
     for output in model.graph.output:
-        if output.name == "logits":
+        if output.name == LOGITS:
             output.type.tensor_type.shape.dim[1].Clear()
             output.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
     config = dataclasses.replace(config, all_logits=True)
@@ -81,15 +83,15 @@ def unquantized(folder: Path, *, execution_provider: str = "cpu") -> Session:
     layers = tuple(_unquantized(layer) for layer in config.layers)
     model = _with_exact_products(_load(folder))
     for node in model.graph.node:
-        for attribute in node.attribute if node.domain == "skv" else ():
+        for attribute in node.attribute if node.domain == DOMAIN else ():
             if attribute.name in ("k_bits", "v_bits"):
                 attribute.i = EXACT_BITS
             elif attribute.name == "recent_type":
                 attribute.s = EXACT_TYPE.encode()
     for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
-        parts = value.name.split(".")
-        if parts[0] in ("past_key_values", "present") and parts[-1] in ("key", "value"):
-            layout: CacheLayout = getattr(layers[int(parts[1])], parts[-1])
+        layer = layer_of_cache(value.name)
+        if layer is not None:
+            layout: CacheLayout = getattr(layers[layer], value.name.rpartition(".")[2])
             if value.type.tensor_type.shape.dim[3].HasField("dim_value"):  # else any width will do
                 value.type.tensor_type.shape.dim[3].dim_value = layout.width
     return _session(folder, execution_provider, model, dataclasses.replace(config, layers=layers))
@@ -121,10 +123,10 @@ def _last_token_gather(graph: onnx.GraphProto, folder: Path) -> onnx.NodeProto:
     """The node nearest to the logits that picks hidden states, searching backwards up to the attention ops."""
     makers = {name: node for node in graph.node for name in node.output}
     weights = {tensor.name for tensor in graph.initializer}
-    queue, seen = deque(["logits"]), {"logits"}
+    queue, seen = deque([LOGITS]), {LOGITS}
     while queue:
         node = makers.get(queue.popleft())
-        if node is None or node.domain == "skv":
+        if node is None or node.domain == DOMAIN:
             continue
         if node.op_type in _GATHERS and node.input[0] not in weights:
             return node

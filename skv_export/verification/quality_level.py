@@ -1,7 +1,7 @@
-"""Owns the quality level of verify: what the quantized cache costs, against the unquantized model in PyTorch.
+"""The quality level of verify: what the quantized cache loses against the unquantized model in PyTorch.
 
-Both models predict the same windows of a text. The exported one runs decode style: every token sees the cache as
-decoding token by token would have left it, which calls that end at every flush give too (``flush_edges``).
+Both models predict the same windows of a text. The exported one runs decode style: every token sees the cache that
+token-by-token decoding would have left. Calls that end at each flush of a tile give the same (``flush_edges``).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
+from skv_export.checkpoints.pretrained import input_device
 from skv_export.errors import SkvError
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.runtime.session import Session
@@ -103,7 +104,7 @@ class QualityResult:
 
 
 def flush_edges(layout: CacheLayout, length: int) -> list[int]:
-    """Ends of the calls that give what decoding ``length`` tokens one by one gives.
+    """Chunk boundaries at which chunked prefill equals token-by-token decoding of ``length`` tokens.
 
     A tile is flushed when the total reaches ``s + w + i * T``. Between two such lengths the tiles do not change, and
     every later token is exact in both: in one call as a new token, one by one as a recent one. (The recent rows are
@@ -221,7 +222,8 @@ def measure(
                 ids = rows[:, start:end]
                 exported = torch.from_numpy(session.run(ids, None, None, cache))
                 with torch.no_grad():
-                    reference = model(torch.from_numpy(ids), past_key_values=past, use_cache=True).logits.float()
+                    given = torch.from_numpy(ids).to(input_device(model))
+                    reference = model(given, past_key_values=past, use_cache=True).logits.float().cpu()
                 targets = torch.from_numpy(rows[:, start + 1 : end + 1])
                 scored = targets.shape[1]
                 scores.add(reference[:, :scored], exported[:, :scored], targets)

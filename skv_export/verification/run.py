@@ -1,8 +1,8 @@
-"""Owns `skv-export verify`: that an exported folder computes what PyTorch computes, in three levels, and the report.
+"""`verify`: checks on three levels that an exported folder computes what PyTorch computes, and reports.
 
 ``op``: the library against the reference, case by case. ``graph``: the exported graph against PyTorch with the same
 quantized cache and weights (``graph_level.py``). ``quality``: against the unquantized model (``quality_level.py``).
-torch waits until needed.
+torch is imported only for the last two.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from skv_export.checkpoints.checkpoint import Source, demo_checkpoint, resolve
 from skv_export.errors import SkvError
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import Library, load_library
+from skv_export.runtime.prompts import load_tokenizer
 from skv_export.runtime.providers import open_session
-from skv_export.runtime.session import load_tokenizer
 from skv_export.spec.conformance import Case, Inputs, Outcome, expected_of, make_inputs, op_cases
-from skv_export.spec.layout import DOMAIN, LAYOUT_VERSION, OP_NAME, options_of
+from skv_export.spec.op import OP_NAME, LayerAttention, attention_node, one_node_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from skv_export.checkpoints.pretrained import Placement
     from skv_export.verification.graph_level import GraphResult, Tolerance
     from skv_export.verification.quality_level import QualityResult, Thresholds
 
@@ -138,31 +139,11 @@ def _op(library: Library, execution_provider: str, case: Case, i: Inputs) -> Out
     if i.query_seqlens is not None:
         feeds["query_seqlens"] = i.query_seqlens
     options = ort.SessionOptions()
-    session = open_session(_one_node(case, feeds), options, execution_provider, library, op_type=OP_NAME)
+    node = attention_node(list(feeds), LayerAttention(case.params, case.layouts).attributes())
+    model = one_node_model(node, {name: (x.dtype, x.shape) for name, x in feeds.items()})
+    session = open_session(model, options, execution_provider, library, op_type=OP_NAME)
     output, present_key, present_value = session.run(None, feeds)
     return output, present_key, present_value
-
-
-def _one_node(case: Case, feeds: dict[str, Any]) -> bytes:
-    from onnx import helper
-
-    names = ["query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", *[""] * 4]
-    names += ["head_sink", *[""] * 4, "query_seqlens"]
-    params = dataclasses.asdict(case.params)
-    params |= {name: int(params[name]) for name in ("do_rotary", "rotary_interleaved")}
-    node = helper.make_node(
-        OP_NAME, [n if n in feeds else "" for n in names], ["output", "present_key", "present_value"],
-        domain=DOMAIN, layout_version=LAYOUT_VERSION, **params, **options_of(*case.layouts),
-    )  # fmt: skip
-
-    def info(name: str, like: str) -> Any:
-        array = feeds[like]
-        return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
-
-    outputs = [info(n, like) for n, like in zip(node.output, ("query", "past_key", "past_value"), strict=True)]
-    graph = helper.make_graph([node], "op", [info(name, name) for name in feeds], outputs)
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("skv", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
 # The report.
@@ -239,6 +220,9 @@ def verify(
     levels: Sequence[str] = LEVELS,
     text: Path | str | None = None,
     execution_provider: str = "cpu",
+    device: str = "cpu",
+    dtype: str = "fp32",
+    device_map: str | None = None,
     windows: int = WINDOWS,
     window_tokens: int = WINDOW_TOKENS,
     tolerance: Tolerance | None = None,
@@ -252,10 +236,16 @@ def verify(
         levels: Of ``op``, ``graph``, ``quality``.
         text: File to take tokens from; the shipped prose if not given.
         execution_provider: ``cpu`` or ``cuda``, of the op and of the exported graph.
+        device: Where PyTorch runs the original: ``cpu``, ``cuda``, ``cuda:1``.
+        dtype: What PyTorch computes in: ``fp32``, ``fp16``, ``bf16``.
+        device_map: accelerate's, such as ``auto``, in place of ``device``.
         windows: Windows of text in the quality level.
         window_tokens: Tokens of each.
         tolerance: Of the graph level.
         thresholds: Of the quality level.
+
+    Returns:
+        The results of the levels; ``passed`` and ``failures`` sum them up.
 
     Raises:
         SkvError: The folder, checkpoint or text can't be used. A level that fails is in the report instead.
@@ -266,15 +256,16 @@ def verify(
     folder = Path(folder)
     config = ModelConfig.load(folder)
     report = Report(folder)
+    placement = _placement(device, dtype, device_map) if set(levels) & {"graph", "quality"} else None
     if "op" in levels:
         report = dataclasses.replace(report, op=check_op(execution_provider=execution_provider))
-    if not set(levels) & {"graph", "quality"}:
+    if placement is None:
         return report
     from skv_export.export import weight_quantization
     from skv_export.verification import graph_level, graph_variants, quality_level
 
     source = _source(config, checkpoint)
-    model = load_model(source, config)
+    model = load_original(source, config, placement)
     prose, tokenizer = quality_level.read_text(text), load_tokenizer(folder)
     report = dataclasses.replace(report, checkpoint=str(source))
     if "graph" in levels:
@@ -307,18 +298,33 @@ def _source(config: ModelConfig, checkpoint: str | Path | None) -> Source:
     )
 
 
-def load_model(source: Source, config: ModelConfig) -> PreTrainedModel:
-    """Loads the original into PyTorch: the weights as they were exported, the arithmetic in float32.
+def _placement(device: str, dtype: str, device_map: str | None) -> Placement:
+    from skv_export.checkpoints.pretrained import Placement
+
+    return Placement(device, dtype, device_map)
+
+
+def load_original(source: Source, config: ModelConfig, placement: Placement) -> PreTrainedModel:
+    """Loads the original into PyTorch: the weights as they were exported, the arithmetic as ``placement`` says.
 
     Raises:
         SkvError: It is another model than the folder's, or can't be loaded whole.
     """
+    from skv_export.checkpoints import pretrained
     from skv_export.checkpoints.model_config import load_config
-    from skv_export.export import checkpoint_weights, pipeline
+    from skv_export.export.supported import prepare_model
 
     given = load_config(source)
     found = {"model_type": given.model_type, "vocab_size": given.vocab_size, "layers": given.num_hidden_layers}
     expected = {"model_type": config.model_type, "vocab_size": config.vocab_size, "layers": len(config.layers)}
     if found != expected:
         raise SkvError(f"{source}: not what the folder was exported from", got=found, expected=expected)
-    return checkpoint_weights.load_model(source, given, pipeline.DTYPES[config.dtype]).float()  # type: ignore[no-untyped-call]
+    if placement.device_map is not None and placement.dtype != config.dtype:
+        raise SkvError(
+            f"verify: device_map={placement.device_map} with dtype={placement.dtype}",
+            expected=f"the export's dtype, {config.dtype}: a model that is spread out can't be converted",
+            fix=f"Pass --dtype {config.dtype}, or --device instead of --device-map.",
+        )
+    model = pretrained.load_model(source, given, dataclasses.replace(placement, dtype=config.dtype))
+    prepare_model(model)
+    return model if placement.dtype == config.dtype else model.to(placement.torch_dtype)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import pytest
 
 from skv_export.analysis import html_report, pipeline
 from skv_export.errors import SkvError
+from skv_export.evaluation import charts
 
 
 @pytest.fixture(scope="module")
@@ -81,20 +82,20 @@ def test_charts_hold_the_numbers_of_the_analysis(found: pipeline.Analysis) -> No
 
 def test_svg_is_xml_and_stays_inside_its_frame(found: pipeline.Analysis) -> None:
     for chart in html_report.charts(found):
-        drawing = html_report.svg(chart).replace("class=grid", 'class="grid"')
+        drawing = charts.svg(chart).replace("class=grid", 'class="grid"')
         root = ElementTree.fromstring(drawing)
         for path in root.iter("path"):
             numbers = [float(x) for x in re.findall(r"[\d.]+", path.attrib["d"])]
-            assert all(0 <= x <= html_report.WIDTH for x in numbers[::2])
-            assert all(0 <= y <= html_report.HEIGHT for y in numbers[1::2])
+            assert all(0 <= x <= charts.WIDTH for x in numbers[::2])
+            assert all(0 <= y <= charts.HEIGHT for y in numbers[1::2])
 
 
 def test_a_line_breaks_where_a_value_is_missing() -> None:
-    line = html_report.Line("gap", [0, 1, 2, 3], [1.0, None, 2.0, float("nan")], "k")
-    drawing = html_report.svg(html_report.Chart("t", "x", "y", (line,)))
+    line = charts.Line("gap", [0, 1, 2, 3], [1.0, None, 2.0, float("nan")], "k")
+    drawing = charts.svg(charts.Chart("t", "x", "y", (line,)))
     path = re.search(r' d="([^"]+)"', drawing)
     assert path is not None and path[1].count("M") == 2 and "L" not in path[1]
-    empty = html_report.svg(html_report.Chart("t", "x", "y", (html_report.Line("none", [0, 1], [None, None], "k"),)))
+    empty = charts.svg(charts.Chart("t", "x", "y", (charts.Line("none", [0, 1], [None, None], "k"),)))
     assert "No score has a value here" in empty
 
 
@@ -103,7 +104,7 @@ def test_a_line_breaks_where_a_value_is_missing() -> None:
     [(0, 29, False), (-3.2, 4.9, False), (0.26, 1, False), (5, 5, False), (512, 131072, True), (0.01, 300, True)],
 )
 def test_ticks_cover_the_range_with_round_numbers(low: float, high: float, log: bool) -> None:
-    ticks = html_report._ticks(low, high, log)
+    ticks = charts._ticks(low, high, log)
     assert ticks[0] <= low and len(ticks) <= 12
     assert log or ticks[-1] >= high
     assert all(len(f"{abs(t):.4g}".replace(".", "").strip("0")) <= 2 or log for t in ticks)

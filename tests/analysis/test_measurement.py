@@ -38,7 +38,8 @@ def test_one_pass_is_token_by_token_decoding(traffic: Any, change: dict[str, Any
     import torch
 
     from skv_export.analysis.attention_capture import decode_output
-    from skv_export.spec.reference import AttentionParams, append, attend
+    from skv_export.spec.op import AttentionParams
+    from skv_export.spec.reference import append, attend
 
     sink = torch.tensor([0.5, -1.0, 2.0, 0.0]) if change.pop("sink", False) else None
     live = dataclasses.replace(traffic, sink=sink, **change)
@@ -106,9 +107,7 @@ class Tokens:
 
 @pytest.fixture
 def tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "skv_export.analysis.attention_capture.AutoTokenizer.from_pretrained", lambda *_, **__: Tokens()
-    )
+    monkeypatch.setattr("skv_export.analysis.attention_capture.load_tokenizer", lambda _: Tokens())
 
 
 TEXT = "".join(chr(33 + (i * i + 7 * i) % 90) for i in range(700))

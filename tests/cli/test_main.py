@@ -101,6 +101,8 @@ def test_no_demo_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
     [
         (["model", "/nowhere", "--k-bits", "7"], "'7' is not one of '1', '2', '3', '4', '5', '6', '8', '16'"),
         (["model", "/nowhere", "--recipe", "no-such"], "recipe no-such: no such file"),
+        (["model", "/nowhere", "--recipe", "kivi4"], "kivi4: did you mean kivi-4?"),
+        (["recipes", "balance"], "balance: did you mean balanced?"),
         (["model", "/nowhere", "--v-group-size", "48"], "v_group_size; got 48; expected a multiple of 32"),
         (["model", "/nowhere/at/all"], "/nowhere/at/all"),
         (["verify", "/nowhere"], "/nowhere"),
@@ -117,10 +119,10 @@ def test_bad_input_is_one_clear_line_and_a_non_zero_exit(arguments: list[str], m
 
 
 def test_verify_writes_json_and_exits_with_1_on_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from skv_export.verification import run
+    from skv_export.verification import run as runner
 
     report = SimpleNamespace(passed=False, table=lambda: "table", to_json=lambda: json.dumps({"passed": False}))
-    monkeypatch.setattr(run, "verify", lambda folder, **options: report)
+    monkeypatch.setattr(runner, "verify", lambda folder, **options: report)
     target = tmp_path / "report.json"
     result = run("verify", str(tmp_path), "--level", "op", "--json", str(target))
     assert result.exit_code == 1 and "table" in result.output

@@ -1,4 +1,4 @@
-"""Owns the short run of a shim library that sanitizers watch and planted bugs must not survive.
+"""A short run of a shim library, for the sanitizers and for the planted bugs, which it must detect.
 
 ``check.py LIBRARY`` runs all cases, ``check.py LIBRARY short`` those that a run ten times slower has time for.
 

@@ -1,4 +1,4 @@
-// Owns the shim's fibers: one per CUDA thread, switched at barriers; see cuda_shim.h.
+// The shim's fibers: one per CUDA thread, switched at barriers; see cuda_shim.h.
 //
 // For ThreadSanitizer this file is compiled without it and with SHIM_TSAN: what the scheduler does itself is no race of
 // the kernels. It tells the sanitizer of the fibers and of the barriers; cp.async's memcpy is seen through its

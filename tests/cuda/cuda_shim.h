@@ -1,6 +1,5 @@
-// Owns CUDA on the CPU: enough of the language and of the runtime to compile the kernels' sources with g++ and to run
-// every CUDA thread as a fiber. One block runs at a time, its threads in turn, switching at barriers, shuffles and
-// votes.
+// CUDA on the CPU: enough of the language and the runtime to compile the kernels' sources with g++ and to run every
+// CUDA thread as a fiber. One block runs at a time, its threads in turn, switching at barriers, shuffles and votes.
 //
 // What it catches beyond wrong results: deadlocks and lanes that meet at different call sites (abort, with the lines);
 // reads of shared memory nobody wrote (filled with NaN); copies used before cp.async.wait (they happen at the wait, not

@@ -1,4 +1,6 @@
-"""Owns the kernels on a GPU: the library built for the machine's card, and its memory. Needs nvcc, torch and numpy."""
+"""The kernels on a GPU: builds the library for the machine's card, and manages device memory. Needs nvcc, torch and
+numpy.
+"""
 
 from __future__ import annotations
 

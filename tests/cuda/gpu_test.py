@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gpu  # first: it finds the package  # isort: skip
 from harness import AUTO, MMA, SIMPLE, Library, check_dense, difference  # isort: skip
 
-from skv_export.spec.conformance import Case, all_layouts, make_inputs, op_cases
+from skv_export.spec.conformance import Case, all_layouts, make_inputs, not_a_number_cases, op_cases
 from skv_export.spec.quantizer import decode_tile
 from skv_export.spec.recipe import LayerConfig
 from skv_export.spec.reference import quantized_kv_attention
@@ -36,7 +36,7 @@ PAIRS = ((8, 8), (4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
 
 def jobs(short: bool) -> Iterator[tuple[Case, int, float]]:
     """Cases, paths and tolerances."""
-    for case in op_cases():
+    for case in (*op_cases(), *not_a_number_cases()):
         config = case.config
         if not gpu.can_pack(min(config.k_parameter_bits, config.v_parameter_bits), config.recent_type):
             continue

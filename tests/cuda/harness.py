@@ -1,4 +1,4 @@
-"""Owns the Python side of the CUDA kernels' C interface for tests and benchmarks, on the CPU shim and on a GPU.
+"""The CUDA kernels' C interface in Python, for tests and benchmarks, on the CPU shim and on a GPU.
 
 ``Library`` calls the functions of ``native/cuda/kernels_cuda.h`` on arrays that a ``Memory`` has put where the kernels
 can read them: for the shim numpy arrays with sentinels around them, for a GPU torch tensors (``gpu_test.py``).
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skv_export.native.library import SkvAttention, SkvCache, SkvCudaContext, SkvLayout, SkvTokens
-from skv_export.spec.conformance import Case, Inputs, expected_of, make_inputs
+from skv_export.spec.conformance import Case, Inputs, expected_of, make_inputs, output_error
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.quantizer import rotate
 from skv_export.spec.recipe import LayerConfig
@@ -205,11 +205,14 @@ class Library:
         assert (rows[:, layout.head_dim :] == 7).all()
         return rows[:, : layout.head_dim]
 
-    def rewind(self, layout: CacheLayout, block: Array, length: int, new_length: int) -> Array:
+    def rewind(
+        self, layout: CacheLayout, block: Array, length: int, new_length: int, longest_length: int | None = None
+    ) -> Array:
         """Blocks ``[N_kv, C]`` of one sequence, taken back."""
         held = self.memory.put(block)
         cache = SkvCache(SkvLayout.of(layout), self.memory.address(held), block.shape[1])
-        lengths = (ctypes.c_int64(length), ctypes.c_int64(new_length))
+        longest = length if longest_length is None else longest_length
+        lengths = (ctypes.c_int64(length), ctypes.c_int64(longest), ctypes.c_int64(new_length))
         self.check(self.lib.skv_cuda_rewind(ctypes.byref(cache), block.shape[0], 0, *lengths, None))
         return self.memory.get(held)
 
@@ -263,7 +266,7 @@ def difference(case: Case, kernels: Library, path: int = AUTO) -> tuple[float, s
     """Runs a case and the reference.
 
     Returns:
-        The largest difference of the outputs, relative to the largest output, and the path taken.
+        ``output_error`` of the outputs, and the path taken.
 
     Raises:
         AssertionError: The caches' bytes differ, or something outside a buffer was written.
@@ -275,7 +278,7 @@ def difference(case: Case, kernels: Library, path: int = AUTO) -> tuple[float, s
     result = kernels.attention(case, inputs, path)
     assert np.array_equal(result.key, key), f"{case.name}: bytes of the keys"
     assert np.array_equal(result.value, value), f"{case.name}: bytes of the values"
-    return float(np.abs(result.output - expected).max() / np.abs(expected).max()), result.path
+    return output_error(result.output, expected), result.path
 
 
 def as_type(x: Array, dtype: str) -> Array:

@@ -1,4 +1,4 @@
-"""Owns the bugs that are planted in the CUDA kernels to see whether the tests would find them."""
+"""Bugs to plant in the CUDA kernels, to check that the tests find them."""
 
 from __future__ import annotations
 

@@ -182,8 +182,10 @@ def test_rewind_of_a_cache_on_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
     layers = [LayerCache(4, 2, 0, *CacheLayout.pair(config, 64)) for config in (SMALL, both)]
     library = load_library()
     monkeypatch.setattr(library._c, "skv_rewind", None)  # it must not be asked
-    cache = Cache(unbound, layers, 3, 300, "cuda", library)
-    cache.lengths[:] = held = 210, 100, 150
+    session = SimpleNamespace(io_binding=lambda: unbound)
+    cache = Cache(session, layers, 3, 300, "cuda", library)
+    held = 210, 100, 150
+    cache.advance(held)
     expected = {}
     rng = np.random.default_rng(0)
     for (name, (layout, buffer)), seed in zip(cache._tensors.items(), range(4), strict=True):

@@ -1,6 +1,6 @@
-// Owns what the op's library has else in tests of its CUDA side, over the shim. It stands in for cpu/dispatch.cc; and,
-// without a CUDA provider, for cuda/runtime.cu on the host's memory and for ort/kernel_cpu.cc: it registers what
-// ort/kernel_cuda.cc defines for the CPU provider (built with SKV_CUDA_PROVIDER set).
+// The rest of the op's library in tests of its CUDA side on the shim. It replaces cpu/dispatch.cc; and, without a CUDA
+// provider, cuda/runtime.cu (on host memory) and ort/kernel_cpu.cc: it registers what ort/kernel_cuda.cc defines for
+// the CPU provider (built with SKV_CUDA_PROVIDER set).
 #include <cstring>
 
 #include "cpu/isa.h"

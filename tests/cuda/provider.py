@@ -16,14 +16,16 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from op_nodes import OUTPUTS, PROVIDERS, arrays_of, attributes_of, model_of, session_of
+from op_nodes import PROVIDERS, arrays_of, attributes_of, model_of, session_of
+from tiny_graph import addresses
 from tiny_models import TINY
 
 from skv_export.export.pipeline import export_model
+from skv_export.model_folder.names import MODEL_FILE
 from skv_export.native.library import library_path
-from skv_export.runtime.session import MODEL_FILE, Session
+from skv_export.runtime.session import Session
 from skv_export.spec.conformance import Case
-from skv_export.spec.layout import OP_NAME
+from skv_export.spec.op import OP_NAME, OUTPUT_NAMES
 from skv_export.spec.recipe import LayerConfig, Recipe
 from skv_export.spec.reference import quantized_kv_attention
 
@@ -67,7 +69,7 @@ def decode(case: Case, provider_options: dict[str, str]) -> None:
     for name, value in held.items():
         binding.bind_ortvalue_input(name, value)
     binding.bind_cpu_input("total_sequence_length", arrays["total_sequence_length"])
-    for name, value in zip(OUTPUTS, (output, held["past_key"], held["past_value"]), strict=True):
+    for name, value in zip(OUTPUT_NAMES, (output, held["past_key"], held["past_value"]), strict=True):
         binding.bind_ortvalue_output(name, value)
 
     rng = np.random.default_rng(0)
@@ -158,7 +160,7 @@ def test_a_whole_model_on_the_gpu(
     out = export_model(tiny_checkpoint("qwen3"), out=tmp_path / "model", recipe=recipe, progress=lambda *_: None)
     session = Session(out, execution_provider="cuda", cuda_graph=cuda_graph)
     cache = session.cache(2, 300)
-    launches, replays, pointers = shim.skv_shim_launches(), shim.skv_shim_replays(), cache.pointers()
+    launches, replays, pointers = shim.skv_shim_launches(), shim.skv_shim_replays(), addresses(cache)
     session.run(np.ones((2, 100), np.int64), None, None, cache)
     for _ in range(STEPS):
         session.run(np.ones((2, 1), np.int64), None, None, cache)
@@ -166,7 +168,7 @@ def test_a_whole_model_on_the_gpu(
         assert shim.skv_shim_replays() - replays == STEPS
     else:
         assert shim.skv_shim_launches() - launches >= 3 * STEPS * len(session.config.layers)
-    assert cache.lengths.tolist() == [140, 140] and cache.pointers() == pointers
+    assert cache.lengths.tolist() == [140, 140] and addresses(cache) == pointers
     cache.rewind([139, 120])
     cache.reorder([1, 1])
     assert cache.lengths.tolist() == [120, 120]

@@ -1,5 +1,5 @@
-// Owns a CUDA runtime without a GPU, as ONNX Runtime's CUDA provider and the op's library load it: libcudart with
-// memory, streams, events and graphs. Kernels of the op run through cuda_shim.h; ONNX Runtime's own do not.
+// A CUDA runtime without a GPU, for ONNX Runtime's CUDA provider and the op's library: libcudart with memory, streams,
+// events and graphs. Kernels of the op run through cuda_shim.h; ONNX Runtime's own do not.
 //
 // What it catches: reads and writes of device memory by the host (the pages are open only while the device works, so
 // they are segmentation faults), work on a wrong stream or a forgotten wait (a stream runs nothing before it is waited

@@ -10,6 +10,7 @@ import sys
 import gpu_test
 import numpy as np
 import pytest
+import rewinding
 from harness import (
     AUTO,
     INVALID_ARGUMENT,
@@ -23,7 +24,7 @@ from harness import (
     difference,
 )
 
-from skv_export.spec.conformance import Case, all_layouts, make_inputs, op_cases
+from skv_export.spec.conformance import Case, all_layouts, make_inputs, not_a_number_cases, op_cases
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.quantizer import decode_tile, rotate
 from skv_export.spec.recipe import LayerConfig
@@ -67,6 +68,16 @@ def test_chosen_kernels_equal_the_reference(case: Case, kernels: Library) -> Non
     assert path.split()[0].rstrip(":") == (
         "prefill" if case.new_tokens > 8 else "decode_mma" if fast else "decode_simple"
     ), path
+
+
+@pytest.mark.parametrize("case", not_a_number_cases(), ids=lambda c: c.name)
+def test_what_is_not_a_number_stays_where_it_belongs(case: Case, kernels: Library) -> None:
+    check(case, kernels, SIMPLE)
+    paths = {
+        check(dataclasses.replace(case, dtype=x), kernels, AUTO, BFLOAT16_TOLERANCE) for x in ("float16", "bfloat16")
+    }
+    expected = "prefill" if case.new_tokens > 8 else "decode_simple" if case.config.k_bits == 16 else "decode_mma"
+    assert {path.split()[0].rstrip(":") for path in paths} == {expected}
 
 
 PAIRS = ((8, 8), (4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
@@ -213,13 +224,23 @@ def test_dequantize_and_rewind(changes: dict[str, object], window: int, kernels:
         if layout.rotation == "hadamard":
             expected = rotate(expected, layout.rotation_dim)
         assert np.array_equal(kernels.dequantize(layout, block, 1, length), expected[1])
-        for new_length in (length, length - 1, length - 17, rewind_floor(layout, length)):
+        floor = rewind_floor(layout, block.shape[1], length, length)
+        for new_length in (length, length - 1, length - 17, floor):
             back = kernels.rewind(layout, block, length, new_length)
             taken = block.copy()
             rewind(layout, taken, length, new_length)
             assert np.array_equal(back, taken)
         with pytest.raises(KernelError, match="rewind"):
-            kernels.rewind(layout, block, length, rewind_floor(layout, length) - 1)
+            kernels.rewind(layout, block, length, floor - 1)
+
+
+@pytest.mark.parametrize("name", [name for name in rewinding.layouts() if "recent 16" in name])
+def test_rewind_in_any_order_is_a_fresh_run(name: str, kernels: Library) -> None:
+    def rewind(layout: CacheLayout, block: np.ndarray, length: int, longest: int, new_length: int) -> None:
+        block[...] = kernels.rewind(layout, block, length, new_length, longest)
+
+    layout = dataclasses.replace(rewinding.layouts()[name], head_dim=64)  # all that a small build of the shim has
+    rewinding.check_random_walk(layout, append, rewind, 0, steps=8)
 
 
 def test_random_bytes_are_dequantized(kernels: Library) -> None:

@@ -49,7 +49,7 @@ def test_chat_samples_the_same_with_the_same_seed(demo_export: Path) -> None:
 
 
 def test_demo_model_writes_a_sentence(demo_export: Path) -> None:
-    from skv_export.runtime.session import generate_text
+    from skv_export.runtime.text import generate_text
 
     generation = generate_text(demo_export, "The capital of France is", max_new_tokens=12)
     assert "Paris" in generation.text

@@ -39,7 +39,7 @@ class Letters:
 
 @pytest.fixture
 def loaded(tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    monkeypatch.setattr(comparison.AutoTokenizer, "from_pretrained", lambda *_, **__: Letters())
+    monkeypatch.setattr(comparison, "load_tokenizer", lambda _: Letters())
     return comparison.load(resolve(tiny_checkpoint("qwen3")))
 
 
@@ -58,7 +58,7 @@ def test_a_window_in_one_pass_is_the_model_decoding_token_by_token(
     """The whole model, the reference op inside: softcap, windows, sinks. Two tiles are flushed on the way."""
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(comparison.AutoTokenizer, "from_pretrained", lambda *_, **__: Letters())
+    monkeypatch.setattr(comparison, "load_tokenizer", lambda _: Letters())
     folder, tokens = tiny_checkpoint(arch), 110
     recipe = SMALL.with_options(recent_type="float")
     ids = torch.arange(tokens) * 37 % 300
@@ -279,7 +279,7 @@ def test_needles_are_found_exactly_when_greedy_decoding_would_write_them() -> No
 def test_the_command_prints_and_writes(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison.AutoTokenizer, "from_pretrained", lambda *_, **__: Letters())
+    monkeypatch.setattr(comparison, "load_tokenizer", lambda _: Letters())
     monkeypatch.setattr(needle, "DEPTHS", (0.5,))
     text, page, figures = tmp_path / "text.txt", tmp_path / "quality.html", tmp_path / "quality.json"
     text.write_text(TEXT)

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from skv_export.checkpoints.checkpoint import Source, demo_checkpoint, resolve
 from skv_export.checkpoints.model_config import load_config
+from skv_export.checkpoints.pretrained import load_model
 from skv_export.errors import SkvError
 from skv_export.export import empty_model
-from skv_export.export.checkpoint_weights import Weights, load_model
+from skv_export.export.checkpoint_weights import Weights
 from skv_export.export.lazy_weights import Named, Stored
 
 EXPERTS = {
@@ -28,7 +29,7 @@ EXPERTS = {
 
 def weights_of(source: Source) -> tuple[Weights, PreTrainedModel]:
     config = load_config(source)
-    return Weights(source, empty_model.build(config, torch.float32).model), load_model(source, config, torch.float32)
+    return Weights(source, empty_model.build(config, torch.float32).model), load_model(source, config)
 
 
 def assert_same(source: Source) -> None:

@@ -19,11 +19,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ROOT, TINY, make_tiny, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from skv_export.checkpoints import pretrained
+from skv_export.checkpoints.tensor_files import TensorEntry
 from skv_export.errors import SkvError
 from skv_export.export import lazy_weights, pipeline, supported, to_onnx
 from skv_export.export.decoder import AttentionCall, Lengths, SkvDecoder
 from skv_export.model_folder import writer
-from skv_export.model_folder.genai_config import LIBRARY_FILE
+from skv_export.model_folder.names import DATA_FILE, LIBRARY_FILE, MODEL_FILE
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.runtime.session import Session
 from skv_export.spec.recipe import LayerConfig, Recipe
@@ -165,7 +167,7 @@ def test_half_precision_weights(exported: Export, tiny_checkpoint: Callable[...,
 
 
 def test_bfloat16_graph(exported: Export) -> None:
-    model = onnx.load(exported("gemma3_text", EXACT.with_options(dtype="bf16")) / to_onnx.MODEL_FILE)
+    model = onnx.load(exported("gemma3_text", EXACT.with_options(dtype="bf16")) / MODEL_FILE)
     weights = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert weights["model.layers.0.self_attn.q_proj.weight"] == onnx.TensorProto.BFLOAT16
     (logits,) = (output for output in model.graph.output if output.name == "logits")
@@ -188,7 +190,7 @@ def test_decomposed_translation_is_the_same(
 
 
 def load_graph(path: Path) -> onnx.GraphProto:
-    return onnx.load(path / to_onnx.MODEL_FILE, load_external_data=False).graph
+    return onnx.load(path / MODEL_FILE, load_external_data=False).graph
 
 
 def test_the_graph_holds_nothing_twice(exported: Export) -> None:
@@ -243,7 +245,7 @@ def test_tied_embeddings_are_stored_once_and_weights_outside_the_graph(
     names = {tensor.name for tensor in found.initializer}
     assert len(names & {"lm_head.weight", "model.embed_tokens.weight"}) == 1
     weights = pipeline.plan(tiny_checkpoint("llama"), EXACT).weight_bytes
-    assert 0.95 * weights < (path / to_onnx.DATA_FILE).stat().st_size <= weights
+    assert 0.95 * weights < (path / DATA_FILE).stat().st_size <= weights
 
 
 def test_two_exports_are_identical(exported: Export, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -281,7 +283,8 @@ def test_plan_reads_no_weights(tiny_checkpoint: Callable[..., Path], monkeypatch
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(TensorEntry, "array", fail)
+    monkeypatch.setattr(pretrained, "safe_open", fail)
     planned = pipeline.plan(tiny_checkpoint("gemma2"), Recipe())
     assert [x.params.local_window_size for x in planned.layers] == [24, 0, 24, 0]
     table = planned.table()

@@ -15,11 +15,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.model_config import load_config
+from skv_export.checkpoints.pretrained import load_model
 from skv_export.export import empty_model, pipeline, repeat_layers, to_onnx
-from skv_export.export.checkpoint_weights import load_model
 from skv_export.export.decoder import SkvDecoder
 from skv_export.export.lazy_weights import Stored
-from skv_export.export.pipeline import Plan
+from skv_export.model_folder.plan import Plan
 from skv_export.runtime.session import Session
 from skv_export.spec.recipe import Recipe
 
@@ -182,7 +182,7 @@ def test_a_deep_model_computes_what_pytorch_does(
     out = pipeline.export_model(checkpoint, out=tmp_path / "out", recipe=exact, progress=lambda *_: None)
     assert traced in ([2], [4])
     config = load_config(Source("safetensors", checkpoint))
-    model = load_model(Source("safetensors", checkpoint), config, torch.float32)
+    model = load_model(Source("safetensors", checkpoint), config)
     ids = torch.randint(3, 320, (1, 30), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(ids).logits[0, -1].numpy()

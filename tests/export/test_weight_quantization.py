@@ -14,9 +14,9 @@ from onnx import helper
 
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.model_config import load_config
+from skv_export.checkpoints.pretrained import load_model
 from skv_export.errors import SkvError
 from skv_export.export import pipeline, weight_quantization
-from skv_export.export.checkpoint_weights import load_model
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.spec.recipe import Recipe
 from skv_export.verification import graph_variants
@@ -79,7 +79,7 @@ def test_export_computes_with_the_rounded_weights(
     )
     config = ModelConfig.load(out)
     assert config.weights == weights and Recipe.load(out / "recipe.toml") == recipe
-    model = load_model(checkpoint, load_config(checkpoint), torch.float32)
+    model = load_model(checkpoint, load_config(checkpoint))
     ids = torch.randint(3, 320, (1, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         original = model(ids).logits[0, -1].numpy()

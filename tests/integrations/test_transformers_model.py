@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_graph import CONTEXT, EXACT, SMALL, VOCAB, Tiny
+from tiny_graph import CONTEXT, EXACT, SMALL, VOCAB, Tiny, addresses
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
 
 from skv_export import SkvForCausalLM
@@ -104,11 +105,11 @@ def test_text_streams_as_it_is_generated(model: SkvForCausalLM, capsys: pytest.C
 
 def test_a_cache_carries_on(model: SkvForCausalLM) -> None:
     ids, cache = torch.tensor([TOKENS[:40]]), model.new_cache(1)
-    before = cache.cache.pointers()
+    before = addresses(cache.cache)
     first = model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
     second = model.generate(first, past_key_values=cache, max_new_tokens=5, do_sample=False)
     assert second.equal(model.generate(ids, max_new_tokens=10, do_sample=False))
-    assert cache.cache.pointers() == before
+    assert addresses(cache.cache) == before
     assert cache.get_seq_length() == 49
     cache.reset()
     again = model.generate(ids, past_key_values=cache, max_new_tokens=10, do_sample=False)
@@ -124,20 +125,69 @@ def test_forward_takes_calls_of_any_length(exact: SkvForCausalLM) -> None:
     assert (whole - output.logits).abs().max() < 1e-4
 
 
-def test_too_long_a_generation_is_refused_before_it_starts(model: SkvForCausalLM) -> None:
-    with pytest.raises(SkvError, match=rf"at most max_length = {CONTEXT}.*max_new_tokens"):
-        model.generate(torch.tensor([TOKENS[:40]]), max_new_tokens=CONTEXT)
+def test_generation_ends_where_the_context_ends(model: SkvForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
+    prompt = [*TOKENS, *TOKENS, *TOKENS[:108]]
+    logging.getLogger("transformers").propagate = True
+    made = model.generate(torch.tensor([prompt]), max_new_tokens=50, do_sample=False)
+    assert made[0, len(prompt) :].tolist() == model.session.generate([prompt], max_new_tokens=50)[0]
+    assert f"Generation ends after 5 new tokens at most, where max_length = {CONTEXT}" in caplog.text
     short = SkvForCausalLM(model.session, model.config, model.generation_config, max_length=50)
+    assert short.generate(torch.tensor([TOKENS[:40]]), max_new_tokens=20, do_sample=False).shape == (1, 51)
+    for cached in (True, False):
+        with pytest.raises(SkvError, match="generate: prompt; got 51 tokens; expected at most max_length = 50"):
+            short.generate(torch.tensor([TOKENS[:51]]), max_new_tokens=20, use_cache=cached)
     with pytest.raises(SkvError, match="at most max_length = 50"):
-        short.generate(torch.tensor([TOKENS[:40]]), max_new_tokens=20)
+        short.new_cache(1, 51)
     with pytest.raises(SkvError, match="max_length; got 513"):
         SkvForCausalLM(model.session, model.config, model.generation_config, max_length=CONTEXT + 1)
 
 
+def test_labels_give_the_loss_where_all_logits_are_there(model: SkvForCausalLM, tmp_path: Path) -> None:
+    everything = SkvForCausalLM.from_pretrained(Tiny(SMALL, all_logits=True).write_all(tmp_path, eos_token_id=[]))
+    inputs = padded("right")
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    output = everything(**inputs, labels=labels)
+    chances = output.logits[:, :-1].log_softmax(-1)
+    counted = [-chances[b, t, labels[b, t + 1]] for b in range(2) for t in range(39) if labels[b, t + 1] >= 0]
+    assert len(counted) == 29 + 39 and torch.isclose(output.loss, torch.stack(counted).mean())
+    assert everything(**inputs).loss is None
+    with pytest.raises(SkvError, match=r"labels: shape; got \[2, 39\]; expected \[2, 40\]"):
+        everything(**inputs, labels=labels[:, 1:])
+    with pytest.raises(SkvError, match=r"labels: the loss needs the logits of every token.*--all-logits"):
+        model(**inputs, labels=labels)
+
+
+def test_positions_can_be_given(exact: SkvForCausalLM) -> None:
+    ids = torch.tensor([TOKENS[:5]])
+    assert exact(ids, position_ids=torch.arange(5)[None]).logits.equal(exact(ids).logits)
+    assert not exact(ids, position_ids=torch.arange(3, 8)[None]).logits.allclose(exact(ids).logits)
+
+
+def test_what_users_call_on_a_model_has_a_meaning_or_an_error(model: SkvForCausalLM) -> None:
+    same = (model.eval(), model.float(), model.cpu(), model.train(False), model.to("cpu", dtype=torch.float32))
+    assert all(other is model for other in same)
+    for target in ("cuda", 0, torch.float16):
+        with pytest.raises(SkvError, match="of SkvForCausalLM"):
+            model.to(target)
+    with pytest.raises(SkvError, match=r"dtype of SkvForCausalLM; got torch\.bfloat16"):
+        model.to("cpu", dtype=torch.bfloat16)
+    for name in (
+        "half", "bfloat16", "double", "cuda", "train", "requires_grad_", "gradient_checkpointing_enable", "parameters",
+        "named_parameters", "state_dict", "load_state_dict", "add_adapter", "get_input_embeddings",
+        "get_output_embeddings", "resize_token_embeddings",
+    ):  # fmt: skip
+        with pytest.raises(SkvError, match=rf"SkvForCausalLM\.{name}: not supported"):
+            getattr(model, name)()
+
+
 def test_what_it_can_not_do_is_an_error(model: SkvForCausalLM) -> None:
     ids = torch.tensor([TOKENS[:40]])
-    with pytest.raises(ValueError, match="only supports"):
-        model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=5)
+    contrastive = {"penalty_alpha": 0.6, "top_k": 4, "trust_remote_code": True}
+    for mode in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model}, contrastive):
+        with pytest.raises(ValueError, match="only supports"):
+            model.generate(ids, **mode, max_new_tokens=5)
+    with pytest.raises(SkvError, match="custom_generate: not supported"):
+        model.generate(ids, custom_generate="somebody/code", trust_remote_code=True, max_new_tokens=5)
     with pytest.raises(ValueError, match="inputs_embeds"):
         model.generate(inputs_embeds=torch.zeros(1, 3, 8), max_new_tokens=3)
     with pytest.raises(SkvError, match="past_key_values"):

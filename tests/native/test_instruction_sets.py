@@ -17,13 +17,15 @@ import native
 import numpy as np
 import pytest
 
-from skv_export.native.library import SkvAttention, library_path
+from skv_export.native.library import INSTRUCTION_SETS, SkvAttention, library_path
 from skv_export.spec.conformance import (
     Case,
     attention_cases,
     byte_channel_cases,
     expected_of,
     make_inputs,
+    not_a_number_cases,
+    output_error,
     token_channel_cases,
 )
 
@@ -38,7 +40,7 @@ def forced(isa: str) -> dict[str, str]:
     return os.environ | {"SKV_CPU_ISA": isa}
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avxvnni", "avx512vnni", "neon"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_kernels_of_this_processor(isa: str) -> None:
     code = (
         "import sys; sys.path.insert(0, 'tests/support'); import native; print(native.library().skv_cpu_isa().decode())"
@@ -48,7 +50,7 @@ def test_kernels_of_this_processor(isa: str) -> None:
     )
     if chosen.stdout.strip() != isa:
         pytest.skip(f"{isa}: not supported by this processor (it has {chosen.stdout.strip()})")
-    files = ["test_kernels.py", "test_byte_channels.py"]
+    files = ["test_kernels.py", "test_byte_channels.py", "test_not_a_number.py"]
     command = [
         sys.executable,
         "-m",
@@ -120,7 +122,7 @@ def compare(cases: list[Case], calls: list[native.Call], path: Path) -> None:
                 )
             inputs = make_inputs(case)
             output, key, value = expected_of(case, inputs)
-            error = np.abs(call.output.array.astype(np.float32) - output).max() / np.abs(output).max()
+            error = output_error(call.output.array.astype(np.float32), output)
             assert error <= case.tolerance, f"{case.name}: {error:.1e}"
             assert np.array_equal(call.caches[0].array, key) and np.array_equal(call.caches[1].array, value), case.name
         assert file.read() == b""
@@ -129,7 +131,16 @@ def compare(cases: list[Case], calls: list[native.Call], path: Path) -> None:
 def replay(emulator: list[str], compiler: str, library: Path, tmp_path: Path, cases: list[Case]) -> str:
     """Runs the cases under an emulator, compares them, and returns the instruction set that was chosen there."""
     binary = tmp_path / "replay"
-    command = [compiler, "-std=c++17", "-O1", "-I", str(NATIVE), "-o", str(binary), str(ROOT / "tests" / "replay.cc")]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-I",
+        str(NATIVE),
+        "-o",
+        str(binary),
+        str(ROOT / "tests" / "native" / "replay.cc"),
+    ]
     subprocess.run([*command, str(library), f"-Wl,-rpath,{library.parent}"], check=True)
     calls = record(cases, tmp_path / "in")
     run = [*emulator, str(binary), str(tmp_path / "in"), str(tmp_path / "out")]
@@ -152,6 +163,7 @@ def test_an_older_processor_gets_what_it_has(processor: str, isa: str, tmp_path:
     if os.uname().machine != "x86_64":
         pytest.skip("x86-64 processors: not supported by this library")
     cases = [c for c in attention_cases() if c.name in ("default", "gqa 3", "K3V5", "K8V1", "head_dim 80, padded")]
+    cases += not_a_number_cases()
     assert replay([emulator("qemu-x86_64"), "-cpu", processor], "c++", library_path(), tmp_path, cases) == isa
 
 
@@ -175,7 +187,7 @@ def test_neon_kernels_under_emulation(tmp_path: Path) -> None:
     for command in (configure, ["cmake", "--build", str(build), "--parallel", "2"]):
         subprocess.run(command, check=True, capture_output=True)
     cases = [c for c in attention_cases() if any(word in c.name for word in EMULATED) and "prompt" not in c.name]
-    cases += [*token_channel_cases()[:8], *byte_channel_cases()[:8]]
+    cases += [*token_channel_cases()[:8], *byte_channel_cases()[:8], *not_a_number_cases()]
     assert len(cases) > 70
     command = [qemu, "-cpu", "max", "-L", "/usr/aarch64-linux-gnu"]
     assert replay(command, compiler, build / "libskv_ops.so", tmp_path, cases) == "neon"

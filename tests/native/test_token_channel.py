@@ -91,7 +91,7 @@ def test_append_writes_the_bytes_of_the_reference(head_dim: int, is_value: bool)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_any_group_size_and_any_numbers(bits: int) -> None:
     """Odd groups, float32 rows, tiny and huge numbers, constant channels, zero tokens, both zeros."""
-    for head_dim, group in ((96, 96), (64, 1), (64, 16), (160, 160), (32, 32)):
+    for head_dim, group in ((96, 96), (96, 32), (64, 64), (160, 160), (32, 32)):
         for is_value in (False, True):
             one = CacheLayout(head_dim, bits, "token_channel", "none", group, 1, 0, 32, "float", is_value)
             x = np.random.default_rng(bits).standard_normal((1, 80, head_dim)).astype(np.float32)

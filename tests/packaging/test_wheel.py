@@ -68,11 +68,13 @@ def test_it_carries_all_that_the_package_reads_and_no_sources_of_the_library(whe
     for folder in ("data", "templates"):
         kept = {f"skv_export/{folder}/{p.name}" for p in (ROOT / "skv_export" / folder).glob("*.*")}
         assert kept <= names
-    modules = {f"skv_export/{path.name}" for path in (ROOT / "skv_export").glob("*.py")}
-    assert modules | {"optimum/commands/register/register_skv.py"} <= names
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "skv_export").rglob("*.py")}
+    assert "skv_export/native/library.py" in modules
+    assert modules | {"skv_export/py.typed"} | {"optimum/commands/register/register_skv.py"} <= names
     outside = {n for n in names if not n.startswith(("skv_export/", f"{INFO}/", "optimum/commands/register/"))}
     assert not outside
-    assert not [n for n in names if n.endswith((".cc", ".cu", ".h", "__init__.py")) and n != "skv_export/__init__.py"]
+    assert not [n for n in names if n.endswith((".cc", ".cu", ".cuh", ".h", ".map", "CMakeLists.txt"))]
+    assert not [n for n in names if n.startswith("optimum/") and n.endswith("__init__.py")]  # a namespace of others
 
 
 def test_version_and_licence_are_stated(wheel: Path, names: set[str]) -> None:

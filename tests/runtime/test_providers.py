@@ -12,7 +12,7 @@ from tiny_graph import Tiny
 from skv_export.errors import SkvError
 from skv_export.runtime.providers import check_placement, preload
 from skv_export.runtime.session import Session
-from skv_export.spec.layout import OP_NAME
+from skv_export.spec.op import OP_NAME
 
 pytestmark = pytest.mark.usefixtures("library")
 

@@ -12,21 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_graph import CONTEXT, EXACT, KV_HEADS, SMALL, VOCAB, Tiny
+from tiny_graph import CONTEXT, EXACT, KV_HEADS, SMALL, VOCAB, Tiny, addresses
 
 from skv_export.errors import SkvError
-from skv_export.model_folder.skv_config import layout_entry
+from skv_export.model_folder.skv_config import ModelConfig, layout_entry
 from skv_export.native import library
-from skv_export.runtime.sampling import Sampler
-from skv_export.runtime.session import (
-    ModelConfig,
-    Sampling,
-    Session,
-    generate_text,
-    last_logits,
-    library_path,
-    load_tokenizer,
-)
+from skv_export.native.library import library_path
+from skv_export.runtime.prompts import load_tokenizer
+from skv_export.runtime.sampling import Sampler, Sampling
+from skv_export.runtime.session import Session, last_logits
+from skv_export.runtime.text import generate_text
 from skv_export.spec.recipe import LayerConfig
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -124,11 +119,11 @@ def test_given_positions_are_used(exact: Session) -> None:
 
 def test_buffers_are_bound_in_place_and_never_move(quantized: Session) -> None:
     cache = quantized.cache(1, 200)
-    before, size = cache.pointers(), cache.nbytes
+    before, size = addresses(cache), cache.nbytes
     for token in TOKENS[:100]:
         quantized.run([[token]], None, None, cache)
     outputs = {v.data_ptr() for v in cache.binding.get_outputs() if v.data_type() == "tensor(uint8)"}
-    assert cache.pointers() == before
+    assert addresses(cache) == before
     assert outputs == set(before)
     assert (
         cache.nbytes
@@ -191,6 +186,28 @@ def test_rewind_is_as_if_the_tokens_had_never_been_there(exact: Session, length:
         assert np.array_equal(one, other)
 
 
+def test_speculative_decoding_of_a_ragged_batch_is_a_fresh_run(exact: Session) -> None:
+    rng = np.random.default_rng(0)
+    cache, rows = exact.cache(3), [TOKENS[:7], TOKENS[20:51], TOKENS[60:66]]
+    ids, mask = np.zeros((3, 31), np.int64), np.zeros((3, 31), np.int64)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)], mask[b, : len(row)] = row, 1
+    exact.run(ids, mask, None, cache)
+    for _ in range(70):
+        drafted = int(rng.integers(1, 5))
+        new = rng.integers(3, VOCAB, (3, drafted))
+        exact.run(new, None, None, cache)
+        kept = rng.integers(0, drafted + 1, 3)
+        rows = [row + new[b, : kept[b]].tolist() for b, row in enumerate(rows)]
+        cache.rewind([len(row) for row in rows])
+    got = exact.run([[5]] * 3, None, None, cache)
+    for b, row in enumerate(rows):
+        assert len(row) > 100
+        fresh = exact.cache(1)
+        exact.run([row], None, None, fresh)
+        assert np.abs(got[b] - exact.run([[5]], None, None, fresh)[0]).max() < 1e-4
+
+
 def test_rewind_is_exact_with_codes_too_where_no_tile_was_flushed(quantized: Session) -> None:
     straight, detour = quantized.cache(1), quantized.cache(1)
     for cache in (straight, detour):
@@ -219,10 +236,10 @@ def test_reorder_makes_copies(quantized: Session) -> None:
     cache = quantized.cache(3)
     prompts = [TOKENS[:70], TOKENS[70:140], TOKENS[100:170]]
     quantized.run(prompts, None, None, cache)
-    before = cache.pointers()
+    before = addresses(cache)
     cache.reorder([2, 2, 0])
     logits = quantized.run([[5], [5], [5]], None, None, cache)[:, 0]
-    assert cache.pointers() == before
+    assert addresses(cache) == before
     for row, source in enumerate([2, 2, 0]):
         assert np.abs(logits[row] - Tiny().logits([*prompts[source], 5], [70, 1])[-1]).max() < FLIPPED
 
@@ -263,7 +280,52 @@ def test_end_tokens_stop_one_sequence_and_not_the_others(tmp_path: Path) -> None
 def test_generation_ends_where_the_cache_ends(quantized: Session) -> None:
     cache = quantized.cache(1, 60)
     tokens = list(quantized.stream([TOKENS[:50]], max_new_tokens=500, cache=cache))
-    assert cache.lengths[0] <= (cache.capacity or 0) and len(tokens) < 40
+    assert cache.lengths[0] == 60 and len(tokens) == 11  # the last has not been appended
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder without end tokens, whose learned positions end where its context does."""
+    return Tiny().write_all(tmp_path_factory.mktemp("endless"), eos_token_id=[])
+
+
+def test_generation_ends_where_the_context_ends(endless: Path) -> None:
+    session, long = Session(endless), [*TOKENS, *TOKENS, *TOKENS[:108]]
+    assert len(long) == CONTEXT - 4
+    assert [len(row) for row in session.generate([long], max_new_tokens=50)] == [5]
+    ids, mask = [[*TOKENS[:20], *[0] * (CONTEXT - 24)], long], np.ones((2, CONTEXT - 4), np.int64)
+    mask[0, 20:] = 0
+    rows = np.array(list(session.stream(ids, mask, max_new_tokens=9)))
+    alone = list(session.stream([TOKENS[:20]], max_new_tokens=9))
+    assert rows[:, 0].tolist() == [int(token[0]) for token in alone]  # a full sequence does not end the others
+    assert rows[5:, 1].tolist() == [session.pad_token_id] * 4
+
+
+def test_a_prompt_beyond_the_context_is_refused_before_any_work(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, too_long = Session(endless), [5] * (CONTEXT + 1)
+    cache = session.cache(1)
+    assert cache.capacity is not None and cache.capacity > CONTEXT
+    monkeypatch.setattr(Session, "cache", lambda *_: pytest.fail("a cache was allocated"))
+    message = f"total length; got {CONTEXT + 1} tokens; expected at most {CONTEXT}, the model's context"
+    for call in (
+        lambda: session.generate([too_long]),
+        lambda: list(session.stream([too_long])),
+        lambda: session.run([too_long], None, None, cache),
+        lambda: generate_text(endless, "a" * (CONTEXT + 1)),
+    ):
+        with pytest.raises(SkvError, match=message):
+            call()
+
+
+def test_why_generation_stopped_is_said(endless: Path, tmp_path: Path) -> None:
+    full = generate_text(endless, "a" * (CONTEXT - 2), max_new_tokens=50)
+    assert (full.stop_reason, len(full.tokens)) == ("context", 3)
+    assert full.summary().endswith("stopped by context")
+    free = generate_text(endless, "Anne", max_new_tokens=4)
+    assert (free.stop_reason, len(free.tokens)) == ("max_new_tokens", 4)
+    ends = Tiny().write_all(tmp_path, eos_token_id=[free.tokens[1]])
+    stopped = generate_text(ends, "Anne", max_new_tokens=4)
+    assert stopped.stop_reason == "eos" and stopped.tokens == free.tokens[: free.tokens.index(free.tokens[1]) + 1]
 
 
 def test_a_cache_carries_on_where_a_call_ended(quantized: Session) -> None:
@@ -446,12 +508,12 @@ def test_decoding_from_buffers_that_stay_is_decoding(quantized: Session, monkeyp
         make = getattr(onnxruntime.OrtValue, name)
         given = 1 if name == "ortvalue_from_numpy" else 2
         monkeypatch.setattr(onnxruntime.OrtValue, name, lambda *a, make=make, given=given: make(*a[:given]))
-    monkeypatch.setattr(quantized, "cuda_graph", True)
+    monkeypatch.setattr(quantized.graph, "cuda_graph", True)
     assert np.array_equal(steps(quantized, TOKENS, chunks), expected)
     assert quantized.generate(prompts, max_new_tokens=40) == texts
     cache = quantized.cache(1)
     quantized.run([TOKENS[:20]], None, None, cache)
-    assert len(quantized._graphs) == 0  # those of the caches before went with them, and a prompt needs none
+    assert len(quantized.graph.captured) == 0  # those of the caches before went with them, and a prompt needs none
 
 
 def test_a_graph_is_the_gpus(tmp_path: Path) -> None:

@@ -67,10 +67,22 @@ def test_per_layer_bits_become_a_default_and_overrides() -> None:
         ("dtype = 'int8'", "dtype; got 'int8'; expected one of fp32, fp16, bf16"),
         ("description = 3", "description; got int; expected a string"),
         ("layers = 3", r"layers; got int; expected an array of tables"),
-        ("[[layers]]\nk_bits = 4", r"\[\[layers\]\] index; got None"),
-        ("[[layers]]\nindex = [-1]", r"\[\[layers\]\] index; got \[-1\]"),
+        ("[[layers]]\nk_bits = 4", r"recipe: \[\[layers\]\] 1: index; got None"),
+        ("[[layers]]\nindex = [-1]", r"recipe: \[\[layers\]\] 1: index; got \[-1\]"),
         ("[[layers]]\nindex = 0\nrecent_tokens = 4", "unknown key recent_tokens"),
-        ("[[layers]]\nindex = 0\nk_bits = 7", "k_bits; got 7"),
+        ("[[layers]]\nindex = 0\nk_bits = 7", r"recipe: \[\[layers\]\] 1: k_bits; got 7"),
+        (
+            "[[layers]]\nindex = 0\nk_bits = 8\n[[layers]]\nindex = 1\nkbits = 4",
+            r"recipe: \[\[layers\]\] 2: unknown key kbits; expected k_bits.*\. kbits: did you mean k_bits\?",
+        ),
+        (
+            "vbits = 4\nkbits = 4",
+            r"keys kbits, vbits; .*kbits: did you mean k_bits\? vbits: did you mean v_bits",
+        ),
+        ("k_granularity = 'chanel'", r"recipe: k_granularity; got 'chanel'; .*\. chanel: did you mean channel\?"),
+        ("k_bits = '4'", r"got '4'; .*\. Write the number without quotes\."),
+        ("quantize_head = 1", "recipe: quantize_head; got 1; expected true or false"),
+        ("xyz = 1", "recipe: unknown key xyz; expected k_bits.*description, layers$"),
     ],
 )
 def test_what_is_refused_and_how(text: str, message: str) -> None:

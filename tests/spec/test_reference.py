@@ -202,7 +202,8 @@ def test_packed_qkv_rope_and_qk_norm_equal_the_same_done_outside() -> None:
 def test_rewind_gives_the_cache_of_the_shorter_sequence(length: int) -> None:
     for layout in pair(k_bits=16, v_bits=16):  # lossless, so that restored rows can be compared exactly
         x = tokens(400)
-        for new_length in {rewind_floor(layout, length), max(rewind_floor(layout, length), length - 7), length}:
+        floor = rewind_floor(layout, filled(layout, x, [length]).shape[1], length, length)
+        for new_length in {floor, max(floor, length - 7), length}:
             block = filled(layout, x, [length])
             rewind(layout, block, length, new_length)
             append(layout, block, new_length, x[:, new_length:])

@@ -1,4 +1,4 @@
-"""Owns small checkpoints written by hand: tensors of a tiny llama, raw safetensors headers."""
+"""Small checkpoints written by hand: tensors of a tiny llama, raw safetensors headers."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL:
         ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int64, ctypes.c_int32,
         ctypes.c_void_p, ctypes.c_int64,
     ]  # fmt: skip
-    lib.skv_rewind.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64]
+    lib.skv_rewind.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, *3 * [ctypes.c_int64]]
     lib.skv_layout_sizes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     lib.skv_decode_tile.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     return lib
@@ -219,11 +219,14 @@ def decode_tile(layout: CacheLayout, tile: np.ndarray) -> np.ndarray:
     return out.array
 
 
-def rewind(layout: CacheLayout, block: np.ndarray, length: int, new_length: int) -> None:
+def rewind(
+    layout: CacheLayout, block: np.ndarray, length: int, new_length: int, longest_length: int | None = None
+) -> None:
     """reference.rewind through skv_rewind: ``block`` [N_kv, C], in place."""
     memory = Guarded(block)
     cache = SkvCache(SkvLayout.of(layout), memory.pointer, block.shape[1])
-    status = library().skv_rewind(ctypes.byref(cache), block.shape[0], 0, length, new_length)
+    longest = length if longest_length is None else longest_length
+    status = library().skv_rewind(ctypes.byref(cache), block.shape[0], 0, length, longest, new_length)
     memory.check()
     block[...] = memory.array
     check(status)

@@ -1,4 +1,4 @@
-"""Owns models of one node, the op's inputs as arrays, and their comparison with the reference."""
+"""Models of one node, the op's inputs as arrays, and their comparison with the reference."""
 
 from __future__ import annotations
 
@@ -9,19 +9,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from onnx import TensorProto, helper
 
 from skv_export.native.library import library_path
 from skv_export.spec.conformance import Case, make_inputs
 from skv_export.spec.layout import CacheLayout
-from skv_export.spec.reference import AttentionParams, quantized_kv_attention
+from skv_export.spec.op import OUTPUT_NAMES, AttentionParams, attention_node, one_node_model
+from skv_export.spec.reference import quantized_kv_attention
 
-# The op's inputs in order; a gap is an input that must be absent.
-INPUTS = (
-    "query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache",
-    "position_ids", "attention_bias", "head_sink", "", "", "q_norm_weight", "k_norm_weight", "query_seqlens",
-)  # fmt: skip
-OUTPUTS = ("output", "present_key", "present_value")
 PROVIDERS = [os.environ.get("SKV_TEST_PROVIDER", "CPUExecutionProvider")]
 Arrays = dict[str, Any]  # numpy arrays by input
 
@@ -47,21 +41,10 @@ def attributes_of(params: AttentionParams, layouts: tuple[CacheLayout, CacheLayo
 
 def model_of(arrays: Arrays, attributes: Mapping[str, Any], shapes: Mapping[str, list[Any]] | None = None) -> bytes:
     """A model of one node whose inputs are the arrays; dimensions are dynamic where ``shapes`` does not say more."""
-    infos = []
+    specs = {}
     for name, array in arrays.items():
-        shape = (shapes or {}).get(name, [f"{name}_{i}" for i in range(array.ndim)])
-        infos.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), shape))
-    names = [name if name in arrays else "" for name in INPUTS]
-    while not names[-1]:
-        names.pop()
-    node = helper.make_node("QuantizedKVAttention", names, OUTPUTS, "attention", domain="skv", **attributes)
-    dtype = helper.np_dtype_to_tensor_dtype(arrays["query"].dtype)
-    types = (dtype, TensorProto.UINT8, TensorProto.UINT8)
-    outputs = [helper.make_tensor_value_info(name, t, None) for name, t in zip(OUTPUTS, types, strict=True)]
-    graph = helper.make_graph([node], "one_node", infos, outputs)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("skv", 1)]
-    model: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
-    return model
+        specs[name] = array.dtype, (shapes or {}).get(name, [f"{name}_{i}" for i in range(array.ndim)])
+    return one_node_model(attention_node(list(arrays), attributes), specs)
 
 
 def session_of(
@@ -98,5 +81,5 @@ def expected_of(params: AttentionParams, layouts: tuple[CacheLayout, CacheLayout
 
 def assert_same(got: list[np.ndarray], expected: list[np.ndarray], tolerance: float) -> None:
     assert np.abs(got[0].astype(np.float32) - expected[0]).max() <= tolerance * np.abs(expected[0]).max()
-    for name, cache, reference in zip(OUTPUTS[1:], got[1:], expected[1:], strict=True):
+    for name, cache, reference in zip(OUTPUT_NAMES[1:], got[1:], expected[1:], strict=True):
         assert np.array_equal(cache, reference), f"{name}: {np.count_nonzero(cache != reference)} bytes differ"

@@ -1,4 +1,4 @@
-"""Owns small decoders as other exporters write them: GroupQueryAttention or standard Attention, float caches."""
+"""Small decoders as other exporters write them: GroupQueryAttention or standard Attention, float caches."""
 
 from __future__ import annotations
 

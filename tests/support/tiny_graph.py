@@ -1,4 +1,4 @@
-"""Owns a two-layer model written by hand as ONNX nodes, and its folder: the runtime's tests need no export."""
+"""A two-layer model written by hand as ONNX nodes, and its folder, so that tests of the runtime need no export."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from tiny_models import write_tokenizer
+from transformers import LlamaConfig
 
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
+from skv_export.runtime.cache import Cache
 from skv_export.spec.layout import CacheLayout
+from skv_export.spec.op import AttentionParams
 from skv_export.spec.recipe import LayerConfig
-from skv_export.spec.reference import AttentionParams, quantized_kv_attention
+from skv_export.spec.reference import quantized_kv_attention
 
 VOCAB, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 96, 4, 2, 32, 512
 WIDTH = HEADS * HEAD_DIM
@@ -92,11 +94,7 @@ class Tiny:
             vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=len(self.windows), num_attention_heads=HEADS,
             num_key_value_heads=KV_HEADS, bos_token_id=None, eos_token_id=None, pad_token_id=0,
         ).save_pretrained(folder)  # fmt: skip
-        vocabulary = {"<pad>": 0} | {chr(31 + i): i for i in range(1, VOCAB)}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-        tokenizer.decoder = decoders.Fuse()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)
+        write_tokenizer(folder, VOCAB)
         return folder
 
     def graph(self) -> onnx.ModelProto:
@@ -178,3 +176,8 @@ class Tiny:
         graph = helper.make_graph(nodes, "tiny", inputs, outputs, tensors)
         opsets = [helper.make_opsetid("", 18), helper.make_opsetid("skv", 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def addresses(cache: Cache) -> tuple[int, ...]:
+    """Where a cache's buffers are."""
+    return tuple(buffer.data_ptr() for _, buffer in cache._tensors.values())

@@ -1,4 +1,4 @@
-"""Owns the tiny models of all tests: one configuration for each attention variant that has to work."""
+"""The tiny models of all tests: one configuration for each attention variant that must work."""
 
 from __future__ import annotations
 
@@ -82,3 +82,15 @@ def randomize(model: Any) -> None:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:
                 parameter.normal_(0, 0.3)
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Writes a tokenizer with a token for each printable character; 0 is padding and what is not in the vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0} | {chr(31 + i): i for i in range(1, vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)

@@ -261,6 +261,11 @@ def test_a_level_that_does_not_exist_is_refused(tmp_path: Path) -> None:
             run.verify(Tiny().write(tmp_path), levels=levels)
 
 
+def test_a_device_that_is_not_there_is_refused_before_any_level_runs(tmp_path: Path) -> None:
+    with pytest.raises(SkvError, match="device cuda:99: not available"):
+        run.verify(Tiny().write(tmp_path), device="cuda:99")
+
+
 def test_op_level_needs_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "op_cases", lambda: (Case("small", SMALL),))
     report = run.verify(Tiny().write(tmp_path), levels=["op"])

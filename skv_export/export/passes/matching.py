@@ -1,4 +1,4 @@
-"""Owns what passes over an ONNX graph match nodes with, and put new ones into the graph with (``passes``)."""
+"""Pattern matching and rewriting of nodes, for passes over an ONNX graph."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Owns the passes that make a translated decoder lean: each replaces a pattern by something equal and cheaper.
+"""Graph passes that simplify a translated decoder: each replaces a pattern by an equivalent, cheaper one.
 
-They know ONNX's operators, not architectures, and leave alone what they do not recognize. A rewrite looks at one node
-at a time, in the graph's order; what it makes unused is removed afterwards.
+They depend on ONNX's operators, not on architectures, and leave unrecognized nodes unchanged. A rewrite visits one node
+at a time, in the graph's order; nodes that become unused are removed afterwards.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def simplify(model: ir.Model) -> None:
 
 
 def _fold_constants(model: ir.Model) -> None:
-    """Computes what depends on small constants only; weights are out of sight meanwhile, lest they are read."""
+    """Folds constants; weights are detached during folding so that they are not loaded."""
     weights = {value: value.const_value for value in model.graph.initializers.values() if _is_stored(value)}
     for value in weights:
         value.const_value = None

@@ -1,4 +1,4 @@
-// Owns the scores of the fast attention: queries against the keys of a run. A part of attend_simd.h.
+// Scores of the fast attention: queries against the keys of a run. A part of attend_simd.h.
 #pragma once
 #include "cpu/attend_simd.h"
 

@@ -1,6 +1,6 @@
-// Owns the fast attention (with attend_keys.h and attend_values.h), written in the vocabulary of a Simd (simd_*.h), and
-// included once by each unit that has one. Everything is in an unnamed namespace: no code is shared between instruction
-// sets.
+// The fast attention (with attend_keys.h and attend_values.h), written with the operations of a Simd class (simd_*.h),
+// and included once by each unit that has one. Everything is in an unnamed namespace: no code is shared between
+// instruction sets.
 //
 // Tiles are never unpacked to floats. A key's code enters an integer dot product with the query as two planes of int8
 // (16 bits); scales per channel are folded into the query once per tile, scales per token applied to the sums. Values
@@ -26,7 +26,7 @@ using F = Simd::F;
 using I = Simd::I;
 
 constexpr int kLanes = Simd::kLanes;
-constexpr int kMaxGroups = kMaxDim / 32;
+constexpr int kMaxGroups = kMaxDim / skv::kMinGroup;
 constexpr int kQueryStride = kMaxDim + 64;  // not a power of two: rows do not meet in one set of the cache
 constexpr int kSumStride = kMaxDim + 8 * kLanes;
 constexpr float kSplitRange = 32512.0f;  // 127 * 256: high and low bytes of it fit int8
@@ -46,10 +46,11 @@ void for_constants(Body& body) {
 
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
-// exp(x) for x <= 88, to about 2e-7 of itself; below -87 it is close to 0.
+// exp(x) for x <= 88, to about 2e-7 of itself; below -87 it is close to 0. Not-a-number stays one: of two operands, of
+// which one is not a number, x86's max and min give the second.
 F exp_ps(F x) {
   const F log2e = Simd::set(1.44269504f);
-  x = Simd::max(x, Simd::set(-87.0f));
+  x = Simd::max(Simd::set(-87.0f), x);
   const F exponent = Simd::round(x * log2e), f = Simd::fma(x, log2e, Simd::set(0.0f) - exponent);
   F p = Simd::set(1.5353362e-4f);  // 2^f on [-1/2, 1/2], a minimax polynomial
   p = Simd::fma(p, f, Simd::set(1.3398874e-3f));
@@ -103,6 +104,8 @@ class Attend {
         ahead_.at = static_cast<const uint8_t*>(next.value);
         ahead_.end = ahead_.at + v_.tile_bytes;
         sum_tile(static_cast<const uint8_t*>(run.value));
+      } else if (job_.any_value) {
+        sum_seen_rows(run);
       } else {
         sum_rows(run);
       }
@@ -161,6 +164,7 @@ class Attend {
   template <int kRows, int kWidth, int kNibble, int kFirst, bool kSpread>
   void sum_plane(const uint8_t* tile, int p, int row);
   void sum_rows(const Run& run);
+  void sum_seen_rows(const Run& run);
 
   void finish(bool value_codes);
   const float* strip(const TileShape& shape, const void* data, int form, int first, int count);
@@ -222,7 +226,7 @@ void Attend::cap(float* scores, int count) const {
   const F cap = Simd::set(job_.softcap), one = Simd::set(1), two = Simd::set(2), far = Simd::set(10);
   for (int t = 0; t < count; t += kLanes) {
     F y = Simd::load(scores + t) / cap;
-    y = Simd::max(Simd::min(y, far), Simd::set(0) - far);
+    y = Simd::max(Simd::set(0) - far, Simd::min(far, y));
     Simd::store(scores + t, cap * (one - two / (exp_ps(two * y) + one)));
   }
 }

@@ -1,4 +1,4 @@
-// Owns the weighted sums of the fast attention: probabilities times the values of a run. A part of attend_simd.h.
+// Weighted sums of the fast attention: probabilities times the values of a run. A part of attend_simd.h.
 #pragma once
 #include "cpu/attend_simd.h"
 
@@ -191,6 +191,23 @@ void Attend::sum_tile(const uint8_t* tile) {
       default:
         sum_fields<8, 0>(tile, p);
         if constexpr (!Simd::kByteDot) sum_fields<8, 1>(tile, p);
+    }
+  }
+}
+
+// As sum_rows, for values that need not be finite: what a row does not see has a weight of about 0, which would not
+// hide them.
+void Attend::sum_seen_rows(const Run& run) {
+  for (int first = 0; first < run.count; first += kStrip) {
+    const int count = smaller(kStrip, run.count - first);
+    const float* values = strip(v_, run.value, run.value_form, first, count);
+    for (int m = 0; m < rows_; m++) {
+      for (int t = 0; t < count; t++) {
+        const int64_t position = run.position + first + t;
+        if (position < job_.first[m] || position > job_.last[m]) continue;
+        const float* value = values + static_cast<int64_t>(t) * dim_;
+        for (int d = 0; d < dim_; d++) sums_[0][m][d] += scores_[m][first + t] * value[d];
+      }
     }
   }
 }

@@ -1,5 +1,4 @@
-// Owns the attention of a call: what each query sees, how the work is split over threads, and how partial results
-// merge.
+// Attention of a call: what each query sees, how the work is split over threads, and how partial results are merged.
 //
 // A head's past is cut into chunks of tiles; what stands in full precision (sinks, ring, new tokens) is one chunk more.
 // Each chunk and block of query rows is an item: the unit computes its partial softmax, and the partials of a row are
@@ -54,6 +53,7 @@ class Attention {
 
   void run() {
     const bool large = int64_t{c_.tokens} * c_.batch * c_.kv_num_heads * dim_ > 32768;
+    any_value_.assign(int64_t{c_.batch} * c_.kv_num_heads, 0);
     parallel_for(threads_, int64_t{c_.batch} * c_.kv_num_heads, large, [&](int64_t i) { prepare_new(i); });
     for (int64_t first = 0; first < c_.tokens; first += kPassTokens) {
       pass(first, std::min<int64_t>(kPassTokens, c_.tokens - first));
@@ -75,10 +75,14 @@ class Attention {
 
   void prepare_new(int64_t i) {
     const int64_t b = i / c_.kv_num_heads, h = i % c_.kv_num_heads;
+    bool finite = true;
     for (int64_t t = 0; t < sequences_[b].added; t++) {
       prepare_row(k_, c_.type, token(c_.key, b, t, h), new_row(new_keys_, b, h, t));
-      prepare_row(v_, c_.type, token(c_.value, b, t, h), new_row(new_values_, b, h, t));
+      float* value = new_row(new_values_, b, h, t);
+      prepare_row(v_, c_.type, token(c_.value, b, t, h), value);
+      finite &= all_finite(value, dim_);
     }
+    any_value_[i] = !finite;
   }
 
   // Tiles, then rows in full precision, that tokens from `first` on can see.
@@ -99,6 +103,7 @@ class Attention {
   const float scale_;
   const Floats new_keys_, new_values_;  // [B][N_kv][S][D], in the cache's basis
   std::vector<Sequence> sequences_;
+  std::vector<char> any_value_;  // [B][N_kv], whether its new values are not all finite
 
   // Of the pass.
   std::vector<Run> runs_;
@@ -217,6 +222,7 @@ void Attention::pass(int64_t first, int64_t count) {
                            from,
                            last,
                            c_.softcap,
+                           any_value_[head] != 0,
                            partials_->get() + item.partial};
     unit().attend(&job);
   });
@@ -251,7 +257,7 @@ void Attention::merge_row(int64_t b, int64_t head, int64_t t, int64_t first, int
   };
   each([&](const float* partial) { peak = std::max(peak, partial[0]); });
   each([&](const float* partial) {
-    if (partial[0] == -INFINITY) return;
+    if (partial[0] == -INFINITY && !isnan(partial[1])) return;  // it saw nothing
     const float weight = expf(partial[0] - peak);
     total += weight * partial[1];
     for (int64_t d = 0; d < dim_; d++) sums[d] += weight * partial[2 + d];
@@ -259,9 +265,7 @@ void Attention::merge_row(int64_t b, int64_t head, int64_t t, int64_t first, int
   if (c_.head_sink) total += expf(sink - peak);
   // A query that is not finite has no meaningful softmax: not a number, as in plain attention.
   const float* query = queries_->get() + (kv_head * count * groups_ + row) * dim_;
-  bool finite = true;
-  for (int64_t d = 0; d < dim_; d++) finite &= fabsf(query[d]) <= 3.4028235e38f;
-  const float norm = finite ? 1 / total : NAN;
+  const float norm = all_finite(query, dim_) ? 1 / total : NAN;
   for (int64_t d = 0; d < dim_; d++) sums[d] *= norm;
   if (v_.rotation == SKV_HADAMARD) unit().rotate(sums, static_cast<int32_t>(dim_), rotation_dim(v_));
   unit().store_row(c_.type, sums, out, k_.head_dim);

@@ -1,4 +1,4 @@
-// Owns append, dequantize and rewind (spec/reference.py: append, load, rewind), through the unit's codec.
+// Append, dequantize and rewind (spec/reference.py: append, load, rewind), with the unit's codec.
 #include "cpu/cache.h"
 
 #include <math.h>
@@ -202,9 +202,9 @@ extern "C" int skv_append(const SkvAttention* call, const SkvThreads* threads) {
 extern "C" int skv_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int32_t h, int64_t length,
                               int32_t type, void* out, int64_t row_stride) {
   if (int status = check_position(cache, "skv_dequantize", kv_num_heads, b, h)) return status;
-  if (length < 0) {
-    return fail(SKV_INVALID_ARGUMENT, "skv_dequantize: length; got %lld; expected 0 or more",
-                static_cast<long long>(length));
+  if (length < 0 || length > kMaxLength) {
+    return fail(SKV_INVALID_ARGUMENT, "skv_dequantize: length; got %lld; expected 0 ... %lld",
+                static_cast<long long>(length), static_cast<long long>(kMaxLength));
   }
   const char* tensor = cache->layout.is_value ? "value" : "key";
   if (int status = check_capacity(*cache, tensor, b, length)) return status;
@@ -233,12 +233,18 @@ extern "C" int skv_decode_tile(const SkvLayout* layout, const uint8_t* tile, flo
   return SKV_OK;
 }
 
-extern "C" int skv_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length, int64_t new_length) {
+extern "C" int skv_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length,
+                          int64_t longest_length, int64_t new_length) {
   if (int status = check_position(cache, "skv_rewind", kv_num_heads, b, 0)) return status;
   const SkvLayout& l = cache->layout;
-  if (int status = check_capacity(*cache, l.is_value ? "value" : "key", b, length)) return status;
-  const int64_t floor = quantized_tokens(l, length) == 0 ? 0 : length - l.recent_tokens;
-  if (length < 0 || new_length < floor || new_length > length) {
+  if (length < 0 || longest_length < length || longest_length > kMaxLength) {
+    return fail(SKV_INVALID_ARGUMENT, "skv_rewind: length and longest_length; got %lld and %lld; expected 0 ... %lld",
+                static_cast<long long>(length), static_cast<long long>(longest_length),
+                static_cast<long long>(kMaxLength));
+  }
+  if (int status = check_capacity(*cache, l.is_value ? "value" : "key", b, longest_length)) return status;
+  const int64_t floor = rewind_floor(l, cache->block_bytes, length, longest_length);
+  if (new_length < floor || new_length > length) {
     return fail(SKV_INVALID_ARGUMENT, "rewind from %lld tokens; got %lld; expected %lld ... %lld (recent_tokens = %d)",
                 static_cast<long long>(length), static_cast<long long>(new_length), static_cast<long long>(floor),
                 static_cast<long long>(length), l.recent_tokens);
@@ -255,7 +261,7 @@ extern "C" int skv_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b
         unit().decode_tile(&shape, block.tile(tile), content.get());
         for (int64_t t = 0; t < l.tile_tokens; t++) {
           const int64_t position = l.num_sink_tokens + tile * l.tile_tokens + t;
-          if (position >= length - ring_tokens(l)) continue;  // its row has not been overwritten
+          if (position >= longest_length - ring_tokens(l)) continue;  // its row has not been overwritten
           unit().store_row(l.recent_type, content.get() + t * shape.dim, block.row(position), shape.dim);
         }
       }
@@ -271,6 +277,10 @@ extern "C" int skv_layout_sizes(const SkvLayout* layout, int64_t block_bytes, in
     return fail(SKV_INVALID_ARGUMENT, "skv_layout_sizes: got null; expected two pointers");
   }
   if (int status = check_layout(*layout, layout->is_value == 1 ? "value" : "key")) return status;
+  if (length < 0 || length > kMaxLength) {
+    return fail(SKV_INVALID_ARGUMENT, "skv_layout_sizes: length; got %lld; expected 0 ... %lld",
+                static_cast<long long>(length), static_cast<long long>(kMaxLength));
+  }
   out[0] = tile_bytes(*layout);
   out[1] = row_bytes(*layout);
   out[2] = full_rows(*layout);

@@ -1,5 +1,4 @@
-// Owns what append and attention share: the shape of a tile, rows in the cache's basis, and splitting work over
-// threads.
+// Shared by append and attention: the shape of a tile, rows in the cache's basis, and splitting work over threads.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>

@@ -2,23 +2,21 @@
 
 #include <stdarg.h>
 #include <stdio.h>
+#include <string.h>
 
 #include <algorithm>
 
 #include "cpu/isa.h"
+#include "layout_check.h"
 
 namespace skv {
 namespace {
 
 thread_local char last_error[512] = "";
 
-bool is_tile(int tile) { return tile == 32 || tile == 64 || tile == 128; }
-
-int check_range(const char* tensor, const char* field, int64_t got, int64_t low, int64_t high) {
-  if (got >= low && got <= high) return SKV_OK;
-  return fail(SKV_INVALID_ARGUMENT, "%s cache: %s; got %lld; expected %lld ... %lld", tensor, field,
-              static_cast<long long>(got), static_cast<long long>(low), static_cast<long long>(high));
-}
+// The units' arrays have room for every legal layout.
+static_assert(kMaxDim == kMaxHeadDim && kMinGroup == kGroupMultiple);
+static_assert(kMaxWindow <= INT32_MAX - kMaxRunTokens);
 
 int check_positive(const char* what, int64_t got) {
   if (got >= 1) return SKV_OK;
@@ -88,30 +86,10 @@ int fail(int status, const char* format, ...) {
 }
 
 int check_layout(const SkvLayout& l, const char* tensor) {
-  if (int status = check_range(tensor, "head_dim", l.head_dim, 1, kMaxDim)) return status;
-  const bool bits = (l.bits >= 1 && l.bits <= 6) || l.bits == 8 || l.bits == 16;
-  if (!bits) {
-    return fail(SKV_INVALID_ARGUMENT, "%s cache: bits; got %d; expected 1, 2, 3, 4, 5, 6, 8 or 16", tensor, l.bits);
-  }
-  if (int status = check_range(tensor, "granularity", l.granularity, SKV_CHANNEL, SKV_TOKEN_CHANNEL)) return status;
-  if (int status = check_range(tensor, "rotation", l.rotation, SKV_ROTATION_NONE, SKV_HADAMARD)) return status;
-  if (l.group_size < 1 || padded_dim(l) % l.group_size != 0) {
-    return fail(SKV_INVALID_ARGUMENT, "%s cache: group_size; got %d; expected a divisor of %d (head_dim %d, padded)",
-                tensor, l.group_size, padded_dim(l), l.head_dim);
-  }
-  if (int status = check_range(tensor, "num_sink_tokens", l.num_sink_tokens, 0, 4096)) return status;
-  if (int status = check_range(tensor, "recent_tokens", l.recent_tokens, 0, 4096)) return status;
-  if (!is_tile(l.tile_tokens)) {
-    return fail(SKV_INVALID_ARGUMENT, "%s cache: tile_tokens; got %d; expected 32, 64 or 128", tensor, l.tile_tokens);
-  }
-  if (int status = check_range(tensor, "recent_type", l.recent_type, SKV_FLOAT16, SKV_BFLOAT16)) return status;
-  if (int status = check_range(tensor, "is_value", l.is_value, 0, 1)) return status;
-  if (int status = check_range(tensor, "local_window_size", l.local_window_size, 0, INT32_MAX - kMaxRunTokens)) {
-    return status;
-  }
-  if (l.parameter_bits == 16 || (l.parameter_bits == 8 && l.granularity == SKV_CHANNEL)) return SKV_OK;
-  return fail(SKV_INVALID_ARGUMENT, "%s cache: parameter_bits; got %d; expected 16%s", tensor, l.parameter_bits,
-              l.granularity == SKV_CHANNEL ? " or 8" : " (8 only with SKV_CHANNEL)");
+  const LayoutProblem problem = find_problem(l);
+  if (problem.field == nullptr) return SKV_OK;
+  return fail(SKV_INVALID_ARGUMENT, "%s cache: %s; got %lld; expected %s", tensor, problem.field,
+              static_cast<long long>(problem.got), problem.expected);
 }
 
 int check_cache(const SkvCache& cache, const char* tensor) {
@@ -173,6 +151,17 @@ int check_call(const SkvAttention& c, bool append_only) {
     }
   }
   return check_lengths(c);
+}
+
+bool all_finite(const float* numbers, int64_t n) {
+  constexpr uint32_t kExponent = 0x7f800000;
+  uint32_t bad = 0;
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits;
+    memcpy(&bits, numbers + i, sizeof(bits));
+    bad |= (bits & kExponent) == kExponent;
+  }
+  return bad == 0;
 }
 
 int64_t total_tokens(const SkvAttention& call, int64_t b) { return int64_t{call.seqlens_k[b]} + 1; }

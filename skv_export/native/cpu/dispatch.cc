@@ -1,5 +1,5 @@
-// Owns the choice of the unit: the best instruction set that the processor and the system have, or a lesser one named
-// by SKV_CPU_ISA.
+// Chooses the unit: the best instruction set that the processor and the system support, or a lesser one set by
+// SKV_CPU_ISA.
 #include <stdlib.h>
 #include <string.h>
 

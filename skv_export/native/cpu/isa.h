@@ -1,4 +1,4 @@
-// Owns the seam between the portable code (attention.cc, cache.cc) and the units, one translation unit per instruction
+// The interface between the portable code (attention.cc, cache.cc) and the units, one translation unit per instruction
 // set: plain structs and a table of functions. Nothing here has code: an inline function that a unit shared with the
 // rest could be kept by the linker in its AVX-512 form.
 #pragma once
@@ -6,8 +6,8 @@
 
 namespace skv {
 
-// Most query rows that one call of Unit::attend takes, and most tokens of a run.
-enum { kMaxQueryRows = 4, kMaxRunTokens = 128, kMaxDim = 1024 };
+// Most query rows that one call of Unit::attend takes, most tokens of a run, most channels, and the smallest group.
+enum { kMaxQueryRows = 4, kMaxRunTokens = 128, kMaxDim = 1024, kMinGroup = 32 };
 
 // A tile of one cache tensor, spelled out so that units need not compute it.
 struct TileShape {
@@ -55,8 +55,10 @@ struct AttendJob {
   const int64_t* first;  // [rows], first position that the row sees
   const int64_t* last;   // [rows], last position that the row sees
   float softcap;         // 0 = none
+  bool any_value;        // values of float rows need not be finite
   // Out, [rows] of {peak, total, weighted values [D]}: sums of exp(score - peak) and of exp(score - peak) * value.
-  // A row that sees nothing has peak = -infinity, total = 0 and values 0.
+  // A row that sees nothing has peak = -infinity, total = 0 (or close to it) and values 0. A score that is not a number
+  // makes the total one too.
   float* partials;
 };
 

@@ -1,4 +1,4 @@
-// Owns the number formats of rows: float16 and bfloat16 to float32 and back, the same bits on every instruction set.
+// Number formats of rows: float16 and bfloat16 to float32 and back, with the same bits on every instruction set.
 //
 // Included by tile_codec.h into each unit and compiled with its instruction set: everything is in an unnamed namespace.
 #pragma once

@@ -1,4 +1,4 @@
-// Owns the vocabulary of attend_simd.h in AVX2, with or without VNNI. Included by unit_avx2.cc and unit_avxvnni.cc
+// The Simd operations of attend_simd.h in AVX2, with or without VNNI. Included by unit_avx2.cc and unit_avxvnni.cc
 // alone.
 #pragma once
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// Owns the vocabulary of attend_simd.h in AVX-512 VNNI. Included by unit_avx512.cc alone.
+// The Simd operations of attend_simd.h in AVX-512 VNNI. Included by unit_avx512.cc alone.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>

@@ -1,4 +1,4 @@
-// Owns the vocabulary of attend_simd.h in NEON with the dot product extension (Armv8.2). Included by unit_neon.cc
+// The Simd operations of attend_simd.h in NEON with the dot product extension (Armv8.2). Included by unit_neon.cc
 // alone.
 #pragma once
 #include <arm_neon.h>

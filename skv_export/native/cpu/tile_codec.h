@@ -1,4 +1,4 @@
-// Owns the quantizer's arithmetic and the packing of tiles (design: sections 4 and 5; spec/quantizer.py is the oracle).
+// The quantizer's arithmetic and the packing of tiles (docs/spec.md; spec/quantizer.py is the reference).
 //
 // Included once by each unit_*.cc and compiled with its instruction set: everything is in an unnamed namespace, nothing
 // is shared. Plain loops whose inner index is the token, so that any compiler turns them into vectors of tokens, and
@@ -150,7 +150,7 @@ void quantize_midrise(const float* x, int group, int bits, uint8_t* codes, float
   }
 }
 
-// Packing a strip's codes [D][kStrip] into its tile, and back (design: section 4).
+// Packing a strip's codes [D][kStrip] into its tile, and back (docs/spec.md, Tile).
 
 void pack_strip(const TileShape& s, const uint8_t* codes, int first, uint8_t* tile) {
   for (int p = 0; p < s.num_planes; p++) {

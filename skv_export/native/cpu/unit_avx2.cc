@@ -1,4 +1,4 @@
-// Owns the AVX2 unit: compiled for that instruction set, chosen by dispatch.cc where the processor has it.
+// The AVX2 unit: compiled for that instruction set, chosen by dispatch.cc where the processor has it.
 #include "cpu/simd_avx2.h"
 
 #include "cpu/attend_simd.h"

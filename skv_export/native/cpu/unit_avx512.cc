@@ -1,4 +1,4 @@
-// Owns the AVX-512 VNNI unit: compiled for that instruction set, chosen by dispatch.cc where the processor has it.
+// The AVX-512 VNNI unit: compiled for that instruction set, chosen by dispatch.cc where the processor has it.
 #include "cpu/simd_avx512.h"
 
 #include "cpu/attend_simd.h"

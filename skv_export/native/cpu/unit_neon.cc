@@ -1,4 +1,4 @@
-// Owns the NEON unit: compiled for that instruction set, chosen by dispatch.cc where the processor has it.
+// The NEON unit: compiled for that instruction set, chosen by dispatch.cc where the processor has it.
 #include "cpu/simd_neon.h"
 
 #include "cpu/attend_simd.h"

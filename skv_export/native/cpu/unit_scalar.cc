@@ -1,5 +1,5 @@
-// Owns the portable unit: every case, in float32, with no instruction set in mind. The fallback of old processors and
-// the plainest statement of what the other units compute.
+// The portable unit: every case, in float32, without intrinsics. The fallback for old processors, and the simplest form
+// of what the other units compute.
 #include <math.h>
 
 #include "cpu/isa.h"

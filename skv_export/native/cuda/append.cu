@@ -1,5 +1,5 @@
-// Owns append on the device: new tokens are rotated and rounded, tiles that the ring can spare are quantized, the rest
-// stands in the full-precision rows. Byte for byte what reference.append writes.
+// Append on the device: new tokens are rotated and rounded, tiles that leave the ring are quantized, the rest is stored
+// in the full-precision rows. Writes the same bytes as reference.append.
 #include "launchers.h"
 
 #include "quantizer.cuh"

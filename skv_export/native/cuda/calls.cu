@@ -1,9 +1,10 @@
-// Owns the calls of kernels_cuda.h: their checks, which kernels they take, their scratch, and the order of launches.
+// The functions of kernels_cuda.h: their checks, the choice of kernels, scratch memory, and the order of launches.
 #include <cstdarg>
 #include <cstdio>
 
 #include "errors.h"
 #include "launchers.h"
+#include "layout_check.h"
 
 namespace skv::cuda {
 
@@ -20,7 +21,6 @@ int fail(int status, const char* format, ...) {
 namespace {
 
 constexpr int kMaxSplits = 256;
-constexpr int kMaxDecodeTokens = 8;
 constexpr int64_t kMaxGrid = 65535;  // of a grid's y and z
 
 thread_local char path_text[256];
@@ -35,39 +35,14 @@ int finished(cudaError_t error, const char* kernel) {
 
 int check_layout(const SkvLayout& l) {
   const char* tensor = l.is_value ? "value" : "key";
-  const auto bad = [&](const char* field, int64_t got, const char* expected) {
-    char what[64];
-    snprintf(what, sizeof what, "%s cache: %s", tensor, field);
-    return wrong(what, got, expected);
-  };
-  if (l.head_dim < 1 || l.head_dim > 1024) return bad("head_dim", l.head_dim, "1 ... 1024");
-  const bool known_bits = (l.bits >= 1 && l.bits <= 6) || l.bits == 8 || l.bits == 16;
-  if (!known_bits) return bad("bits", l.bits, "1 2 3 4 5 6 8 or 16");
-  if (l.granularity < SKV_CHANNEL || l.granularity > SKV_TOKEN_CHANNEL) {
-    return bad("granularity", l.granularity, "0, 1 or 2");
-  }
-  if (l.rotation != SKV_ROTATION_NONE && l.rotation != SKV_HADAMARD) return bad("rotation", l.rotation, "0 or 1");
-  if (l.group_size < 1 || padded_dim(l) % l.group_size) return bad("group_size", l.group_size, "a divisor of head_dim");
-  if (l.num_sink_tokens < 0 || l.num_sink_tokens > 4096) return bad("num_sink_tokens", l.num_sink_tokens, "0 ... 4096");
-  if (l.recent_tokens < 0 || l.recent_tokens > 4096) return bad("recent_tokens", l.recent_tokens, "0 ... 4096");
-  if (l.tile_tokens != 32 && l.tile_tokens != 64 && l.tile_tokens != 128) {
-    return bad("tile_tokens", l.tile_tokens, "32, 64 or 128");
-  }
-  if (l.recent_type < SKV_FLOAT16 || l.recent_type > SKV_BFLOAT16)
-    return bad("recent_type", l.recent_type, "0, 1 or 2");
-  if (l.local_window_size < 0 || l.local_window_size > (1 << 30)) {
-    return bad("local_window_size", l.local_window_size, "0 ... 2^30");
-  }
-  if (l.parameter_bits != 16 && (l.parameter_bits != 8 || l.granularity != SKV_CHANNEL)) {
-    return bad("parameter_bits", l.parameter_bits, "16, or 8 with granularity channel");
+  const LayoutProblem problem = find_problem(l);
+  if (problem.field) {
+    return fail(SKV_INVALID_ARGUMENT, "%s cache: %s; got %lld; expected %s", tensor, problem.field,
+                static_cast<long long>(problem.got), problem.expected);
   }
   if (padded_dim(l) > kMaxDim) {
     return fail(SKV_NOT_SUPPORTED, "%s cache: head_dim; got %d; expected at most %d on CUDA", tensor, l.head_dim,
                 kMaxDim);
-  }
-  if (l.granularity != SKV_CHANNEL && l.bits != 16 && l.group_size % 32) {
-    return fail(SKV_NOT_SUPPORTED, "%s cache: group_size; got %d; expected a multiple of 32 on CUDA", tensor,
-                l.group_size);
   }
   return SKV_OK;
 }
@@ -228,9 +203,8 @@ Plan plan(Attention& a, const SkvCudaContext& context) {
   }
   if (p.mma) {
     p.path = SKV_CUDA_MMA;
-    static const char* const names[] = {"channel", "token", "token_channel"};
     snprintf(path_text, sizeof path_text, "decode_mma K%dV%d D%d, keys %s, values %s", p.mma->k_bits, p.mma->v_bits,
-             p.mma->dim, names[a.key.layout.granularity], names[a.value.layout.granularity]);
+             p.mma->dim, kGranularities[a.key.layout.granularity], kGranularities[a.value.layout.granularity]);
   } else {
     p.path = SKV_CUDA_SIMPLE;
     snprintf(path_text, sizeof path_text, "decode_simple: %s", reason);
@@ -255,9 +229,10 @@ int attend(Attention& a, const Plan& p, const SkvCudaContext& context) {
   if (p.path == SKV_CUDA_PREFILL) {
     const Rows keys{scratch, context.max_length, a.key.dim, SKV_FLOAT16, a.key.dim};
     const Rows values{scratch + p.rows_bytes, context.max_length, a.key.dim, SKV_FLOAT16, a.key.dim};
-    const cudaError_t error = dequantize_all(a, keys, values, 0, a.batch, context.stream);
+    const cudaError_t error = dequantize_all(a, keys, values, 0, a.batch, true, context.stream);
     if (const int status = finished(error, "dequantize_all")) return status;
-    return finished(prefill(a, keys, values, context.stream), "prefill");
+    if (const int status = finished(prefill(a, keys, values, context.stream), "prefill")) return status;
+    return finished(spread_not_numbers(a, context.stream), "spread_not_numbers");
   }
   a.partial = reinterpret_cast<float*>(scratch);
   a.peaks = reinterpret_cast<float2*>(scratch + p.partial_bytes);
@@ -276,6 +251,8 @@ int attend(Attention& a, const Plan& p, const SkvCudaContext& context) {
 
 using namespace skv::cuda;
 using skv::quantized_tokens;
+using skv::rewind_floor;
+using skv::ring_tokens;
 
 int skv_cuda_attention(const SkvAttention* call, const SkvCudaContext* context) {
   if (const int status = check_call(*call, *context, true)) return status;
@@ -307,7 +284,7 @@ int skv_cuda_dense_rows(const SkvAttention* call, const SkvCudaContext* context,
   const int32_t head_dim = call->key_cache.layout.head_dim;
   const Rows dense_keys{keys, rows, head_dim, a.output_type, head_dim};
   const Rows dense_values{values, rows, head_dim, a.output_type, head_dim};
-  return finished(dequantize_all(a, dense_keys, dense_values, b, 1, context->stream), "dequantize_all");
+  return finished(dequantize_all(a, dense_keys, dense_values, b, 1, false, context->stream), "dequantize_all");
 }
 
 int skv_cuda_dense_lengths(const SkvAttention* call, const SkvCudaContext* context, int32_t* lengths) {
@@ -381,18 +358,26 @@ int skv_cuda_decode_tile(const SkvLayout* layout, const uint8_t* tile, float* ou
   return finished(decode_tile(*layout, tile, out, stream), "decode_tile");
 }
 
-int skv_cuda_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length, int64_t new_length,
-                    void* stream) {
+int skv_cuda_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length, int64_t longest_length,
+                    int64_t new_length, void* stream) {
   if (const int status = check_cache(*cache)) return status;
   if (const int status = check_length(*cache, length)) return status;
+  if (const int status = check_length(*cache, longest_length)) return status;
+  if (longest_length < length) return wrong("longest_length", longest_length, "the length or more");
+  if (b < 0 || kv_num_heads < 1 || kv_num_heads > kMaxGrid) return wrong("kv_num_heads", kv_num_heads, "1 ... 65535");
   const SkvLayout& l = cache->layout;
-  const int64_t floor = quantized_tokens(l, length) == 0 ? 0 : length - l.recent_tokens;
+  const int64_t floor = rewind_floor(l, cache->block_bytes, length, longest_length);
   if (new_length < floor || new_length > length) {
     return fail(SKV_INVALID_ARGUMENT, "rewind from %lld tokens; got %lld; expected %lld ... %lld (recent_tokens = %d)",
                 static_cast<long long>(length), static_cast<long long>(new_length), static_cast<long long>(floor),
                 static_cast<long long>(length), l.recent_tokens);
   }
-  return finished(rewind(make_cache(*cache), kv_num_heads, b, int32_t(length), int32_t(new_length), stream), "rewind");
+  const int32_t from = l.num_sink_tokens + int32_t(quantized_tokens(l, new_length));
+  const int32_t tiled = l.num_sink_tokens + int32_t(quantized_tokens(l, length));
+  const int32_t overwritten = int32_t(longest_length) - ring_tokens(l);  // later ones still have their rows
+  const int32_t to = tiled < overwritten ? tiled : overwritten;
+  if (from >= to) return SKV_OK;
+  return finished(rewind(make_cache(*cache), kv_num_heads, b, from, to, stream), "rewind");
 }
 
 const char* skv_cuda_last_error(void) { return last_error; }

@@ -1,4 +1,4 @@
-// Owns how a tile's scales and offsets per channel become operands of the tensor cores, from 16 bits or from 8.
+// Converts a tile's scales and offsets per channel, from 16 bits or from 8, to operands of the tensor cores.
 #pragma once
 #include "codes.cuh"
 

@@ -1,4 +1,4 @@
-// Owns how packed codes become operands of the tensor cores: one LOP3 puts two codes into the mantissas of two halves.
+// Converts packed codes to operands of the tensor cores: one LOP3 puts two codes into the mantissas of two halves.
 //
 // A 32-bit word of a plane holds two 16-bit halves with the same fields in each. Moved to bit e >= 1 of the mantissa
 // and given the exponent of 1024 (0x6400), the field x reads as 1024 + x * 2^e: `raw`. Keys are multiplied in this

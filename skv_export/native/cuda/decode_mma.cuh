@@ -1,4 +1,4 @@
-// Owns attention on tensor cores straight from the codes, for few query tokens (design: section 8).
+// Attention on tensor cores directly from the codes, for few query tokens.
 //
 // S^T = K Q^T and O^T = V^T P^T: 8 columns of queries (heads of a group, then tokens) stand on the N side of m16n8k16,
 // tokens or channels on the M side. A warp takes whole tiles in slabs of 32 tokens, which it copies to shared memory
@@ -148,7 +148,8 @@ SKV_DEVICE void prepare_queries(const Attention& a, int b, int head, half* to) {
   }
 }
 
-// New keys and values to shared memory as rows of the cache's basis.
+// New keys and values to shared memory as rows of the cache's basis; values that are not numbers as 0, which the merge
+// of the splits makes up for.
 template <class S>
 SKV_DEVICE void prepare_new_rows(const Attention& a, const Sequence& s, int b, int head, half* to) {
   const int lane = threadIdx.x % 32;
@@ -160,7 +161,8 @@ SKV_DEVICE void prepare_new_rows(const Attention& a, const Sequence& s, int b, i
     rotate(x, is_value ? a.value : a.key);
 #pragma unroll
     for (int e = 0; e < S::E; e++) {
-      to[(token + (is_value ? S::kMaxNew : 0)) * S::D + lane + 32 * e] = __float2half_rn(saturated(x[e]));
+      const float kept = is_value && is_nan(x[e]) ? 0.f : saturated(x[e]);
+      to[(token + (is_value ? S::kMaxNew : 0)) * S::D + lane + 32 * e] = __float2half_rn(kept);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Owns the instances of decode_mma for head_dim 128.
+// The instances of decode_mma for head_dim 128.
 #define SKV_MMA_DIM 128
 #include "mma_instances.cuh"
 

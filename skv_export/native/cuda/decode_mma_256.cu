@@ -1,4 +1,4 @@
-// Owns the instances of decode_mma for head_dim 256.
+// The instances of decode_mma for head_dim 256.
 #define SKV_MMA_DIM 256
 #include "mma_instances.cuh"
 

@@ -1,4 +1,4 @@
-// Owns the instances of decode_mma for head_dim 64.
+// The instances of decode_mma for head_dim 64.
 #define SKV_MMA_DIM 64
 #include "mma_instances.cuh"
 

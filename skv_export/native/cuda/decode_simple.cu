@@ -1,5 +1,5 @@
-// Owns attention on CUDA cores, one warp per token: every layout and type. The oracle of the fast kernels and what is
-// left for the layouts that they do not cover. Also owns the merge of the splits, which all of them share.
+// Attention on CUDA cores, one warp per token, for every layout and type: the reference of the fast kernels, and the
+// fallback for layouts that they do not cover. Also the merge of the splits, which all of them share.
 #include "launchers.h"
 
 namespace skv::cuda {
@@ -87,12 +87,12 @@ __global__ void __launch_bounds__(kThreads) decode_simple_kernel(Attention a) {
     for (int d = threadIdx.x; d < 32 * E; d += kThreads) {
       float out = 0;
       for (int w = 0; w < kWarps; w++) {
-        if (shared.sum[w][i] > 0) out += expf(shared.peak[w][i] - highest) * shared.output[w][i][d];
+        if (shared.sum[w][i] != 0) out += expf(shared.peak[w][i] - highest) * shared.output[w][i][d];
       }
       a.partial[row * 32 * E + d] = out;
     }
     for (int w = 0; w < kWarps; w++) {
-      if (shared.sum[w][i] > 0) total += expf(shared.peak[w][i] - highest) * shared.sum[w][i];
+      if (shared.sum[w][i] != 0) total += expf(shared.peak[w][i] - highest) * shared.sum[w][i];
     }
     if (threadIdx.x == 0) a.peaks[row] = make_float2(highest, total);
   }
@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Attention a) {
     for (int l = 16; l > 0; l /= 2) highest = fmaxf(highest, __shfl_xor_sync(kWarp, highest, l));
     for (int i = lane; i < a.splits; i += 32) {
       const float2 peak = a.peaks[first + int64_t{i} * a.columns];
-      weights[i] = peak.y > 0 ? expf(peak.x - highest) : 0.f;  // 0: no tokens, and nothing written
-      total += weights[i] * (peak.y > 0 ? peak.y : 0.f);
+      weights[i] = peak.y != 0 ? expf(peak.x - highest) : 0.f;  // 0: no tokens, and nothing written
+      total += peak.y != 0 ? weights[i] * peak.y : 0.f;
     }
     for (int l = 16; l > 0; l /= 2) total += __shfl_xor_sync(kWarp, total, l);
     if (a.head_sink) total += expf(sink - highest);
@@ -140,6 +140,15 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Attention a) {
     }
 #pragma unroll
     for (int e = 0; e < E; e++) out[e] /= total;
+    if (a.lengths.tokens <= kMaxDecodeTokens) {
+      for (int t = a.window > 0 && token >= a.window ? token - a.window + 1 : 0; t <= token; t++) {
+        float x[E];
+        if (!load_not_numbers(a.new_value, int64_t{b} * a.lengths.tokens + t, blockIdx.y % a.kv_num_heads, a.value, x))
+          continue;
+#pragma unroll
+        for (int e = 0; e < E; e++) out[e] = is_nan(x[e]) ? x[e] : out[e];
+      }
+    }
     rotate(out, a.value);
   }
   const int64_t row = (int64_t{b} * a.lengths.tokens + token) * a.num_heads + head;

@@ -1,5 +1,4 @@
-// Owns the way back from the cache on the device: rows of a sequence, one tile, and rewind. Exact, as reference.load
-// is.
+// Dequantization on the device: rows of a sequence, one tile, and rewind. Exactly as reference.load.
 #include "launchers.h"
 
 namespace skv::cuda {
@@ -31,7 +30,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // Grid: groups of kWarps positions, sequence and head, keys or values.
 template <int E>
-__global__ void __launch_bounds__(kThreads) dequantize_all_kernel(Attention a, Rows keys, Rows values, int first) {
+__global__ void __launch_bounds__(kThreads)
+    dequantize_all_kernel(Attention a, Rows keys, Rows values, int first, bool zero_not_numbers) {
   const bool is_value = blockIdx.z != 0;
   const Cache& c = is_value ? a.value : a.key;
   const int b = first + blockIdx.y / a.kv_num_heads, head = blockIdx.y % a.kv_num_heads;
@@ -45,8 +45,34 @@ __global__ void __launch_bounds__(kThreads) dequantize_all_kernel(Attention a, R
       rotate(x, c);
     } else {
       load_token(is_value ? a.new_value : a.new_key, int64_t{b} * a.lengths.tokens + position - s.past, head, x);
+#pragma unroll
+      for (int e = 0; e < E; e++) x[e] = zero_not_numbers && is_value && is_nan(x[e]) ? 0.f : x[e];
     }
     write(is_value ? values : keys, blockIdx.y, position, x);
+  }
+}
+
+// Grid: groups of kWarps new tokens, sequence and head. A warp looks at one new value, and where something of it is not
+// a number, neither is that of the outputs which see it.
+template <int E>
+__global__ void __launch_bounds__(kThreads) spread_not_numbers_kernel(Attention a) {
+  const int b = blockIdx.y / a.kv_num_heads, head = blockIdx.y % a.kv_num_heads;
+  const Sequence s = sequence(a.lengths, b, a.key, a.value);
+  const int from = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (!s.valid || from >= s.fresh) return;
+  float x[E];
+  const int64_t first_token = int64_t{b} * a.lengths.tokens;
+  if (!load_not_numbers(a.new_value, first_token + from, head, a.value, x)) return;
+  const int end = a.window > 0 && from + a.window < s.fresh ? from + a.window : s.fresh;
+  const int head_dim = a.value.layout.head_dim;
+  for (int token = from; token < end; token++) {
+    for (int i = 0; i < a.group(); i++) {
+      const int64_t row = ((first_token + token) * a.num_heads + head * a.group() + i) * head_dim;
+      for (int e = 0; e < E; e++) {
+        const int d = lane + 32 * e;
+        if (d < head_dim && is_nan(x[e])) store(a.output, row + d, a.output_type, x[e]);
+      }
+    }
   }
 }
 
@@ -81,13 +107,12 @@ __global__ void __launch_bounds__(kThreads) decode_tile_kernel(Cache c, const ui
   for (int e = 0; e < E; e++) out[t * c.dim + lane + 32 * e] = x[e];
 }
 
-// Grid: groups of kWarps tokens that leave their tiles, heads.
+// Grid: groups of kWarps tokens that leave their tiles and have no rows, heads.
 template <int E>
-__global__ void __launch_bounds__(kThreads) rewind_kernel(Cache c, int first_block, int length, int from, int to) {
+__global__ void __launch_bounds__(kThreads) rewind_kernel(Cache c, int64_t first_block, int from, int to) {
   uint8_t* block = block_of(c, first_block + blockIdx.y);
   const int lane = threadIdx.x % 32, sinks = c.layout.num_sink_tokens, tokens = c.layout.tile_tokens;
-  const int end = to < length - c.ring ? to : length - c.ring;  // later ones still have their rows
-  for (int position = from + blockIdx.x * kWarps + threadIdx.x / 32; position < end; position += gridDim.x * kWarps) {
+  for (int position = from + blockIdx.x * kWarps + threadIdx.x / 32; position < to; position += gridDim.x * kWarps) {
     const int tile = (position - sinks) / tokens;
     float x[E];
     decode_token(c, block + tile_start(c, tile), (position - sinks) % tokens, x);
@@ -112,10 +137,18 @@ cudaError_t dequantize(const Cache& cache, const Rows& rows, int64_t sequence_an
 }
 
 cudaError_t dequantize_all(const Attention& a, const Rows& keys, const Rows& values, int32_t first, int32_t count,
-                           void* stream) {
+                           bool zero_not_numbers, void* stream) {
   return with_channels(a.key, [&](auto channels) {
     const dim3 grid(groups_of_warps(a.lengths.max_length), count * a.kv_num_heads, 2);
-    return launch(dequantize_all_kernel<decltype(channels)::value>, grid, kThreads, 0, stream, a, keys, values, first);
+    return launch(dequantize_all_kernel<decltype(channels)::value>, grid, kThreads, 0, stream, a, keys, values, first,
+                  zero_not_numbers);
+  });
+}
+
+cudaError_t spread_not_numbers(const Attention& a, void* stream) {
+  return with_channels(a.key, [&](auto channels) {
+    const dim3 grid((a.lengths.tokens + kWarps - 1) / kWarps, a.batch * a.kv_num_heads);
+    return launch(spread_not_numbers_kernel<decltype(channels)::value>, grid, kThreads, 0, stream, a);
   });
 }
 
@@ -136,15 +169,10 @@ cudaError_t decode_tile(const SkvLayout& layout, const uint8_t* tile, float* out
   });
 }
 
-cudaError_t rewind(const Cache& cache, int32_t kv_num_heads, int32_t b, int32_t length, int32_t new_length,
-                   void* stream) {
-  const SkvLayout& l = cache.layout;
-  const int32_t from = l.num_sink_tokens + int32_t(quantized_tokens(l, new_length));
-  const int32_t to = l.num_sink_tokens + int32_t(quantized_tokens(l, length));
-  if (from == to) return cudaSuccess;
+cudaError_t rewind(const Cache& cache, int32_t kv_num_heads, int32_t b, int32_t from, int32_t to, void* stream) {
   return with_channels(cache, [&](auto channels) {
     return launch(rewind_kernel<decltype(channels)::value>, dim3(groups_of_warps(to - from), kv_num_heads), kThreads, 0,
-                  stream, cache, b * kv_num_heads, length, from, to);
+                  stream, cache, int64_t{b} * kv_num_heads, from, to);
   });
 }
 

@@ -1,5 +1,4 @@
-// Owns what the kernels share: a cache as the device sees it, the lengths of a sequence, and rows of channels held by a
-// warp.
+// Shared by the kernels: the cache on the device, the lengths of a sequence, and rows of channels held by a warp.
 //
 // A row of D channels lies in a warp as x[E], E = D / 32: lane l holds channels l, l + 32, ... Sums and rotations over
 // such a row take their operands in the order of spec/reference.py, with every operation rounded on its own.
@@ -107,8 +106,9 @@ SKV_DEVICE void store(void* data, int64_t i, int type, float x) {
     static_cast<uint16_t*>(data)[i] = bfloat16_bits(x);
   }
 }
-// float16 with the largest finite values instead of infinity: reference.to_half.
-SKV_DEVICE float saturated(float x) { return fminf(fmaxf(x, -65504.f), 65504.f); }
+SKV_DEVICE bool is_nan(float x) { return x != x; }
+// float16 with the largest finite values instead of infinity: reference.to_half. Not-a-number stays one.
+SKV_DEVICE float saturated(float x) { return is_nan(x) ? x : fminf(fmaxf(x, -65504.f), 65504.f); }
 SKV_DEVICE float rounded_to(int type, float x) {
   if (type == SKV_FLOAT) return x;
   if (type == SKV_FLOAT16) return __half2float(__float2half_rn(saturated(x)));
@@ -158,6 +158,19 @@ SKV_DEVICE void load_token(const Tokens& t, int64_t token, int head, float (&x)[
   const int64_t start = token * t.token_stride + int64_t{head} * t.head_dim;
 #pragma unroll
   for (int e = 0; e < E; e++) x[e] = lane + 32 * e < t.head_dim ? load(t.data, start + lane + 32 * e, t.type) : 0.f;
+}
+
+// A new value in the cache's basis, of which a kernel takes for 0 what is not a number: its weight of 0 where it is not
+// seen would not hide it. Returns whether there is any such channel, the same for the whole warp; x says which.
+template <int E>
+SKV_DEVICE bool load_not_numbers(const Tokens& values, int64_t token, int head, const Cache& c, float (&x)[E]) {
+  load_token(values, token, head, x);
+  bool any = false;
+#pragma unroll
+  for (int e = 0; e < E; e++) any |= is_nan(x[e]);
+  if (!__any_sync(kWarp, any)) return false;
+  rotate(x, c);
+  return true;
 }
 
 // A channel's scale and offset over a tile, from the tile's parameters.

@@ -1,5 +1,5 @@
-// Owns what the kernels' files and the one without kernels (runtime.cu) share: how a reason is left behind for
-// skv_cuda_last_error, and whether there is code for the device.
+// Errors, for the files with kernels and the one without (runtime.cu): sets the message of skv_cuda_last_error, and
+// checks that there is code for the device.
 #pragma once
 
 namespace skv::cuda {

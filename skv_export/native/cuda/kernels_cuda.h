@@ -1,4 +1,4 @@
-// Owns the C interface of the CUDA kernels: kernels.h's functions with `skv_cuda_` in front, on device pointers and a
+// The C interface of the CUDA kernels: the functions of kernels.h with the prefix `skv_cuda_`, on device pointers and a
 // stream.
 //
 // Nothing here but skv_cuda_synchronize waits for the device, allocates, or reads device memory on the host; grids
@@ -81,8 +81,8 @@ SKV_API const char* skv_cuda_path(const SkvAttention* call, const SkvCudaContext
 SKV_API int skv_cuda_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int32_t h, int64_t length,
                                 int32_t type, void* out, int64_t row_stride, void* stream);
 SKV_API int skv_cuda_decode_tile(const SkvLayout* layout, const uint8_t* tile, float* out, void* stream);
-SKV_API int skv_cuda_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length, int64_t new_length,
-                            void* stream);
+SKV_API int skv_cuda_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length,
+                            int64_t longest_length, int64_t new_length, void* stream);
 
 // Whether the current device can run the kernels, its multiprocessors, and its architecture (80 = compute
 // capability 8.0).

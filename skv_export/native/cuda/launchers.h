@@ -1,8 +1,10 @@
-// Owns the list of kernels: one function each that launches it, with arguments already checked (calls.cu).
+// Launchers, one function per kernel; arguments have been checked (calls.cu).
 #pragma once
 #include "device.cuh"
 
 namespace skv::cuda {
+
+constexpr int kMaxDecodeTokens = 8;  // of a sequence, that decode_mma takes
 
 // One call's attention as its kernels take it, by value.
 struct Attention {
@@ -59,9 +61,11 @@ struct Rows {
 };
 cudaError_t dequantize(const Cache& cache, const Rows& rows, int64_t sequence_and_head, int32_t length, void* stream);
 // The past of `count` sequences from `first` on, and behind it the new tokens as they are; the rows begin with the
-// first.
+// first. `zero_not_numbers`: new values that are not numbers become 0.
 cudaError_t dequantize_all(const Attention& attention, const Rows& keys, const Rows& values, int32_t first,
-                           int32_t count, void* stream);
+                           int32_t count, bool zero_not_numbers, void* stream);
+// What the outputs are that see such a value: not numbers.
+cudaError_t spread_not_numbers(const Attention& attention, void* stream);
 // seqlens_k of a call where all rows are new tokens; and zeros, or NaN, in the output rows that are none.
 cudaError_t dense_lengths(const Attention& attention, int32_t* lengths, void* stream);
 cudaError_t clear_padding(const Attention& attention, void* stream);
@@ -70,7 +74,7 @@ bool prefill_covers(int32_t dim);
 cudaError_t prefill(const Attention& attention, const Rows& keys, const Rows& values, void* stream);
 
 cudaError_t decode_tile(const SkvLayout& layout, const uint8_t* tile, float* out, void* stream);
-cudaError_t rewind(const Cache& cache, int32_t kv_num_heads, int32_t b, int32_t length, int32_t new_length,
-                   void* stream);
+// Gives positions [from, to) of sequence b, which stand in tiles, their full-precision rows back.
+cudaError_t rewind(const Cache& cache, int32_t kv_num_heads, int32_t b, int32_t from, int32_t to, void* stream);
 
 }  // namespace skv::cuda

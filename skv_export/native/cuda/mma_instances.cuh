@@ -1,4 +1,4 @@
-// Owns the table of instances of decode_mma: included once per head_dim (decode_mma_64.cu ...), with SKV_MMA_DIM set.
+// The table of instances of decode_mma: included once per head_dim (decode_mma_64.cu ...), with SKV_MMA_DIM set.
 //
 // Every pair of bits comes in four forms (keys per channel or token, values per token or channel), for 8 columns of
 // queries; the default form also for 16. What would spill registers on some architecture is left out: 16 columns of 8

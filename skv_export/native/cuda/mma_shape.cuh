@@ -1,4 +1,4 @@
-// Owns the sizes of an instance of decode_mma, and which part of a sequence each of its blocks works on.
+// The sizes of an instance of decode_mma, and the part of a sequence that each of its blocks works on.
 #pragma once
 #include "codes.cuh"
 #include "launchers.h"

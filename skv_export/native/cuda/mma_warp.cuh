@@ -1,4 +1,4 @@
-// Owns what one warp of decode_mma computes: scores, weights and values of 32 tokens at a time (see decode_mma.cuh).
+// The work of one warp of decode_mma: scores, weights and values of 32 tokens at a time (see decode_mma.cuh).
 #pragma once
 #include "channels.cuh"
 #include "mma_shape.cuh"

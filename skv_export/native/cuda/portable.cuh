@@ -1,5 +1,5 @@
-// Owns the difference between nvcc and g++: everything else in this folder compiles with both, and runs on the CPU
-// through the tests' shim (tests/cuda/cuda_shim.h). Instructions that CUDA C++ has no function for are wrapped here.
+// The differences between nvcc and g++: everything else in this folder compiles with both, and runs on the CPU with the
+// tests' shim (tests/cuda/cuda_shim.h). Wraps the instructions for which CUDA C++ has no function.
 #pragma once
 #include <cstdint>
 #include <cstring>

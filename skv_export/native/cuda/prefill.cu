@@ -1,5 +1,5 @@
-// Owns attention of many new tokens: the past, dequantized, and the new tokens stand in scratch as float16 rows, and
-// tensor cores attend to them block by block with an online softmax (FlashAttention-2, arXiv 2307.08691).
+// Attention of many new tokens: the dequantized past and the new tokens are float16 rows in scratch memory, and tensor
+// cores attend to them block by block with an online softmax (FlashAttention-2, arXiv 2307.08691).
 //
 // A block of 4 warps takes 64 rows of queries, (token, head of the group) pairs of one KV head, and walks over 64 keys
 // at a time. Lane (r, c) = (l / 4, l % 4) of a warp holds rows r and r + 8 of its 16.

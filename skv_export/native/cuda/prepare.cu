@@ -1,4 +1,4 @@
-// Owns what is done to new tokens before attention on the device: QK norm and RoPE, as spec/reference.py does them.
+// Preparation of new tokens on the device: QK norm and RoPE, as in spec/reference.py.
 #include "errors.h"
 #include "launchers.h"
 #include "quantizer.cuh"

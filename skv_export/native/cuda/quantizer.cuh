@@ -1,4 +1,5 @@
-// Owns the quantizer on the device: codes and scales exactly as reference.quantize makes them (design: section 5).
+// The quantizer on the device: codes and scales exactly as in spec/quantizer.py (docs/spec.md, The quantizer's
+// arithmetic).
 #pragma once
 #include "device.cuh"
 

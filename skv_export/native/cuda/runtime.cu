@@ -1,5 +1,5 @@
-// Owns what the kernels' callers need of the CUDA runtime: whether there is a device that can run them, a flag that
-// device and host both see, copies. No kernels: any C++ compiler takes it.
+// Access to the CUDA runtime for the kernels' callers: whether a device can run them, a flag that device and host
+// share, copies. Contains no kernels, so any C++ compiler can compile it.
 #include <cuda_runtime_api.h>
 
 #include <cstdio>

@@ -1,7 +1,6 @@
-// Owns our view of ONNX Runtime's C ABI: the entries of the OrtApi table that the op needs, by position, and the
-// OrtCustomOp struct. No package index ships the official headers; the table is append-only, so positions hold for
-// every later version. ort/abi_check.cc asserts positions, signatures and offsets against the official headers where
-// they are found.
+// ONNX Runtime's C ABI: the entries of the OrtApi table that the op needs, by position, and the OrtCustomOp struct. No
+// package index ships the official headers; the table is append-only, so positions hold for every later version.
+// ort/abi_check.cc asserts positions, signatures and offsets against the official headers where they are found.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>

@@ -1,21 +1,15 @@
-// Owns the reading and checking of the node's attributes.
+// Reads and checks the node's attributes.
+#include <algorithm>
 #include <cmath>
-#include <initializer_list>
-#include <limits>
+#include <cstring>
 
+#include "layout_check.h"
 #include "ort/op.h"
 
 namespace skv::ort {
 namespace {
 
 constexpr int64_t kMaxHeads = 1 << 16;
-constexpr int64_t kMaxKeptTokens = 4096;  // sinks, recent tokens: as spec/recipe.py
-constexpr int64_t kMaxHeadDim = 1024;     // as spec/layout.py
-
-struct Choice {
-  const char* name;
-  int32_t value;
-};
 
 class Reader {
  public:
@@ -36,13 +30,18 @@ class Reader {
     return static_cast<int32_t>(value);
   }
 
-  int32_t required(const char* name, std::initializer_list<int32_t> allowed) const {
+  template <size_t N>
+  int32_t required(const char* name, const int32_t (&allowed)[N]) const {
     int64_t value = 0;
     if (!integer(name, &value)) bad(name, "nothing", list(allowed));
-    for (const int32_t choice : allowed) {
-      if (value == choice) return choice;
-    }
-    bad(name, std::to_string(value), list(allowed));
+    return one_of(name, value, allowed);
+  }
+
+  template <size_t N>
+  int32_t choice(const char* name, int64_t fallback, const int32_t (&allowed)[N]) const {
+    int64_t value = fallback;
+    integer(name, &value);
+    return one_of(name, value, allowed);
   }
 
   int32_t required_count(const char* name) const {
@@ -62,7 +61,9 @@ class Reader {
     return value;
   }
 
-  int32_t text(const char* name, const char* fallback, std::initializer_list<Choice> allowed) const {
+  // The number of a name among `allowed`.
+  template <size_t N>
+  int32_t text(const char* name, const char* fallback, const char* const (&allowed)[N]) const {
     std::string value = fallback;
     size_t bytes = 0;
     if (succeeds(api().KernelInfoGetAttribute_string(info_, name, nullptr, &bytes))) {
@@ -73,9 +74,9 @@ class Reader {
       refuse_other_types(name, "a string");
     }
     std::string names;
-    for (const Choice& choice : allowed) {
-      if (value == choice.name) return choice.value;
-      names += (names.empty() ? "" : " or ") + std::string(choice.name);
+    for (size_t i = 0; i < N; i++) {
+      if (value == allowed[i]) return static_cast<int32_t>(i);
+      names += (names.empty() ? "" : " or ") + std::string(allowed[i]);
     }
     bad(name, "'" + value + "'", names);
   }
@@ -92,7 +93,16 @@ class Reader {
     return false;
   }
 
-  static std::string list(std::initializer_list<int32_t> values) {
+  template <size_t N>
+  int32_t one_of(const char* name, int64_t value, const int32_t (&allowed)[N]) const {
+    for (const int32_t choice : allowed) {
+      if (value == choice) return choice;
+    }
+    bad(name, std::to_string(value), list(allowed));
+  }
+
+  template <size_t N>
+  static std::string list(const int32_t (&values)[N]) {
     std::string text;
     for (const int32_t value : values) text += (text.empty() ? "" : " or ") + std::to_string(value);
     return text;
@@ -119,42 +129,33 @@ class Reader {
 SkvLayout read_layout(const Reader& reader, bool is_value) {
   const auto name = [&](const char* key, const char* value) { return is_value ? value : key; };
   SkvLayout layout{};
-  layout.bits = reader.required(name("k_bits", "v_bits"), {1, 2, 3, 4, 5, 6, 8, 16});
-  layout.granularity =
-      reader.text(name("k_granularity", "v_granularity"), name("channel", "token"),
-                  {{"channel", SKV_CHANNEL}, {"token", SKV_TOKEN}, {"token_channel", SKV_TOKEN_CHANNEL}});
-  layout.rotation = reader.text(name("k_rotation", "v_rotation"), name("none", "hadamard"),
-                                {{"none", SKV_ROTATION_NONE}, {"hadamard", SKV_HADAMARD}});
+  layout.bits = reader.required(name("k_bits", "v_bits"), kBits);
+  layout.granularity = reader.text(name("k_granularity", "v_granularity"), name("channel", "token"), kGranularities);
+  layout.rotation = reader.text(name("k_rotation", "v_rotation"), name("none", "hadamard"), kRotations);
   const char* bits = name("k_parameter_bits", "v_parameter_bits");
-  layout.parameter_bits = reader.integer(bits, 16, 8, 16);
-  const bool bytes = layout.parameter_bits == 8 && layout.granularity == SKV_CHANNEL;
-  if (!bytes && layout.parameter_bits != 16) {
+  layout.parameter_bits = reader.integer(bits, 16, INT32_MIN, INT32_MAX);
+  if (!can_have_parameter_bits(layout.parameter_bits, layout.granularity)) {
     reader.bad(bits, std::to_string(layout.parameter_bits), "16, or 8 with granularity channel");
   }
   layout.group_size = reader.integer(name("k_group_size", "v_group_size"), 0, 0, kMaxHeadDim);
   layout.num_sink_tokens = reader.integer("num_sink_tokens", 4, 0, kMaxKeptTokens);
   layout.recent_tokens = reader.integer("recent_tokens", 64, 0, kMaxKeptTokens);
-  layout.recent_type = reader.text("recent_type", "float16",
-                                   {{"float16", SKV_FLOAT16}, {"float", SKV_FLOAT}, {"bfloat16", SKV_BFLOAT16}});
+  layout.recent_type = reader.text("recent_type", "float16", kRecentTypes);
   layout.is_value = is_value;
-  int64_t tile = 64;
-  reader.integer("tile_tokens", &tile);
-  if (tile != 32 && tile != 64 && tile != 128) reader.bad("tile_tokens", std::to_string(tile), "32 or 64 or 128");
-  layout.tile_tokens = static_cast<int32_t>(tile);
+  layout.tile_tokens = reader.choice("tile_tokens", 64, kTileTokens);
   // GroupQueryAttention writes "no window" as -1.
-  const int64_t most = std::numeric_limits<int32_t>::max() - 1024;
-  layout.local_window_size = std::max(0, reader.integer("local_window_size", -1, -1, most));
+  layout.local_window_size = std::max(0, reader.integer("local_window_size", -1, -1, kMaxWindow));
   return layout;
 }
 
 void set_head_dim(SkvLayout& layout, int32_t head_dim) {
   layout.head_dim = head_dim;
-  const int dim = padded_dim(layout);
-  if (layout.group_size == 0) layout.group_size = dim % 64 == 0 ? 64 : 32;
-  if (dim % layout.group_size != 0) {
-    fail(std::string(layout.is_value ? "v" : "k") + "_group_size", std::to_string(layout.group_size),
-         "a divisor of " + std::to_string(dim) + " (head_dim " + std::to_string(head_dim) + ", padded)");
-  }
+  if (layout.group_size == 0) layout.group_size = padded_dim(layout) % 64 == 0 ? 64 : 32;
+  const LayoutProblem problem = find_problem(layout);
+  if (problem.field == nullptr) return;
+  const bool own = strcmp(problem.field, "group_size") == 0;  // the attributes that depend on head_dim
+  fail((own ? layout.is_value ? "v_" : "k_" : "") + std::string(problem.field), std::to_string(problem.got),
+       problem.expected);
 }
 
 // Size of an input's last dimension as far as the graph tells; -1 = absent or not known.
@@ -179,7 +180,8 @@ int64_t known_last_dimension(const OrtKernelInfo* info, Input input) {
 
 Attributes Attributes::read(const OrtKernelInfo* info) {
   const Reader reader(info);
-  reader.required("layout_version", {SKV_LAYOUT_VERSION});
+  const int32_t versions[] = {SKV_LAYOUT_VERSION};
+  reader.required("layout_version", versions);
   Attributes a{};
   a.num_heads = reader.required_count("num_heads");
   a.kv_num_heads = reader.required_count("kv_num_heads");
@@ -217,7 +219,8 @@ void Attributes::check_known_shapes(const OrtKernelInfo* info) const {
 
 void Attributes::set_head_dim(int64_t head_dim) {
   if (head_dim < 1 || head_dim > kMaxHeadDim) {
-    fail("head_dim (query's last dimension over the heads)", std::to_string(head_dim), "1 ... 1024");
+    fail("head_dim (query's last dimension over the heads)", std::to_string(head_dim),
+         "1 ... " + std::to_string(kMaxHeadDim));
   }
   ort::set_head_dim(key_layout, static_cast<int32_t>(head_dim));
   ort::set_head_dim(value_layout, static_cast<int32_t>(head_dim));

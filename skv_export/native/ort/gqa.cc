@@ -1,4 +1,4 @@
-// Owns the definition of ort/gqa.h.
+// Implementation of ort/gqa.h.
 #include "ort/gqa.h"
 
 namespace skv::ort {

@@ -1,5 +1,5 @@
-// Owns the making of ONNX Runtime's own GroupQueryAttention for a node: prompts go through it, on the CPU
-// (ort/prefill.h) and on the GPU (ort/prefill_cuda.h).
+// Creates ONNX Runtime's own GroupQueryAttention for a node; prompts go through it, on the CPU (ort/prefill.h) and on
+// the GPU (ort/prefill_cuda.h).
 #pragma once
 #include "ort/op.h"
 

@@ -1,4 +1,4 @@
-// Owns the op's CPU kernel and the registration of every provider's kernels: what ONNX Runtime calls when it loads the
+// The op's CPU kernel, and RegisterCustomOps, which registers the kernels of all providers when ONNX Runtime loads the
 // library.
 //
 // A sequence with few new tokens goes to skv_attention; more go through GroupQueryAttention (ort/prefill.h) and
@@ -9,6 +9,7 @@
 #include <map>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 #include "cpu/checks.h"
 #include "ort/prefill.h"
@@ -42,6 +43,21 @@ bool any_are_many(const SkvAttention& attention) {
     if (!are_few(attention, b)) return true;
   }
   return false;
+}
+
+// Whether all numbers of a sequence's new tokens, in float, are finite. GroupQueryAttention multiplies what a query
+// does not see by 0, which does not hide what is not a number.
+bool are_finite(const SkvAttention& call, int64_t b) {
+  const int64_t head_dim = call.key_cache.layout.head_dim, added = new_tokens(call, b);
+  const auto finite = [&](const SkvTokens& part, int64_t heads) {
+    for (int64_t t = 0; t < added; ++t) {
+      const float* row = static_cast<const float*>(part.data) + (b * call.tokens + t) * part.token_stride;
+      if (!all_finite(row, heads * head_dim)) return false;
+    }
+    return true;
+  };
+  return finite(call.query, call.num_heads) && finite(call.key, call.kv_num_heads) &&
+         finite(call.value, call.kv_num_heads);
 }
 
 // What the nodes of one session share.
@@ -190,8 +206,10 @@ class CpuKernel : public Kernel {
                       const SkvAttention& attention) const {
     log_path(call, "GroupQueryAttention");
     const int64_t hidden = call.hidden_size();
+    std::vector<char> own(call.batch);
+    for (int64_t b = 0; b < call.batch; ++b) own[b] = are_few(attention, b) || !are_finite(attention, b);
     for (int64_t b = 0; b < call.batch; ++b) {
-      if (are_few(attention, b)) continue;
+      if (own[b]) continue;
       const int64_t added = new_tokens(attention, b);
       float* rows = static_cast<float*>(attention.output) + b * call.tokens * hidden;
       prefill_.attend(context, call, tokens, attention, b, total_tokens(attention, b) - added, added, rows);
@@ -199,7 +217,7 @@ class CpuKernel : public Kernel {
     }
     for (int64_t b = 0; b < call.batch; ++b) {
       SkvAttention one = sequence(attention, b);
-      if (are_few(attention, b)) {
+      if (own[b]) {
         attend_to_few(context, one);
       } else {
         run(context, one, skv_append);

@@ -1,5 +1,5 @@
-// Owns the op's CUDA kernel as ONNX Runtime sees it. Everything runs on the stream of the call, on lengths that stay on
-// the device; the only number read on the host is total_sequence_length, which ONNX Runtime keeps in CPU memory.
+// The op's CUDA kernel in ONNX Runtime. Everything runs on the stream of the call, with lengths that stay on the
+// device; the only number read on the host is total_sequence_length, which ONNX Runtime keeps in CPU memory.
 #include <algorithm>
 #include <atomic>
 #include <mutex>

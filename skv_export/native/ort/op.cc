@@ -1,4 +1,4 @@
-// Owns the checks of a call's inputs and the callbacks by which ONNX Runtime learns of the op.
+// Checks of a call's inputs, and the callbacks that describe the op to ONNX Runtime.
 #include "ort/op.h"
 
 #include <climits>

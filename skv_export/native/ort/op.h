@@ -1,5 +1,5 @@
-// Owns the op skv::QuantizedKVAttention as ONNX Runtime sees it, whatever the provider: its attributes, its inputs and
-// their shapes, the description that is registered. A provider gives a Kernel and a Definition (ort/kernel_cpu.cc,
+// The op skv::QuantizedKVAttention in ONNX Runtime, for any provider: its attributes, its inputs and their shapes, and
+// the definition that is registered. A provider implements a Kernel and a Definition (ort/kernel_cpu.cc,
 // ort/kernel_cuda.cc).
 #pragma once
 #include "kernels.h"
@@ -29,8 +29,8 @@ enum Input : size_t {
 };
 enum Output : size_t { kOutput, kPresentKey, kPresentValue, kNumOutputs };
 
-// The node's attributes (design: section 3), read and checked once. The layouts' head_dim, and a group size that the
-// node leaves open, follow from the query's shape.
+// The node's attributes (docs/spec.md, Attributes), read and checked once. The layouts' head_dim, and a group size that
+// the node leaves open, follow from the query's shape.
 struct Attributes {
   int32_t num_heads, kv_num_heads;
   float scale;    // 0 = 1 / sqrt(head_dim)

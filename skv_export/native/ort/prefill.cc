@@ -1,4 +1,4 @@
-// Owns the definitions of ort/prefill.h.
+// Implementation of ort/prefill.h.
 #include "ort/prefill.h"
 
 #include <algorithm>

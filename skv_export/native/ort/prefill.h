@@ -1,5 +1,5 @@
-// Owns the attention of many new tokens on the CPU: ONNX Runtime's own GroupQueryAttention, invoked on one sequence at
-// a time over its dequantized past.
+// Attention of many new tokens on the CPU: ONNX Runtime's own GroupQueryAttention, invoked on one sequence at a time
+// over its dequantized past.
 #pragma once
 #include "ort/prepare.h"
 

@@ -1,4 +1,4 @@
-// Owns the definitions of ort/prefill_cuda.h.
+// Implementation of ort/prefill_cuda.h.
 //
 // No length is known on the host, so each sequence is attended to as if all of its `tokens` rows were new tokens,
 // behind its past: what stands in rows of padding is seen by no other row, and their output is cleared at the end.

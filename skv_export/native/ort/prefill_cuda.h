@@ -1,5 +1,5 @@
-// Owns what a call has on the device beside its tensors, scratch, and the attention of many new tokens there: ONNX
-// Runtime's own GroupQueryAttention (FlashAttention), invoked on one sequence at a time over its dequantized past.
+// Scratch memory of a call on the device, and attention of many new tokens there: ONNX Runtime's own
+// GroupQueryAttention (FlashAttention), invoked on one sequence at a time over its dequantized past.
 #pragma once
 #include <atomic>
 

@@ -1,5 +1,4 @@
-// Owns the definitions of ort/prepare.h. Float32 throughout, every operation rounded by itself: the keys' bytes depend
-// on it.
+// Implementation of ort/prepare.h. Float32 throughout, every operation rounded by itself: the keys' bytes depend on it.
 #include "ort/prepare.h"
 
 #include <algorithm>

@@ -1,5 +1,4 @@
-// Owns what is done to a call's new tokens before attention on the CPU: QK norm and RoPE, exactly as in
-// spec/reference.py.
+// Preparation of a call's new tokens on the CPU: QK norm and RoPE, exactly as in spec/reference.py.
 #pragma once
 #include "ort/op.h"
 

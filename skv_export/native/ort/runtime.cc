@@ -1,4 +1,4 @@
-// Owns the definitions of ort/runtime.h.
+// Implementation of ort/runtime.h.
 #include "ort/runtime.h"
 
 #include <atomic>

@@ -1,5 +1,5 @@
-// Owns the C++ face of ONNX Runtime's C API: errors as exceptions up to the boundary, handles that release themselves,
-// tensors, scratch memory, the log. Knows nothing of attention; shared by every provider's kernels.
+// A C++ wrapper of ONNX Runtime's C API: exceptions instead of statuses, owning handles, tensors, scratch memory, the
+// log. Independent of attention; shared by the kernels of all providers.
 #pragma once
 #include <memory>
 #include <stdexcept>

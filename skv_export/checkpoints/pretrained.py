@@ -1,0 +1,222 @@
+"""Checkpoints as transformers' models: the one place that calls ``from_pretrained`` on a checkpoint.
+
+What is loaded are the files whose headers ``resolve`` checked, safetensors or GGUF and nothing beside them; a tensor
+that is missing is an error, never a random number; code of a checkpoint's is never run, and nobody is asked whether to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from skv_export.checkpoints import tokenizer
+from skv_export.checkpoints.checkpoint import Checkpoint, Source, hub_endpoint
+from skv_export.checkpoints.foreign_tensors import adapter_in, unfit_tensors
+from skv_export.checkpoints.gguf_weights import load_gguf_model
+from skv_export.checkpoints.model_config import load_config
+from skv_export.errors import SkvError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Number formats by the names that recipes and the command line use."""
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""accelerate's ways of spreading a model over GPUs, memory and disk."""
+_DOWNLOADED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+_FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
+"""What transformers raises for a checkpoint that it can't read."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model runs in PyTorch, and in which number format.
+
+    Attributes:
+        device: torch's name of one: ``cpu``, ``cuda``, ``cuda:1``.
+        dtype: Of ``DTYPES``.
+        device_map: Of ``DEVICE_MAPS``, in place of ``device``; None = all on ``device``.
+
+    Raises:
+        SkvError: This machine has no such device, or the values contradict each other.
+    """
+
+    device: str = "cpu"
+    dtype: str = "fp32"
+    device_map: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise SkvError("dtype", got=self.dtype, expected=", ".join(DTYPES))
+        if self.device_map is not None and self.device_map not in DEVICE_MAPS:
+            raise SkvError("device_map", got=self.device_map, expected=", ".join(DEVICE_MAPS))
+        if self.device_map is not None and self.device != "cpu":
+            raise SkvError("device and device_map", got=f"{self.device} and {self.device_map}", expected="one of them")
+        _check_device(self.device)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The number format, as torch knows it."""
+        return DTYPES[self.dtype]
+
+
+def _check_device(name: str) -> None:
+    """Refuses a device that a tensor can't be put on; ``meta`` holds none."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise SkvError(f"device {name}: not available", got=reason, fix="Leave it out to run on the CPU.") from error
+    if torch.device(name).type == "meta":
+        raise SkvError(f"device {name}: it holds no numbers", expected="cpu, cuda, cuda:1, ...")
+
+
+def download(source: Source) -> Source:
+    """Returns a source whose files are on this disk: a hub id's are fetched into huggingface_hub's cache.
+
+    Raises:
+        SkvError: The hub can't be reached, or stops answering.
+    """
+    if source.kind != "hub":
+        return source
+    if source.path is not None:
+        return Source("safetensors", source.path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    patterns = [*_DOWNLOADED, *Checkpoint(source).shards()]
+    try:
+        folder = snapshot_download(
+            str(source.repo_id), revision=source.revision, allow_patterns=patterns, endpoint=hub_endpoint()
+        )
+    except (OSError, ValueError, HTTPError) as error:
+        raise SkvError(f"{source}: can't be downloaded", got=str(error)[:500], fix="Check the connection.") from error
+    return Source("safetensors", Path(folder))
+
+
+def load_tokenizer(source: Source) -> Any:
+    """Loads a checkpoint's tokenizer as transformers' users do; a hub id's files are downloaded first.
+
+    Raises:
+        SkvError: There is none, or it needs code of the checkpoint's.
+    """
+    with _quiet():
+        found = tokenizer.load_tokenizer(download(source))
+    if found is None:
+        raise SkvError(f"{source}: no tokenizer", fix="Put the model's tokenizer.json beside its weights.")
+    return found
+
+
+def load_model(
+    source: Source, config: PreTrainedConfig | None = None, placement: Placement | None = None
+) -> PreTrainedModel:
+    """Loads a whole checkpoint into PyTorch, in evaluation mode and without gradients of its weights.
+
+    Args:
+        source: The checkpoint; a hub id is downloaded first.
+        config: Its configuration, if it has been read already.
+        placement: Device and number format; float32 on the CPU if not given.
+
+    Raises:
+        SkvError: transformers can't load it, or tensors are missing or do not fit; the message names them.
+    """
+    placement, source = placement or Placement(), download(source)
+    checkpoint, config = Checkpoint.open(source), config or load_config(source)
+    if adapter_in(names := list(checkpoint.names())):
+        raise unfit_tensors(source, [], names)
+    if source.kind == "gguf":
+        return _load_gguf(source, config, placement)
+    model_class, config = _model_class(source, config)
+    arguments: dict[str, Any] = {"config": config, "dtype": placement.torch_dtype, "output_loading_info": True}
+    arguments["ignore_mismatched_sizes"] = True  # reported below, by name
+    with contextlib.ExitStack() as offloaded:
+        if placement.device_map is not None:
+            folder = offloaded.enter_context(tempfile.TemporaryDirectory(prefix="skv-offload-"))
+            arguments |= {"device_map": placement.device_map, "offload_folder": folder}
+        elif placement.device != "cpu":
+            arguments["device_map"] = {"": placement.device}
+        try:
+            with _quiet(), _tensors(source) as tensors:
+                model, found = model_class.from_pretrained(None, state_dict=tensors, **arguments)
+        except _FAILURES as error:
+            raise SkvError(f"{source}: transformers can't load its weights", got=str(error)[:500]) from error
+        wrong = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+        if wrong:
+            raise unfit_tensors(source, wrong, names)
+        weakref.finalize(model, offloaded.pop_all().close)
+    model.eval().requires_grad_(False)
+    return model
+
+
+def _load_gguf(source: Source, config: PreTrainedConfig, placement: Placement) -> PreTrainedModel:
+    """Loads a GGUF file whole, then puts it where it runs."""
+    model: Any = load_gguf_model(source, config, placement.torch_dtype)
+    if placement.device_map is not None:
+        from accelerate import dispatch_model, infer_auto_device_map
+
+        model = dispatch_model(model, infer_auto_device_map(model, no_split_module_classes=model._no_split_modules))
+    elif placement.device != "cpu":
+        model.to(placement.device)
+    model.eval().requires_grad_(False)
+    return model
+
+
+@contextlib.contextmanager
+def _tensors(source: Source) -> Iterator[dict[str, Any]]:
+    """The tensors of the very safetensors files that were checked, each read when it is taken."""
+    assert source.path is not None
+    with contextlib.ExitStack() as files:
+        tensors: dict[str, Any] = {}
+        for shard in Checkpoint(source).shards():
+            opened: Any = files.enter_context(safe_open(source.path / shard, "pt"))
+            tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        yield tensors
+
+
+def _model_class(source: Source, config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
+    """Returns transformers' own class of a causal language model, and its part of the configuration."""
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if isinstance(found, tuple | list):
+        named = [kind for kind in found if kind.__name__ in (config.architectures or ())]
+        found = (named or found)[0]
+    if found is None:
+        raise SkvError(f"{source}: transformers has no causal language model of type {config.model_type}")
+    text = config.sub_configs.get("text_config")
+    return found, config.get_text_config() if text is not None and found.config_class is text else config
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Returns where a model takes its tokens; one that is spread over devices takes and gives tensors on the CPU."""
+    return torch.device("cpu") if hasattr(model, "_hf_hook") else model.device
+
+
+def replace_attention(model: PreTrainedModel, name: str) -> None:
+    """Makes a model use an attention function that was registered with transformers' AttentionInterface.
+
+    Raises:
+        SkvError: The model has an attention of its own.
+    """
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        raise SkvError(f"{model.config.model_type}: its attention can't be replaced, so its cache can't be simulated")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers' bars and its report of the loading off the terminal: ours says what is wrong."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity(40)  # ERROR
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

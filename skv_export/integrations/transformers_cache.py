@@ -1,0 +1,178 @@
+"""SkvCache: the runtime's cache behind transformers' ``Cache`` interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.cache_utils import Cache as TransformersCache
+
+from skv_export.errors import SkvError
+from skv_export.runtime.cache import Cache
+
+
+def _refused(name: str, reason: str) -> Callable[..., NoReturn]:
+    """A method of transformers' Cache that has no meaning for ours."""
+
+    def method(self: SkvCache, *_: Any, **__: Any) -> NoReturn:
+        raise SkvError(f"SkvCache.{name}: not supported", got="a call", expected=f"none: {reason}")
+
+    method.__name__, method.__doc__ = name, f"Not supported: {reason}.\n\nRaises:\n    SkvError: Always."
+    return method
+
+
+class SkvCache(TransformersCache):
+    """A runtime's cache as transformers counts it: in columns, padding included.
+
+    What transformers' Cache can do, this one does, or raises: keys and values themselves stay in the runtime's buffers,
+    and no method falls back on transformers' list of layers, which is empty.
+
+    Attributes:
+        cache: The runtime's cache, which counts tokens.
+        held: ``[B, columns]``, which columns so far hold tokens.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        super().__init__(layers=[])
+        self.cache = cache
+        self.held: NDArray[np.bool_] = np.zeros((cache.batch, 0), np.bool_)
+
+    def __repr__(self) -> str:
+        return f"SkvCache(batch={self.cache.batch}, columns={self.columns}, max_length={self.cache.max_length})"
+
+    def __len__(self) -> int:
+        """Returns the layers."""
+        return len(self.cache.layers)
+
+    @property
+    def columns(self) -> int:
+        """Columns of the attention mask so far."""
+        return self.held.shape[1]
+
+    def append_columns(self, held: NDArray[np.bool_]) -> None:
+        """Notes the columns of a call, ``[B, new columns]``: which hold tokens."""
+        self.held = np.concatenate([self.held, held], axis=1)
+
+    # Lengths.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Returns the columns so far, the same for every layer."""
+        return self.columns
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Returns the column of the next new token."""
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Returns the tokens that a sequence can hold."""
+        return self.cache.max_length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Returns columns and first column of the mask of a call; windows are the runtime's business."""
+        return self.columns + query_length, 0
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences."""
+        return self.cache.batch
+
+    @property
+    def is_initialized(self) -> bool:
+        """True: the buffers are there from the start."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: there is no torch code to compile."""
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether ``crop`` leaves no trace: only where nothing is rounded, as tokens may come back from their codes."""
+        return all(layer.key.bits == layer.value.bits == 16 for layer in self.cache.layers)
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Which layers have a sliding window."""
+        return [layer.local_window_size > 0 for layer in self.cache.layers]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """False for every layer: all are attention."""
+        return [False] * len(self)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """False for every layer: all have a cache."""
+        return [False] * len(self)
+
+    # Changes.
+
+    def reset(self) -> None:
+        """Forgets every token; the buffers stay."""
+        self.cache.reset()
+        self.held = self.held[:, :0]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the last columns back; see ``runtime.Cache.rewind`` for how far and how exactly.
+
+        Args:
+            tokens_to_remove: Negative: as many columns go. Positive: so many stay, as in older transformers.
+
+        Raises:
+            SkvError: More columns than there are, or too far back; nothing has changed.
+        """
+        kept = tokens_to_remove if tokens_to_remove > 0 else self.columns + tokens_to_remove
+        if kept < 0:
+            raise SkvError("SkvCache.crop: columns", got=tokens_to_remove, expected=f"-{self.columns} ... 0")
+        if kept < self.columns:
+            self.cache.rewind(self.cache.lengths - self.held[:, kept:].sum(axis=1))
+            self.held = self.held[:, :kept]
+
+    def activate_past_recording(self) -> None:
+        """Makes ``crop`` possible where transformers' layers would have to prepare for it; ours always are."""
+
+    def is_recording_past(self, layer_idx: int = 0) -> bool:
+        """Returns True: recent tokens can be taken back at any time."""
+        return True
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Puts each sequence's cache where beam search wants it, in place; the batch keeps its size."""
+        order = beam_idx.cpu().numpy()
+        self.cache.reorder(order)
+        self.held = self.held[order]
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps these sequences, in this order, in new buffers; a boolean mask does too."""
+        order = np.arange(self.cache.batch)[indices.cpu().numpy()]
+        self.cache = self.cache.select(order)
+        self.held = self.held[order]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Makes ``repeats`` copies of each sequence, side by side, in new buffers."""
+        self.batch_select_indices(torch.arange(self.cache.batch).repeat_interleave(repeats))
+
+    def __copy__(self) -> SkvCache:
+        """Returns a copy with buffers of its own: two caches must not append to one buffer."""
+        twin = SkvCache(self.cache.select(np.arange(self.cache.batch)))
+        twin.held = self.held
+        return twin
+
+    def __deepcopy__(self, _: dict[int, Any]) -> SkvCache:
+        return self.__copy__()
+
+    # What only caches that hold torch's tensors can do.
+
+    update = _refused("update", "the exported graph appends keys and values itself")
+    update_indexer = _refused("update_indexer", "there is no sparse attention")
+    early_initialization = _refused("early_initialization", "the buffers are there from the start")
+    prefetch = _refused("prefetch", "the buffers stay where the model computes")
+    offload = _refused("offload", "the buffers stay where the model computes")
+    has_previous_state = _refused("has_previous_state", "there is no linear attention")
+    get_conv_state = _refused("get_conv_state", "there is no linear attention")
+    get_recurrent_state = _refused("get_recurrent_state", "there is no linear attention")
+    update_conv_state = _refused("update_conv_state", "there is no linear attention")
+    update_recurrent_state = _refused("update_recurrent_state", "there is no linear attention")

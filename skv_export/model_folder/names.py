@@ -1,0 +1,44 @@
+"""Names in an exported folder: its files, and its graph's inputs and outputs."""
+
+from __future__ import annotations
+
+from skv_export.native.library import FILE_NAME
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+"""The graph's weights, as external data."""
+SKV_CONFIG_FILE = "skv_config.json"
+GENAI_CONFIG_FILE = "genai_config.json"
+RECIPE_FILE = "recipe.toml"
+LIBRARY_FILE = FILE_NAME
+"""onnxruntime-genai loads a custom-op library from the folder, the working directory or its own only."""
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+POSITION_IDS = "position_ids"
+TOKEN_INPUTS = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS)
+"""The graph's inputs beside the caches; a rewritten one that counts positions itself does without the last."""
+LOGITS = "logits"
+PAST, PRESENT = "past_key_values", "present"
+TENSORS = ("key", "value")
+"""The two tensors of a layer's cache, in the order of layouts."""
+
+
+def past_name(layer: int | str, tensor: str) -> str:
+    """Returns the graph's input of a layer's keys or values; ``%d`` for a layer gives onnxruntime-genai's pattern."""
+    return f"{PAST}.{layer}.{tensor}"
+
+
+def present_name(layer: int | str, tensor: str) -> str:
+    """Returns the graph's output of a layer's keys or values; see ``past_name``."""
+    return f"{PRESENT}.{layer}.{tensor}"
+
+
+def layer_of_cache(name: str | None) -> int | None:
+    """Returns the layer whose ``past_name`` or ``present_name`` this is; None = another value's name."""
+    kind, _, rest = (name or "").partition(".")
+    layer, _, tensor = rest.partition(".")
+    return int(layer) if kind in (PAST, PRESENT) and layer.isdigit() and tensor in TENSORS else None

@@ -1,0 +1,108 @@
+"""The plan of a folder: what an export or a rewrite would write, as figures and as text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from skv_export.checkpoints.checkpoint import Source
+from skv_export.model_folder.genai_config import advice
+from skv_export.spec.layout import cache_bytes
+from skv_export.spec.op import LayerAttention
+from skv_export.spec.recipe import Recipe
+
+PLAN_LENGTHS = (4096, 32768, 131072)
+"""Lengths at which a plan compares the cache with an fp16 one."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export would write.
+
+    Attributes:
+        source: The checkpoint, or the ONNX model.
+        recipe: The options.
+        model_type: Hugging Face's name of the architecture.
+        layers: Attention of each layer, as the graph will have it.
+        weight_bytes: Size of the weights as the recipe wants them, tied ones once.
+        context_length: Tokens that the model can attend to.
+    """
+
+    source: Source
+    recipe: Recipe
+    model_type: str
+    layers: tuple[LayerAttention, ...]
+    weight_bytes: int
+    context_length: int
+
+    def cache_bytes(self, length: int) -> int:
+        """Returns the bytes that the cache of one sequence of ``length`` tokens takes."""
+        return cache_bytes(
+            [layer.layouts for layer in self.layers], [layer.params.kv_num_heads for layer in self.layers], length
+        )
+
+    def half_cache_bytes(self, length: int) -> int:
+        """Returns what an fp16 cache takes that keeps every token in every layer."""
+        return sum(2 * 2 * length * layer.params.kv_num_heads * layer.layouts[0].head_dim for layer in self.layers)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes by which one more token makes the cache larger, sliding windows aside."""
+        full = [layer for layer in self.layers if not layer.params.local_window_size] or self.layers
+        return sum(
+            layer.params.kv_num_heads * layout.tile_bytes / layout.tile_tokens
+            for layer in full
+            for layout in layer.layouts
+        )
+
+    def table(self) -> str:
+        """Returns the plan as text."""
+        lines = [
+            f"{self.source}: {self.model_type}, {len(self.layers)} layers, context {self.context_length:,}",
+            self._weights_row(),
+            "",
+        ]
+        lines += [f"  {row}" for row in self._layer_rows()]
+        lines += ["", f"cache: {self.bytes_per_token:,.0f} bytes per token and sequence"]
+        for length in PLAN_LENGTHS:
+            ours, half = self.cache_bytes(length), self.half_cache_bytes(length)
+            ratio = f"{half / ours:.1f}x smaller"
+            lines.append(f"  {length:>7,} tokens: {_size(ours):>9} instead of {_size(half):>9} in fp16, {ratio}")
+        pairs = [layer.layouts for layer in self.layers]
+        return "\n".join([*lines, "", advice(self.recipe.layers(len(pairs)), pairs, self.context_length)])
+
+    def _weights_row(self) -> str:
+        recipe = self.recipe
+        if not recipe.weight_bits:
+            return f"weights: {recipe.dtype}, {_size(self.weight_bytes)}"
+        kept = [
+            *(["the output embedding"] if not recipe.quantize_head else []),
+            *(["the input embedding"] if not recipe.quantize_embeddings else []),
+        ]
+        rest = f" but for {' and '.join(kept)}" if kept else ""
+        return f"weights: matrices in {recipe.weights}{rest}, the rest in {recipe.dtype}, {_size(self.weight_bytes)}"
+
+    def _layer_rows(self) -> list[str]:
+        """One line for each run of equal layers."""
+        rows: list[tuple[int, int, str]] = []
+        for i, layer in enumerate(self.layers):
+            key, value = layer.layouts
+            params = layer.params
+            window = f", window {params.local_window_size}" if params.local_window_size else ""
+            text = (
+                f"K{key.bits}V{value.bits}, {params.num_heads} query heads on {params.kv_num_heads}, "
+                f"head_dim {key.head_dim}{window}, keys per {key.granularity}, values per {value.granularity}, "
+                f"first {key.num_sink_tokens} and last {key.recent_tokens} tokens exact"
+            )
+            if rows and rows[-1][2] == text:
+                rows[-1] = (rows[-1][0], i, text)
+            else:
+                rows.append((i, i, text))
+        return [f"layer{'s' if a < b else ''} {a if a == b else f'{a}-{b}'}: {text}" for a, b, text in rows]
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

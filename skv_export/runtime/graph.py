@@ -1,0 +1,173 @@
+"""The graph of an exported folder in ONNX Runtime: opened, checked against ``skv_config.json``, and called.
+
+One call appends new tokens to a cache. What a caller may pass is checked in ``session.py``; here all fits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skv_export.errors import SkvError
+from skv_export.model_folder.names import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    LOGITS,
+    MODEL_FILE,
+    SKV_CONFIG_FILE,
+    TENSORS,
+    TOKEN_INPUTS,
+    past_name,
+)
+from skv_export.model_folder.skv_config import ModelConfig
+from skv_export.native.library import Library
+from skv_export.runtime.cache import Cache
+from skv_export.runtime.cuda_graph import DecodeGraph, uncaptured
+from skv_export.runtime.providers import brief, check_kernels, load_error, open_session, ort_errors
+from skv_export.spec.op import OP_NAME
+
+Int64 = NDArray[np.int64]
+Logits = NDArray[np.float32]
+
+
+class Graph:
+    """A folder's graph, loaded.
+
+    Args:
+        folder: The folder.
+        config: What its graph computes.
+        library: The native library.
+        execution_provider: ``cpu`` or ``cuda``.
+        cuda_graph: Capture steps of decoding as CUDA graphs.
+        num_threads: Threads inside an op; 0 = ONNX Runtime's choice.
+        spinning: Its threads wait busily for the next op.
+        model: The graph as bytes, in place of ``model.onnx``.
+
+    Attributes:
+        onnx: onnxruntime's InferenceSession.
+        inputs: Names of the graph's inputs beside the caches.
+        cuda_graph: As asked for.
+        captured: The CUDA graphs, by cache.
+
+    Raises:
+        SkvError: The graph is missing or damaged, is another one than ``config`` describes, or can't run here.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        library: Library,
+        *,
+        execution_provider: str,
+        cuda_graph: bool,
+        num_threads: int,
+        spinning: bool,
+        model: bytes | None,
+    ) -> None:
+        self._config, self.cuda_graph = config, cuda_graph
+        self.captured: WeakKeyDictionary[Cache, DecodeGraph] = WeakKeyDictionary()
+        self._numbers = itertools.count(1)
+        path = folder / MODEL_FILE
+        if model is None and not path.is_file():
+            raise SkvError(f"{path}: no such file", fix="Export the model with `skv-export model`.")
+        options = _session_options(folder, num_threads, spinning)
+        try:
+            self.onnx = open_session(
+                str(path) if model is None else model, options, execution_provider, library,
+                op_type=OP_NAME, cuda_graph=cuda_graph,
+            )  # fmt: skip
+        except ort_errors() as error:
+            raise load_error(path, error) from error
+        check_kernels(config, execution_provider, library)
+        self.inputs = _token_inputs(folder, {x.name: x.shape for x in self.onnx.get_inputs()}, config)
+
+    def run(self, cache: Cache, input_ids: Int64, attention_mask: Int64, position_ids: Int64) -> Logits:
+        """Appends new tokens to a cache whose buffers have room for them; its lengths are the caller's to count.
+
+        Args:
+            cache: Of B sequences.
+            input_ids: ``[B, S]``.
+            attention_mask: ``[B, past + S]``; the graph takes lengths from its sums.
+            position_ids: ``[B, S]``; not looked at where the graph counts positions itself.
+
+        Returns:
+            ``[B, 1, vocab_size]``, or ``[B, S, vocab_size]`` where the graph returns all logits.
+
+        Raises:
+            SkvError: ONNX Runtime fails; the cache is empty then.
+        """
+        given = dict(zip(TOKEN_INPUTS, (input_ids, attention_mask, position_ids), strict=True))
+        inputs = {name: given[name] for name in self.inputs}
+        columns = input_ids.shape[1] if self._config.all_logits else 1
+        logits = np.empty((len(input_ids), columns, self._config.vocab_size), np.float32)
+        try:
+            if not self._replay(cache, inputs, logits):
+                self._call(cache, inputs, logits)
+        except ort_errors() as error:
+            cache.reset()  # some layers may have appended already
+            raise SkvError("ONNX Runtime: the call failed, and the cache has been emptied", got=brief(error)) from error
+        return logits
+
+    def _call(self, cache: Cache, inputs: Mapping[str, Int64], logits: Logits) -> None:
+        import onnxruntime as ort
+
+        values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in inputs.items()}
+        for name, value in values.items():
+            cache.binding.bind_ortvalue_input(name, value)
+        cache.binding.bind_ortvalue_output(LOGITS, ort.OrtValue.ortvalue_from_numpy(logits))
+        self.onnx.run_with_iobinding(cache.binding, uncaptured() if self.cuda_graph else None)
+
+    def _replay(self, cache: Cache, inputs: Mapping[str, Int64], logits: Logits) -> bool:
+        """Runs a step of decoding as a CUDA graph; False where it is none, or its mask has too many columns."""
+        if not self.cuda_graph or inputs[INPUT_IDS].shape[1] != 1:
+            return False
+        graph = self.captured.get(cache)
+        if graph is None:
+            graph = DecodeGraph(self.onnx, cache, self.inputs, self._config.vocab_size, next(self._numbers))
+            self.captured[cache] = graph
+        if inputs[ATTENTION_MASK].shape[1] > graph.columns:
+            return False
+        logits[:] = graph.run(inputs)
+        return True
+
+
+def _session_options(folder: Path, num_threads: int, spinning: bool) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return options
+
+
+def _token_inputs(folder: Path, inputs: dict[str, Any], config: ModelConfig) -> tuple[str, ...]:
+    """The graph's inputs beside the caches, which must be those that the configuration describes."""
+    for i, layer in enumerate(config.layers):
+        for name, layout in zip(TENSORS, (layer.key, layer.value), strict=True):
+            shape = inputs.pop(past_name(i, name), None)
+            # A width may be open, for runtimes that allocate keys and values alike: then it has no number.
+            width = layout.width if shape is None or not isinstance(shape[3], int) else shape[3]
+            if shape is None or shape[1] != layer.num_key_value_heads or width != layout.width:
+                raise SkvError(
+                    f"{folder}: {MODEL_FILE} and {SKV_CONFIG_FILE} do not belong together: layer {i}, {name}",
+                    got=shape and shape[1:],
+                    expected=[layer.num_key_value_heads, "rows", layout.width],
+                    fix="Export the model again.",
+                )
+    if set(inputs) - set(TOKEN_INPUTS) or not {INPUT_IDS, ATTENTION_MASK} <= set(inputs):
+        raise SkvError(
+            f"{folder}: {MODEL_FILE}: inputs",
+            got=sorted(inputs),
+            expected=f"{', '.join(TOKEN_INPUTS)} and the caches",
+            fix="Export the model again.",
+        )
+    return tuple(name for name in TOKEN_INPUTS if name in inputs)

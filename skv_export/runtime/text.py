@@ -1,0 +1,106 @@
+"""From prompt to text in one call, with figures of the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from skv_export.errors import SkvError
+from skv_export.runtime.sampling import Sampling
+from skv_export.runtime.session import Session
+
+
+@dataclass
+class Generation:
+    """What ``generate_text`` did.
+
+    Attributes:
+        text: What was generated.
+        prompt_tokens: Tokens of the prompt.
+        tokens: Generated token ids.
+        prefill_seconds: Until the first token.
+        decode_seconds: From the first token to the last.
+        cache_bytes: Bytes of the cache.
+        stop_reason: ``eos`` (an end token), ``max_new_tokens``, or ``context`` (the model's context is full).
+    """
+
+    text: str = ""
+    prompt_tokens: int = 0
+    tokens: list[int] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    cache_bytes: int = 0
+    stop_reason: str = ""
+
+    def summary(self) -> str:
+        """One line of figures."""
+        steps = len(self.tokens) - 1
+        speed = f", {steps / self.decode_seconds:.1f} tokens/s" if steps > 0 and self.decode_seconds > 0 else ""
+        return (
+            f"{self.prompt_tokens} prompt tokens in {self.prefill_seconds:.2f} s; {len(self.tokens)} new{speed}; "
+            f"cache {self.cache_bytes / 2**20:.1f} MiB; stopped by {self.stop_reason}"
+        )
+
+
+def generate_text(
+    folder: Path | str,
+    prompt: str,
+    *,
+    on_text: Callable[[str], object] | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool = False,
+    execution_provider: str = "cpu",
+    cuda_graph: bool = False,
+) -> Generation:
+    """Continues a prompt.
+
+    Args:
+        folder: What ``skv-export model`` wrote.
+        prompt: Text to continue; with ``chat``, what the user says.
+        on_text: Called with each piece of text as it comes.
+        max_new_tokens: Tokens to generate at most.
+        temperature: 0 = greedy.
+        top_k: Only the k most likely tokens; 0 = all.
+        top_p: Only the most likely tokens that make up this probability.
+        seed: Of the sampling.
+        chat: Put the prompt into the model's chat template.
+        execution_provider: ``cpu`` or ``cuda``.
+        cuda_graph: Decode as a CUDA graph; see ``Session``.
+
+    Raises:
+        SkvError: See ``Session``; or the prompt has no token.
+    """
+    from tokenizers.decoders import DecodeStream
+
+    session = Session(folder, execution_provider=execution_provider, cuda_graph=cuda_graph)
+    text = session.chat_prompt([{"role": "user", "content": prompt}]) if chat else prompt
+    ids = session.tokenizer.encode(text, add_special_tokens=not chat).ids
+    if not ids:
+        raise SkvError("prompt: no tokens", got=repr(prompt), expected="some text")
+    session.check_length(len(ids))
+    cache = session.cache(1, min(len(ids) + max_new_tokens, session.config.context_length))
+    result = Generation(prompt_tokens=len(ids), cache_bytes=cache.nbytes)
+    decoder = DecodeStream(skip_special_tokens=True)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    start = now = time.perf_counter()
+    for (token,) in session.stream([ids], max_new_tokens=max_new_tokens, sampling=sampling, cache=cache):
+        now = time.perf_counter()
+        result.prefill_seconds = result.prefill_seconds or now - start
+        result.tokens.append(int(token))
+        piece = decoder.step(session.tokenizer, int(token))
+        if piece:
+            result.text += piece
+            if on_text is not None:
+                on_text(piece)
+    result.decode_seconds = now - start - result.prefill_seconds
+    if result.tokens and result.tokens[-1] in session.config.eos_token_id:
+        result.stop_reason = "eos"
+    else:
+        result.stop_reason = "max_new_tokens" if len(result.tokens) == max_new_tokens else "context"
+    return result
