@@ -237,7 +237,7 @@ class Checkpoint:
         return self._entry(name).nbytes
 
     def tensor(self, name: str) -> npt.NDArray[Any]:
-        """Reads one tensor: a read-only view for local safetensors; bf16 and fp8 as ml_dtypes; GGUF as float32.
+        """Reads one tensor, read-only; bf16 and fp8 as ml_dtypes; GGUF as float32.
 
         Raises:
             SkvError: No such tensor, or the server fails.
@@ -259,7 +259,7 @@ class Checkpoint:
         return True
 
     def release(self, names: Iterable[str]) -> None:
-        """Lets the system drop the pages of tensors that were read; views of them stay valid."""
+        """Says that tensors are not needed any more; arrays that are still held stay valid."""
         for name in names:
             entry = self._entry(name)
             entry.file.release(entry.start, entry.stop)

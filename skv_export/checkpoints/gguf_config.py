@@ -273,10 +273,9 @@ def _attention(
         made["layer_types"] = _layer_types(arch, layers, keys)
         wide = (arch, layers) in _SCALE_OF_HIDDEN_SIZE
         made["query_pre_attn_scalar"] = hidden // heads if wide else config["head_dim"]
-    partial = "leading" if known.partial_rope else "spread" if known.rows == "adjacent" else "never"
     context = config[known.positions]
     factors = {name: entries[name].array() for name in FACTOR_TENSORS if name in entries}
-    rope = rope_parameters(keys.get, factors, head_dim=config["head_dim"], context=context, partial=partial)
+    rope = rope_parameters(keys.get, factors, head_dim=config["head_dim"], context=context, partial=known.partial_rope)
     if rope["rope_type"] == "longrope":
         made["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     if arch == "gemma3":

@@ -19,12 +19,18 @@ FACTOR_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors
 """Tensors that are no weights but divisors of the frequencies."""
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What every Llama 3.1, 3.2 and 3.3 has beside its factor."""
+_YARN_USUAL = {
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
+}
+"""YaRN's own constants; llama.cpp has keys for others and does not use them for every architecture."""
 
 Factors = npt.NDArray[np.float32]
 
 
 def rope_parameters(
-    get: Callable[..., Any], factors: Mapping[str, Factors], *, head_dim: int, context: int, partial: str
+    get: Callable[..., Any], factors: Mapping[str, Factors], *, head_dim: int, context: int, partial: bool
 ) -> dict[str, Any]:
     """Returns the parameters for a model whose layers all turn their heads alike.
 
@@ -33,9 +39,7 @@ def rope_parameters(
         factors: The file's tensors of ``FACTOR_TENSORS``.
         head_dim: Channels of a head.
         context: Longest context.
-        partial: How the model's class turns a part of the head: ``leading`` (its first channels, halves apart),
-            ``spread`` (the class turns whole heads, and neighbouring rows of the file become halves: the frequencies of
-            the channels that stay are zero) or ``never``.
+        partial: Whether the model's class can turn a part of each head, its first channels.
 
     Raises:
         SkvError: The file asks for frequencies that transformers' RoPE can't express.
@@ -48,16 +52,12 @@ def rope_parameters(
     part: dict[str, Any] = {}
     if rotated < head_dim:
         part = {"partial_rotary_factor": rotated / head_dim}
-        if partial == "never" or (partial == "spread" and (scaling or factors)):
-            extra = " with scaled frequencies" if partial == "spread" else ""
+        if not partial:
             raise SkvError(
-                f"rope.dimension_count: a part of the head is turned{extra}; transformers' model can't do that",
-                got=f"{rotated} of {head_dim} channels",
-                expected=head_dim,
-                fix="Use the safetensors checkpoint.",
+                "rope.dimension_count: a part of each head is turned, which transformers' model does not do",
+                got=rotated,
+                expected=f"head_dim {head_dim}",
             )
-        if partial == "spread":  # HF's exponent is 2i / head_dim, the file's 2i / rotated
-            return {"rope_type": "proportional", "rope_theta": theta ** (head_dim / rotated), **part}
     if "rope_freqs.weight" in factors:
         return {**_divided(factors, scaling, theta, rotated, context), **part}
     if factors:
@@ -76,16 +76,14 @@ def _scaling(get: Callable[..., Any], context: int) -> dict[str, Any]:
         return {"rope_type": "linear", "factor": factor}
     if kind != "yarn" or factor <= 0:
         raise SkvError("rope.scaling", got=f"type {kind!r}, factor {factor}", expected="none, linear, yarn or longrope")
-    strength = float(get("rope.scaling.yarn_ext_factor", 1.0))
-    if strength != 1.0:
-        raise SkvError("rope.scaling.yarn_ext_factor: YaRN in part", got=strength, expected=1.0)
+    for key, usual in _YARN_USUAL.items():
+        if (value := float(get(key, usual))) != usual:
+            raise SkvError(f"{key}: readers of this file do not agree on what it does", got=value, expected=usual)
     magnitude = float(get("rope.scaling.attn_factor", 1.0)) * float(get("rope.scaling.yarn_attn_factor", 1.0))
     return {
         "rope_type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": original,
-        "beta_fast": float(get("rope.scaling.yarn_beta_fast", 32.0)),
-        "beta_slow": float(get("rope.scaling.yarn_beta_slow", 1.0)),
         "attention_factor": magnitude * (1.0 + 0.1 * math.log(max(factor, 1.0))),
     }
 

@@ -1,4 +1,4 @@
-"""Reads tensors from files without loading the files: memory maps, HTTP ranges, and safetensors headers.
+"""Reads tensors from files without loading the files: local files, HTTP ranges, and safetensors headers.
 
 A header is untrusted input: its offsets, shapes and dtypes are checked against the file before any data is read.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import mmap
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -29,6 +29,7 @@ ATTEMPTS = 5
 """Requests for one byte range before giving up; each resumes where the last one broke off."""
 TIMEOUT_S = 30.0
 _FIRST_READ = 1 << 17
+_BLOCK_BYTES = 1 << 20
 
 DTYPES: Mapping[str, npt.DTypeLike] = {
     "F64": np.float64,
@@ -63,26 +64,60 @@ class ByteSource(Protocol):
         """Says that these bytes are not needed any more."""
 
 
+Stamp = tuple[int, int, int]
+"""What tells one state of a file from another: inode, size, and time of the last change in nanoseconds."""
+
+
+def stamp(found: os.stat_result) -> Stamp:
+    """Returns the state of a file."""
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class LocalFile:
-    """A file on disk behind a memory map."""
+    """A file on disk, read rather than mapped: where a mapped file becomes shorter, the process would be killed.
+
+    Raises:
+        SkvError: The file is empty; later, that it is not any more what it was when it was opened.
+    """
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self.size = path.stat().st_size
+        self._path, self._stamp = path, stamp(path.stat())
+        self.size = self._stamp[1]
+        self._block_start, self._block = 0, memoryview(b"")
         if self.size == 0:
             raise SkvError(f"{path}: the file is empty", expected="a safetensors file", fix="Download it again.")
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def read(self, start: int, stop: int) -> memoryview:
-        """Returns bytes ``start ... stop - 1`` without copying them."""
-        return memoryview(self._map)[start:stop]
+        """Returns bytes ``start ... stop - 1``, read-only; small pieces come out of a block that is read once."""
+        if stop - start > _BLOCK_BYTES // 4:
+            return self._read(start, stop)
+        if not self._block_start <= start <= stop <= self._block_start + len(self._block):
+            self._block_start, self._block = start, self._read(start, min(start + _BLOCK_BYTES, self.size))
+        return self._block[start - self._block_start : stop - self._block_start]
+
+    def _read(self, start: int, stop: int) -> memoryview:
+        data = np.empty(stop - start, np.uint8)
+        rest = data.data
+        with self._path.open("rb", buffering=0) as file:
+            if stamp(os.fstat(file.fileno())) != self._stamp:
+                raise self._changed()
+            while rest:
+                count = os.preadv(file.fileno(), [rest], stop - len(rest))
+                if count == 0:
+                    raise self._changed()
+                rest = rest[count:]
+        return data.data.toreadonly()
+
+    def _changed(self) -> SkvError:
+        return SkvError(
+            f"{self.name}: the file was changed while it was read",
+            expected=f"the {self.size} bytes that it had",
+            fix="Run again when nothing writes to it.",
+        )
 
     def release(self, start: int, stop: int) -> None:
-        """Tells the system that these pages are not needed any more, so that memory stays small."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            first = start // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, first, stop - first)
+        """Nothing is kept."""
 
 
 class RemoteFile:
@@ -189,7 +224,7 @@ class TensorEntry:
         return self.stop - self.start
 
     def array(self) -> npt.NDArray[Any]:
-        """Returns the tensor, read-only, without a copy where the file is local."""
+        """Returns the tensor, read-only."""
         return np.frombuffer(self.file.read(self.start, self.stop), dtype=DTYPES[self.dtype]).reshape(self.shape)
 
 

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from skv_export.checkpoints.checkpoint import Source, resolve
 from skv_export.checkpoints.model_config import load_config
 from skv_export.checkpoints.pretrained import DTYPES, download
+from skv_export.checkpoints.snapshot import Snapshot
 from skv_export.errors import SkvError
 from skv_export.export import empty_model, repeat_layers
 from skv_export.export.checkpoint_weights import Weights, separate_head
@@ -131,10 +132,12 @@ def export_model(
     library_path()  # it goes into the folder: better none is written than one without it
     with _Phases(progress) as phases:
         phases.start("reading the configuration")
+        before = Snapshot.take(resolved)
         planned, model = _plan(resolved, recipe or Recipe(), as_causal_lm)
         with output_folder(target, planned.weight_bytes, force=force) as folder:
             phases.start("opening the weights")
             local = download(resolved)
+            before = before if resolved.path else Snapshot.take(local)
             write_tokenizer(local, folder)  # before the weights: what is wrong with it shows at once
             weights = Weights(local, model.model)
             phases.start("building the graph")
@@ -142,6 +145,7 @@ def export_model(
             phases.start("writing")
             save(graph, folder, phases.advance)
             _write_beside(folder, planned, local, model.model.config, all_logits)
+            before.check()
     return target
 
 

@@ -144,6 +144,23 @@ def test_a_file_in_the_folder_names_the_folder(folder: Path) -> None:
     assert resolve(folder).pretrained == str(folder)
 
 
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(bytes(range(256)) * (1 << 14))
+    file = tensor_files.LocalFile(path)
+    big = 3 << 20
+    assert bytes(file.read(5, 9)) == bytes([5, 6, 7, 8]) and bytes(file.read(big, big + 3)) == bytes([0, 1, 2])
+    assert bytes(file.read(1, big)) == path.read_bytes()[1:big]
+    before = path.stat()
+    with path.open("r+b") as opened:
+        opened.truncate(1 << 20)
+    with pytest.raises(SkvError, match="changed while it was read"):
+        file.read(0, big)
+    monkeypatch.setattr(tensor_files.os, "fstat", lambda descriptor: before)  # it shrinks after it was looked at
+    with pytest.raises(SkvError, match="changed while it was read"):
+        file.read(0, big)
+
+
 # GGUF.
 
 

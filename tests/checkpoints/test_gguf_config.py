@@ -188,15 +188,6 @@ def test_rope_is_taken_over(case: str, tmp_path: Path) -> None:
         assert (logits(got) - logits(plain)).abs().max() > 0.05  # the test would see it ignored
 
 
-def test_a_part_of_a_llamas_head(tmp_path: Path) -> None:
-    """The file turns 20 pairs of each head of 80; by hand: the same frequencies, and zero for the other 20."""
-    model = tiny("llama")
-    got = opened(write_gguf(tmp_path / "model.gguf", "llama", model, {"rope.dimension_count": 40}))
-    turned = 1.0 / 1e4 ** (torch.arange(0, 40, 2) / 40)
-    model.model.rotary_emb.inv_freq = torch.cat([turned, torch.zeros(20)])
-    torch.testing.assert_close(logits(got), logits(model), atol=2e-4, rtol=0)
-
-
 REFUSED: dict[str, tuple[str, Mapping[str, Any], Mapping[str, np.ndarray], str]] = {
     "a key nobody knows": ("llama", {"attention.new_idea": 3}, {}, r"llama\.attention\.new_idea = 3"),
     "a scale": ("llama", {"logit_scale": 2.0}, {}, r"llama\.logit_scale = 2\.0"),
@@ -210,7 +201,9 @@ REFUSED: dict[str, tuple[str, Mapping[str, Any], Mapping[str, np.ndarray], str]]
     "two scalings": ("llama", YARN_KEYS, {"rope_freqs.weight": FREE}, "two scalings"),
     "factors of another length": ("llama", {}, {"rope_freqs.weight": FREE[:7]}, "rope_freqs"),
     "one of two tables": ("phi3", {}, {"rope_factors_long.weight": LONG}, "longrope"),
-    "a part of the head": ("qwen3", {"rope.dimension_count": 32}, {}, "rope.dimension_count"),
+    "a part of the head": ("qwen3", {"rope.dimension_count": 32}, {}, "rope.dimension_count.*got 32"),
+    "a part of a llama's head": ("llama", {"rope.dimension_count": 40}, {}, "rope.dimension_count.*got 40"),
+    "YaRN's constants": ("llama", YARN_KEYS | {"rope.scaling.yarn_beta_slow": 2.0}, {}, "yarn_beta_slow"),
     "no numbers": ("llama", {"rope.dimension_count": 0}, {}, "rope.dimension_count"),
     "a tensor nobody knows": ("llama", {}, {"blk.0.attn_extra.weight": FREE}, r"blk\.0\.attn_extra\.weight"),
     "a bias without a place": ("qwen2", {}, {"blk.0.attn_output.bias": FREE}, r"blk\.0\.attn_output\.bias"),

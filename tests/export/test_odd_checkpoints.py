@@ -177,3 +177,42 @@ def test_a_model_with_yarn_serves_its_whole_context(tmp_path: Path, library: Pat
     assert json.loads((out / "genai_config.json").read_text())["model"]["context_length"] == 256
     ids = torch.randint(3, 320, (1, 200), generator=torch.Generator().manual_seed(0))
     np.testing.assert_allclose(session_logits(out, ids), expected_logits(folder, ids), atol=1e-3, rtol=0)
+
+
+# Files that change while they are read.
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_checkpoint_that_is_overwritten_meanwhile_is_no_export(
+    name: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Path
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint("qwen3"), tmp_path / "model")
+    save = pipeline.save
+
+    def overwrite(*arguments: Any) -> None:
+        save(*arguments)
+        file = folder / name
+        file.write_bytes(file.read_bytes())
+
+    monkeypatch.setattr(pipeline, "save", overwrite)
+    with pytest.raises(SkvError, match=rf"files changed while they were exported.*{name}"):
+        pipeline.export_model(folder, out=tmp_path / "out", recipe=EXACT, progress=quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_becomes_shorter_is_an_error_and_kills_nothing(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Path
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint("qwen3"), tmp_path / "model")
+    build = pipeline._build
+
+    def shorten(*arguments: Any) -> Any:
+        graph = build(*arguments)
+        with (folder / "model.safetensors").open("r+b") as file:
+            file.truncate(4096)
+        return graph
+
+    monkeypatch.setattr(pipeline, "_build", shorten)
+    with pytest.raises(SkvError, match=r"chang.*model\.safetensors|model\.safetensors.*changed"):
+        pipeline.export_model(folder, out=tmp_path / "out", recipe=EXACT, progress=quiet)
+    assert not (tmp_path / "out").exists()
