@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from skv_export import __version__
+from skv_export.cli.choice import Choice
 from skv_export.cli.options import placement_options
 from skv_export.errors import SkvError, did_you_mean
 from skv_export.spec.recipe import (
@@ -116,7 +117,7 @@ def _recipe_options(command: _Command) -> _Command:
         help_text = f"{text}  [default: {'yes' if getattr(Recipe(), key) else 'no'}]"
         command = click.option(names, key, default=None, help=help_text)(command)
     for key, (choices, text) in reversed(_RECIPE_OPTIONS.items()):
-        kind = choices if choices is int else click.Choice(choices)
+        kind = choices if choices is int else Choice(choices)
         help_text = f"{text}  [default: {defaults[key]}]"
         command = click.option("--" + key.replace("_", "-"), key, type=kind, default=None, help=help_text)(command)
     option = click.option(
@@ -219,7 +220,7 @@ def model(
     "--level",
     "levels",
     multiple=True,
-    type=click.Choice(["op", "graph", "quality"]),
+    type=Choice(["op", "graph", "quality"]),
     help="Only this level; may be given several times.  [default: all three]",
 )
 @click.option("--text", type=click.Path(path_type=Path), help="Text for the quality level.  [default: shipped prose]")

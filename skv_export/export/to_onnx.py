@@ -230,12 +230,20 @@ def translate(
     }
     _drop_no_ops(program.graph_module)
     if _is_plain(program.graph_module):
-        vars(program)["run_decompositions"] = lambda *_: program
+        # An operator without a translation is an error: then it is decomposed after all.
+        with contextlib.suppress(torch.onnx.OnnxExporterError), _taken_for_decomposed(program):
+            return _translate(program, table, input_names, output_names)
+    return _translate(program, table, input_names, output_names)
+
+
+@contextlib.contextmanager
+def _taken_for_decomposed(program: torch.export.ExportedProgram) -> Iterator[None]:
+    """Meanwhile the program's decomposition, which torch.onnx asks for, is the program itself."""
+    program.run_decompositions = lambda *_: program
     try:
-        return _translate(program, table, input_names, output_names)
-    except torch.onnx.OnnxExporterError:
-        vars(program).pop("run_decompositions", None)
-        return _translate(program, table, input_names, output_names)
+        yield
+    finally:
+        del program.run_decompositions
 
 
 def _translate(

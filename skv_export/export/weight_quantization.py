@@ -31,7 +31,8 @@ BLOCK = 32
 ACCURACY_LEVEL = 4
 """MatMulNBits' inner number format: int8, which rounds activations in blocks of ``BLOCK`` too."""
 MICROSOFT = "com.microsoft"
-CODES, SCALES, ZERO_POINTS = PARTS = ("codes", "scales", "zero_points")
+CODES, SCALES, ZERO_POINTS = "codes", "scales", "zero_points"
+PARTS = (CODES, SCALES, ZERO_POINTS)
 _ROUTER_REACH = 6
 """Nodes between a router's product and the TopK that picks experts, at most."""
 _ROUTER_STEPS = ("Add", "Cast", "Div", "Identity", "Mul", "Reshape", "Sigmoid", "Softmax", "Unsqueeze")
