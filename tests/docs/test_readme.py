@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from skv_export.export.architectures import TESTED
+
 README = Path(__file__).parents[2] / "README.md"
 PROGRAMS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
 
@@ -26,6 +28,13 @@ def test_deployment_needs_no_torch() -> None:
     (program,) = (p for p in PROGRAMS if "register_custom_ops_library" in p)
     imported = re.findall(r"^(?:import|from) (\w+)", program, flags=re.MULTILINE)
     assert set(imported) == {"json", "numpy", "onnxruntime", "tokenizers"}
+
+
+def test_models_are_those_that_are_tested() -> None:
+    """The README's list is the package's, in its order."""
+    page = README.read_text(encoding="utf-8")
+    (named,) = re.findall(r"^\*\*Models\.\*\* Tested against PyTorch: (.*?)\.\s+Any", page, re.MULTILINE | re.DOTALL)
+    assert re.findall(r"[a-z]\w+", re.sub(r"\(.*?\)|\band\b", "", named, flags=re.DOTALL)) == list(TESTED)
 
 
 def test_linked_files_exist() -> None:
