@@ -37,6 +37,9 @@ TOLERANCE = 1e-3
 """Of the logits, which are of size 1 to 10; measured: 1e-5 to 4e-5."""
 PROMPT, TOKENS = 20, 60
 RECIPES = ROOT / "recipes"
+QUICK = ("llama", "gemma2", "gpt_oss", "gpt2", "falcon")
+"""Architectures that are tried while developing: the others are slow tests."""
+EVERY = [pytest.param(arch, marks=[] if arch in QUICK else pytest.mark.slow) for arch in TINY]
 Export = Callable[..., Path]
 
 
@@ -76,7 +79,7 @@ def torch_logits(model: PreTrainedModel, ids: torch.Tensor) -> np.ndarray[Any, n
 # Equal to PyTorch.
 
 
-@pytest.mark.parametrize("arch", TINY)
+@pytest.mark.parametrize("arch", EVERY)
 def test_logits_are_pytorchs_through_prefill_flush_and_decode(
     arch: str, exported: Export, tiny_checkpoint: Callable[..., Path]
 ) -> None:
@@ -88,7 +91,7 @@ def test_logits_are_pytorchs_through_prefill_flush_and_decode(
     np.testing.assert_allclose(np.stack(got), expected[PROMPT - 1 :], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("arch", TINY)
+@pytest.mark.parametrize("arch", EVERY)
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_decoder_in_torch_is_the_plain_model_chunk_by_chunk(
     arch: str, chunk: int, tiny_checkpoint: Callable[..., Path]
