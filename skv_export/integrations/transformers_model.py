@@ -119,6 +119,15 @@ class SkvForCausalLM(GenerationMixin):
             model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
         session = Session(folder, execution_provider=execution_provider, cuda_graph=cuda_graph, num_threads=num_threads)
+        return cls.from_session(session, max_length)
+
+    @classmethod
+    def from_session(cls, session: Session, max_length: int | None = None) -> SkvForCausalLM:
+        """Returns the model of a session that is open, with the configurations of its folder.
+
+        Raises:
+            SkvError: The folder has none, or they can't be read.
+        """
         if not (session.folder / "config.json").is_file():
             raise SkvError(f"{session.folder}/config.json: no such file", fix="Export the model again.")
         config = load_config(Source("safetensors", session.folder))

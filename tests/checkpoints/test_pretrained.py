@@ -209,7 +209,7 @@ def test_there_is_one_loader() -> None:
             if isinstance(node, ast.Attribute) and node.attr == "from_pretrained" and isinstance(node.value, ast.Name):
                 calls.add((path.name, node.value.id))
     auto = {(file, name) for file, name in calls if name.startswith("Auto")}
-    assert auto == {("pretrained.py", "AutoConfig"), ("pretrained.py", "AutoTokenizer")}
+    assert auto == {("pretrained.py", "AutoModelForCausalLM"), ("tokenizer.py", "AutoTokenizer")}
     assert calls - auto <= {("pretrained.py", "model_class"), *((f, "GenerationConfig") for f, _ in calls)}
 
 
