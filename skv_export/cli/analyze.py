@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from skv_export.cli.choice import Choice
 from skv_export.cli.options import placement_options
 from skv_export.spec.recipe import GRANULARITIES, ROTATIONS, TILE_TOKENS, LayerConfig
 
@@ -74,10 +75,10 @@ class Pairs(click.ParamType[Any]):
 @click.option(
     "--optimal", is_flag=True, help="By the norms: the optimum of the paper's objective, not its greedy rule."
 )
-@click.option("--k-granularity", type=click.Choice(GRANULARITIES), help="Of keys.  [default: channel]")
-@click.option("--v-granularity", type=click.Choice(GRANULARITIES), help="Of values.  [default: token]")
-@click.option("--k-rotation", type=click.Choice(ROTATIONS), help="Of keys.  [default: none]")
-@click.option("--v-rotation", type=click.Choice(ROTATIONS), help="Of values.  [default: hadamard]")
+@click.option("--k-granularity", type=Choice(GRANULARITIES), help="Of keys.  [default: channel]")
+@click.option("--v-granularity", type=Choice(GRANULARITIES), help="Of values.  [default: token]")
+@click.option("--k-rotation", type=Choice(ROTATIONS), help="Of keys.  [default: none]")
+@click.option("--v-rotation", type=Choice(ROTATIONS), help="Of values.  [default: hadamard]")
 @click.option("--num-sink-tokens", type=int, help="First tokens kept in full precision.  [default: 4]")
 @click.option("--recent-tokens", type=int, help="Last tokens kept in full precision.  [default: 64]")
 @click.option("--tile-tokens", type=click.Choice(TILE_TOKENS), help="Tokens quantized together.  [default: 64]")

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from skv_export import __version__
+from skv_export.cli.choice import Choice
 from skv_export.cli.options import placement_options
 from skv_export.errors import SkvError, did_you_mean
 from skv_export.spec.recipe import (
@@ -116,7 +117,7 @@ def _recipe_options(command: _Command) -> _Command:
         help_text = f"{text}  [default: {'yes' if getattr(Recipe(), key) else 'no'}]"
         command = click.option(names, key, default=None, help=help_text)(command)
     for key, (choices, text) in reversed(_RECIPE_OPTIONS.items()):
-        kind = choices if choices is int else click.Choice(choices)
+        kind = choices if choices is int else Choice(choices)
         help_text = f"{text}  [default: {defaults[key]}]"
         command = click.option("--" + key.replace("_", "-"), key, type=kind, default=None, help=help_text)(command)
     option = click.option(
@@ -219,10 +220,10 @@ def model(
     "--level",
     "levels",
     multiple=True,
-    type=click.Choice(["op", "graph", "quality"]),
-    help="Only this level; may be given several times.  [default: all three]",
+    type=Choice(["op", "text", "graph", "quality"]),
+    help="Only this level; may be given several times.  [default: all four]",
 )
-@click.option("--text", type=click.Path(path_type=Path), help="Text for the quality level.  [default: shipped prose]")
+@click.option("--text", type=click.Path(path_type=Path), help="Text for all levels but op.  [default: shipped prose]")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report as JSON.")
 @click.option("--windows", default=8, show_default=True, type=click.IntRange(1), help="Quality: windows of text.")
 @click.option("--window-tokens", default=1024, show_default=True, type=click.IntRange(16), help="Tokens of each.")
@@ -250,6 +251,7 @@ def verify(
 
     \b
     op       the library against the reference: bytes equal, attention within tolerance
+    text     greedy texts of the untouched model in transformers and of the export, tokenizers and padding included
     graph    decode step by step against PyTorch with the same quantized cache
     quality  perplexity, KL divergence, top-1 agreement against the unquantized model
 

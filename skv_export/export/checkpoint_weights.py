@@ -116,7 +116,7 @@ class Weights:
         return tensor
 
     def release(self) -> None:
-        """Lets go of the memory of what was read last; tensors that are still held stay valid, and are read again."""
+        """Releases the memory of what was read last; tensors still referenced stay valid, and are read again."""
         self._tensors.release(self._members)
         self._last = None
 

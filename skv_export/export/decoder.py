@@ -8,7 +8,9 @@ PyTorch what the exported graph computes in ONNX Runtime. ``SkvDecoder`` is that
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from skv_export.errors import SkvError
+from skv_export.export.attention_patches import patch_attention
 from skv_export.spec.op import ATTRIBUTE_TYPES, AttentionParams, Attributes, LayerAttention
 from skv_export.spec.recipe import LayerConfig
 from skv_export.spec.reference import quantized_kv_attention
@@ -107,6 +110,8 @@ _HARMLESS = {
     "output_router_logits",
 }
 """What models hand to every attention function although it changes nothing; anything else that is set is refused."""
+_current_call: ContextVar[AttentionCall | None] = ContextVar("current_call", default=None)
+"""The forward pass that is running: not every model hands its keyword arguments on to the attention function."""
 
 
 def _attend(
@@ -116,7 +121,6 @@ def _attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    skv_call: AttentionCall | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -132,7 +136,6 @@ def _attend(
         key: ``[B, N_kv, S, D]``, the new tokens only.
         value: The same.
         attention_mask: None: the op masks by lengths.
-        skv_call: The state of the forward pass.
         scaling: Multiplies the scores; None = 1 / sqrt(D).
         sliding_window: Tokens a query sees, itself included.
         softcap: As the op's attribute.
@@ -147,10 +150,9 @@ def _attend(
         SkvError: The model asks for something that the op does not do; the message names the module and what it is.
     """
     name = f"{type(module).__name__} of layer {getattr(module, 'layer_idx', '?')}"
-    if skv_call is None:
-        raise SkvError(
-            f"{name}: the model does not hand its keyword arguments to the attention function", fix=_UNSUPPORTED
-        )
+    call = _current_call.get()
+    if call is None:
+        raise SkvError(f"{name}: called outside SkvDecoder", fix="Run the model through SkvDecoder.")
     asked = {n: v for n, v in others.items() if v is not None and v is not False and n not in _HARMLESS}
     if attention_mask is not None:
         asked["attention_mask"] = attention_mask
@@ -170,7 +172,7 @@ def _attend(
         softcap=float(softcap or 0.0),
         local_window_size=int(sliding_window or 0),
     )
-    output = skv_call.attend(int(module.layer_idx), params, query, key, value, s_aux)  # type: ignore[arg-type]
+    output = call.attend(int(module.layer_idx), params, query, key, value, s_aux)  # type: ignore[arg-type]
     return output.view(*output.shape[:2], params.num_heads, -1), None
 
 
@@ -193,7 +195,7 @@ class Lengths:
 
 
 class AttentionCall:
-    """One forward pass: transformers takes it as its cache, the hook finds the caches in it.
+    """One forward pass: transformers takes it as its cache, the hook finds the caches in it while it is ``running``.
 
     Args:
         configs: The recipe's options, by layer.
@@ -215,6 +217,15 @@ class AttentionCall:
         self.past = dict(zip(configs, zip(past_keys, past_values, strict=True), strict=True))
         self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.layers: dict[int, LayerAttention] = {}
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """While the block runs, the hook works on this call."""
+        token = _current_call.set(self)
+        try:
+            yield
+        finally:
+            _current_call.reset(token)
 
     def attend(
         self,
@@ -295,7 +306,8 @@ class SkvDecoder(torch.nn.Module):
                 f"{model.config.model_type}: not a language model: it has no output embedding", fix=_UNSUPPORTED
             )
         head.register_forward_pre_hook(self._select)
-        model.set_attn_implementation(ATTENTION_NAME)
+        if not patch_attention(model, ATTENTION_NAME, _attend):
+            model.set_attn_implementation(ATTENTION_NAME)
         if model.config._attn_implementation != ATTENTION_NAME:
             raise SkvError(
                 f"{model.config.model_type}: its attention does not go through AttentionInterface", fix=_UNSUPPORTED
@@ -340,13 +352,10 @@ class SkvDecoder(torch.nn.Module):
         self._keep = place if self.all_logits else (count - 1).clamp(min=0)
         lengths = Lengths((attention_mask.sum(1) - 1).to(torch.int32), count.squeeze(1).to(torch.int32), columns)
         call = AttentionCall(self.configs, lengths, past_keys, past_values)
-        logits = self.model(
-            input_ids=packed_ids,
-            position_ids=packed_positions,
-            past_key_values=call,
-            use_cache=True,
-            skv_call=call,
-        ).logits
+        with call.running():
+            logits = self.model(
+                input_ids=packed_ids, position_ids=packed_positions, past_key_values=call, use_cache=True
+            ).logits
         self._keep = None
         self._seen.layers = self._check(call)
         present = [call.present[i] for i in self.configs]

@@ -46,22 +46,22 @@ class Reader(Protocol):
         """Reads a tensor."""
 
     def release(self) -> None:
-        """Lets go of what was read last, but for tensors that are still held; these are read again where needed."""
+        """Releases what was read last; tensors that are still referenced stay valid and are read again if needed."""
 
 
 class Form(Protocol):
-    """What a weight is, as an expression over the checkpoint's tensors."""
+    """A weight as an expression over the checkpoint's tensors."""
 
     def slabs(self, reader: Reader) -> Iterator[torch.Tensor]:
-        """Computes the tensor; pieces of its flattened elements, in order."""
+        """Computes the tensor, as consecutive pieces of its flattened elements."""
 
     def renamed(self, rename: Callable[[str], str]) -> Form:
-        """Returns the same over other tensors."""
+        """Returns the same expression over other tensors."""
 
 
 @dataclass(frozen=True)
 class Named:
-    """A tensor of the checkpoint in the graph's number format, transposed if it is a matrix that is stored so.
+    """A tensor of the checkpoint in the graph's number format, optionally transposed.
 
     Attributes:
         name: The model's name of it.
@@ -166,7 +166,7 @@ def _numpy(tensor: torch.Tensor) -> NDArray[Any]:
 
 
 def to_torch(array: NDArray[Any]) -> torch.Tensor:
-    """Returns a view of an array; of a read-only one, it is only to be read."""
+    """Returns a view of an array; the view of a read-only array must not be written to."""
     if array.dtype == ir.DataType.BFLOAT16.numpy():
         return to_torch(array.view(np.int16)).view(torch.bfloat16)
     with warnings.catch_warnings():
@@ -175,7 +175,7 @@ def to_torch(array: NDArray[Any]) -> torch.Tensor:
 
 
 class Stored(ir.LazyTensor):
-    """A tensor of the graph whose bytes are computed when they are asked for.
+    """A tensor of the graph whose bytes are computed on access.
 
     Args:
         form: What it is.

@@ -49,7 +49,7 @@ Progress = Callable[[str, float], None]
 
 
 def plan(source: str | Path | Source, recipe: Recipe | None = None, *, as_causal_lm: bool = False) -> Plan:
-    """Says what an export would write; reads the configuration and no weights.
+    """Plans an export: what it would write. Reads the configuration and no weights.
 
     Args:
         source: A folder with safetensors, a GGUF file, or a hub id.
@@ -95,7 +95,7 @@ def _plan(source: Source, recipe: Recipe, as_causal_lm: bool) -> tuple[Plan, Ske
 
 
 def _example_inputs(past_keys: list[torch.Tensor], past_values: list[torch.Tensor]) -> tuple[Any, ...]:
-    """Inputs to trace with: two sequences of three tokens after four, so that no length is 0 or 1 or equals another."""
+    """Inputs for tracing: two sequences of three tokens after four: lengths differ, and none is 0 or 1."""
     ids, mask = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64)
     return ids, mask, torch.zeros_like(ids), past_keys, past_values
 
@@ -150,7 +150,7 @@ def export_model(
 
 
 class _Phases:
-    """Tells a progress callback what is being done, or draws a bar."""
+    """Reports progress to a callback, or draws a bar."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._bar = None if progress else tqdm(total=1.0, bar_format="{desc}: {percentage:3.0f}% |{bar}|", leave=False)
@@ -171,7 +171,7 @@ class _Phases:
         self._tell(name, PHASES[name])
 
     def advance(self, fraction: float) -> None:
-        """Says how much of the phase is done; of the last one."""
+        """Reports the finished fraction of the current phase."""
         begin = PHASES[self._name]
         self._tell(self._name, begin + (1 - begin) * fraction)
 

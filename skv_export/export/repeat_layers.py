@@ -43,7 +43,7 @@ class Samples:
     traced: tuple[int, ...]
 
     def original(self, name: str) -> str:
-        """Returns the whole model's name of a tensor of the cut model, where layers are numbered anew."""
+        """Returns the name in the whole model of a tensor of the cut model, whose layers are renumbered."""
         start = f"{self.path}."
         if not name.startswith(start):
             return name
@@ -85,7 +85,7 @@ def choose(model: PreTrainedModel, layers: Sequence[LayerAttention]) -> Samples 
 
 
 def _per_layer(config: Any, count: int) -> dict[str, Sequence[Any]]:
-    """The settings that list a value for each layer."""
+    """The configuration's lists with one value per layer."""
     return {
         name: value
         for name, value in vars(config).items()
@@ -94,7 +94,7 @@ def _per_layer(config: Any, count: int) -> dict[str, Sequence[Any]]:
 
 
 def _signature(layer: torch.nn.Module) -> tuple[object, ...]:
-    """What makes a layer what it is, but for its weights and its place."""
+    """A layer's structure, without its weights and its position."""
     parts: list[object] = []
     for name, module in layer.named_modules():
         parts.append((name, type(module)))
@@ -110,7 +110,7 @@ def _signature(layer: torch.nn.Module) -> tuple[object, ...]:
 
 @contextlib.contextmanager
 def cut(model: PreTrainedModel, samples: Samples) -> Iterator[None]:
-    """Leaves a model only the layers to trace, with boundaries between them, while the block runs."""
+    """Context manager: the model has only the layers to trace, with boundaries between them."""
     parent, _, name = samples.path.rpartition(".")
     owner = model.get_submodule(parent)
     whole: torch.nn.ModuleList = getattr(owner, name)
@@ -151,7 +151,7 @@ def _mark_output(_: torch.nn.Module, __: object, output: Any) -> Any:
 
 @dataclass
 class _Region:
-    """The part of a graph that is one layer.
+    """The subgraph of one layer.
 
     Attributes:
         index: The layer.
@@ -211,7 +211,7 @@ def _without_layers(values: Sequence[ir.Value]) -> list[ir.Value]:
 
 
 def _regions(graph: ir.Graph, samples: Samples) -> dict[int, _Region] | None:
-    """Cuts the graph at its boundaries; None where a node belongs to no layer or to two."""
+    """Cuts the graph at its boundaries; None if a node belongs to no layer or to two."""
     places = {index: place for place, index in enumerate(samples.traced)}
     owner: dict[ir.Value, int] = {}
     for value in (*graph.inputs, *graph.initializers.values()):
@@ -242,7 +242,7 @@ def _regions(graph: ir.Graph, samples: Samples) -> dict[int, _Region] | None:
 
 
 def _alike(graph: ir.Graph, samples: Samples, a: _Region, b: _Region) -> bool:
-    """Whether two layers of a kind are the same but for their weights and caches."""
+    """Whether two layers of a kind differ only in their weights and caches."""
     if len(a.nodes) != len(b.nodes):
         return False
     same: dict[ir.Value | None, ir.Value | None] = {a.start: b.start, None: None}
@@ -264,7 +264,7 @@ def _alike(graph: ir.Graph, samples: Samples, a: _Region, b: _Region) -> bool:
 
 
 def _counterpart(samples: Samples, x: ir.Value, y: ir.Value | None, a: int, b: int) -> bool:
-    """Whether ``y`` is to layer ``b`` what ``x`` from outside the layer is to ``a``."""
+    """Whether the outer value ``y`` has the same role for layer ``b`` as ``x`` for layer ``a``."""
     if y is None:
         return False
     if x is y:
@@ -318,7 +318,7 @@ def _copy(
 
 
 def _outer(graph: ir.Graph, samples: Samples, value: ir.Value, a: int, b: int) -> ir.Value:
-    """What stands in layer ``b`` for a value from outside layer ``a``; weights and caches are made."""
+    """The value for layer ``b`` that corresponds to an outer value of layer ``a``; weights and caches are created."""
     if value.is_graph_input() and layer_of_cache(value.name) is not None:
         return ir.Value(name=_renamed_cache(value.name, b), type=value.type, shape=value.shape)
     tensor = value.const_value

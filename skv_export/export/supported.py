@@ -13,12 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from skv_export.errors import SkvError
+from skv_export.export.architectures import TESTED
 
-TESTED = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "smollm3", "gpt_oss",
-    "gpt2", "gpt_neox",
-)  # fmt: skip
-"""Architectures with tests against PyTorch; others are exported if nothing about them is refused."""
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 _OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "thinker_config")
 _STATE_SPACE = ("ssm_cfg", "state_size", "mamba_d_state", "time_step_rank", "rescale_every")
@@ -51,16 +47,18 @@ def _reasons(config: PreTrainedConfig) -> Iterator[str]:
         yield "cross attention (add_cross_attention) has a cache of another kind"
     if has("kv_lora_rank"):
         yield "multi-head latent attention (kv_lora_rank) caches one compressed vector, not keys and values"
-    if state := has(*_STATE_SPACE):
+    if (state := has(*_STATE_SPACE)) and not (kinds and kinds <= _PLAIN_LAYERS):
         yield f"a state-space model ({', '.join(state)}) has a recurrent state, not keys and values"
+    if "chunked_attention" in kinds or (has("attention_chunk_size") and not kinds):
+        yield "attention within chunks (attention_chunk_size)"
     if other := sorted(kinds - _PLAIN_LAYERS):
         yield f"layers without a cache of keys and values, such as linear attention ({', '.join(other)})"
     if senses := has(*_OTHER_SENSES):
         yield f"it reads more than text ({', '.join(senses)}): export its text model alone"
     if has("num_kv_shared_layers"):
         yield "layers share keys and values (num_kv_shared_layers)"
-    if has("attention_chunk_size"):
-        yield "attention within chunks (attention_chunk_size)"
+    if has("attn_temperature_tuning") and not all(getattr(config, "no_rope_layers", None) or ()):
+        yield "queries are scaled by their positions (attn_temperature_tuning)"
     if has("alibi") or config.model_type in _ALIBI_MODELS:
         yield "positions are biases on the scores (ALiBi)"
     if has("quantization_config") and not _is_gguf(config):
@@ -108,9 +106,12 @@ def check_windows(config: PreTrainedConfig, windows: Sequence[int]) -> None:
     Raises:
         SkvError: They differ.
     """
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * len(windows)
-    expected = [int(window or 0) if kind == "sliding_attention" else 0 for kind in kinds]
+    local_layers = getattr(config, "attention_layers", None)  # gpt_neo's
+    window = getattr(config, "window_size" if local_layers else "sliding_window", None)
+    window = window if getattr(config, "use_sliding_window", True) else None
+    kinds = local_layers or getattr(config, "layer_types", None)
+    kinds = kinds or ["sliding_attention" if window else "full_attention"] * len(windows)
+    expected = [int(window or 0) if kind in ("sliding_attention", "local") else 0 for kind in kinds]
     if list(windows) != expected:
         raise SkvError(
             f"{config.model_type}: can't be exported: attention does not use the windows of the configuration",

@@ -106,7 +106,7 @@ def save(model: ir.Model, folder: Path, progress: Progress = lambda fraction: No
 
 
 def _store_weights(graph: ir.Graph, weights: Weights, original: Callable[[str], str]) -> None:
-    """Puts the checkpoint's tensors in place of the trace's empty ones, under their names in the whole model."""
+    """Replaces the trace's empty tensors by the checkpoint's, under their names in the whole model."""
     traced = tuple(graph.initializers.items())
     graph.initializers.clear()
     for name, value in traced:
@@ -121,7 +121,7 @@ def _store_weights(graph: ir.Graph, weights: Weights, original: Callable[[str], 
 
 
 def _name(graph: ir.Graph, layers: Sequence[LayerAttention]) -> None:
-    """Names dimensions, and puts each layer's keys and values side by side."""
+    """Names dimensions, and orders inputs and outputs so that each layer's keys and values are adjacent."""
     by_name = {str(value.name): value for value in (*graph.inputs, *graph.outputs)}
     for name in TOKEN_INPUTS:
         columns = "total_sequence_length" if name == ATTENTION_MASK else "sequence_length"
@@ -230,12 +230,20 @@ def translate(
     }
     _drop_no_ops(program.graph_module)
     if _is_plain(program.graph_module):
-        vars(program)["run_decompositions"] = lambda *_: program
+        # An operator without a translation is an error: then it is decomposed after all.
+        with contextlib.suppress(torch.onnx.OnnxExporterError), _taken_for_decomposed(program):
+            return _translate(program, table, input_names, output_names)
+    return _translate(program, table, input_names, output_names)
+
+
+@contextlib.contextmanager
+def _taken_for_decomposed(program: torch.export.ExportedProgram) -> Iterator[None]:
+    """Meanwhile the program's decomposition, which torch.onnx asks for, is the program itself."""
+    program.run_decompositions = lambda *_: program
     try:
-        return _translate(program, table, input_names, output_names)
-    except torch.onnx.OnnxExporterError:
-        vars(program).pop("run_decompositions", None)
-        return _translate(program, table, input_names, output_names)
+        yield
+    finally:
+        del program.run_decompositions
 
 
 def _translate(
@@ -261,7 +269,7 @@ def _translate(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences torch.onnx about packages that are not needed, and its own deprecations."""
+    """Silences torch.onnx's messages about packages that are not needed, and its deprecations."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -274,7 +282,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _is_plain(module: torch.fx.GraphModule) -> bool:
-    """Whether no operator changes its input or holds a graph: such programs mean the same decomposed or not."""
+    """Whether no operator mutates its input or contains a graph; such programs need no decomposition."""
     targets = {node.target for node in module.graph.nodes if node.op == "call_function"}
     overloads = {t for t in targets if isinstance(t, torch._ops.OpOverload)}
     others = {t for t in targets - overloads if isinstance(t, torch._ops.OperatorBase)}
@@ -282,7 +290,7 @@ def _is_plain(module: torch.fx.GraphModule) -> bool:
 
 
 def _drop_no_ops(module: torch.fx.GraphModule) -> None:
-    """Removes conversions to the type that a tensor has already; models write them for the sake of half precision."""
+    """Removes conversions to the type that a tensor already has; models have them for half precision."""
     conversions = (torch.ops.aten.to.dtype, torch.ops.aten.to.device)
     for node in module.graph.nodes:
         if node.target not in conversions or any(user.op == "output" for user in node.users):

@@ -31,7 +31,8 @@ BLOCK = 32
 ACCURACY_LEVEL = 4
 """MatMulNBits' inner number format: int8, which rounds activations in blocks of ``BLOCK`` too."""
 MICROSOFT = "com.microsoft"
-CODES, SCALES, ZERO_POINTS = PARTS = ("codes", "scales", "zero_points")
+CODES, SCALES, ZERO_POINTS = "codes", "scales", "zero_points"
+PARTS = (CODES, SCALES, ZERO_POINTS)
 _ROUTER_REACH = 6
 """Nodes between a router's product and the TopK that picks experts, at most."""
 _ROUTER_STEPS = ("Add", "Cast", "Div", "Identity", "Mul", "Reshape", "Sigmoid", "Softmax", "Unsqueeze")
@@ -62,7 +63,7 @@ def quantize(weight: NDArray[np.float32], bits: int) -> tuple[NDArray[Any], NDAr
 def dequantize(
     codes: NDArray[Any], scales: NDArray[Any], zeros: NDArray[Any], bits: int, inputs: int
 ) -> NDArray[np.float32]:
-    """Returns the matrix ``[N, K]`` that ``quantize``'s result stands for; ``inputs`` is K."""
+    """Returns the matrix ``[N, K]`` that ``quantize``'s result represents; ``inputs`` is K."""
     rows, blocks, _ = codes.shape
     values = _unpacked(codes.reshape(rows, -1), bits).reshape(rows, blocks, BLOCK).astype(np.float32)
     offsets = _unpacked(zeros, bits)[:, :blocks, None].astype(np.float32)
@@ -117,7 +118,7 @@ class Quantized:
 
 
 def quantize_graph(graph: ir.Graph, recipe: Recipe) -> None:
-    """Puts operators on quantized weights in place of a decoder's products with matrices, as a recipe says.
+    """Replaces a decoder's matrix products by operators on quantized weights, as the recipe specifies.
 
     Left as they are: routers, whose few rows decide which experts run, and experts, which are gathered, not multiplied.
     """
@@ -147,7 +148,7 @@ def _head(graph: ir.Graph) -> ir.Node | None:
 
 
 def _picks_experts(node: ir.Node) -> bool:
-    """Whether a product goes into a TopK, which is what routers do."""
+    """Whether a product feeds a TopK, as a router's does."""
     reached = [node]
     for _ in range(_ROUTER_REACH):
         reached = [use.node for one in reached for output in one.outputs for use in output.uses()]
@@ -158,7 +159,7 @@ def _picks_experts(node: ir.Node) -> bool:
 
 
 def _matrix(value: ir.Value | None, rows: bool) -> Stored | None:
-    """Returns a stored matrix as ``[N, K]``; ``rows`` says whether it stands so in the graph."""
+    """Returns a stored matrix as ``[N, K]``; ``rows`` tells whether the graph has it in this form."""
     tensor = value.const_value if value is not None else None
     if not isinstance(tensor, Stored) or not isinstance(tensor.form, Named) or len(tensor.shape) != 2:
         return None
@@ -198,7 +199,7 @@ def _look_up(graph: ir.Graph, node: ir.Node, bits: int) -> None:
 
 
 def _initializers(graph: ir.Graph, matrix: Stored, bits: int) -> list[ir.Value]:
-    """Returns codes, scales and zero points of a matrix ``[N, K]``; a tied one's are made once."""
+    """Returns codes, scales and zero points of a matrix ``[N, K]``; those of a tied one are created once."""
     assert isinstance(matrix.form, Named)
     rows, inputs = matrix.shape.numpy()
     blocks = -(-inputs // BLOCK)
@@ -233,7 +234,7 @@ def _replace(graph: ir.Graph, node: ir.Node, made: list[ir.Node]) -> None:
 
 
 def stored_bytes(model: PreTrainedModel, recipe: Recipe) -> int:
-    """Returns what a model's weights take in the data file, routers aside; its parameters need no memory."""
+    """Returns the bytes of a model's weights in the data file, without routers; works on fake parameters."""
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
     bits = recipe.weight_bits
     plain: dict[int, float] = {}
@@ -252,7 +253,7 @@ def stored_bytes(model: PreTrainedModel, recipe: Recipe) -> int:
 
 @contextlib.contextmanager
 def rounded(model: PreTrainedModel, quantized: Iterable[str], config: ModelConfig) -> Iterator[None]:
-    """Gives a model the weights that an exported graph has, quantized and dequantized, while the block runs.
+    """Context manager: the model has the exported graph's weights, quantized and dequantized.
 
     Args:
         model: The original, in float32.

@@ -40,7 +40,7 @@ _STEPS_BEHIND = 8
 
 @register_model("skv")
 class SkvLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
-    """An exported folder as lm-eval asks for it.
+    """An exported folder behind lm-eval's interface.
 
     Args:
         pretrained: A folder that ``skv-export model`` wrote, or a hub id.
@@ -91,7 +91,7 @@ class SkvLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
 
     @cached_property
     def generator(self) -> Session:
-        """The session that generates; made when first asked for, as most tasks only score."""
+        """The session for generation; created on first use, because most tasks only score."""
         return Session(self.folder, execution_provider=self._provider)
 
     # Tokens and templates.
@@ -122,7 +122,7 @@ class SkvLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm-eval's cache of requests knows the tokenizer by."""
+        """The tokenizer's key in lm-eval's cache of requests."""
         return str(self.folder).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

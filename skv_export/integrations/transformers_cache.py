@@ -15,7 +15,7 @@ from skv_export.runtime.cache import Cache
 
 
 def _refused(name: str, reason: str) -> Callable[..., NoReturn]:
-    """A method of transformers' Cache that has no meaning for ours."""
+    """A method of transformers' Cache that is not supported."""
 
     def method(self: SkvCache, *_: Any, **__: Any) -> NoReturn:
         raise SkvError(f"SkvCache.{name}: not supported", got="a call", expected=f"none: {reason}")
@@ -71,7 +71,7 @@ class SkvCache(TransformersCache):
         return self.cache.max_length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Returns columns and first column of the mask of a call; windows are the runtime's business."""
+        """Returns columns and first column of the mask of a call; the runtime applies windows."""
         return self.columns + query_length, 0
 
     @property
@@ -91,7 +91,7 @@ class SkvCache(TransformersCache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether ``crop`` leaves no trace: only where nothing is rounded, as tokens may come back from their codes."""
+        """Whether ``crop`` is exact: only without quantization, because tokens may be restored from their codes."""
         return all(layer.key.bits == layer.value.bits == 16 for layer in self.cache.layers)
 
     @property
@@ -133,14 +133,14 @@ class SkvCache(TransformersCache):
             self.held = self.held[:, :kept]
 
     def activate_past_recording(self) -> None:
-        """Makes ``crop`` possible where transformers' layers would have to prepare for it; ours always are."""
+        """Does nothing: transformers' layers must be prepared for ``crop``, ours need not."""
 
     def is_recording_past(self, layer_idx: int = 0) -> bool:
         """Returns True: recent tokens can be taken back at any time."""
         return True
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Puts each sequence's cache where beam search wants it, in place; the batch keeps its size."""
+        """Reorders the sequences' caches for beam search, in place; the batch keeps its size."""
         order = beam_idx.cpu().numpy()
         self.cache.reorder(order)
         self.held = self.held[order]

@@ -23,7 +23,7 @@ from skv_export.errors import SkvError
 from skv_export.integrations.transformers_cache import SkvCache
 from skv_export.model_folder import hub
 from skv_export.model_folder.names import LIBRARY_FILE
-from skv_export.model_folder.writer import output_folder
+from skv_export.model_folder.writer import generation_config, output_folder
 from skv_export.runtime.session import Session, last_logits
 
 logger = logging.get_logger(__name__)
@@ -35,7 +35,7 @@ _FIX_TRAIN = "Change the checkpoint with transformers, and export it again."
 
 
 def _refused(name: str, reason: str, fix: str) -> Callable[..., NoReturn]:
-    """A method of transformers' models that an exported graph can't have."""
+    """A method of transformers' models that an exported graph can't support."""
 
     def method(self: SkvForCausalLM, *_: Any, **__: Any) -> NoReturn:
         raise SkvError(f"SkvForCausalLM.{name}: not supported", got="a call", expected=f"none: {reason}", fix=fix)
@@ -119,14 +119,28 @@ class SkvForCausalLM(GenerationMixin):
             model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
         session = Session(folder, execution_provider=execution_provider, cuda_graph=cuda_graph, num_threads=num_threads)
+        return cls.from_session(session, max_length)
+
+    @classmethod
+    def from_session(cls, session: Session, max_length: int | None = None) -> SkvForCausalLM:
+        """Returns the model of a session that is open, with the configurations of its folder.
+
+        Args:
+            session: The runtime.
+            max_length: Most tokens of one sequence; the model's context length if not given.
+
+        Returns:
+            The model.
+
+        Raises:
+            SkvError: The folder has none, or they can't be read.
+        """
         if not (session.folder / "config.json").is_file():
             raise SkvError(f"{session.folder}/config.json: no such file", fix="Export the model again.")
-        config = load_config(Source("safetensors", session.folder))
-        if (session.folder / "generation_config.json").is_file():
-            generation_config = GenerationConfig.from_pretrained(session.folder, local_files_only=True)
-        else:
-            generation_config = GenerationConfig.from_model_config(config)
-        return cls(session, config.get_text_config(decoder=True), generation_config, max_length)
+        files = Source("safetensors", session.folder)
+        config = load_config(files)
+        defaults = generation_config(files, config)
+        return cls(session, config.get_text_config(decoder=True), defaults, max_length)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes the model into another folder, complete or not at all, with ``generation_config`` as it is now.
@@ -208,15 +222,15 @@ class SkvForCausalLM(GenerationMixin):
         return self
 
     def float(self) -> SkvForCausalLM:
-        """Returns the model: what goes in and comes out is float32."""
+        """Returns the model: inputs and outputs are float32."""
         return self
 
     def cpu(self) -> SkvForCausalLM:
-        """Returns the model: what goes in and comes out is on the CPU."""
+        """Returns the model: inputs and outputs are on the CPU."""
         return self
 
     def eval(self) -> SkvForCausalLM:
-        """Returns the model: it never trains."""
+        """Returns the model, which is always in evaluation mode."""
         return self
 
     def train(self, mode: bool = True) -> SkvForCausalLM:
@@ -392,7 +406,7 @@ class SkvForCausalLM(GenerationMixin):
         input_ids_length: int,
         inputs_tensor: torch.Tensor,
     ) -> GenerationConfig:
-        """Ends generation where the model's context ends: the last token that is generated needs no room there."""
+        """Ends generation at the end of the model's context; the last token needs no room there."""
         if input_ids_length > self.max_length:
             raise SkvError(
                 "generate: prompt",

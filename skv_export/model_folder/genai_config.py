@@ -77,7 +77,7 @@ def least_length(layers: Sequence[Layouts], context_length: int) -> int | None:
 
 
 def equal_pair(config: LayerConfig, head_dim: int) -> LayerConfig | None:
-    """The best pair with equal bits whose cache is no larger than this one's; None = there is none."""
+    """The best pair with equal bits whose cache is no larger than this one's; None = no such pair."""
     size = sum(layout.tile_bytes for layout in CacheLayout.pair(config, head_dim))
     for bits in sorted(BITS, reverse=True):
         equal = dataclasses.replace(config, k_bits=bits, v_bits=bits)
@@ -189,7 +189,7 @@ def _pair(layer: LayerCache) -> Layouts:
 
 
 def _or_first_end(token: int | None, config: ModelConfig) -> int:
-    """A token that genai requires although the model may do without it."""
+    """A token that genai requires even if the model has none."""
     if token is not None:
         return token
     return config.eos_token_id[0] if config.eos_token_id else 0

@@ -146,7 +146,7 @@ def _is_snapshot(folder: Path) -> bool:
 
 
 def _without_links(snapshot: Path) -> Path:
-    """A folder of the same files that are files: huggingface_hub's are symbolic links to elsewhere in its cache.
+    """A folder with the same files as hard links: huggingface_hub's are symbolic links into its cache.
 
     ONNX Runtime reads no external data from outside the model's folder, links resolved. Hard links take no space.
     """

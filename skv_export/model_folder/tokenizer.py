@@ -101,7 +101,7 @@ def _texts(original: Any) -> Iterator[str]:
 
 
 def _strip(folder: Path) -> None:
-    """Takes truncation and padding out of ``tokenizer.json``: they were somebody's batches."""
+    """Removes truncation and padding from ``tokenizer.json``: they are settings of a training batch."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return
@@ -112,7 +112,7 @@ def _strip(folder: Path) -> None:
 
 
 def _write_chat(original: Any, folder: Path) -> None:
-    """Writes what a chat needs where every runtime finds it: special tokens, and the default of several templates."""
+    """Writes what a chat needs to the places that runtimes read: special tokens, and the default template."""
     path = folder / "tokenizer_config.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     values = dict(before)

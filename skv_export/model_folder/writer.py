@@ -38,7 +38,7 @@ RESERVE_BYTES = 64 << 20
 
 @contextlib.contextmanager
 def output_folder(out: Path, weight_bytes: int, *, force: bool = False) -> Iterator[Path]:
-    """Gives a folder to write into that becomes ``out`` when the block ends, and vanishes if it fails.
+    """Yields a folder to write into; it becomes ``out`` when the block ends and is removed if it fails.
 
     What a killed run left behind is removed by the next one for the same ``out``.
 
@@ -70,7 +70,7 @@ def output_folder(out: Path, weight_bytes: int, *, force: bool = False) -> Itera
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Makes a folder and holds it against other processes while the block runs."""
+    """Creates a folder and locks it against other processes while the block runs."""
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -144,7 +144,7 @@ def _swap(new: Path, out: Path) -> None:
 
 
 def generation_config(source: Source, config: PreTrainedConfig) -> GenerationConfig:
-    """Returns how a checkpoint on this disk wants text to be generated; by its configuration if it does not say.
+    """Returns the generation settings of a checkpoint on this disk; derived from its configuration if there are none.
 
     Raises:
         SkvError: It says so in a way that transformers can't read.
@@ -191,7 +191,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def digest(source: Source, config: PreTrainedConfig) -> str:
-    """SHA-256 by which a checkpoint is recognized: of ``config.json``, or of a GGUF file's first MiB, its metadata."""
+    """SHA-256 that identifies a checkpoint: of ``config.json``, or of the first MiB (the metadata) of a GGUF file."""
     name = source.gguf_file or "config.json"
     if source.path is not None and (source.path / name).is_file():
         with (source.path / name).open("rb") as file:

@@ -51,12 +51,12 @@ _REPEATS = {"Expand", "Identity", "Reshape", "Tile", "Unsqueeze"}
 
 
 class Refusal(Exception):  # noqa: N818 - it is collected with those of the other nodes, and only then an error
-    """Why a node can't be rewritten."""
+    """The reason why a node can't be rewritten."""
 
 
 @dataclass(frozen=True)
 class AttentionNode:
-    """An attention node of the source, in our terms.
+    """An attention node of the source, in the op's terms.
 
     Attributes:
         node: The node.
@@ -268,7 +268,7 @@ def _caches(node: ir.Node) -> tuple[Pair, Pair]:
 
 
 def _concatenated(node: ir.Node) -> tuple[Pair, Pair, Pair]:
-    """The past, the present and the new tokens of a node before which Concats put the past in front of the new."""
+    """The past, the present and the new tokens of a node whose past is concatenated before it."""
     if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
         raise Refusal("no input past_key, but an output present_key: its cache is never read")
     past, present, new = [], [], []
@@ -286,7 +286,7 @@ def _concatenated(node: ir.Node) -> tuple[Pair, Pair, Pair]:
 
 
 def _concat(value: ir.Value | None, reader: ir.Node, name: str) -> tuple[ir.Node, ir.Node]:
-    """The Concat that a node's input comes from, and who reads it: the node, or what repeats heads in between."""
+    """The Concat that computes a node's input, and its reader: the node, or the nodes that repeat heads in between."""
     while value is not None:
         maker = value.producer()
         if maker is not None and maker.op_type == "Concat":
@@ -304,7 +304,7 @@ def _concat(value: ir.Value | None, reader: ir.Node, name: str) -> tuple[ir.Node
 
 
 def _past(value: ir.Value, name: str, reader: ir.Node) -> ir.Value:
-    """A past, which must be the graph's own input, and of no other node."""
+    """A past, which must be an input of the graph and have no other reader."""
     if not value.is_graph_input():
         raise Refusal(f"{name} is no input of the graph but comes from {_origin(value)}")
     sharing = [user for user in value.consumers() if user is not reader and user.op_type != "Shape"]
@@ -316,7 +316,7 @@ def _past(value: ir.Value, name: str, reader: ir.Node) -> ir.Value:
 
 
 def _present(value: ir.Value | None, name: str, reader: ir.Node | None) -> ir.Value:
-    """A present, which must be the graph's own output, and read by nobody but ``reader``."""
+    """A present, which must be an output of the graph and have no reader but ``reader``."""
     if value is None or not value.is_graph_output():
         raise Refusal(f"{name} is no output of the graph")
     others = [user for user in value.consumers() if user is not reader]
@@ -347,7 +347,7 @@ def _dtype(past: Pair) -> ir.DataType:
 
 
 def _head_dim(past: Pair, widths: Mapping[ir.Value | None, int], configured: int | None) -> int:
-    """Channels per head, from every shape that tells: all must agree.
+    """Channels per head, from all shapes that determine it; they must agree.
 
     Args:
         past: ``[B, N_kv, tokens, head_dim]``.

@@ -128,7 +128,7 @@ class MaskProbe:
         return run
 
     def _leaves(self, value: ir.Value, what: str, stop: ir.Value | None = None) -> list[ir.Value]:
-        """The graph's inputs that a value is made of, besides ``stop``."""
+        """The graph's inputs that a value depends on, besides ``stop``."""
         inputs: list[ir.Value] = []
         pending, visited = [value], {value, stop}
         while pending:
@@ -169,7 +169,7 @@ def _feed(value: ir.Value, past: int, tokens: int, padding: int) -> NDArray[Any]
 
 
 def _allowed(value: NDArray[Any], mask: ir.Value, past: int, tokens: int, is_causal: bool) -> NDArray[np.bool_]:
-    """A mask as the pairs it lets through, ``[tokens, past + tokens]``, the same for all heads."""
+    """The pairs that a mask allows, ``[tokens, past + tokens]``, the same for all heads."""
     if value.dtype != np.bool_:
         value = value.astype(np.float64)
         if np.any((value != 0) & ~(value <= MASKED)):

@@ -68,7 +68,7 @@ class Rewrite:
 
     @classmethod
     def read(cls, source: Path | str, recipe: Recipe | None = None) -> Rewrite:
-        """Reads a source and fits the recipe to it; nothing is changed or written.
+        """Reads a source and adapts the recipe to it; changes and writes nothing.
 
         Args:
             source: A ``.onnx`` file, or a folder with one.
@@ -91,7 +91,7 @@ class Rewrite:
 
 
 def plan(source: Path | str, recipe: Recipe | None = None) -> Plan:
-    """Says what ``rewrite_model`` would write; see ``export.plan``.
+    """Plans a rewrite: what ``rewrite_model`` would write; see ``export.plan``.
 
     Raises:
         SkvError: See ``Rewrite.read``.
@@ -224,7 +224,7 @@ def _token(value: object) -> int | None:
 
 
 def _check_names(source: OnnxSource) -> None:
-    """Inputs must be those of a token loop, and weights must not stand in files that are written here."""
+    """Checks that the inputs are those of a token loop, and that no weights are in files that are written here."""
     unknown = [
         str(x.name) for x in source.graph.graph.inputs if x.name not in TOKEN_INPUTS and len(x.shape or "past") != 4
     ]
@@ -305,7 +305,7 @@ def _in_order(nodes: Sequence[AttentionNode], source: OnnxSource) -> list[Attent
 
 
 def _bytes_to_write(rewrite: Rewrite, out: Path, copy_weights: bool) -> int:
-    """Bytes that the new folder adds to its disk: weights add none if they stand on the same one."""
+    """Bytes that the new folder adds to its disk; weights on the same disk add none."""
     files = [rewrite.source.path, *rewrite.source.companions]
     disk = next(folder for folder in out.resolve().parents if folder.exists()).stat().st_dev
     files += [file for file in rewrite.source.weights.values() if copy_weights or file.stat().st_dev != disk]
@@ -326,7 +326,7 @@ def _share(file: Path, target: Path, *, copy: bool) -> None:
 
 
 def _clone(file: Path, target: Path) -> None:
-    """Makes a file that shares the other's blocks until one of them is written to (Btrfs, XFS)."""
+    """Clones a file; the two share blocks until one is written to (Btrfs, XFS)."""
     with file.open("rb") as source, target.open("xb") as made:
         try:
             fcntl.ioctl(made, _FICLONE, source.fileno())

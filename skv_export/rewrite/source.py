@@ -154,7 +154,7 @@ def _companions(folder: Path) -> list[Path]:
 
 
 def _brief(error: Exception) -> str:
-    """The innermost message: onnx_ir's name the graph at every level around it."""
+    """The innermost message of an onnx_ir error, which names the graph at every level."""
     inner: BaseException = error
     while inner.__cause__ is not None:
         inner = inner.__cause__
@@ -165,7 +165,7 @@ def _brief(error: Exception) -> str:
 
 
 def _external_files(model: onnx.ModelProto, path: Path) -> Iterator[tuple[str, Path]]:
-    """Checks every tensor that stands in another file; yields its location and that file."""
+    """Checks every tensor with external data; yields its location and the file."""
     checked: dict[str, Path] = {}
     for count, tensor in enumerate(_tensors(model)):
         if count >= MAX_TENSORS:
@@ -206,7 +206,7 @@ def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 
 def _locate(location: str, path: Path, what: str) -> Path:
-    """The file of a location; it must stand in the model's folder, by name and after symbolic links.
+    """The file of a location; it must be in the model's folder, by name and after following symbolic links.
 
     The hub's cache is the one exception: its snapshots are folders of links into ``blobs``.
     """

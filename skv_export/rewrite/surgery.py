@@ -35,7 +35,7 @@ class Layer:
 
 
 def rewrite_graph(model: ir.Model, layers: Sequence[Layer]) -> None:
-    """Turns the attention nodes of a model into ours, in memory.
+    """Replaces the attention nodes of a model by the op, in memory.
 
     The caches become uint8 ``[batch, num_key_value_heads, rows, W]``; weights stay references to the same files.
     """
@@ -66,7 +66,7 @@ class Surgery:
     # The node.
 
     def attention(self, layer: Layer) -> None:
-        """Makes an attention node the op; its name, its outputs and, of GroupQueryAttention, its inputs stay."""
+        """Turns an attention node into the op; it keeps its name, outputs and, for GroupQueryAttention, inputs."""
         node, attention = layer.attention.node, layer.attention
         given: dict[str, ir.Value | None]
         if attention.is_gqa:
@@ -106,7 +106,7 @@ class Surgery:
         return self._add("Reshape", [turned, self._constant("tokens_first", [0, 0, -1])], before=node)
 
     def _heads_first(self, node: ir.Node, layer: Layer) -> None:
-        """Turns the output back: ``[B, S, N * D]`` to ``[B, N, S, D]``."""
+        """Converts the output back: ``[B, S, N * D]`` to ``[B, N, S, D]``."""
         output = node.outputs[0]
         name, shape, graph_output = output.name, output.shape, output.is_graph_output()
         heads, size = layer.op.params.num_heads, layer.attention.head_dim
@@ -129,7 +129,7 @@ class Surgery:
         result.name = name
 
     def _present_outputs(self, node: ir.Node, attention: AttentionNode) -> None:
-        """Makes the node's own presents what the graph returns, in place of those of the Concats before it."""
+        """Makes the graph return the node's own presents instead of those of the Concats before it."""
         node.resize_outputs(1)
         node.resize_outputs(3)
         for made, output in zip(attention.present, node.outputs[1:], strict=True):
@@ -139,7 +139,7 @@ class Surgery:
     # The caches.
 
     def caches(self, layer: Layer, index: int) -> None:
-        """Gives the inputs and outputs of a layer's cache their new type and shape, and the names of the ecosystem."""
+        """Gives the inputs and outputs of a layer's cache their new type and shape, and the usual names."""
         past, present = layer.attention.past, layer.attention.node.outputs[1:3]
         widths = cache_widths(layer.op.layouts)
         for kind, source, result, width in zip(TENSORS, past, present, widths, strict=True):
@@ -151,7 +151,7 @@ class Surgery:
                 value.name = name(index, kind)
 
     def past_shapes(self, layer: Layer) -> None:
-        """Gives who reads a past's shape the one that it had in the source: ``[B, N_kv, tokens, D]``."""
+        """Gives nodes that read a past's shape the shape that it had in the source: ``[B, N_kv, tokens, D]``."""
         for past in layer.attention.past:
             for reader in [node for node in past.consumers() if node.op_type == "Shape"]:
                 kept = self._add("Slice", [reader.outputs[0], *self._span(0, 2)])
@@ -166,7 +166,7 @@ class Surgery:
                     use.node.replace_input_with(use.idx, part)
 
     def drop_unread(self) -> None:
-        """Removes the nodes that made what attention no longer reads: masks grow with the square of the length."""
+        """Removes nodes whose results attention no longer reads: masks grow with the square of the length."""
         pending = [value.producer() for value in self._unread]
         while pending:
             node = pending.pop()
@@ -224,7 +224,7 @@ class Surgery:
 
     @property
     def query_seqlens(self) -> ir.Value:
-        """int32 ``[B]``: each sequence's new tokens. Without it, one that gets none would count its padding as one."""
+        """int32 ``[B]``: each sequence's new tokens. Without it, a sequence without any would count padding as one."""
 
         def build() -> ir.Value:
             ids = next(x for x in self.graph.inputs if x.name == INPUT_IDS)

@@ -20,7 +20,7 @@ _GRAPH_ID = "gpu_graph_id"
 
 
 def uncaptured() -> Any:
-    """Returns the RunOptions of a call that is not to be captured, in a session that captures."""
+    """Returns RunOptions that exclude a call from CUDA graph capture."""
     import onnxruntime as ort
 
     options = ort.RunOptions()

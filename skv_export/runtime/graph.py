@@ -89,7 +89,7 @@ class Graph:
         self.inputs = _token_inputs(folder, {x.name: x.shape for x in self.onnx.get_inputs()}, config)
 
     def run(self, cache: Cache, input_ids: Int64, attention_mask: Int64, position_ids: Int64) -> Logits:
-        """Appends new tokens to a cache whose buffers have room for them; its lengths are the caller's to count.
+        """Appends new tokens to a cache with room for them; the caller updates its lengths.
 
         Args:
             cache: Of B sequences.
@@ -150,7 +150,7 @@ def _session_options(folder: Path, num_threads: int, spinning: bool) -> Any:
 
 
 def _token_inputs(folder: Path, inputs: dict[str, Any], config: ModelConfig) -> tuple[str, ...]:
-    """The graph's inputs beside the caches, which must be those that the configuration describes."""
+    """The graph's inputs besides the caches; checks that the caches are those of the configuration."""
     for i, layer in enumerate(config.layers):
         for name, layout in zip(TENSORS, (layer.key, layer.value), strict=True):
             shape = inputs.pop(past_name(i, name), None)

@@ -109,7 +109,7 @@ def preload(name: str) -> None:
 
 
 def check_placement(session: Any, name: str, op_type: str) -> None:
-    """Checks where ONNX Runtime has put a session's nodes: it gives the CPU what a provider can't do, without a word.
+    """Checks on which provider a session's nodes run: ONNX Runtime silently falls back to the CPU.
 
     Args:
         session: An ``InferenceSession`` that records it.
@@ -162,14 +162,14 @@ def gpu_kernels(config: ModelConfig, library: Library) -> dict[str, list[int]]:
 
 
 def without_tensor_cores(path: str) -> str:
-    """What there is to do about kernels of ``gpu_kernels``; empty for the fast ones."""
+    """Advice on kernels of ``gpu_kernels``; empty for the fast ones."""
     if not path.startswith("decode_simple"):
         return ""
     return "Without tensor cores, many times slower: export with --dtype fp16 or bf16 and bits of 8, 4, 3 or 2."
 
 
 def check_kernels(config: ModelConfig, name: str, library: Library) -> None:
-    """Says, as a RuntimeWarning, which layers' decoding does without tensor cores on a GPU, and why.
+    """Warns (RuntimeWarning) of layers whose decoding does not use tensor cores on a GPU, with the reason.
 
     Args:
         config: The model's.
@@ -198,7 +198,7 @@ def brief(error: Exception) -> str:
 
 
 def load_error(path: Path, error: Exception) -> SkvError:
-    """What it means that ONNX Runtime can't load a model.
+    """The error for a model that ONNX Runtime can't load.
 
     Args:
         path: The graph's file, in the folder of its weights.

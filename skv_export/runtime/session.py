@@ -176,7 +176,7 @@ class Session:
             )
 
     def _check_last(self, new: NDArray[np.bool_]) -> None:
-        """A graph that returns the logits of its last column alone has none for a shorter sequence of the batch."""
+        """Refuses padding where the graph returns the logits of the last column only."""
         tokens = new.sum(axis=1)
         if not self.config.all_logits and ((tokens > 0) & (tokens < new.shape[1])).any():
             raise SkvError(
@@ -290,7 +290,7 @@ class Session:
 
     @property
     def pad_token_id(self) -> int:
-        """What stands in the columns of padding: the model's token for it, else its first end token, else 0."""
+        """The padding token: the model's own, else its first end token, else 0."""
         if self.config.pad_token_id is not None:
             return self.config.pad_token_id
         return self.config.eos_token_id[0] if self.config.eos_token_id else 0
@@ -303,7 +303,17 @@ class Session:
         return load_tokenizer(self.folder)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Puts messages (``role``, ``content``) into the model's chat template; see ``prompts.chat_prompt``."""
+        """Formats messages with the model's chat template.
+
+        Args:
+            messages: Each with ``role`` and ``content``.
+
+        Returns:
+            The prompt as text, up to where the model's answer starts.
+
+        Raises:
+            SkvError: The folder has no chat template.
+        """
         return chat_prompt(self.folder, messages)
 
 

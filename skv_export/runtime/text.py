@@ -14,7 +14,7 @@ from skv_export.runtime.session import Session
 
 @dataclass
 class Generation:
-    """What ``generate_text`` did.
+    """The result of ``generate_text``.
 
     Attributes:
         text: What was generated.

@@ -183,7 +183,7 @@ def layout_cases() -> Iterator[CacheLayout]:
 
 
 def attention_cases() -> tuple[Case, ...]:
-    """The cases of the whole op, from the plain to the awkward."""
+    """The cases of the whole op, from simple to unusual."""
     small = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
     default = LayerConfig()
 
@@ -306,7 +306,7 @@ def token_channel_cases() -> tuple[Case, ...]:
 
 
 def not_a_number_cases() -> tuple[Case, ...]:
-    """Calls in which something is not a number: it must stay so in what depends on it, and nowhere else."""
+    """Calls with NaN inputs: NaN must appear in the outputs that depend on them, and nowhere else."""
     rotated = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
     plain = dataclasses.replace(rotated, v_rotation="none")
     exact = dataclasses.replace(plain, k_bits=16, v_bits=16)

@@ -75,7 +75,7 @@ OUTPUT_NAMES = tuple(parameter.name for parameter in OUTPUTS)
 
 @dataclass(frozen=True)
 class AttentionParams:
-    """The op's attributes that are not the cache's.
+    """The op's attributes that do not describe the cache.
 
     Attributes:
         num_heads: N, query heads.
@@ -100,7 +100,7 @@ class AttentionParams:
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """One layer's attention: what its ONNX node's attributes say.
+    """One layer's attention: the attributes of its ONNX node.
 
     Attributes:
         params: The attributes that GroupQueryAttention has too.
@@ -151,7 +151,7 @@ ATTRIBUTE_TYPES: dict[str, type] = {
 
 
 def in_order(given: Mapping[str, _T]) -> list[_T | None]:
-    """A node's inputs by name, put in the schema's order: None where one is left out, and none behind the last."""
+    """A node's inputs in the schema's order, from their names: None for omitted ones, none after the last."""
     unknown = set(given) - set(INPUT_NAMES)
     assert not unknown, f"the op has no inputs {unknown}"
     inputs = [given.get(name) for name in INPUT_NAMES]

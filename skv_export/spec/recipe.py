@@ -120,7 +120,7 @@ class LayerOverride:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an export does to a model's cache, and to its weights.
+    """The options of an export: the model's cache, and its weights.
 
     Attributes:
         default: The options of every layer that no override names.
@@ -296,7 +296,7 @@ class Recipe:
 
 
 def _with_dtype(given: dict[str, Any]) -> dict[str, Any]:
-    """Weights in a number format of activations say that of the activations, too."""
+    """A ``weights`` that is also a ``dtype`` sets ``dtype``."""
     if given.get("weights") in DTYPES:
         given.setdefault("dtype", given["weights"])
     return given
@@ -339,7 +339,7 @@ def _reject_unknown(values: Mapping[str, Any], known: Sequence[str], source: str
 
 
 def _check(name: str, value: object, source: str = "") -> None:
-    """Checks the value of a key; ``source`` says where it stands."""
+    """Checks the value of a key; ``source`` is where it comes from."""
     what = f"{source}: {name}" if source else name
     if name in _CHOICES:
         choices = _CHOICES[name]

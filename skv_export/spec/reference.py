@@ -26,7 +26,7 @@ def prepare(layout: CacheLayout, x: Float) -> Float:
 
 
 def stored(layout: CacheLayout, x: Float) -> NDArray[np.generic]:
-    """New tokens ``[..., head_dim]`` as the cache holds them: not-finite as 0, padded, rotated, in ``recent_type``."""
+    """New tokens ``[..., head_dim]`` as the cache holds them: non-finite as 0, padded, rotated, in ``recent_type``."""
     return _to_recent(layout, prepare(layout, np.where(np.isfinite(x), x, np.float32(0))))
 
 
@@ -155,7 +155,7 @@ def rewind_floor(layout: CacheLayout, block_bytes: int, length: int, longest_len
 
 
 def longest_after_rewind(layout: CacheLayout, longest_length: int, new_length: int) -> int:
-    """The longest length to count with once blocks have been rewound to ``new_length``; never above what it was.
+    """The longest length to assume after a rewind to ``new_length``; never above the previous one.
 
     All rows that are in use are whole again then, as if the blocks had never been longer than those rows reach. Where
     a sliding window's ring of tiles has forgotten more than that length would, the old one stands.

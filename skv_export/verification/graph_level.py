@@ -37,7 +37,7 @@ STEPS_PAST_FLUSHES = 64
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What may differ.
+    """Tolerances of the graph level.
 
     Attributes:
         exact: Any logit, with a cache that rounds nothing.
@@ -64,7 +64,7 @@ class Tolerance:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class StepComparison:
     """One run of both, step by step; step 0 is the prompt.
 
     Attributes:
@@ -111,8 +111,8 @@ class GraphResult:
         failures: What is beyond the tolerance, a sentence each.
     """
 
-    quantized: Comparison
-    exact: Comparison
+    quantized: StepComparison
+    exact: StepComparison
     failures: tuple[str, ...]
 
     def rows(self) -> list[str]:
@@ -129,7 +129,7 @@ class GraphResult:
 
 
 class TorchDecoder:
-    """The model in PyTorch with the reference as its attention, and a cache of its own, for one sequence."""
+    """The model in PyTorch with the reference as its attention and its own cache, for one sequence."""
 
     def __init__(self, model: PreTrainedModel, config: ModelConfig) -> None:
         self.length = 0
@@ -139,7 +139,7 @@ class TorchDecoder:
         self._past: list[list[torch.Tensor]] = []
 
     def adopt(self, cache: Cache) -> None:
-        """Takes over the bytes of a runtime's cache of one sequence."""
+        """Copies the bytes of a runtime's cache of one sequence."""
         self._past = [
             [torch.from_numpy(cache.data(i, name)) for i in range(len(self.layers))] for name in ("key", "value")
         ]
@@ -178,7 +178,7 @@ def check(
     execution_provider: str = "cpu",
     tolerance: Tolerance | None = None,
 ) -> GraphResult:
-    """Compares the exported graph with PyTorch, with a cache that rounds nothing and with the recipe's.
+    """Compares the exported graph with PyTorch, with an unquantized cache and with the recipe's.
 
     Args:
         model: The original; its attention is the reference's meanwhile.
@@ -191,17 +191,17 @@ def check(
     attention = model.config._attn_implementation
     try:
         session = graph_variants.unquantized(folder, execution_provider=execution_provider)
-        exact = compare(model, session, tokens, tolerance.exact, tolerance.rows, same_cache=False)
+        exact = compare_steps(model, session, tokens, tolerance.exact, tolerance.rows, same_cache=False)
         session = graph_variants.exact_products(folder, execution_provider=execution_provider)
-        quantized = compare(model, session, tokens, tolerance.most, tolerance.rows, same_cache=True)
+        quantized = compare_steps(model, session, tokens, tolerance.most, tolerance.rows, same_cache=True)
     finally:
         model.set_attn_implementation(attention)
     return judge(quantized, exact, tolerance)
 
 
-def compare(
+def compare_steps(
     model: PreTrainedModel, session: Session, tokens: Sequence[int], limit: float, rows: float, *, same_cache: bool
-) -> Comparison:
+) -> StepComparison:
     """Decodes ``tokens`` with both and compares every step.
 
     Args:
@@ -262,7 +262,7 @@ class _Track:
         return worst > self.limit
 
     def add_caches(self, step: int, decoder: TorchDecoder, cache: Cache) -> None:
-        """Adds what a step wrote, and notes the first layer whose keys or values are not the reference's."""
+        """Adds what a step wrote, and records the first layer whose keys or values differ from the reference's."""
         for i, layer in enumerate(decoder.layers):
             for name, layout in (("key", layer.key), ("value", layer.value)):
                 blocks = [h.data(i, name).reshape(layer.num_key_value_heads, -1) for h in (decoder, cache)]
@@ -275,9 +275,9 @@ class _Track:
                     before = f", or layer {i - 1} after its own" if i else ""
                     self.origin = f"step {step}: layer {i}'s {name}s are off by {off:.1%}: layer {i}{before}"
 
-    def result(self, prompt: int, steps: int) -> Comparison:
+    def result(self, prompt: int, steps: int) -> StepComparison:
         worst = [float(d.max()) for d in self.differences]
-        return Comparison(
+        return StepComparison(
             prompt=prompt,
             steps=steps,
             max_abs=max(worst),
@@ -298,7 +298,7 @@ def _epsilon(layout: CacheLayout) -> float:
 
 
 def _differences(layout: CacheLayout, reference: Bytes, exported: Bytes) -> tuple[int, int, float]:
-    """What differs between two blocks ``[N_kv, C]``.
+    """The differences between two blocks ``[N_kv, C]``.
 
     Returns:
         Bytes of the tiles, numbers of the full-precision rows, and by how much the latter differ, relative to the
@@ -318,7 +318,7 @@ def _differences(layout: CacheLayout, reference: Bytes, exported: Bytes) -> tupl
     return flips, int((one != other).sum()), off / (float(np.abs(one).max()) or 1.0)
 
 
-def judge(quantized: Comparison, exact: Comparison, tolerance: Tolerance) -> GraphResult:
+def judge(quantized: StepComparison, exact: StepComparison, tolerance: Tolerance) -> GraphResult:
     """Holds the comparisons against the tolerance."""
     failures = _beyond("nothing rounded", exact, exact.max_abs, tolerance.exact, "largest")
     failures += _contradicted("nothing rounded", exact)
@@ -334,7 +334,7 @@ def judge(quantized: Comparison, exact: Comparison, tolerance: Tolerance) -> Gra
     return GraphResult(quantized, exact, tuple(failures))
 
 
-def _beyond(what: str, found: Comparison, value: float, limit: float, name: str) -> list[str]:
+def _beyond(what: str, found: StepComparison, value: float, limit: float, name: str) -> list[str]:
     if value <= limit:
         return []
     where = f" at step {found.worst_step}" if name == "largest" else ""
@@ -342,7 +342,7 @@ def _beyond(what: str, found: Comparison, value: float, limit: float, name: str)
     return [f"graph, {what}: the {name} logit difference is {value:.2e}{where}, expected at most {limit:.0e}{begun}"]
 
 
-def _contradicted(what: str, found: Comparison) -> list[str]:
+def _contradicted(what: str, found: StepComparison) -> list[str]:
     if not found.contradictions:
         return []
     steps = ", ".join(map(str, found.contradictions[:8]))

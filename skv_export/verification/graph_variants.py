@@ -25,12 +25,12 @@ _GATHERS = ("GatherElements", "GatherND", "Gather")
 
 
 def plain(folder: Path, *, execution_provider: str = "cpu") -> Session:
-    """Returns a session of the exported graph itself, as the twins': it shares the machine's cores with torch."""
+    """Returns a session of the exported graph itself, configured as the variants': it shares the cores with torch."""
     return Session(folder, execution_provider=execution_provider, spinning=False)
 
 
 def exact_products(folder: Path, *, execution_provider: str = "cpu") -> Session:
-    """Returns a session whose quantized weights meet activations that are not rounded: PyTorch's products, then."""
+    """Returns a session that does not round activations before products with quantized weights, as PyTorch."""
     config = ModelConfig.load(folder)
     if not config.weights:
         return plain(folder, execution_provider=execution_provider)
@@ -46,7 +46,7 @@ def _with_exact_products(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def all_logits(folder: Path, *, execution_provider: str = "cpu") -> Session:
-    """Returns a session that gives every position's logits, for calls without padding.
+    """Returns a session that returns every position's logits, for calls without padding.
 
     The exported graph picks the hidden states of each sequence's last token before the output embedding; the twin
     leaves that out. Without padding the tokens are already in their order, so nothing has to be unpacked.
@@ -75,7 +75,7 @@ def all_logits(folder: Path, *, execution_provider: str = "cpu") -> Session:
 
 
 def unquantized(folder: Path, *, execution_provider: str = "cpu") -> Session:
-    """Returns a session whose cache rounds nothing: 16 bits for keys and values, which are rows of float32 then.
+    """Returns a session with an unquantized cache: 16 bits for keys and values, float32 rows.
 
     All else is ``exact_products``; a difference to PyTorch comes from the graph, and no code can flip.
     """

@@ -15,6 +15,8 @@ import pytest
 from harness import ASAN, OK, ROOT, SOURCES, TSAN, build_ort_shim, build_shim
 from mutations import MUTATIONS, Mutation
 
+pytestmark = pytest.mark.slow
+
 OUT = ROOT / "build" / "cuda_shim"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 

@@ -18,9 +18,13 @@ OUT = ROOT / "build" / "cuda_shim"
 ORT_GPU = Path(os.environ.get("SKV_ORT_GPU", ""))
 PROVIDER = ORT_GPU / "onnxruntime" / "capi" / "libonnxruntime_providers_cuda.so"
 
-pytestmark = pytest.mark.skipif(
-    not PROVIDER.is_file() or cuda_headers() is None, reason="SKV_ORT_GPU has no onnxruntime-gpu, or nvcc no headers"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not PROVIDER.is_file() or cuda_headers() is None,
+        reason="SKV_ORT_GPU has no onnxruntime-gpu, or nvcc no headers",
+    ),
+]
 
 
 # File, what stands there, what a mistake would be; each must be found by decoding under the provider.

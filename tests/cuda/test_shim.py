@@ -17,6 +17,7 @@ from harness import (
     MMA,
     ROOT,
     SIMPLE,
+    TYPES,
     HostMemory,
     KernelError,
     Library,
@@ -241,6 +242,15 @@ def test_rewind_in_any_order_is_a_fresh_run(name: str, kernels: Library) -> None
 
     layout = dataclasses.replace(rewinding.layouts()[name], head_dim=64)  # all that a small build of the shim has
     rewinding.check_random_walk(layout, append, rewind, 0, steps=8)
+
+
+def test_no_cache_is_refused(kernels: Library) -> None:
+    lengths = [ctypes.c_int64(n) for n in (9, 9, 8)]
+    statuses = (
+        kernels.lib.skv_cuda_rewind(None, 1, 0, *lengths, None),
+        kernels.lib.skv_cuda_dequantize(None, 1, 0, 0, lengths[0], TYPES["float"], None, ctypes.c_int64(64), None),
+    )
+    assert statuses == (INVALID_ARGUMENT, INVALID_ARGUMENT)
 
 
 def test_random_bytes_are_dequantized(kernels: Library) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from skv_export.export.architectures import TESTED
+
 README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 PROGRAMS = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.DOTALL | re.MULTILINE)
@@ -44,3 +46,9 @@ def test_commands_exist() -> None:
     assert {"model", "generate", "verify", "analyze", "quality"} <= commands
     listed = set(main.list_commands(None))  # type: ignore[arg-type]
     assert commands <= listed
+
+
+def test_models_are_those_that_are_tested() -> None:
+    """The README's list is the package's, in its order."""
+    (named,) = re.findall(r"^\*\*Models\.\*\* Tested against PyTorch: (.*?)\.\s+Any", TEXT, re.MULTILINE | re.DOTALL)
+    assert re.findall(r"[a-z]\w+", re.sub(r"\(.*?\)|\band\b", "", named, flags=re.DOTALL)) == list(TESTED)

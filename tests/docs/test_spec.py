@@ -54,6 +54,18 @@ def test_attributes_have_the_recipes_defaults_and_choices() -> None:
             assert re.search(rf"\b{choice}\b", row[3]), (name, choice)
 
 
+def test_attributes_have_the_layouts_ranges() -> None:
+    table = {row[0]: row[3] for row in rows("Attributes")}
+    for name, (low, high) in {
+        "num_sink_tokens": (0, recipe.MAX_KEPT_TOKENS),
+        "recent_tokens": (0, recipe.MAX_KEPT_TOKENS),
+        "local_window_size": (-1, layout.MAX_WINDOW),
+    }.items():
+        assert table[name].startswith(f"{low} ... {high}"), name
+    assert table["tile_tokens"] == ", ".join(map(str, recipe.TILE_TOKENS))
+    assert f"1 ... {recipe.MAX_HEAD_DIM}" in PAGE
+
+
 def test_planes() -> None:
     assert {int(row[0]): tuple(int(p) for p in row[1].split(", ")) for row in rows("Tile")} == layout.PLANES
 

@@ -23,6 +23,7 @@ from skv_export.checkpoints import pretrained
 from skv_export.checkpoints.tensor_files import TensorEntry
 from skv_export.errors import SkvError
 from skv_export.export import lazy_weights, pipeline, supported, to_onnx
+from skv_export.export.architectures import TESTED
 from skv_export.export.decoder import AttentionCall, Lengths, SkvDecoder
 from skv_export.model_folder import writer
 from skv_export.model_folder.names import DATA_FILE, LIBRARY_FILE, MODEL_FILE
@@ -38,6 +39,9 @@ TOLERANCE = 1e-3
 """Of the logits, which are of size 1 to 10; measured: 1e-5 to 4e-5."""
 PROMPT, TOKENS = 20, 60
 RECIPES = ROOT / "recipes"
+QUICK = ("llama", "gemma2", "gpt_oss", "gpt2", "falcon")
+"""Architectures that are tried while developing: the others are slow tests."""
+EVERY = [pytest.param(arch, marks=[] if arch in QUICK else pytest.mark.slow) for arch in TINY]
 Export = Callable[..., Path]
 
 
@@ -77,7 +81,7 @@ def torch_logits(model: PreTrainedModel, ids: torch.Tensor) -> np.ndarray[Any, n
 # Equal to PyTorch.
 
 
-@pytest.mark.parametrize("arch", TINY)
+@pytest.mark.parametrize("arch", EVERY)
 def test_logits_are_pytorchs_through_prefill_flush_and_decode(
     arch: str, exported: Export, tiny_checkpoint: Callable[..., Path]
 ) -> None:
@@ -89,17 +93,28 @@ def test_logits_are_pytorchs_through_prefill_flush_and_decode(
     np.testing.assert_allclose(np.stack(got), expected[PROMPT - 1 :], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("arch", TINY)
+@pytest.mark.parametrize("arch", EVERY)
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_decoder_in_torch_is_the_plain_model_chunk_by_chunk(
     arch: str, chunk: int, tiny_checkpoint: Callable[..., Path]
 ) -> None:
-    model = load(tiny_checkpoint(arch))
+    assert_decoder_is_the_plain_model(tiny_checkpoint(arch), chunk)
+
+
+@pytest.mark.parametrize("multi_query", [True, False])
+def test_falcons_older_architectures(multi_query: bool, tiny_checkpoint: Callable[..., Path]) -> None:
+    """One KV head for all queries, or one for each; their fused projections have orders of their own."""
+    older = {"new_decoder_architecture": False, "multi_query": multi_query, "num_kv_heads": None}
+    assert_decoder_is_the_plain_model(tiny_checkpoint("falcon", **older), 7)
+
+
+def assert_decoder_is_the_plain_model(checkpoint: Path, chunk: int) -> None:
+    model = load(checkpoint)
     count = 49 if chunk == 7 else 12
     expected = torch_logits(model, ids := token_ids(count))
     supported.prepare_model(model)
     decoder = SkvDecoder(model, EXACT.layers(model.config.num_hidden_layers), all_logits=True)
-    planned = pipeline.plan(tiny_checkpoint(arch), EXACT)
+    planned = pipeline.plan(checkpoint, EXACT)
     past = [
         [
             torch.full((1, x.params.kv_num_heads, *x.layouts[which].shape(count)), 0xFF, dtype=torch.uint8)
@@ -295,7 +310,13 @@ def test_plan_reads_no_weights(tiny_checkpoint: Callable[..., Path], monkeypatch
     assert planned.weight_bytes == sum(w.numel() * 4 for w in weights.values())
 
 
-@pytest.mark.parametrize("arch", supported.TESTED)
+def test_tiny_models_are_those_that_messages_name() -> None:
+    assert set(TINY) == set(TESTED)
+    with pytest.raises(SkvError, match=r"expected a decoder such as llama, .*, gptj"):
+        supported.check_config(AutoConfig.for_model("bloom"))
+
+
+@pytest.mark.parametrize("arch", [path.stem for path in RECIPES.glob("*.toml") if path.stem in TESTED])
 def test_shipped_recipe_fits_its_family(arch: str, tiny_checkpoint: Callable[..., Path]) -> None:
     planned = pipeline.plan(tiny_checkpoint(arch), Recipe.load(RECIPES / f"{arch}.toml"))
     assert planned.cache_bytes(32768) < planned.half_cache_bytes(32768) / 3
@@ -313,6 +334,8 @@ REFUSED = {
     "gemma3": "more than text",
     "llama4_text": "chunk",
     "gemma3n_text": "share keys and values",
+    "mpt": "ALiBi",
+    "granitemoehybrid": "state-space",
 }
 
 
@@ -320,6 +343,18 @@ REFUSED = {
 def test_architectures_that_cannot_work_are_refused_by_name(arch: str, reason: str) -> None:
     with pytest.raises(SkvError, match=rf"^{arch}: can't be exported: .*{reason}"):
         supported.check_config(AutoConfig.for_model(arch))
+
+
+def test_llama4_without_chunks_is_refused_while_queries_are_scaled_by_position() -> None:
+    tuned = tiny_config("llama4_text", attn_temperature_tuning=True)
+    with pytest.raises(SkvError, match="scaled by their positions"):
+        supported.check_config(tuned)
+    supported.check_config(tiny_config("llama4_text", attn_temperature_tuning=True, no_rope_layers=[1, 1]))
+
+
+def test_falcon_with_alibi_is_refused() -> None:
+    with pytest.raises(SkvError, match="ALiBi"):
+        supported.check_config(tiny_config("falcon", alibi=True))
 
 
 def test_model_that_does_not_run_with_the_op_is_refused(tmp_path: Path) -> None:
@@ -379,12 +414,12 @@ def test_hook_refuses_what_the_op_does_not_do(tiny_checkpoint: Callable[..., Pat
     model = load(tiny_checkpoint("llama"))
     SkvDecoder(model, [LayerConfig()] * 2)
     ids = token_ids(3)
-    with pytest.raises(SkvError, match="does not hand its keyword arguments"):
+    with pytest.raises(SkvError, match="called outside SkvDecoder"):
         model(ids)
     lengths = Lengths(torch.tensor([2], dtype=torch.int32), torch.tensor([3], dtype=torch.int32), 3)
     call = AttentionCall(dict(enumerate([LayerConfig()] * 2)), lengths, [torch.zeros(1)] * 2, [torch.zeros(1)] * 2)
-    with pytest.raises(SkvError, match=r"LlamaAttention of layer 0 asks for.*position_bias"):
-        model(ids, skv_call=call, position_bias=torch.zeros(1), use_cache=False)
+    with call.running(), pytest.raises(SkvError, match=r"LlamaAttention of layer 0 asks for.*position_bias"):
+        model(ids, position_bias=torch.zeros(1), use_cache=False)
 
 
 def test_window_that_only_the_mask_knows_is_refused() -> None:

@@ -276,3 +276,30 @@ def test_any_call_succeeds_or_is_refused(seed: int) -> None:
     for name in ("attention", "append", "dequantize", "rewind", "decode_tile", "layout_sizes"):
         for succeeded in (True, False):
             assert fuzzer.outcomes[f"skv_{name}", succeeded] > CALLS / 10, fuzzer.outcomes
+
+
+# What it has found.
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("granularity", [0, 1, 2])
+def test_more_groups_than_kernels_have_room_for_are_refused(group_size: int, granularity: int) -> None:
+    layout = SkvLayout(512, 4, granularity, 0, group_size, 0, 0, 32, 1, 1, 0, 16)
+    tile, out = native.Guarded(np.zeros(32 * 512 * 4, np.uint8)), native.Guarded(np.zeros((32, 512), np.float32))
+    with pytest.raises(native.NativeError, match=f"group_size; got {group_size}; expected"):
+        native.check(native.library().skv_decode_tile(ctypes.byref(layout), tile.pointer, out.pointer))
+
+
+@pytest.mark.parametrize("length", [-(2**63), -1, 2**31 + 1, 2**63 - 1])
+def test_lengths_that_no_sequence_has_are_refused(length: int) -> None:
+    layout = SkvLayout(64, 4, 0, 0, 64, 4, 32, 32, 0, 0, 70, 16)
+    cache = native.Guarded(np.zeros(4 * 4096 + 68 * 128, np.uint8))
+    out = native.Guarded(np.zeros(6, np.int64))
+    held = SkvCache(layout, cache.pointer, cache.array.nbytes)
+    for status in (
+        native.library().skv_layout_sizes(ctypes.byref(layout), 4096, length, out.pointer),
+        native.library().skv_rewind(ctypes.byref(held), 1, 0, length, max(length, 0), 0),
+        native.library().skv_dequantize(ctypes.byref(held), 1, 0, 0, length, 1, out.pointer, 64),
+    ):
+        with pytest.raises(native.NativeError, match=f"length.*; got {length}.*expected"):
+            native.check(status)

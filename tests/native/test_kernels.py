@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,13 +12,15 @@ import native
 import numpy as np
 import pytest
 
-from skv_export.native.library import SkvAttention, SkvCache, SkvLayout
+from skv_export.native.library import SkvCache, SkvLayout
 from skv_export.spec import quantizer, reference
 from skv_export.spec.conformance import Case, attention_cases, layout_cases, make_inputs
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig
 
 SMALL = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
+pytestmark = pytest.mark.usefixtures("isa")
+
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {case.name: case for case in attention_cases()}
 
@@ -59,25 +59,7 @@ def compare(case: Case, got: tuple[np.ndarray, ...], want: tuple[np.ndarray, ...
         assert np.array_equal(g, w), f"{name} cache: {np.count_nonzero(g != w)} bytes differ"
 
 
-# The layout.
-
-
-def test_layout_sizes_mirror_layout_py() -> None:
-    out = (ctypes.c_int64 * 6)()
-    for layout in layout_cases():
-        for window, length in ((0, 0), (0, 1000), (100, 99), (100, 5000)):
-            windowed = dataclasses.replace(layout, local_window_size=window)
-            size = windowed.block_bytes(length)
-            native.check(native.library().skv_layout_sizes(ctypes.byref(SkvLayout.of(windowed)), size, length, out))
-            capacity = windowed.capacity(size)
-            assert list(out) == [
-                windowed.tile_bytes,
-                windowed.row_bytes,
-                windowed.full_rows,
-                windowed.tiles_in(size),
-                -1 if capacity is None else capacity,
-                windowed.quantized_tokens(length),
-            ], windowed
+# The cache.
 
 
 @pytest.mark.parametrize("granularity", ["channel", "token"])
@@ -439,34 +421,3 @@ def test_dequantize_refuses_what_is_not_there(b: int, h: int, length: int, messa
     with pytest.raises(native.NativeError, match=message):
         native.check(native.library().skv_dequantize(ctypes.byref(held), 2, b, h, length, 1, out.pointer, 64))
     assert not out.array.any()
-
-
-def test_the_struct_is_as_large_as_the_library_s() -> None:
-    """kernels.h's SkvAttention, member by member, compiled: offsets would differ if library.py were out of step."""
-    fields = [name for name, _ in SkvAttention._fields_]
-    source = '#include <stdio.h>\n#include "kernels.h"\nint main(){' + "".join(
-        f'printf("%zu ", offsetof(SkvAttention, {name}));' for name in fields
-    )
-    source += 'printf("%zu", sizeof(SkvAttention));}'
-    folder = Path(native.__file__).parents[2] / "skv_export" / "native"
-    binary = Path(os.environ.get("TMPDIR", "/tmp")) / f"skv_struct_{os.getpid()}"
-    try:
-        build = ["c++", "-x", "c++", "-std=c++17", "-I", str(folder), "-o", str(binary), "-"]
-        subprocess.run(build, input=source, text=True, check=True)
-        sizes = list(map(int, subprocess.run([str(binary)], capture_output=True, text=True, check=True).stdout.split()))
-    finally:
-        binary.unlink(missing_ok=True)
-    assert sizes == [*(getattr(SkvAttention, name).offset for name in fields), ctypes.sizeof(SkvAttention)]
-
-
-def test_the_library_exports_its_interface_and_nothing_else() -> None:
-    command = ["nm", "-D", "--defined-only", native.library_path()]
-    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[2::3]
-    assert "skv_attention" in names
-    assert [n for n in names if not n.startswith("skv_") and n != "RegisterCustomOps"] == []
-
-
-def test_this_file_runs_without_torch() -> None:
-    code = "import sys, native; native.library(); assert 'torch' not in sys.modules"
-    environment = os.environ | {"PYTHONPATH": str(Path(native.__file__).parent)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

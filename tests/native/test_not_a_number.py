@@ -34,6 +34,7 @@ def test_the_reference_spreads_it_to_what_depends_on_it(case: Case) -> None:
         assert np.allclose(got[~depends], clean.reshape(got.shape)[~depends], atol=1e-5)
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_attention_is_the_references(case: Case, dtype: str) -> None:

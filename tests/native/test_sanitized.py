@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "sanitized"
 PART = (
@@ -52,14 +54,13 @@ def runtime() -> str:
     return path
 
 
-def run_sanitized(library: Path, *arguments: str, isa: str = "") -> subprocess.CompletedProcess[str]:
+def run_sanitized(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "LD_PRELOAD": runtime(),
         "ASAN_OPTIONS": "detect_leaks=0,detect_stack_use_after_return=1",  # Python itself never frees all
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "SKV_OPS_LIBRARY": str(library),
         "SKV_TESTS_SANITIZED": "1",
-        "SKV_CPU_ISA": isa,
     }
     return subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
 
@@ -77,11 +78,11 @@ def test_the_sanitizers_see_an_overrun(library: Path) -> None:
     assert result.returncode != 0 and "heap-buffer-overflow" in result.stderr, result.stderr
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", ""], ids=["scalar", "avx2", "best"])
-def test_kernels_under_sanitizers(library: Path, isa: str) -> None:
+def test_kernels_under_sanitizers(library: Path) -> None:
+    """Every instruction set of this processor, in one process."""
     chosen = [] if os.environ.get("SKV_SANITIZED_TESTS") == "all" else ["-k", PART]
     command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/native/test_kernels.py", *chosen]
-    result = run_sanitized(library, *command, isa=isa)
+    result = run_sanitized(library, *command)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 

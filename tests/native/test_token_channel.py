@@ -72,6 +72,7 @@ def test_every_byte_of_a_tile_means_something() -> None:
         assert np.array_equal(chosen.pack_tile(*chosen.unpack_tile(raw)), raw)
 
 
+@pytest.mark.usefixtures("isa")
 def test_random_bytes_decode_to_the_library_s_numbers() -> None:
     for chosen in token_channel_layouts():
         if chosen.tile_tokens != 32 or chosen.head_dim not in (64, 80):
@@ -79,6 +80,7 @@ def test_random_bytes_decode_to_the_library_s_numbers() -> None:
         native.assert_random_tile_is_the_references(chosen)
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("is_value", [False, True], ids=["keys", "values"])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_append_writes_the_bytes_of_the_reference(head_dim: int, is_value: bool) -> None:
@@ -88,24 +90,25 @@ def test_append_writes_the_bytes_of_the_reference(head_dim: int, is_value: bool)
         native.assert_append_of_two_tiles_is_the_references(one)
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_any_group_size_and_any_numbers(bits: int) -> None:
     """Odd groups, float32 rows, tiny and huge numbers, constant channels, zero tokens, both zeros."""
     for head_dim, group in ((96, 96), (96, 32), (64, 64), (160, 160), (32, 32)):
         for is_value in (False, True):
             one = CacheLayout(head_dim, bits, "token_channel", "none", group, 1, 0, 32, "float", is_value)
-            x = np.random.default_rng(bits).standard_normal((1, 80, head_dim)).astype(np.float32)
-            x[0, :, 0], x[0, :, 1], x[0, 40] = 3.0, 1e-30 * x[0, :, 1], 0
-            x[0, :, 3] = np.where(np.arange(80) % 2, np.float32(-0.0), np.float32(0))
+            x = native.awkward_numbers(head_dim, bits)
             for scale in (1, 1e-20, 1e9):
                 native.assert_append_is_the_references(one, x * np.float32(scale), [80])
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("name", CASES)
 def test_attention_is_the_reference_s(name: str) -> None:
     native.assert_attention_is_the_references(CASES[name])
 
 
+@pytest.mark.usefixtures("isa")
 def test_means_stand_apart_from_what_the_kernels_add_up() -> None:
     """Large means of keys and of values: the constants per tile carry the output, and must be exact to a few digits."""
     config = LayerConfig(k_granularity="token_channel", v_granularity="token_channel", k_bits=4, v_bits=4)

@@ -19,6 +19,8 @@ from tiny_models import ROOT
 
 from skv_export import __version__
 
+pytestmark = pytest.mark.slow
+
 INFO = f"skv_export-{__version__}.dist-info"
 LIBRARY = "skv_export/lib/libskv_ops.so"
 PLATFORM = f"{sysconfig.get_platform().split('-')[0]}_{platform.machine()}"

@@ -8,11 +8,14 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
+import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from unittest import mock
 
 import numpy as np
 
@@ -44,9 +47,48 @@ class NativeError(Exception):
         super().__init__(message)
 
 
-@cache
+ISAS = ("scalar", "avx2", "avxvnni", "avx512vnni", "neon")
+"""Instruction sets that the kernels are compiled for."""
+
+_isa = ""
+
+
 def library() -> ctypes.CDLL:
-    lib = ctypes.CDLL(str(library_path()))
+    """Returns the library: with the instruction set of ``instruction_set``, or with the one that it chooses itself."""
+    return _load(_isa)
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[str]:
+    """While the block runs, ``library`` gives a copy that was told to use ``name``; the value is what it uses.
+
+    A loaded library chooses once, so each instruction set has a copy of its own in this process.
+    """
+    global _isa
+    before, _isa = _isa, name
+    try:
+        yield library().skv_cpu_isa().decode()
+    finally:
+        _isa = before
+
+
+def instruction_sets() -> list[str]:
+    """Returns those of ``ISAS`` that this build has for this processor."""
+    found = []
+    for name in ISAS:
+        with instruction_set(name) as chosen:
+            found += [name] if chosen == name else []
+    return found
+
+
+@cache
+def _load(isa: str) -> ctypes.CDLL:
+    if isa:  # in a copy of the file, for a file that is loaded already is not loaded again
+        with mock.patch.dict(os.environ, SKV_CPU_ISA=isa), tempfile.TemporaryDirectory() as folder:
+            lib = ctypes.CDLL(shutil.copy(library_path(), folder))
+            lib.skv_cpu_isa()
+    else:
+        lib = ctypes.CDLL(str(library_path()))
     for name in ("skv_cpu_isa", "skv_cuda_build", "skv_version", "skv_last_error"):
         getattr(lib, name).restype = ctypes.c_char_p
     lib.skv_dequantize.argtypes = [
@@ -230,6 +272,20 @@ def rewind(
     memory.check()
     block[...] = memory.array
     check(status)
+
+
+def awkward_numbers(dim: int, seed: int) -> np.ndarray:
+    """Returns ``[1, 80, dim]``: constant channels, tiny numbers, a token of zeros, channels of both zeros."""
+    x = np.random.default_rng(seed).standard_normal((1, 80, dim)).astype(np.float32)
+    even = np.arange(80) % 2 == 0
+    zero, minus_zero = np.float32(0), np.float32(-0.0)
+    x[0, :, 0], x[0, :, 1], x[0, 40], x[0, :, 2] = 3.0, 1e-30 * x[0, :, 1], 0, -5.0
+    x[0, :, 3], x[0, :, 4], x[0, :, 5] = (
+        np.where(even, zero, minus_zero),
+        minus_zero,
+        np.where(even, minus_zero, zero),
+    )
+    return x
 
 
 def assert_append_is_the_references(layout: CacheLayout, x: np.ndarray, counts: Sequence[int]) -> None:

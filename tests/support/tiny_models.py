@@ -47,15 +47,31 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "gpt2": {"num_attention_heads": 2, "scale_attn_by_inverse_layer_idx": True},
     "gpt_neox": {"num_attention_heads": 2},
+    "granitemoehybrid": {
+        "layer_types": ["full_attention"] * 2, "position_embedding_type": "rope", "attention_multiplier": 0.11,
+        "num_local_experts": 4, "shared_intermediate_size": 64, "mamba_n_heads": 4,
+    },
+    "llama4_text": {
+        "layer_types": ["full_attention"] * 2, "no_rope_layers": [1, 0], "attn_temperature_tuning": False,
+        "num_local_experts": 2, "moe_layers": [1], "intermediate_size_mlp": 96,
+    },
+    "stablelm": {"head_dim": 16, "partial_rotary_factor": 0.5, "qk_layernorm": True, "use_qkv_bias": True},
+    "nemotron": {},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 2, "window_size": 24},
+    "gptj": {"num_attention_heads": 2, "rotary_dim": 16},
+    "codegen": {"rotary_dim": 8},
 }  # fmt: skip
-"""Architecture -> what its tiny configuration sets beyond ``_COMMON``: every attention variant that has to work."""
+"""Architecture -> what its tiny configuration sets beyond ``_COMMON`` (None: leaves out): every attention variant that
+has to work."""
 
 
 def tiny_config(arch: str, **overrides: Any) -> Any:
     """Returns the configuration of a tiny model."""
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(arch, **{**_COMMON, **TINY[arch], **overrides})
+    given = {**_COMMON, **TINY[arch], **overrides}
+    return AutoConfig.for_model(arch, **{name: value for name, value in given.items() if value is not None})
 
 
 def make_tiny(folder: Path, arch: str, **overrides: Any) -> Path:

@@ -68,7 +68,7 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
 
 
 def numbers(value: ir.Value | None) -> list[float]:
-    """Returns a constant's numbers; an empty list where it is no constant."""
+    """Returns a constant's numbers; an empty list if it is not a constant."""
     array = constant(value)
     return [] if array is None else [float(x) for x in array.reshape(-1)]
 
@@ -90,7 +90,7 @@ def only_user(value: ir.Value) -> ir.Node | None:
 
 
 def static(value: ir.Value | None, axis: int) -> int | None:
-    """Returns a dimension where it is a number."""
+    """Returns a dimension if it is a number."""
     if value is None or value.shape is None:
         return None
     dim = value.shape[axis]

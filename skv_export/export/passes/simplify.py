@@ -73,7 +73,7 @@ def _is_stored(value: ir.Value | None) -> bool:
 
 
 def _fold_weights(graph: ir.Graph) -> None:
-    """Makes weights of what is computed from weights alone; a matrix's Transpose waits for ``_weight``."""
+    """Turns expressions over weights alone into weights; a Transpose of a matrix is left to ``_weight``."""
     for node in tuple(graph):
         if node.domain or len(node.outputs) != 1 or node.op_type == "Transpose":
             continue
@@ -95,7 +95,7 @@ def _fold_weights(graph: ir.Graph) -> None:
 
 
 def _deduplicate(graph: ir.Graph) -> None:
-    """Makes one initializer of equal ones: tied weights, and small constants."""
+    """Merges equal initializers: tied weights, and small constants."""
     first: dict[object, ir.Value] = {}
     for name, value in tuple(graph.initializers.items()):
         tensor = value.const_value
@@ -118,7 +118,7 @@ _SWAPPED = [0, 2, 1, 3]
 
 
 def _reshape_target(source: ir.Value, result: ir.Value) -> list[int] | None:
-    """Returns constant dimensions for a Reshape from ``source`` to ``result``, or None where the shapes don't say."""
+    """Returns constant dimensions for a Reshape from ``source`` to ``result``, or None if the shapes are unknown."""
     if source.shape is None or result.shape is None:
         return None
     target = []
@@ -133,7 +133,7 @@ def _unknown(dim: int | ir.SymbolicDim) -> bool:
 
 
 def _reshape(builder: Builder, node: ir.Node) -> None:
-    """Gives a Reshape a constant shape; skips the Reshapes before it; drops it where it changes nothing."""
+    """Gives a Reshape a constant shape, bypasses Reshapes before it, and drops it if it changes nothing."""
     if node.op_type != "Reshape" or node.inputs[0] is None:
         return
     source, result = node.inputs[0], node.outputs[0]
@@ -254,7 +254,7 @@ def _normalized(node: ir.Node) -> tuple[ir.Value, float] | None:
 
 
 def _norm_first(builder: Builder, node: ir.Node) -> None:
-    """A norm over the last axis goes before a Transpose of the others, which then meets what cancels it."""
+    """Moves a norm over the last axis before a Transpose of the other axes, so that the Transpose can be cancelled."""
     before = made_by(node.inputs[0] if node.op_type == "RMSNormalization" else None, "Transpose")
     if before is None or permutation(before) != _SWAPPED or only_user(before.outputs[0]) is not node:
         return
@@ -381,7 +381,7 @@ def _flat_rotary(builder: Builder, node: ir.Node) -> None:
 
 
 def _weight(builder: Builder, node: ir.Node) -> None:
-    """Stores a transposed weight transposed; a tied embedding, which is also read as it is, goes into a Gemm."""
+    """Stores a transposed weight transposed; a tied embedding, also read untransposed, becomes an input of a Gemm."""
     transposed = made_by(node.inputs[1] if node.op_type == "MatMul" else None, "Transpose")
     weight = transposed.inputs[0] if transposed is not None else None
     if transposed is None or weight is None or permutation(transposed) != [1, 0]:

@@ -340,6 +340,7 @@ int skv_cuda_narrow(const float* rows, int64_t count, int32_t type, void* out, v
 
 int skv_cuda_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int32_t h, int64_t length, int32_t type,
                         void* out, int64_t row_stride, void* stream) {
+  if (!cache) return fail(SKV_INVALID_ARGUMENT, "cache; got null; expected a pointer");
   if (const int status = check_cache(*cache)) return status;
   if (const int status = check_length(*cache, length)) return status;
   if (b < 0 || h < 0 || h >= kv_num_heads) return wrong("head", h, "a head of the cache");
@@ -360,6 +361,7 @@ int skv_cuda_decode_tile(const SkvLayout* layout, const uint8_t* tile, float* ou
 
 int skv_cuda_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length, int64_t longest_length,
                     int64_t new_length, void* stream) {
+  if (!cache) return fail(SKV_INVALID_ARGUMENT, "cache; got null; expected a pointer");
   if (const int status = check_cache(*cache)) return status;
   if (const int status = check_length(*cache, length)) return status;
   if (const int status = check_length(*cache, longest_length)) return status;

@@ -1,0 +1,31 @@
+"""The architectures that are tested against PyTorch: the one list that messages, the README and the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+TESTED: Mapping[str, str] = {
+    "llama": "",
+    "mistral": "sliding window",
+    "qwen2": "biases",
+    "qwen3": "QK norm",
+    "gemma2": "softcap, alternating windows",
+    "gemma3_text": "two sets of RoPE frequencies",
+    "phi3": "fused projections",
+    "granite": "its own scales",
+    "granitemoehybrid": "attention layers only",
+    "olmo2": "norms after attention",
+    "smollm3": "layers without RoPE",
+    "gpt_oss": "sinks, experts",
+    "llama4_text": "full attention only",
+    "stablelm": "norms per head",
+    "nemotron": "",
+    "falcon": "with RoPE",
+    "gpt2": "learned positions",
+    "gpt_neo": "local layers",
+    "gpt_neox": "",
+    "gptj": "interleaved RoPE",
+    "codegen": "interleaved RoPE",
+}
+"""transformers' ``model_type`` -> what is special about its attention. Others are exported if nothing about them is
+refused; docs/tested.md has the verdict for each that transformers knows."""
