@@ -141,7 +141,7 @@ def _classify_folder(path: Path) -> Source:
     )
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """Returns a tensor's name without what torch.compile puts before the names of a module that it wraps."""
     return name.replace("_orig_mod.", "")
 
@@ -208,7 +208,7 @@ class Checkpoint:
                 got=", ".join(missing[:3]),
                 fix="Download it again.",
             )
-        return {_plain_name(name): entry for name, entry in merged.items()}
+        return {plain_name(name): entry for name, entry in merged.items()}
 
     def _refuse_adapter(self) -> None:
         """Refuses a folder with an adapter, alone or beside a model: transformers would add it to the weights."""

@@ -20,7 +20,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 from transformers.utils import logging
 
 from skv_export.checkpoints import tokenizer
-from skv_export.checkpoints.checkpoint import Checkpoint, Source, hub_endpoint
+from skv_export.checkpoints.checkpoint import Checkpoint, Source, hub_endpoint, plain_name
 from skv_export.checkpoints.foreign_tensors import adapter_in, unfit_tensors
 from skv_export.checkpoints.gguf_weights import load_gguf_model
 from skv_export.checkpoints.model_config import load_config
@@ -200,7 +200,7 @@ def _tensors(source: Source) -> Iterator[dict[str, Any]]:
         tensors: dict[str, Any] = {}
         for shard in Checkpoint(source).shards():
             opened: Any = files.enter_context(safe_open(source.path / shard, "pt"))
-            tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            tensors |= {plain_name(name): opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
         yield tensors
 
 

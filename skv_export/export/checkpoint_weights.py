@@ -2,7 +2,7 @@
 
 A checkpoint's tensors may be named and split differently from the model's parameters (experts one by one, fused
 projections, GGUF's names and orders). The mapping is that of transformers' loader; ``Weights`` applies it to one
-parameter at a time, from memory-mapped files.
+parameter at a time.
 """
 
 from __future__ import annotations

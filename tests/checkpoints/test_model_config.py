@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from skv_export.checkpoints.checkpoint import Checkpoint, Source, resolve
 from skv_export.checkpoints.model_config import load_config
+from skv_export.checkpoints.pretrained import load_model
 from skv_export.errors import SkvError
 
 
@@ -100,6 +102,9 @@ def test_names_of_torch_compile(tiny_checkpoint: Callable[..., Path], tmp_path: 
     tensors = {f"_orig_mod.{name}": tensor for name, tensor in load_file(plain / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors")
     assert set(Checkpoint.open(folder).names()) == set(Checkpoint.open(plain).names())
+    expected = load_model(Source("safetensors", plain)).state_dict()
+    for name, tensor in load_model(Source("safetensors", folder)).state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_files_of_a_model_that_is_cut_into_several(demo_checkpoint: Path, tmp_path: Path) -> None:
