@@ -180,6 +180,7 @@ def _write_gguf(file: Path, kind: str) -> Path:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(vocab)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(["a", "b", "ab", *(f"x{i}" for i in range(vocab - 3))])
     writer.add_token_merges(["a b"])
     shapes = {"token_embd": (vocab, hidden), "output": (vocab, hidden)}
