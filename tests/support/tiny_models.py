@@ -102,13 +102,20 @@ def small_config(model_type: str) -> Any:
     from transformers import AutoConfig
 
     default = AutoConfig.for_model(model_type)
-    given = {name: value for name, value in (_COMMON | _SMALL).items() if hasattr(default, name)}
+    given = {name: value for name, value in (_COMMON | _SMALL).items() if _has(default, name)}
     if kinds := getattr(default, "layer_types", None):
         distinct = list(dict.fromkeys(kinds))
         given["layer_types"] = [distinct[i % len(distinct)] for i in range(given["num_hidden_layers"])]
     if not getattr(default, "sliding_window", None):
         given.pop("sliding_window", None)
     return AutoConfig.for_model(model_type, **(given | _SPECIAL.get(model_type, {})))
+
+
+def _has(config: Any, name: str) -> bool:
+    try:
+        return hasattr(config, name)
+    except RuntimeError:  # transformers': the value differs from layer to layer
+        return False
 
 
 def make_tiny(folder: Path, arch: str, **overrides: Any) -> Path:
