@@ -14,6 +14,7 @@ import click
 from skv_export import __version__
 from skv_export.cli.choice import Choice
 from skv_export.cli.options import placement_options
+from skv_export.cli.target import TARGET_OPTIONS, target_options
 from skv_export.errors import SkvError, did_you_mean
 from skv_export.spec.recipe import (
     BITS,
@@ -145,7 +146,9 @@ def _exported_model(command: _Command) -> _Command:
 @main.command()
 @click.argument("checkpoint", required=False)
 @_recipe_options
-@click.option("--budget", type=float, help="Effective bits: `analyze` first, then export with its bits per layer.")
+@click.option("--auto", is_flag=True, help="Bits per layer as `analyze` recommends; so do the flags from --budget on.")
+@target_options
+@click.option("--device", default="cpu", show_default=True, help="Where PyTorch's model runs that is measured.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: NAME-k4v2]")
 @click.option("--force", is_flag=True, help="Replace the folder if it exists.")
 @click.option(
@@ -157,7 +160,7 @@ def _exported_model(command: _Command) -> _Command:
 def model(
     checkpoint: str | None,
     recipe: str | None,
-    budget: float | None,
+    auto: bool,
     out: Path | None,
     force: bool,
     all_logits: bool,
@@ -174,7 +177,7 @@ def model(
     \b
     skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --out qwen3
     skv-export model ./Qwen3-0.6B --recipe qwen3 --dry-run
-    skv-export model ./Qwen3-0.6B --budget 3.25
+    skv-export model ./Qwen3-0.6B --budget 3.25          # or --auto, --gpu rtx4090 --context 128k, --max-loss 0.5%
     skv-export model model.gguf --k-bits 8 --v-bits 4 --dtype fp16
     skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --weights int4
     skv-export model genai-folder/model.onnx --k-bits 4 --v-bits 4
@@ -183,11 +186,12 @@ def model(
     from skv_export.rewrite import pipeline as rewrite
     from skv_export.rewrite.source import is_onnx
 
+    target = {name: options.pop(name) for name in (*TARGET_OPTIONS, "device")}
     resolved = _resolve_recipe(recipe, options)
     source = _checkpoint_or_demo(checkpoint)
     rewriting = is_onnx(source)
-    if budget is not None:
-        resolved = _within_budget(source, budget, resolved, options)
+    if auto or any(target[name] is not None for name in ("budget", "memory", "gpu", "max_loss")):
+        resolved = _recommended(source, resolved, options, target)
     if rewriting and (all_logits or options["dtype"] or options["weights"]):
         raise SkvError(
             "--all-logits, --dtype and --weights",
@@ -201,12 +205,12 @@ def model(
     click.echo(plan.table())
     if dry_run:
         return
-    target = out or Path(f"{Path(source).stem.lower()}-{resolved.default.name.lower()}")
+    folder = out or Path(f"{Path(source).stem.lower()}-{resolved.default.name.lower()}")
     if rewriting:
-        folder = rewrite.rewrite_model(source, out=target, recipe=resolved, force=force, copy_weights=copy_weights)
+        folder = rewrite.rewrite_model(source, out=folder, recipe=resolved, force=force, copy_weights=copy_weights)
     else:
         folder = export.export_model(
-            source, out=target, recipe=resolved, force=force, all_logits=all_logits, as_causal_lm=as_causal_lm
+            source, out=folder, recipe=resolved, force=force, all_logits=all_logits, as_causal_lm=as_causal_lm
         )
     click.echo(
         f"\nWritten to {folder}. Next:\n  skv-export verify {folder}\n  skv-export generate {folder} --prompt ..."
@@ -342,18 +346,18 @@ def recipes(name: str | None) -> None:
     click.echo(found[name].read_text(encoding="utf-8"), nl=False)
 
 
-def _within_budget(source: str, budget: float, recipe: Recipe, options: dict[str, Any]) -> Recipe:
+def _recommended(source: str, recipe: Recipe, options: dict[str, Any], target: dict[str, Any]) -> Recipe:
     """The recipe with the bits per layer that ``analyze`` recommends, saying why."""
     if options["k_bits"] or options["v_bits"]:
         raise SkvError(
-            "--budget", got="--k-bits or --v-bits too", fix="Give one or the other: the budget chooses the bits."
+            "--budget and --auto", got="--k-bits or --v-bits too", fix="Give one or the other: the budget chooses bits."
         )
-    from skv_export.analysis.pipeline import analyze
-    from skv_export.cli.analyze import summary
+    from skv_export.cli import analyze
 
-    analysis = analyze(source, budget=budget, base=recipe.default)
-    click.echo(f"{summary(analysis)}\n")
-    return analysis.to_recipe(recipe)
+    weights = recipe.weights or (recipe.dtype if target["gpu"] else None)
+    found, _ = analyze.run(source, recipe.default, {**target, "weights": weights})
+    click.echo(f"{analyze.summary(found)}\n")
+    return found.to_recipe(recipe)
 
 
 def _checkpoint_or_demo(checkpoint: str | None) -> str:

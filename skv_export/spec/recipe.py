@@ -361,8 +361,12 @@ def _check(name: str, value: object, source: str = "") -> None:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that ship with the package, by name."""
+    """The recipes that ship with the package, by name; those made for one model are named ``measured/MODEL-BITS``."""
     import skv_export
 
     roots = [Path(root) / "recipes" for root in skv_export.__path__] + [Path(__file__).parents[2] / "recipes"]
-    return {path.stem: path for root in reversed(roots) for path in root.glob("*.toml")}
+    return {
+        path.relative_to(root).with_suffix("").as_posix(): path
+        for root in reversed(roots)
+        for path in (*root.glob("*.toml"), *root.glob("measured/*.toml"))
+    }

@@ -173,16 +173,15 @@ def test_an_onnx_model_is_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_budget_is_analyzed_first(exported: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from skv_export.analysis import pipeline
     from skv_export.cli import analyze
 
     asked: dict[str, Any] = {}
 
-    def recommend(source: str, **options: Any) -> Any:
-        asked.update(options, source=source)
-        return SimpleNamespace(to_recipe=lambda base: Recipe.per_layer([(8, 2), (3, 2)], base))
+    def recommend(source: str, base: Any, options: dict[str, Any]) -> Any:
+        asked.update(options, source=source, base=base)
+        return SimpleNamespace(to_recipe=lambda base: Recipe.per_layer([(8, 2), (3, 2)], base)), 0
 
-    monkeypatch.setattr(pipeline, "analyze", recommend)
+    monkeypatch.setattr(analyze, "run", recommend)
     monkeypatch.setattr(analyze, "summary", lambda analysis: "the reasons")
     result = run("model", "some/checkpoint", "--budget", "3.25", "--recent-tokens", "128", "--out", "x")
     assert result.exit_code == 0, result.output
@@ -190,3 +189,8 @@ def test_a_budget_is_analyzed_first(exported: dict[str, Any], monkeypatch: pytes
     assert (asked["source"], asked["budget"], asked["base"].recent_tokens) == ("some/checkpoint", 3.25, 128)
     assert [layer.k_bits for layer in exported["recipe"].layers(2)] == [8, 3]
     assert "one or the other" in run("model", "some/checkpoint", "--budget", "3", "--k-bits", "4").output
+    for flags in (["--auto"], ["--gpu", "rtx4090", "--weights", "int4"], ["--max-loss", "0.5%"], ["--memory", "2GiB"]):
+        asked.clear()
+        assert run("model", "some/checkpoint", *flags, "--out", "x").exit_code == 0
+        assert asked["source"] == "some/checkpoint"
+    assert asked["memory"] == 2 << 30 and asked["weights"] is None
