@@ -19,6 +19,7 @@ from skv_export.analysis.geometry import MIDRISE_ERROR, REFERENCE_BITS, grid_err
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.pretrained import Placement
 from skv_export.errors import SkvError
+from skv_export.model_folder.output import write_text
 from skv_export.spec import reference
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig
@@ -286,9 +287,7 @@ class _State:
     def save(self, step: str, value: Any) -> None:
         self.values[step] = value
         if self._path is not None:
-            scratch = self._path.with_name(self._path.name + ".tmp")
-            scratch.write_text(json.dumps(self.values), encoding="utf-8")
-            scratch.replace(self._path)
+            write_text(self._path, json.dumps(self.values))
 
 
 def _combine(windows: list[list[dict[str, Any]]], widths: list[int], tokens: int) -> Measurement:

@@ -18,7 +18,8 @@ from skv_export.analysis.norms import norms
 from skv_export.analysis.scores import WEAK_CORRELATION, LayerAnalysis, Score, compare, find_flags, loss_tables
 from skv_export.checkpoints.attention_weights import AttentionConfig, AttentionReader
 from skv_export.checkpoints.checkpoint import Checkpoint, Source, resolve
-from skv_export.errors import SkvError
+from skv_export.errors import SkvError, require_module
+from skv_export.model_folder.output import check_file, output_file, write_text
 from skv_export.spec.recipe import LayerConfig, Recipe
 
 if TYPE_CHECKING:
@@ -235,6 +236,11 @@ def analyze(
             "--measure needs a text to run the model on",
             fix="Pass --text FILE, a few thousand words like those to come.",
         )
+    for file in (report, json, plot, save, state):
+        if file is not None:
+            check_file(file)
+    if plot is not None:
+        require_module("matplotlib", "--plot")
     placement = _placement(device, dtype, device_map) if measure else None
     source = resolve(checkpoint, revision=revision)
     opened = Checkpoint(source)
@@ -412,13 +418,14 @@ def _reasons(
 
 def _write(analysis: Analysis, report: Path | None, json: Path | None, plot: Path | None, save: Path | None) -> None:
     if json is not None:
-        Path(json).write_text(json_module.dumps(analysis.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_text(json, json_module.dumps(analysis.to_json(), indent=1) + "\n")
     if save is not None:
-        Path(save).write_text(analysis.to_recipe().to_toml(), encoding="utf-8")
+        write_text(save, analysis.to_recipe().to_toml())
     if report is not None or plot is not None:
         from skv_export.analysis import html_report as pages
 
         if report is not None:
-            Path(report).write_text(pages.html(analysis), encoding="utf-8")
+            write_text(report, pages.html(analysis))
         if plot is not None:
-            pages.png(analysis, Path(plot))
+            with output_file(plot) as scratch:
+                pages.png(analysis, scratch)

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from skv_export.cli.choice import Choice
-from skv_export.cli.options import placement_options
+from skv_export.cli.options import OutputFile, placement_options, progress_options
+from skv_export.progress import Progress
 from skv_export.spec.recipe import GRANULARITIES, ROTATIONS, TILE_TOKENS, LayerConfig
 
 _PATH = click.Path(path_type=Path, dir_okay=False)
@@ -88,12 +89,13 @@ class Pairs(click.ParamType[Any]):
 @click.option("--kl", is_flag=True, help="Measure the logits' KL divergence layer by layer (slow), not estimate it.")
 @click.option("--windows", type=int, default=4, show_default=True, help="Windows of text.")
 @click.option("--window", type=int, default=1024, show_default=True, help="Tokens in each.")
-@click.option("--state", type=_PATH, help="File that makes a measurement resumable.")
+@click.option("--state", type=OutputFile(), help="File that makes a measurement resumable.")
 @placement_options
-@click.option("--report", type=_PATH, help="HTML page to write.")
-@click.option("--plot", type=_PATH, help="PNG to write (extra `plots`).")
-@click.option("--json", type=_PATH, help="JSON file to write.")
-@click.option("--save", type=_PATH, help="Recipe to write; `skv-export model --recipe FILE` takes it.")
+@click.option("--report", type=OutputFile(), help="HTML page to write.")
+@click.option("--plot", type=OutputFile(), help="PNG to write (extra `plots`).")
+@click.option("--json", type=OutputFile(), help="JSON file to write.")
+@click.option("--save", type=OutputFile(), help="Recipe to write; `skv-export model --recipe FILE` takes it.")
+@progress_options
 def analyze_command(checkpoint: str | None, **options: Any) -> None:
     """Say how CHECKPOINT's cache bits should be split between keys and values, layer by layer, and why.
 
@@ -110,35 +112,12 @@ def analyze_command(checkpoint: str | None, **options: Any) -> None:
 
     base = {f: options.pop(f) for f in LayerConfig.__dataclass_fields__ if f in options}
     layer = LayerConfig(**{key: value for key, value in base.items() if value is not None})
-    with _Bars() as bars:
-        found = analyze(checkpoint or demo_checkpoint(), base=layer, progress=bars, **options)
+    with Progress() as progress:
+        found = analyze(checkpoint or demo_checkpoint(), base=layer, progress=progress, **options)
     click.echo(summary(found))
     for name in ("report", "plot", "json", "save"):
         if options[name]:
             click.echo(f"wrote {options[name]}")
-
-
-class _Bars:
-    """One progress bar after the other, on stderr."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._what = ""
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if what != self._what:
-            self.__exit__()
-            self._bar, self._what = tqdm(total=total, desc=what, leave=False, disable=None), what
-        self._bar.update(done - self._bar.n)
 
 
 def summary(found: Any) -> str:

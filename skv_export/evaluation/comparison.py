@@ -26,6 +26,7 @@ from skv_export.errors import SkvError
 from skv_export.evaluation.candidates import Contender, simulated_logits
 from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation
 from skv_export.evaluation.needle import NeedleResult
+from skv_export.model_folder.output import write_text
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done and steps in all."""
@@ -231,8 +232,6 @@ class _State:
             return
         text = path.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # a run that was killed while writing leaves half a line
-            path.write_text(whole, encoding="utf-8")
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 values = json.loads(line)
@@ -240,6 +239,8 @@ class _State:
                     self._done[values["key"], values["window"]] = _Window.from_json(values)
             except (ValueError, KeyError, TypeError) as error:
                 raise SkvError(f"{path}, line {number}: no saved window", got=str(error), fix="Delete it.") from error
+        if whole != text:  # a run that was killed while writing leaves half a line
+            write_text(path, whole)
 
     def get(self, contender: Contender, window: int) -> _Window | None:
         return self._done.get((contender.key, window))

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from skv_export.checkpoints.checkpoint import Source, demo_checkpoint, resolve
 from skv_export.errors import SkvError
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import Library, load_library
+from skv_export.progress import track
 from skv_export.runtime.prompts import load_tokenizer
 from skv_export.runtime.providers import open_session
 from skv_export.spec.conformance import Case, Inputs, Outcome, expected_of, make_inputs, op_cases
@@ -89,7 +89,7 @@ def check_op(
     if execution_provider != "cpu":
         del runners["kernels"]
         cases += [dataclasses.replace(case, dtype="float16") for case in cases if case.dtype == "float32"]
-    for case in tqdm(cases, unit="case", desc="op", disable=None):
+    for case in track(cases, "op"):
         inputs = make_inputs(case)
         expected = expected_of(case, inputs)
         for runner, run_case in runners.items():
