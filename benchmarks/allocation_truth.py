@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 from skv_export.analysis import pipeline
 from skv_export.analysis.allocation import DEFAULT_CHOICES
 from skv_export.analysis.attention_capture import DecodeModel
-from skv_export.analysis.measurement import kl_divergence
+from skv_export.evaluation import metrics
 from skv_export.spec.recipe import LayerConfig
 
 
@@ -38,8 +37,8 @@ class Judge:
         self.reference = self._perplexity(self.exact)
 
     def _perplexity(self, log_probs: list[torch.Tensor]) -> float:
-        losses = [-p[:-1].gather(1, ids[1:, None]).mean().item() for p, ids in zip(log_probs, self.parts, strict=True)]
-        return math.exp(float(np.mean(losses)))
+        losses = [metrics.nll(p[:-1], ids[1:]).mean().item() for p, ids in zip(log_probs, self.parts, strict=True)]
+        return metrics.perplexity(losses)
 
     def __call__(self, bits: tuple[tuple[int, int], ...]) -> tuple[float, float]:
         """Returns the change of perplexity in percent and the mean KL divergence in nats."""
@@ -48,7 +47,7 @@ class Judge:
             self.model.bits = {i: replace(self.base, k_bits=k, v_bits=v) for i, (k, v) in enumerate(bits)}
             found = [self.model.log_probs(ids) for ids in self.parts]
             self.model.bits = {}
-            kl = [kl_divergence(a, b).mean().item() for a, b in zip(self.exact, found, strict=True)]
+            kl = [metrics.kl_divergence(a, b).mean().item() for a, b in zip(self.exact, found, strict=True)]
             self.done[key] = (100 * (self._perplexity(found) / self.reference - 1), float(np.mean(kl)))
             self.state.write_text(json.dumps(self.done))
         return tuple(self.done[key])

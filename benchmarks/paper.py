@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
-from skv_export.evaluation import candidates, comparison
-from skv_export.evaluation.decode_simulation import FullCache, LayoutCache, Simulation
+from skv_export.evaluation import comparison
+from skv_export.evaluation.decode_simulation import FullCache, LayoutCache, Simulation, simulated_logits
+from skv_export.evaluation.text import cut_windows, read_text
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig
-from skv_export.verification.quality_level import read_text
 
 FORMS = {
     "token": ("token", "none"),
@@ -61,14 +61,14 @@ def error(x: torch.Tensor, bits: int, form: str) -> float:
 def measure(checkpoint: str, text: str, window: int) -> dict[str, Any]:
     """Returns norms and errors by layer."""
     model, tokenizer = comparison.load(resolve(checkpoint))
-    ids = comparison.cut_windows(tokenizer, text, 3, window)[1]
+    ids = torch.from_numpy(cut_windows(tokenizer, text, 3, window)[1])
     caches: dict[int, tuple[Recorder, Recorder]] = {}
 
     def make(index: int, head_dim: int, window: int) -> tuple[Recorder, Recorder]:
         return caches.setdefault(index, (Recorder(), Recorder()))
 
     with torch.no_grad():
-        candidates.simulated_logits(model, ids, Simulation(make))
+        simulated_logits(model, ids, Simulation(make))
     layers = []
     for _, pair in sorted(caches.items()):
         key, value = (cache.seen[0] for cache in pair)  # type: ignore[attr-defined]

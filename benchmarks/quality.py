@@ -3,8 +3,8 @@
     python benchmarks/quality.py [CHECKPOINT] [--windows 16] [--state quality.jsonl] [--baselines kivi,kivi-k4v2,hf-hqq]
 
 OMP_NUM_THREADS=1 is fastest on a busy machine: threads wait for each other at every operation. With --state it goes on
-where it stopped, and --first 4 measures the first four windows only, so that slow contenders can have fewer. --only
-names contenders of the list. Markdown, fewest bits first; on the Pareto front of bits and KL divergence in bold.
+where it stopped, and --first 4 measures the first four windows only, so that slow candidates can have fewer. --only
+names candidates of the list. Markdown, fewest bits first; on the Pareto front of bits and KL divergence in bold.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
 from skv_export.errors import SkvError
 from skv_export.evaluation import candidates, comparison
+from skv_export.evaluation.text import read_text
 from skv_export.spec.recipe import Recipe
-from skv_export.verification.quality_level import read_text
 
 RECIPES = "near-lossless,balanced,small,smallest,quarot,kvarn"
 PAIRS = ((4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2), (2, 4))
@@ -29,29 +29,29 @@ FORMS: dict[str, dict[str, int | str]] = {
 """What is put behind a pair's name, and what it stands for; keys of the default form are per channel, in 16 bits."""
 
 
-def everybody(baselines: str) -> list[candidates.Contender]:
-    """The contenders: recipes, the pairs in each form (less what a recipe is already), the literature."""
-    found: list[candidates.Contender] = [*candidates.parse_configs(RECIPES, Recipe())]
+def everybody(baselines: str) -> list[candidates.Candidate]:
+    """The candidates: recipes, the pairs in each form (less what a recipe is already), the literature."""
+    found: list[candidates.Candidate] = [*candidates.parse_configs(RECIPES, Recipe())]
     for suffix, options in FORMS.items():
         for k, v in PAIRS:
             recipe = Recipe().with_options(k_bits=k, v_bits=v, **options)
-            contender = candidates.of_recipe(f"K{k}V{v}{suffix}", recipe)
-            if contender.key not in {c.key for c in found}:
-                found.append(contender)
+            candidate = candidates.of_recipe(f"K{k}V{v}{suffix}", recipe)
+            if candidate.key not in {c.key for c in found}:
+                found.append(candidate)
     return found + candidates.parse_baselines(baselines)
 
 
-def chosen(everyone: list[candidates.Contender], names: str) -> list[candidates.Contender]:
+def chosen(everyone: list[candidates.Candidate], names: str) -> list[candidates.Candidate]:
     """Those of the names, separated by semicolons as names have commas; all if there are none."""
     wanted = [name.strip() for name in names.split(";") if name.strip()]
-    by_name = {contender.name: contender for contender in everyone}
+    by_name = {candidate.name: candidate for candidate in everyone}
     unknown = [name for name in wanted if name not in by_name]
     if unknown:
         raise SkvError("--only", got="; ".join(unknown), expected="; ".join(by_name))
     return [by_name[name] for name in wanted] or everyone
 
 
-def markdown(result: comparison.Result) -> str:
+def markdown(result: comparison.ComparisonResult) -> str:
     """The table for RESULTS.md."""
     front = {row.name for row in comparison.pareto(result.rows)}
     lines = [
@@ -70,7 +70,7 @@ def markdown(result: comparison.Result) -> str:
     return "\n".join(lines)
 
 
-def by_position(result: comparison.Result) -> str:
+def by_position(result: comparison.ComparisonResult) -> str:
     """Change of perplexity in percent, by the part of the window."""
     parts = len(result.rows[0].ppl_change_by_position)
     ends = [result.window * (i + 1) // parts for i in range(parts)]
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, help="Measure only the first so many of them.")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--baselines", default="kivi,kivi-k4v2")
-    parser.add_argument("--only", default="", help="Contenders, separated by semicolons. Default: all.")
+    parser.add_argument("--only", default="", help="Candidates, separated by semicolons. Default: all.")
     parser.add_argument("--state", type=Path)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()

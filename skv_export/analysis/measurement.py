@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skv_export.analysis.attention_capture import EXACT, DecodeModel, LayerTraffic, flushed, grouped, quantized
+from skv_export.analysis.attention_capture import EXACT, DecodeModel, LayerActivations, grouped, tensor_cache
 from skv_export.analysis.geometry import MIDRISE_ERROR, REFERENCE_BITS, grid_error
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.pretrained import Placement
 from skv_export.errors import SkvError
-from skv_export.model_folder.output import write_text
+from skv_export.evaluation.decode_simulation import in_tiles
+from skv_export.evaluation.finished_steps import FinishedSteps
+from skv_export.evaluation.metrics import kl_divergence
 from skv_export.spec import reference
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig
@@ -55,8 +57,8 @@ def options(choices: Sequence[int]) -> list[int]:
 
 
 @torch.no_grad()
-def layer_tables(seen: LayerTraffic, base: LayerConfig, choices: Sequence[int]) -> Tables:
-    """Computes the errors of every bit pair of one layer from one window's traffic.
+def layer_tables(seen: LayerActivations, base: LayerConfig, choices: Sequence[int]) -> Tables:
+    """Computes the errors of every bit pair of one layer from one window's activations.
 
     The errors of keys and of values are added up as vectors; their product, second order, is left out.
     """
@@ -64,19 +66,19 @@ def layer_tables(seen: LayerTraffic, base: LayerConfig, choices: Sequence[int]) 
     n, tokens, d = seen.q.shape
     layouts = [CacheLayout.pair(replace(base, k_bits=b, v_bits=b), d, seen.window) for b in widths]
     rows = slice(_first_row(layouts[0][0], tokens), None)
-    far, visible = flushed(layouts[0][0], tokens)[rows], seen.seen[rows]
+    far, visible = in_tiles(tensor_cache(layouts[0][0]), tokens)[rows], seen.seen[rows]
     v = grouped(seen.v, n)
     exact_scores = seen.scores(seen.k, rows)
     p = seen.weights(exact_scores, visible)
     exact = p @ v
-    v_change = torch.cat([quantized(v_layout, seen.v) - seen.v for _, v_layout in layouts], dim=-1)
+    v_change = torch.cat([tensor_cache(v_layout).quantized(seen.v) - seen.v for _, v_layout in layouts], dim=-1)
     value_parts = ((p * far) @ grouped(v_change, n)).reshape(n, -1, len(widths), d).movedim(2, 0)
     gradient = seen.gradient[:, rows] if seen.gradient is not None else torch.zeros_like(exact)
     output, fisher = [], []
     for k_layout, _ in layouts:
         delta = value_parts
         if k_layout.bits != EXACT:
-            scores = torch.where(far, seen.scores(quantized(k_layout, seen.k), rows), exact_scores)
+            scores = torch.where(far, seen.scores(tensor_cache(k_layout).quantized(seen.k), rows), exact_scores)
             delta = value_parts + (seen.weights(scores, visible) @ v - exact)
         output.append(delta.pow(2).sum((1, 2, 3), dtype=torch.float64).tolist())
         fisher.append(((delta * gradient).sum(-1).pow(2).sum((1, 2), dtype=torch.float64) / 2).tolist())
@@ -99,7 +101,7 @@ def _first_row(layout: CacheLayout, tokens: int) -> int:
 
 @torch.no_grad()
 def first_order(
-    seen: LayerTraffic, k_layouts: Sequence[CacheLayout], v_layouts: Sequence[CacheLayout], rows: slice
+    seen: LayerActivations, k_layouts: Sequence[CacheLayout], v_layouts: Sequence[CacheLayout], rows: slice
 ) -> tuple[list[float], list[float]]:
     """The score `geometry` from activations: squared output error per key and value width (docs/theory.md, equation 3).
 
@@ -107,7 +109,7 @@ def first_order(
     ``sum_j p_j^2 |v_j - o|^2 Var(logit_j)`` for keys, ``sum_j p_j^2 Var(v_j)`` for values.
     """
     n, tokens, _ = seen.q.shape
-    far = flushed(k_layouts[0], tokens)[rows]
+    far = in_tiles(tensor_cache(k_layouts[0]), tokens)[rows]
     scores = seen.scores(seen.k, rows)
     p = seen.weights(scores, seen.seen[rows])
     v = grouped(seen.v, n)
@@ -248,46 +250,21 @@ def measure(
     ]
     if placement not in (None, Placement()):
         key.append(repr(placement))
-    done = _State(state, hashlib.sha256(json.dumps(key).encode()).hexdigest())
+    done = FinishedSteps(state, hashlib.sha256(json.dumps(key).encode()).hexdigest(), exclusive=True)
     tick = progress or (lambda *_: None)
     for i, ids in enumerate(parts):
-        if f"window {i}" not in done.values:
-            layers = decoder.traffic(ids, seed=i)
+        if f"window {i}" not in done:
+            layers = decoder.capture(ids, seed=i)
             tables = []
             for layer, seen in enumerate(layers):
                 tables.append(vars(layer_tables(seen, base, choices)))
                 tick("measuring layers", i * len(layers) + layer + 1, len(parts) * len(layers))
             done.save(f"window {i}", tables)
-    result = _combine([done.values[f"window {i}"] for i in range(len(parts))], options(choices), window * len(parts))
+    result = _combine([done[f"window {i}"] for i in range(len(parts))], options(choices), window * len(parts))
     if not kl:
         return result
     loss = _direct_loss(decoder, parts, base, options(choices), len(result.loss), done, tick)
     return replace(result, loss=loss, direct=True)
-
-
-class _State:
-    """A JSON file of finished steps, tied to one run by its fingerprint."""
-
-    def __init__(self, path: Path | None, fingerprint: str) -> None:
-        self._path = path
-        self.values: dict[str, Any] = {"fingerprint": fingerprint}
-        if path is None or not path.exists():
-            return
-        try:
-            self.values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise SkvError(f"{path}: not valid JSON", got=str(error)[:100], fix="Delete it to start again.") from error
-        if not isinstance(self.values, dict) or self.values.get("fingerprint") != fingerprint:
-            raise SkvError(
-                f"{path}: belongs to another run",
-                expected="the same model, text and options",
-                fix="Delete it, or name another --state.",
-            )
-
-    def save(self, step: str, value: Any) -> None:
-        self.values[step] = value
-        if self._path is not None:
-            write_text(self._path, json.dumps(self.values))
 
 
 def _combine(windows: list[list[dict[str, Any]]], widths: list[int], tokens: int) -> Measurement:
@@ -312,7 +289,7 @@ def _direct_loss(
     base: LayerConfig,
     widths: list[int],
     layers: int,
-    done: _State,
+    done: FinishedSteps,
     tick: Progress,
 ) -> Any:
     """``[L, K, V]``: KL divergence with one tensor of one layer quantized; keys' and values' added up."""
@@ -321,7 +298,7 @@ def _direct_loss(
     exact: list[Tensor] = []
     for layer, (i, pair) in itertools.product(range(layers), enumerate(pairs)):
         step = f"layer {layer} {pair}"
-        if step not in done.values:
+        if step not in done:
             exact = exact or [decoder.log_probs(ids) for ids in parts]
             decoder.bits = {layer: replace(base, k_bits=pair[0], v_bits=pair[1])}
             first = base.num_sink_tokens + base.recent_tokens + base.tile_tokens
@@ -334,12 +311,7 @@ def _direct_loss(
         tick("quantizing one layer at a time", layer * len(pairs) + i + 1, layers * len(pairs))
         half = len(widths) - 1
         if i < half:
-            loss[layer, i, :] += done.values[step]
+            loss[layer, i, :] += done[step]
         else:
-            loss[layer, :, i - half] += done.values[step]
+            loss[layer, :, i - half] += done[step]
     return loss
-
-
-def kl_divergence(exact: Tensor, other: Tensor) -> Tensor:
-    """Returns ``[S]``: divergence in nats of the second from the first log-probabilities ``[S, vocabulary]``."""
-    return (exact.exp() * (exact - other)).sum(-1)

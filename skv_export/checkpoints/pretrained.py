@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from skv_export.checkpoints import tokenizer
@@ -166,6 +166,30 @@ def _load_gguf(source: Source, config: PreTrainedConfig, placement: Placement) -
         model.to(placement.device)
     model.eval().requires_grad_(False)
     return model
+
+
+def load_untouched(source: Source, placement: Placement | None = None) -> PreTrainedModel:
+    """Loads a checkpoint as transformers' users do: its own choice of files, its generation defaults, no preparation.
+
+    For comparisons with what users get. The checkpoint's code is not run and pickles are not read here either. GGUF
+    files, of which transformers ignores much, and what transformers does not load by itself go through ``load_model``.
+
+    Raises:
+        SkvError: It can't be loaded.
+    """
+    placement, source = placement or Placement(), download(source)
+    if source.kind == "gguf":
+        return load_model(source, placement=placement)
+    arguments: dict[str, Any] = {"dtype": placement.torch_dtype, "use_safetensors": True}
+    if placement.device_map is not None or placement.device != "cpu":
+        arguments["device_map"] = placement.device_map or {"": placement.device}
+    try:
+        with _quiet():
+            return AutoModelForCausalLM.from_pretrained(
+                source.pretrained, trust_remote_code=False, local_files_only=True, **arguments
+            )
+    except _FAILURES:
+        return load_model(source, placement=placement)
 
 
 @contextlib.contextmanager

@@ -235,10 +235,10 @@ def default_name(source: str, bits: str) -> str:
     "--level",
     "levels",
     multiple=True,
-    type=Choice(["op", "graph", "quality"]),
-    help="Only this level; may be given several times.  [default: all three]",
+    type=Choice(["op", "text", "graph", "quality"]),
+    help="Only this level; may be given several times.  [default: all four]",
 )
-@click.option("--text", type=click.Path(path_type=Path), help="Text for the quality level.  [default: shipped prose]")
+@click.option("--text", type=click.Path(path_type=Path), help="Text for all levels but op.  [default: shipped prose]")
 @click.option("--json", "json_file", type=OutputFile(), help="Write the report as JSON.")
 @click.option("--windows", default=8, show_default=True, type=click.IntRange(1), help="Quality: windows of text.")
 @click.option("--window-tokens", default=1024, show_default=True, type=click.IntRange(16), help="Tokens of each.")
@@ -267,6 +267,7 @@ def verify(
 
     \b
     op       the library against the reference: bytes equal, attention within tolerance
+    text     greedy texts of the untouched model in transformers and of the export, tokenizers and padding included
     graph    decode step by step against PyTorch with the same quantized cache
     quality  perplexity, KL divergence, top-1 agreement against the unquantized model
 

@@ -69,8 +69,8 @@ def quality_command(
     from skv_export.checkpoints.pretrained import Placement
     from skv_export.evaluation import candidates, comparison, needle
     from skv_export.evaluation.html_report import html
+    from skv_export.evaluation.text import read_text
     from skv_export.model_folder.output import write_text
-    from skv_export.verification.quality_level import read_text
 
     placement = Placement(device, dtype, device_map)
     base = Recipe(LayerConfig()).with_options(recent_tokens=recent_tokens, num_sink_tokens=num_sink_tokens)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, QuantizedCache
 
 from skv_export.checkpoints.pretrained import input_device
 from skv_export.errors import SkvError, did_you_mean
-from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation
+from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation, simulated_logits
 from skv_export.spec.recipe import BITS, Recipe, shipped_recipes
 
 BASELINES = ("kivi", "hf-quanto", "hf-hqq")
@@ -35,7 +35,7 @@ _RESIDUAL, _GROUP = 128, 64
 
 
 @dataclass(frozen=True)
-class Contender(ABC):
+class Candidate(ABC):
     """One cache to be measured.
 
     Attributes:
@@ -58,7 +58,7 @@ class Contender(ABC):
 
 
 @dataclass(frozen=True)
-class Simulated(Contender):
+class Simulated(Candidate):
     """A cache whose content follows from the length alone: the whole window in one pass (``decode_simulation.py``)."""
 
     simulation: Simulation
@@ -73,7 +73,7 @@ class Simulated(Contender):
 
 
 @dataclass(frozen=True)
-class TransformersCache(Contender):
+class TransformersCache(Candidate):
     """transformers' own QuantizedCache, its code untouched.
 
     It quantizes the first call's tokens at once, then whenever 128 more have come, all of them anew. A first call and
@@ -118,18 +118,10 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(ATTENTION_NAME)
 
 
-def simulated_logits(model: PreTrainedModel, ids: torch.Tensor, simulation: Simulation) -> torch.Tensor:
-    """Float32 logits ``[S, vocab]`` of a window with the caches of a simulation, in one forward pass."""
-    logits: torch.Tensor = model(ids[None].to(input_device(model)), use_cache=False, skv_simulation=simulation).logits[
-        0
-    ]
-    return logits.float()
-
-
 # By name.
 
 
-def parse_configs(text: str, base: Recipe) -> list[Contender]:
+def parse_configs(text: str, base: Recipe) -> list[Candidate]:
     """Reads ``--configs``: bit pairs such as ``K4V2``, recipes by file, pattern or shipped name, separated by commas.
 
     Args:
@@ -139,7 +131,7 @@ def parse_configs(text: str, base: Recipe) -> list[Contender]:
     Raises:
         SkvError: A name that is none of these.
     """
-    found: list[Contender] = []
+    found: list[Candidate] = []
     for name in filter(None, (part.strip() for part in text.split(","))):
         pair = re.fullmatch(r"K(\d+)V(\d+)", name, re.IGNORECASE)
         if pair:
@@ -159,18 +151,18 @@ def parse_configs(text: str, base: Recipe) -> list[Contender]:
 
 
 def of_recipe(name: str, recipe: Recipe) -> Simulated:
-    """Returns the contender of a recipe; its weights' number format is ignored, everything runs in float32."""
+    """Returns the candidate of a recipe; its weights' number format is ignored, everything runs in float32."""
     key = hashlib.sha256(recipe.with_options(dtype="fp32", description="").to_toml().encode()).hexdigest()[:16]
     return Simulated(name, key, recipe.description, Simulation.of_recipe(recipe))
 
 
-def parse_baselines(text: str) -> list[Contender]:
+def parse_baselines(text: str) -> list[Candidate]:
     """Reads ``--baselines``.
 
     Raises:
         SkvError: An unknown name, or a package that is not installed.
     """
-    found: list[Contender] = []
+    found: list[Candidate] = []
     for name in filter(None, (part.strip().lower() for part in text.split(","))):
         kivi = re.fullmatch(r"kivi(?:-k(\d)v(\d))?", name)
         cache = re.fullmatch(r"hf-(quanto|hqq)(?:-(\d))?", name)

@@ -23,10 +23,12 @@ from transformers import PreTrainedModel
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.pretrained import Placement, load_model, load_tokenizer, replace_attention
 from skv_export.errors import SkvError
-from skv_export.evaluation.candidates import Contender, simulated_logits
-from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation
+from skv_export.evaluation import metrics
+from skv_export.evaluation.candidates import Candidate
+from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation, simulated_logits
+from skv_export.evaluation.finished_steps import FinishedSteps
 from skv_export.evaluation.needle import NeedleResult
-from skv_export.model_folder.output import write_text
+from skv_export.evaluation.text import cut_windows
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done and steps in all."""
@@ -39,11 +41,11 @@ _CHUNK = 128
 
 
 @dataclass(frozen=True)
-class Row:
-    """One contender's figures.
+class CandidateResult:
+    """One candidate's figures.
 
     Attributes:
-        name: The contender's.
+        name: The candidate's.
         note: What it is.
         effective_bits: Bits per element at ``BITS_CONTEXT`` tokens: codes, parameters, full-precision tokens.
         ppl: Perplexity.
@@ -78,20 +80,20 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Result:
+class ComparisonResult:
     """A finished run.
 
     Attributes:
         model: What was measured.
         text: SHA-256 of the text, its first 16 digits.
         window: Tokens per window.
-        rows: One per contender, as asked for.
+        rows: One per candidate, as asked for.
     """
 
     model: str
     text: str
     window: int
-    rows: list[Row]
+    rows: list[CandidateResult]
 
     def to_json(self, retrieval: NeedleResult | None = None) -> str:
         """Everything, as JSON."""
@@ -107,7 +109,7 @@ class Result:
         return json.dumps(content, indent=1) + "\n"
 
     def table(self) -> str:
-        """A line per contender, fewest bits first; ``*`` marks the Pareto front."""
+        """A line per candidate, fewest bits first; ``*`` marks the Pareto front."""
         front = {row.name for row in pareto(self.rows)}
         width = max([13, *(len(row.name) for row in self.rows)])
         first = self.rows[0]
@@ -126,9 +128,9 @@ class Result:
         return "\n".join(lines)
 
 
-def pareto(rows: Sequence[Row]) -> list[Row]:
+def pareto(rows: Sequence[CandidateResult]) -> list[CandidateResult]:
     """Rows that no other row beats in both bits and mean KL divergence, fewest bits first."""
-    front: list[Row] = []
+    front: list[CandidateResult] = []
     for row in sorted(rows, key=lambda row: (row.effective_bits, row.kld_mean)):
         if not front or row.kld_mean < front[-1].kld_mean:
             front.append(row)
@@ -153,35 +155,15 @@ def load(source: Source, placement: Placement | None = None) -> tuple[PreTrained
     return model, tokenizer
 
 
-def cut_windows(tokenizer: Any, text: str, count: int, length: int) -> torch.Tensor:
-    """Cuts ``[windows, length]`` tokens out of a text, evenly spread, not overlapping.
-
-    Each starts with what the tokenizer puts before a text.
-
-    Raises:
-        SkvError: The text does not fill one window.
-    """
-    start = list(tokenizer("").input_ids)
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    body = length - len(start)
-    count = min(count, len(ids) // body)
-    if count < 1:
-        raise SkvError(
-            "--text: too short", got=f"{len(ids)} tokens", expected=f"at least {body}", fix="Pass a longer text."
-        )
-    places = np.linspace(0, len(ids) - body, count).astype(int)
-    return torch.tensor([[*start, *ids[place : place + body]] for place in places])
-
-
 # Measuring.
 
 
 @dataclass(frozen=True)
 class _Window:
-    """One contender on one window.
+    """One candidate on one window.
 
     Attributes:
-        nll: ``[S - 1]``, of the contender, in nats.
+        nll: ``[S - 1]``, of the candidate, in nats.
         nll_reference: ``[S - 1]``.
         divergence: ``[S - 1]``, in nats.
         agreement: Share of positions.
@@ -195,7 +177,7 @@ class _Window:
     bits: float
 
     def to_json(self) -> dict[str, Any]:
-        lists = {name: [float(f"{x:.6g}") for x in getattr(self, name)] for name in _ARRAYS}
+        lists = {name: [float(f"{x:.9g}") for x in getattr(self, name)] for name in _ARRAYS}
         return {**lists, "agreement": self.agreement, "bits": self.bits}
 
     @classmethod
@@ -207,56 +189,25 @@ class _Window:
 _ARRAYS = ("nll", "nll_reference", "divergence")
 
 
-def _compare(reference: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, bits: float) -> _Window:
-    """Compares log-probabilities ``[S, vocab]`` with logits of a contender."""
+def _score(reference: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, bits: float) -> _Window:
+    """Scores a candidate's logits ``[S, vocab]`` against log-probabilities of the unquantized model."""
     parts: list[torch.Tensor] = []
     ids = ids.to(logits.device)
     for start in range(0, len(ids) - 1, _CHUNK):
         rows = slice(start, min(start + _CHUNK, len(ids) - 1))
         p, q = reference[rows], logits[rows].log_softmax(-1)
-        target = ids[rows.start + 1 : rows.stop + 1, None]
-        divergence = (p.exp() * (p - q)).sum(-1).clamp(min=0)
-        agreement = (p.argmax(-1) == q.argmax(-1)).float()
-        parts.append(torch.stack([-q.gather(1, target)[:, 0], -p.gather(1, target)[:, 0], divergence, agreement]))
+        targets = ids[rows.start + 1 : rows.stop + 1]
+        divergence = metrics.kl_divergence(p, q).clamp(min=0)
+        agreement = metrics.top1_agreement(p, q).float()
+        parts.append(torch.stack([metrics.nll(q, targets), metrics.nll(p, targets), divergence, agreement]))
     nll, nll_reference, divergence, agreement = torch.cat(parts, 1).cpu().numpy()
     return _Window(nll, nll_reference, divergence, float(agreement.mean()), bits)
-
-
-class _State:
-    """Finished windows, a JSON line each, so that an interrupted run goes on where it stopped."""
-
-    def __init__(self, path: Path | None, run: str) -> None:
-        self._path, self._run = path, run
-        self._done: dict[tuple[str, int], _Window] = {}
-        if path is None or not path.exists():
-            return
-        text = path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                values = json.loads(line)
-                if values["run"] == run:
-                    self._done[values["key"], values["window"]] = _Window.from_json(values)
-            except (ValueError, KeyError, TypeError) as error:
-                raise SkvError(f"{path}, line {number}: no saved window", got=str(error), fix="Delete it.") from error
-        if whole != text:  # a run that was killed while writing leaves half a line
-            write_text(path, whole)
-
-    def get(self, contender: Contender, window: int) -> _Window | None:
-        return self._done.get((contender.key, window))
-
-    def put(self, contender: Contender, window: int, values: _Window) -> None:
-        self._done[contender.key, window] = values
-        if self._path is not None:
-            line = {"run": self._run, "key": contender.key, "window": window, **values.to_json()}
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
 
 
 @torch.no_grad()
 def run(
     source: Source,
-    contenders: Sequence[Contender],
+    candidates: Sequence[Candidate],
     text: str,
     *,
     windows: int = 16,
@@ -265,70 +216,69 @@ def run(
     state: Path | None = None,
     progress: Progress | None = None,
     loaded: tuple[PreTrainedModel, Any] | None = None,
-) -> Result:
-    """Measures every contender on the same windows of a text.
+) -> ComparisonResult:
+    """Measures every candidate on the same windows of a text.
 
     Args:
         source: The checkpoint.
-        contenders: What to compare with full precision.
+        candidates: What to compare with full precision.
         text: What to predict.
         windows: Windows of text; fewer if the text has no more.
         window: Tokens per window.
         first: Measure only so many of these windows, 1 or more; ``state`` lets the others be added later.
         state: File of finished windows; what it holds of this model and text is not measured again.
-        progress: Called after each window of each contender.
+        progress: Called after each window of each candidate.
         loaded: The model and tokenizer, if they are loaded already.
 
     Raises:
-        SkvError: The text is too short, two contenders have one name, or ``state`` is no state file.
+        SkvError: The text is too short, two candidates have one name, or ``state`` is no state file.
     """
-    names = [c.name for c in contenders]
+    names = [c.name for c in candidates]
     double = sorted({name for name in names if names.count(name) > 1})
     if double or not names:
         raise SkvError("configurations", got=f"{', '.join(double) or 'nothing'}", expected="names, each once")
     model, tokenizer = loaded or load(source)
-    cut = cut_windows(tokenizer, text, windows, window)
+    cut = torch.from_numpy(cut_windows(tokenizer, text, windows, window))
     digest = hashlib.sha256(cut.numpy().tobytes()).hexdigest()[:16]
     number_format = "" if model.dtype == torch.float32 else f":{model.dtype}"
-    done = _State(state, f"{source}:{digest}{number_format}")
+    done = FinishedSteps(state, f"{source}:{digest}{number_format}")
     cut = cut[:first]
     tick = progress or (lambda *_: None)
     for i, ids in enumerate(cut):
-        missing = [c for c in contenders if done.get(c, i) is None]
+        missing = [c for c in candidates if _step(c, i) not in done]
         reference = None
-        for contender in missing:
+        for candidate in missing:
             if reference is None:
                 full = simulated_logits(model, ids, Simulation.full_precision())
                 reference = full.log_softmax(-1)
-            logits = contender.logits(model, ids)
-            done.put(contender, i, _compare(reference, logits, ids, contender.effective_bits(BITS_CONTEXT)))
-            tick(contender.name, i * len(names) + names.index(contender.name) + 1, len(cut) * len(names))
+            logits = candidate.logits(model, ids)
+            scored = _score(reference, logits, ids, candidate.effective_bits(BITS_CONTEXT))
+            done.save(_step(candidate, i), scored.to_json())
+            tick(candidate.name, i * len(names) + names.index(candidate.name) + 1, len(cut) * len(names))
     text_hash = hashlib.sha256(text.encode()).hexdigest()[:16]
-    rows = [_row(c, [_held(done, c, i) for i in range(len(cut))]) for c in contenders]
-    return Result(str(source), text_hash, window, rows)
+    rows = [_result(c, [_Window.from_json(done[_step(c, i)]) for i in range(len(cut))]) for c in candidates]
+    return ComparisonResult(str(source), text_hash, window, rows)
 
 
-def _held(done: _State, contender: Contender, window: int) -> _Window:
-    values = done.get(contender, window)
-    assert values is not None
-    return values
+def _step(candidate: Candidate, window: int) -> str:
+    return f"{candidate.key} window {window}"
 
 
-def _row(contender: Contender, windows: list[_Window]) -> Row:
+def _result(candidate: Candidate, windows: list[_Window]) -> CandidateResult:
     nll, reference, divergence = (np.stack([getattr(w, name) for w in windows]).astype(np.float64) for name in _ARRAYS)
     change = nll - reference
     ratio = math.exp(change.mean())
     parts = np.array_split(np.arange(change.shape[1]), POSITION_BUCKETS)
-    return Row(
-        name=contender.name,
-        note=contender.note,
+    return CandidateResult(
+        name=candidate.name,
+        note=candidate.note,
         effective_bits=windows[0].bits,
-        ppl=math.exp(nll.mean()),
-        ppl_reference=math.exp(reference.mean()),
+        ppl=metrics.perplexity(nll),
+        ppl_reference=metrics.perplexity(reference),
         ppl_change_percent=100 * (ratio - 1),
-        ppl_stderr_percent=100 * ratio * _stderr(change.mean(1)),
+        ppl_stderr_percent=100 * ratio * metrics.standard_error(change.mean(1)),
         kld_mean=float(divergence.mean()),
-        kld_stderr=_stderr(divergence.mean(1)),
+        kld_stderr=metrics.standard_error(divergence.mean(1)),
         kld_p99=float(np.quantile(divergence, 0.99)),
         kld_max=float(divergence.max()),
         top1_agreement=float(np.mean([w.agreement for w in windows])),
@@ -336,8 +286,3 @@ def _row(contender: Contender, windows: list[_Window]) -> Row:
         windows=len(windows),
         positions=divergence.size,
     )
-
-
-def _stderr(of_windows: NDArray[np.float64]) -> float:
-    count = len(of_windows)
-    return float(of_windows.std(ddof=1) / math.sqrt(count)) if count > 1 else 0.0

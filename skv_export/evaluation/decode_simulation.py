@@ -9,15 +9,18 @@ sums; tests hold it to the reference op.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
+from skv_export.checkpoints.pretrained import input_device
 from skv_export.errors import SkvError
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.quantizer import decode_tile, encode_tile, rotate, to_half
@@ -56,9 +59,12 @@ class LayoutCache:
 
     Attributes:
         layout: Of keys or values of one layer.
+        round_recent: Whether the full-precision rows are rounded to ``recent_type``, as the op does; without it, what
+            differs is the tiles' doing alone.
     """
 
     layout: CacheLayout
+    round_recent: bool = True
 
     @property
     def num_sink_tokens(self) -> int:
@@ -71,6 +77,8 @@ class LayoutCache:
 
     def exact(self, x: torch.Tensor) -> torch.Tensor:
         """Rounds to ``recent_type``, in the cache's basis."""
+        if not self.round_recent:
+            return x
         return self._to_model(stored(self.layout, x.cpu().numpy()).astype(np.float32), x.device)
 
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
@@ -236,6 +244,13 @@ def attend(
     return out.reshape(-1, tokens, dim)
 
 
+def in_tiles(cache: TensorCache, tokens: int) -> torch.Tensor:
+    """Returns ``[S, S]``: whether key j stands in a tile when query t is decoded, after t tokens were appended."""
+    count = torch.tensor([cache.quantized_tokens(t) for t in range(tokens)])
+    j = torch.arange(tokens) - cache.num_sink_tokens
+    return (j >= 0)[None, :] & (j[None, :] < count[:, None])
+
+
 def _mask(scores: torch.Tensor, start: int, window: int) -> None:
     """Hides the tokens after each query, and those that a sliding window has left behind, in place."""
     queries, columns = scores.shape[-2:]
@@ -274,15 +289,32 @@ CacheFactory = Callable[[int, int, int], tuple[TensorCache, TensorCache]]
 """Layer index, head_dim and sliding window (0 = none) to the caches of a layer's keys and values."""
 
 
+class AttentionOptions(TypedDict):
+    """What a layer's attention takes beside its tensors; see ``attend``."""
+
+    scale: float
+    softcap: float
+    local_window_size: int
+    head_sink: torch.Tensor | None
+
+
+Observer = Callable[[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor], AttentionOptions, torch.Tensor], None]
+"""Called with a layer's index, its query, key and value of one sequence, its options, and its output."""
+_ACTIVE: ContextVar[Simulation | None] = ContextVar("skv_simulation", default=None)
+
+
 class Simulation:
-    """One configuration's caches, made when a layer is first seen; the model takes it as ``skv_simulation``.
+    """One configuration's caches, made when a layer is first seen.
+
+    A model whose attention was replaced by ``ATTENTION_NAME`` runs inside ``with simulation.active()``.
 
     Args:
         make: Makes a layer's caches.
+        observer: Told of every layer's attention.
     """
 
-    def __init__(self, make: CacheFactory) -> None:
-        self._make = make
+    def __init__(self, make: CacheFactory, observer: Observer | None = None) -> None:
+        self._make, self.observer = make, observer
         self._caches: dict[int, tuple[TensorCache, TensorCache]] = {}
         self._shapes: dict[int, tuple[int, int]] = {}
 
@@ -310,6 +342,15 @@ class Simulation:
             return LayoutCache(key), LayoutCache(value)
 
         return cls(make)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Models that run inside the block have these caches."""
+        token = _ACTIVE.set(self)
+        try:
+            yield
+        finally:
+            _ACTIVE.reset(token)
 
     def layer(self, index: int, kv_num_heads: int, head_dim: int, window: int) -> tuple[TensorCache, TensorCache]:
         """Returns the caches of layer ``index``."""
@@ -339,7 +380,6 @@ def _hook(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    skv_simulation: Simulation | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -347,27 +387,30 @@ def _hook(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: ``[B, N, S, D]`` to ``[B, S, N, D]``; a row of the batch is a sequence."""
-    if skv_simulation is None:
-        raise SkvError(
-            f"{type(module).__name__}: the model does not hand its keyword arguments to the attention function",
-            fix="Its cache can't be simulated; README lists the architectures that can.",
-        )
-    window = int(sliding_window or 0)
-    caches = skv_simulation.layer(int(module.layer_idx), key.shape[1], key.shape[-1], window)  # type: ignore[arg-type]
-    rows = [
-        attend(
-            q.float(),
-            k.float(),
-            v.float(),
-            caches,
-            scale=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
-            softcap=float(softcap or 0.0),
-            local_window_size=window,
-            head_sink=s_aux,
-        )
-        for q, k, v in zip(query, key, value, strict=True)
-    ]
+    simulation = _ACTIVE.get()
+    if simulation is None:
+        raise SkvError(f"{type(module).__name__}: no simulation is active", fix="Run the model in simulation.active().")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    options: AttentionOptions = {
+        "scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling),
+        "softcap": float(softcap or 0.0),
+        "local_window_size": int(sliding_window or 0),
+        "head_sink": s_aux,
+    }
+    caches = simulation.layer(layer, key.shape[1], key.shape[-1], options["local_window_size"])
+    rows = []
+    for tensors in zip(query.float(), key.float(), value.float(), strict=True):
+        rows.append(attend(*tensors, caches, **options))
+        if simulation.observer is not None:
+            simulation.observer(layer, tensors, options, rows[-1])
     return torch.stack(rows).transpose(1, 2).to(query.dtype), None
 
 
 AttentionInterface.register(ATTENTION_NAME, _hook)
+
+
+def simulated_logits(model: PreTrainedModel, ids: torch.Tensor, simulation: Simulation) -> torch.Tensor:
+    """Float32 logits ``[S, vocab]`` of a window ``[S]`` with the caches of a simulation, in one forward pass."""
+    with simulation.active():
+        logits: torch.Tensor = model(ids[None].to(input_device(model)), use_cache=False).logits[0]
+    return logits.float()

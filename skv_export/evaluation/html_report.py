@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from skv_export.evaluation.charts import Chart, Line, page, svg
-from skv_export.evaluation.comparison import BITS_CONTEXT, Result, Row, pareto
+from skv_export.evaluation.comparison import BITS_CONTEXT, CandidateResult, ComparisonResult, pareto
 from skv_export.evaluation.needle import DEPTHS, NeedleResult
 
 _WIDTH, _HEIGHT = 680, 420
@@ -16,7 +16,7 @@ _FLOOR = 1e-6
 """Smallest KL divergence drawn: below it is float32 noise."""
 
 
-def html(result: Result, retrieval: NeedleResult | None = None) -> str:
+def html(result: ComparisonResult, retrieval: NeedleResult | None = None) -> str:
     """Returns the page."""
     first = result.rows[0]
     parts = [
@@ -34,7 +34,7 @@ def html(result: Result, retrieval: NeedleResult | None = None) -> str:
     return page(f"{result.model}: quality per bit", parts)
 
 
-def scatter(rows: Sequence[Row]) -> str:
+def scatter(rows: Sequence[CandidateResult]) -> str:
     """Draws mean KL divergence, on a logarithmic axis, against effective bits; the front is a line."""
     losses = [max(row.kld_mean, _FLOOR) for row in rows]
     low, high = math.floor(math.log10(min(losses))), math.ceil(math.log10(max(losses)) + 1e-9)
@@ -69,7 +69,7 @@ def scatter(rows: Sequence[Row]) -> str:
     return "".join([*out, "</svg>"])
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[CandidateResult]) -> str:
     front = {row.name for row in pareto(rows)}
     head = ("configuration", "bits", "perplexity", "±", "KLD mean", "p99", "max", "top-1")
     body = [
@@ -88,7 +88,7 @@ def _table(rows: Sequence[Row]) -> str:
     return f"<h2>Figures</h2>{_html_table(head, body)}<p class=note>* on the Pareto front; ± is one standard error.</p>"
 
 
-def _positions(rows: Sequence[Row]) -> str:
+def _positions(rows: Sequence[CandidateResult]) -> str:
     shown = sorted(rows, key=lambda row: row.effective_bits)
     buckets = len(shown[0].ppl_change_by_position)
     lines = tuple(

@@ -16,8 +16,10 @@ import torch
 from transformers import PreTrainedModel
 
 from skv_export.errors import SkvError
-from skv_export.evaluation.candidates import Contender, Simulated
+from skv_export.evaluation import metrics
+from skv_export.evaluation.candidates import Candidate, Simulated
 from skv_export.evaluation.decode_simulation import Simulation
+from skv_export.evaluation.text import token_ids
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Where the needle stands: shares of the text before it."""
@@ -32,10 +34,10 @@ CITIES = ("Lisbon", "Oslo", "Kyoto", "Lima", "Cairo", "Quebec", "Vienna", "Dakar
 
 @dataclass(frozen=True)
 class NeedleRow:
-    """One contender at one length.
+    """One candidate at one length.
 
     Attributes:
-        name: The contender's; ``full precision`` for the unquantized model.
+        name: The candidate's; ``full precision`` for the unquantized model.
         length: Tokens before the answer.
         found: Share of needles found, by depth (``DEPTHS``).
         nll: Mean negative log-probability of the answer's tokens, in nats: moves before retrieval fails.
@@ -51,12 +53,12 @@ class NeedleRow:
 
 @dataclass(frozen=True)
 class NeedleResult:
-    """All lengths and contenders."""
+    """All lengths and candidates."""
 
     rows: list[NeedleRow]
 
     def table(self) -> str:
-        """A line per length and contender."""
+        """A line per length and candidate."""
         width = max([13, *(len(row.name) for row in self.rows)])
         depths = "  ".join(f"{depth:>5.0%}" for depth in DEPTHS)
         trials = self.rows[0].trials
@@ -86,7 +88,7 @@ def parse_lengths(text: str) -> list[int]:
 @torch.no_grad()
 def run(
     loaded: tuple[PreTrainedModel, Any],
-    contenders: Sequence[Contender],
+    candidates: Sequence[Candidate],
     text: str,
     *,
     lengths: Sequence[int],
@@ -95,15 +97,15 @@ def run(
     """Hides needles in a text and asks for them.
 
     Args:
-        loaded: Model and tokenizer, from ``compare.load``.
-        contenders: What to measure beside full precision.
+        loaded: Model and tokenizer, from ``comparison.load``.
+        candidates: What to measure beside full precision.
         text: The haystack; repeated if it is shorter than a length.
         lengths: Tokens of the whole prompt.
         trials: Needles per length and depth; their numbers and cities are the same for everybody.
     """
     model, tokenizer = loaded
     full = Simulated("full precision", "", "", Simulation.full_precision())
-    everybody: list[Contender] = [full, *contenders]
+    everybody: list[Candidate] = [full, *candidates]
     rows: list[NeedleRow] = []
     for length in lengths:
         prompts = [[make_prompt(tokenizer, text, length, depth, trial) for trial in range(trials)] for depth in DEPTHS]
@@ -115,10 +117,10 @@ def make_prompt(tokenizer: Any, text: str, length: int, depth: float, trial: int
     """Returns the tokens of text, needle, question and answer, and how many of them are the answer."""
     rng = np.random.default_rng([length, round(100 * depth), trial])
     city, number = CITIES[rng.integers(len(CITIES))], str(rng.integers(10000, 100000))
-    start = list(tokenizer("").input_ids)
+    start = token_ids(tokenizer, "", add_special_tokens=True)
 
     def tokens(part: str) -> list[int]:
-        return list(tokenizer(part, add_special_tokens=False).input_ids)
+        return token_ids(tokenizer, part, add_special_tokens=False)
 
     needle, question = tokens(NEEDLE.format(city=city, number=number)), tokens(QUESTION.format(city=city))
     answer = tokens(" " + number)
@@ -134,14 +136,14 @@ def make_prompt(tokenizer: Any, text: str, length: int, depth: float, trial: int
 _Prompt = tuple[torch.Tensor, int]
 
 
-def _row(contender: Contender, model: PreTrainedModel, length: int, prompts: list[list[_Prompt]]) -> NeedleRow:
+def _row(candidate: Candidate, model: PreTrainedModel, length: int, prompts: list[list[_Prompt]]) -> NeedleRow:
     found, nll = [], []
     for of_depth in prompts:
         hits = []
         for ids, count in of_depth:
-            rows = contender.logits(model, ids)[-count - 1 : -1].log_softmax(-1)
+            rows = candidate.logits(model, ids)[-count - 1 : -1].log_softmax(-1)
             answer = ids[-count:].to(rows.device)
             hits.append(bool((rows.argmax(-1) == answer).all()))
-            nll.append(-rows.gather(1, answer[:, None]).mean().item())
+            nll.append(metrics.nll(rows, answer).mean().item())
         found.append(float(np.mean(hits)))
-    return NeedleRow(contender.name, length, found, float(np.mean(nll)), len(prompts[0]))
+    return NeedleRow(candidate.name, length, found, float(np.mean(nll)), len(prompts[0]))

@@ -24,6 +24,7 @@ from skv_export.integrations.transformers_cache import SkvCache
 from skv_export.model_folder import hub
 from skv_export.model_folder.names import LIBRARY_FILE
 from skv_export.model_folder.output import output_folder
+from skv_export.model_folder.writer import generation_config
 from skv_export.paths import to_path
 from skv_export.runtime.session import Session, last_logits
 
@@ -138,15 +139,29 @@ class SkvForCausalLM(GenerationMixin):
             model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
         session = Session(folder, execution_provider=execution_provider, cuda_graph=cuda_graph, num_threads=num_threads)
+        _check_dtype(torch_dtype if dtype is None else dtype, session.config.dtype)
+        return cls.from_session(session, max_length)
+
+    @classmethod
+    def from_session(cls, session: Session, max_length: int | None = None) -> SkvForCausalLM:
+        """Returns the model of a session that is open, with the configurations of its folder.
+
+        Args:
+            session: The runtime.
+            max_length: Most tokens of one sequence; the model's context length if not given.
+
+        Returns:
+            The model.
+
+        Raises:
+            SkvError: The folder has none, or they can't be read.
+        """
         if not (session.folder / "config.json").is_file():
             raise SkvError(f"{session.folder}/config.json: no such file", fix="Export the model again.")
-        _check_dtype(torch_dtype if dtype is None else dtype, session.config.dtype)
-        config = load_config(Source("safetensors", session.folder))
-        if (session.folder / "generation_config.json").is_file():
-            generation_config = GenerationConfig.from_pretrained(session.folder, local_files_only=True)
-        else:
-            generation_config = GenerationConfig.from_model_config(config)
-        return cls(session, config.get_text_config(decoder=True), generation_config, max_length)
+        files = Source("safetensors", session.folder)
+        config = load_config(files)
+        defaults = generation_config(files, config)
+        return cls(session, config.get_text_config(decoder=True), defaults, max_length)
 
     def save_pretrained(self, save_directory: str | Path, *, safe_serialization: bool = True, **others: Any) -> None:
         """Writes the model into another folder, complete or not at all, with ``generation_config`` as it is now.

@@ -64,7 +64,7 @@ class Tolerance:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class StepComparison:
     """One run of both, step by step; step 0 is the prompt.
 
     Attributes:
@@ -111,8 +111,8 @@ class GraphResult:
         failures: What is beyond the tolerance, a sentence each.
     """
 
-    quantized: Comparison
-    exact: Comparison
+    quantized: StepComparison
+    exact: StepComparison
     failures: tuple[str, ...]
 
     def rows(self) -> list[str]:
@@ -191,17 +191,17 @@ def check(
     attention = model.config._attn_implementation
     try:
         session = graph_variants.unquantized(folder, execution_provider=execution_provider)
-        exact = compare(model, session, tokens, tolerance.exact, tolerance.rows, same_cache=False)
+        exact = compare_steps(model, session, tokens, tolerance.exact, tolerance.rows, same_cache=False)
         session = graph_variants.exact_products(folder, execution_provider=execution_provider)
-        quantized = compare(model, session, tokens, tolerance.most, tolerance.rows, same_cache=True)
+        quantized = compare_steps(model, session, tokens, tolerance.most, tolerance.rows, same_cache=True)
     finally:
         model.set_attn_implementation(attention)
     return judge(quantized, exact, tolerance)
 
 
-def compare(
+def compare_steps(
     model: PreTrainedModel, session: Session, tokens: Sequence[int], limit: float, rows: float, *, same_cache: bool
-) -> Comparison:
+) -> StepComparison:
     """Decodes ``tokens`` with both and compares every step.
 
     Args:
@@ -275,9 +275,9 @@ class _Track:
                     before = f", or layer {i - 1} after its own" if i else ""
                     self.origin = f"step {step}: layer {i}'s {name}s are off by {off:.1%}: layer {i}{before}"
 
-    def result(self, prompt: int, steps: int) -> Comparison:
+    def result(self, prompt: int, steps: int) -> StepComparison:
         worst = [float(d.max()) for d in self.differences]
-        return Comparison(
+        return StepComparison(
             prompt=prompt,
             steps=steps,
             max_abs=max(worst),
@@ -318,8 +318,8 @@ def _differences(layout: CacheLayout, reference: Bytes, exported: Bytes) -> tupl
     return flips, int((one != other).sum()), off / (float(np.abs(one).max()) or 1.0)
 
 
-def judge(quantized: Comparison, exact: Comparison, tolerance: Tolerance) -> GraphResult:
-    """Checks the comparisons against the tolerance."""
+def judge(quantized: StepComparison, exact: StepComparison, tolerance: Tolerance) -> GraphResult:
+    """Holds the comparisons against the tolerance."""
     failures = _beyond("nothing rounded", exact, exact.max_abs, tolerance.exact, "largest")
     failures += _contradicted("nothing rounded", exact)
     bits = "the recipe's bits"
@@ -334,7 +334,7 @@ def judge(quantized: Comparison, exact: Comparison, tolerance: Tolerance) -> Gra
     return GraphResult(quantized, exact, tuple(failures))
 
 
-def _beyond(what: str, found: Comparison, value: float, limit: float, name: str) -> list[str]:
+def _beyond(what: str, found: StepComparison, value: float, limit: float, name: str) -> list[str]:
     if value <= limit:
         return []
     where = f" at step {found.worst_step}" if name == "largest" else ""
@@ -342,7 +342,7 @@ def _beyond(what: str, found: Comparison, value: float, limit: float, name: str)
     return [f"graph, {what}: the {name} logit difference is {value:.2e}{where}, expected at most {limit:.0e}{begun}"]
 
 
-def _contradicted(what: str, found: Comparison) -> list[str]:
+def _contradicted(what: str, found: StepComparison) -> list[str]:
     if not found.contradictions:
         return []
     steps = ", ".join(map(str, found.contradictions[:8]))

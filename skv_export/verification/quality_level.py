@@ -7,11 +7,7 @@ token-by-token decoding would have left. Calls that end at each flush of a tile 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +16,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from skv_export.checkpoints.pretrained import input_device
 from skv_export.errors import SkvError
+from skv_export.evaluation import metrics
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.progress import Progress
 from skv_export.runtime.session import Session
 from skv_export.spec.layout import CacheLayout
 
-SHIPPED_TEXT = "persuasion.txt"
-MAX_TEXT_BYTES = 64 << 20
 LOGIT_BYTES = 256 << 20
 """Logits held at once, at most: what a call's batch is limited by."""
 
@@ -114,54 +109,6 @@ def flush_edges(layout: CacheLayout, length: int) -> list[int]:
     return [*range(first, length, layout.tile_tokens), length]
 
 
-def read_text(path: Path | str | None) -> str:
-    """Reads the text to measure on; the shipped one if not given.
-
-    Raises:
-        SkvError: Missing, too large, or not UTF-8.
-    """
-    if path is None:
-        return (resources.files("skv_export") / "data" / SHIPPED_TEXT).read_text(encoding="utf-8")
-    path = Path(path)
-    if not path.is_file():
-        raise SkvError(f"text {path}: no such file")
-    if path.stat().st_size > MAX_TEXT_BYTES:
-        raise SkvError(
-            f"text {path}: too large", got=f"{path.stat().st_size} bytes", expected=f"at most {MAX_TEXT_BYTES}"
-        )
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SkvError(f"text {path}: not UTF-8", got=str(error)) from error
-
-
-def text_windows(tokenizer: Any, text: str, count: int, length: int) -> NDArray[np.int64]:
-    """Cuts windows out of a text, evenly spread; each starts with the tokenizer's prefix of a text.
-
-    Args:
-        tokenizer: tokenizers' Tokenizer.
-        text: The text.
-        count: Windows; fewer if the text has no more.
-        length: Tokens per window.
-
-    Returns:
-        ``[windows, length]``.
-
-    Raises:
-        SkvError: The text does not fill one window.
-    """
-    start = tokenizer.encode("", add_special_tokens=True).ids
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    body = length - len(start)
-    count = min(count, len(ids) // body)
-    if count < 1:
-        raise SkvError(
-            "text: too short", got=f"{len(ids)} tokens", expected=f"at least {body}", fix="Pass a longer text."
-        )
-    places = np.linspace(0, len(ids) - body, count).astype(int)
-    return np.array([[*start, *ids[place : place + body]] for place in places], np.int64)
-
-
 def effective_bits(config: ModelConfig, length: int) -> float:
     """Bits per element of a cache of ``length`` tokens: codes, parameters and full-precision tokens."""
     bits, elements = 0.0, 0.0
@@ -184,12 +131,10 @@ class _Scores:
     def add(self, reference: torch.Tensor, exported: torch.Tensor, targets: torch.Tensor) -> None:
         """Adds logits ``[B, S, V]`` of both models; ``targets`` are the tokens that follow, ``[B, S]``."""
         p, q = reference.log_softmax(-1), exported.log_softmax(-1)
-        at = targets[..., None]
-        self.nll_reference.append(-p.gather(-1, at).double().numpy().ravel())
-        self.nll_exported.append(-q.gather(-1, at).double().numpy().ravel())
-        divergence = (p.exp() * (p - q)).sum(-1).clamp(min=0)
-        self.divergence.append(divergence.double().numpy().ravel())
-        self.agreement.append((p.argmax(-1) == q.argmax(-1)).numpy().ravel())
+        self.nll_reference.append(metrics.nll(p, targets).double().numpy().ravel())
+        self.nll_exported.append(metrics.nll(q, targets).double().numpy().ravel())
+        self.divergence.append(metrics.kl_divergence(p, q).clamp(min=0).double().numpy().ravel())
+        self.agreement.append(metrics.top1_agreement(p, q).numpy().ravel())
 
 
 def measure(
@@ -237,8 +182,8 @@ def measure(
 def _summary(scores: _Scores, bits: float, window: int) -> QualityResult:
     divergence = np.concatenate(scores.divergence)
     return QualityResult(
-        ppl_reference=math.exp(np.concatenate(scores.nll_reference).mean()),
-        ppl_exported=math.exp(np.concatenate(scores.nll_exported).mean()),
+        ppl_reference=metrics.perplexity(np.concatenate(scores.nll_reference)),
+        ppl_exported=metrics.perplexity(np.concatenate(scores.nll_exported)),
         kld_mean=float(divergence.mean()),
         kld_p99=float(np.quantile(divergence, 0.99)),
         top1_agreement=float(np.concatenate(scores.agreement).mean()),

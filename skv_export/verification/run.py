@@ -1,150 +1,36 @@
-"""`verify`: checks on three levels that an exported folder computes what PyTorch computes, and reports.
+"""`verify`: checks on four levels that an exported folder computes what PyTorch computes, and reports.
 
-``op``: the library against the reference, case by case. ``graph``: the exported graph against PyTorch with the same
-quantized cache and weights (``graph_level.py``). ``quality``: against the unquantized model (``quality_level.py``).
-torch is imported only for the last two.
+``op``: the library against the reference, case by case (``op_level.py``). ``text``: texts of the untouched model in
+transformers and of the export (``text_level.py``). ``graph``: the exported graph against PyTorch with the same cache
+(``graph_level.py``). ``quality``: against the unquantized model (``quality_level.py``). torch waits until needed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from skv_export.checkpoints.checkpoint import Source, demo_checkpoint, resolve
 from skv_export.errors import SkvError
 from skv_export.model_folder.skv_config import ModelConfig
-from skv_export.native.library import Library, load_library
-from skv_export.progress import track
 from skv_export.runtime.prompts import load_tokenizer
-from skv_export.runtime.providers import open_session
-from skv_export.spec.conformance import Case, Inputs, Outcome, expected_of, make_inputs, op_cases
-from skv_export.spec.op import OP_NAME, LayerAttention, attention_node, one_node_model
+from skv_export.verification.op_level import OpResult, check_op
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from skv_export.checkpoints.pretrained import Placement
     from skv_export.verification.graph_level import GraphResult, Tolerance
     from skv_export.verification.quality_level import QualityResult, Thresholds
+    from skv_export.verification.text_level import TextResult
 
-LEVELS = ("op", "graph", "quality")
+LEVELS = ("op", "text", "graph", "quality")
 WINDOWS, WINDOW_TOKENS = 8, 1024
 """Default size of the quality level: about a minute for a model of 135 million parameters on two cores."""
-
-# The op level.
-
-
-@dataclass(frozen=True)
-class OpResult:
-    """What the op level found.
-
-    Attributes:
-        cases: Cases that were run.
-        worst: Largest difference of an attention output, relative to its case's tolerance.
-        worst_case: Where that was.
-        failures: Cases whose bytes differ or whose attention is beyond the tolerance, a sentence each.
-        runners: What each case went through.
-    """
-
-    cases: int
-    worst: float
-    worst_case: str
-    failures: tuple[str, ...]
-    runners: str = "the kernels and by ONNX Runtime"
-
-    def rows(self) -> list[str]:
-        """The report's lines."""
-        found = "bytes equal" if not self.failures else f"{len(self.failures)} failures"
-        return [
-            f"{self.cases} cases, by {self.runners}: {found}",
-            f"attention: at most {self.worst:.0%} of the tolerance ({self.worst_case})",
-        ]
-
-
-def check_op(
-    cases: Sequence[Case] | None = None, library: Library | None = None, execution_provider: str = "cpu"
-) -> OpResult:
-    """Runs every case through the library, directly and as ONNX Runtime's op, and compares with the reference.
-
-    Args:
-        cases: ``op_cases()`` if not given.
-        library: The native library.
-        execution_provider: ``cpu`` or ``cuda``; on a GPU the cases run in ONNX Runtime alone, and in float16 too, which
-            takes other kernels than float32.
-    """
-    library = library or load_library()
-    worst, worst_case, failures = 0.0, "", []
-    cases = list(op_cases() if cases is None else cases)
-    runners: dict[str, Callable[[Case, Inputs], Outcome]] = {
-        "kernels": functools.partial(_kernels, library),
-        "ONNX Runtime": functools.partial(_op, library, execution_provider),
-    }
-    if execution_provider != "cpu":
-        del runners["kernels"]
-        cases += [dataclasses.replace(case, dtype="float16") for case in cases if case.dtype == "float32"]
-    for case in track(cases, "op"):
-        inputs = make_inputs(case)
-        expected = expected_of(case, inputs)
-        for runner, run_case in runners.items():
-            error, problems = _compare(case, expected, run_case(case, inputs))
-            failures += [f"op, {runner}, {case.name}: {problem}" for problem in problems]
-            if not error <= worst:
-                worst, worst_case = error, f"{case.name}, {runner}"
-    by = " and by ".join(f"the {name}" if name == "kernels" else name for name in runners)
-    where = "" if execution_provider == "cpu" else f" on {execution_provider}"
-    return OpResult(len(cases), worst, worst_case, tuple(failures), by + where)
-
-
-def _compare(case: Case, expected: Outcome, outcome: Outcome) -> tuple[float, list[str]]:
-    """The attention's difference relative to the tolerance, and what is wrong."""
-    problems = []
-    for name, want, got in zip(("key", "value"), expected[1:], outcome[1:], strict=True):
-        wrong = np.argwhere(want != got)
-        if len(wrong):
-            b, head, row, column = wrong[0]
-            at = f"sequence {b}, head {head}, byte {row * want.shape[3] + column} of {want[0, 0].size}"
-            problems.append(f"{len(wrong)} bytes of the {name} cache differ, the first in {at}")
-    largest = float(np.abs(expected[0]).max()) or 1.0
-    error = float(np.abs(outcome[0].astype(np.float32) - expected[0]).max()) / largest / case.tolerance
-    if not error <= 1:
-        problems.append(
-            f"attention is off by {error * case.tolerance:.1e} of the largest output, expected {case.tolerance:.0e}"
-        )
-    return (error if np.isfinite(error) else np.inf), problems
-
-
-def _kernels(library: Library, case: Case, i: Inputs) -> Outcome:
-    return library.attention(
-        case.params, case.layouts, i.query.astype(case.dtype), i.key, i.value, i.past_key, i.past_value, i.seqlens_k,
-        head_sink=i.head_sink, query_seqlens=i.query_seqlens,
-    )  # fmt: skip
-
-
-def _op(library: Library, execution_provider: str, case: Case, i: Inputs) -> Outcome:
-    """The same through a one-node model."""
-    import onnxruntime as ort
-
-    floats = {name: getattr(i, name).astype(case.dtype) for name in ("query", "key", "value")}
-    feeds = floats | {"past_key": i.past_key, "past_value": i.past_value, "seqlens_k": i.seqlens_k}
-    feeds["total_sequence_length"] = np.array(i.seqlens_k.max() + 1, np.int32)
-    if i.head_sink is not None:
-        feeds["head_sink"] = i.head_sink.astype(case.dtype)
-    if i.query_seqlens is not None:
-        feeds["query_seqlens"] = i.query_seqlens
-    options = ort.SessionOptions()
-    node = attention_node(list(feeds), LayerAttention(case.params, case.layouts).attributes())
-    model = one_node_model(node, {name: (x.dtype, x.shape) for name, x in feeds.items()})
-    session = open_session(model, options, execution_provider, library, op_type=OP_NAME)
-    output, present_key, present_value = session.run(None, feeds)
-    return output, present_key, present_value
-
 
 # The report.
 
@@ -159,6 +45,7 @@ class Report:
         op: The op level.
         graph: The graph level.
         quality: The quality level.
+        text: The text level.
     """
 
     folder: Path
@@ -166,11 +53,14 @@ class Report:
     op: OpResult | None = None
     graph: GraphResult | None = None
     quality: QualityResult | None = None
+    text: TextResult | None = None
 
     @property
     def failures(self) -> tuple[str, ...]:
         """What failed in any level, a sentence each."""
-        return tuple(f for level in (self.op, self.graph, self.quality) if level is not None for f in level.failures)
+        return tuple(
+            f for level in (self.op, self.text, self.graph, self.quality) if level is not None for f in level.failures
+        )
 
     @property
     def passed(self) -> bool:
@@ -183,6 +73,7 @@ class Report:
         return {
             "passed": self.passed,
             "op": self.op and not self.op.failures,
+            "text": self.text and not self.text.failures,
             "graph": {
                 "max_abs_logit_diff": graph and graph.max_abs,
                 "steps": graph and graph.steps,
@@ -201,7 +92,7 @@ class Report:
     def table(self) -> str:
         """The report as text: a line or two per level, then what failed."""
         lines = [f"{self.folder}" + (f" against {self.checkpoint}" if self.checkpoint else "")]
-        for name, level in (("op", self.op), ("graph", self.graph), ("quality", self.quality)):
+        for name, level in (("op", self.op), ("text", self.text), ("graph", self.graph), ("quality", self.quality)):
             if level is None:
                 continue
             mark = "FAIL" if level.failures else "ok"
@@ -233,7 +124,7 @@ def verify(
     Args:
         folder: What ``skv-export model`` wrote.
         checkpoint: What it was exported from; as recorded in the folder if not given.
-        levels: Of ``op``, ``graph``, ``quality``.
+        levels: Of ``op``, ``text``, ``graph``, ``quality``.
         text: File to take tokens from; the shipped prose if not given.
         execution_provider: ``cpu`` or ``cuda``, of the op and of the exported graph.
         device: Where PyTorch runs the original: ``cpu``, ``cuda``, ``cuda:1``.
@@ -256,27 +147,34 @@ def verify(
     folder = Path(folder)
     config = ModelConfig.load(folder)
     report = Report(folder)
-    placement = _placement(device, dtype, device_map) if set(levels) & {"graph", "quality"} else None
+    placement = _placement(device, dtype, device_map) if set(levels) - {"op"} else None
     if "op" in levels:
         report = dataclasses.replace(report, op=check_op(execution_provider=execution_provider))
     if placement is None:
         return report
+    from skv_export.evaluation.text import cut_windows, read_text
     from skv_export.export import weight_quantization
     from skv_export.verification import graph_level, graph_variants, quality_level
 
     source = _source(config, checkpoint)
-    model = load_original(source, config, placement)
-    prose, tokenizer = quality_level.read_text(text), load_tokenizer(folder)
+    prose, tokenizer = read_text(text), load_tokenizer(folder)
     report = dataclasses.replace(report, checkpoint=str(source))
+    if "text" in levels:
+        report = dataclasses.replace(
+            report, text=_text_level(folder, config, source, prose, placement, execution_provider)
+        )
+    if not set(levels) & {"graph", "quality"}:
+        return report
+    model = load_original(source, config, placement)
     if "graph" in levels:
         count = sum(graph_level.step_counts(config.layers[0].key))
-        (tokens,) = quality_level.text_windows(tokenizer, prose, 1, count).tolist()
+        (tokens,) = cut_windows(tokenizer, prose, 1, count).tolist()
         with weight_quantization.rounded(model, graph_variants.quantized_weights(folder), config):
             graph = graph_level.check(model, folder, tokens, execution_provider=execution_provider, tolerance=tolerance)
         report = dataclasses.replace(report, graph=graph)
     if "quality" in levels:
         length = min(window_tokens, config.context_length)
-        cut = quality_level.text_windows(tokenizer, prose, windows, length)
+        cut = cut_windows(tokenizer, prose, windows, length)
         session = graph_variants.all_logits(folder, execution_provider=execution_provider)
         report = dataclasses.replace(report, quality=quality_level.measure(model, session, cut, thresholds=thresholds))
     return report
@@ -298,6 +196,22 @@ def _source(config: ModelConfig, checkpoint: str | Path | None) -> Source:
     )
 
 
+def _text_level(
+    folder: Path, config: ModelConfig, source: Source, prose: str, placement: Placement, execution_provider: str
+) -> TextResult:
+    """Runs the text level; the untouched model's weights are rounded as the export's were, and nothing else is done."""
+    from skv_export.checkpoints import pretrained
+    from skv_export.export import weight_quantization
+    from skv_export.verification import graph_variants, text_level
+
+    _check_same_model(source, config)
+    tokenizer, model = pretrained.load_tokenizer(source), pretrained.load_untouched(source, placement)
+    if config.dtype != placement.dtype and placement.device_map is None:
+        model.to(pretrained.DTYPES[config.dtype]).to(placement.torch_dtype)  # type: ignore[arg-type]
+    with weight_quantization.rounded(model, graph_variants.quantized_weights(folder), config):
+        return text_level.check(model, tokenizer, folder, prose, execution_provider=execution_provider)
+
+
 def _placement(device: str, dtype: str, device_map: str | None) -> Placement:
     from skv_export.checkpoints.pretrained import Placement
 
@@ -311,14 +225,9 @@ def load_original(source: Source, config: ModelConfig, placement: Placement) -> 
         SkvError: It is another model than the folder's, or can't be loaded whole.
     """
     from skv_export.checkpoints import pretrained
-    from skv_export.checkpoints.model_config import load_config
     from skv_export.export.supported import prepare_model
 
-    given = load_config(source)
-    found = {"model_type": given.model_type, "vocab_size": given.vocab_size, "layers": given.num_hidden_layers}
-    expected = {"model_type": config.model_type, "vocab_size": config.vocab_size, "layers": len(config.layers)}
-    if found != expected:
-        raise SkvError(f"{source}: not what the folder was exported from", got=found, expected=expected)
+    given = _check_same_model(source, config)
     if placement.device_map is not None and placement.dtype != config.dtype:
         raise SkvError(
             f"verify: device_map={placement.device_map} with dtype={placement.dtype}",
@@ -328,3 +237,15 @@ def load_original(source: Source, config: ModelConfig, placement: Placement) -> 
     model = pretrained.load_model(source, given, dataclasses.replace(placement, dtype=config.dtype))
     prepare_model(model)
     return model if placement.dtype == config.dtype else model.to(placement.torch_dtype)  # type: ignore[arg-type]
+
+
+def _check_same_model(source: Source, config: ModelConfig) -> PreTrainedConfig:
+    """Returns a checkpoint's configuration; refuses another model than the folder's."""
+    from skv_export.checkpoints.model_config import load_config
+
+    given = load_config(source)
+    found = {"model_type": given.model_type, "vocab_size": given.vocab_size, "layers": given.num_hidden_layers}
+    expected = {"model_type": config.model_type, "vocab_size": config.vocab_size, "layers": len(config.layers)}
+    if found != expected:
+        raise SkvError(f"{source}: not what the folder was exported from", got=found, expected=expected)
+    return given

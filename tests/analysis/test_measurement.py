@@ -20,31 +20,30 @@ from skv_export.spec.recipe import LayerConfig
 
 
 @pytest.fixture(scope="module")
-def traffic() -> Any:
+def activations() -> Any:
     import torch
 
-    from skv_export.analysis.attention_capture import LayerTraffic
+    from skv_export.analysis.attention_capture import LayerActivations
 
     torch.manual_seed(0)
     q, k, v = torch.randn(4, 300, 64), torch.randn(2, 300, 64), torch.randn(2, 300, 64)
-    return LayerTraffic(q, k, v, 64**-0.5, 0.0, 0, None, torch.randn(4, 300, 64))
+    return LayerActivations(q, k, v, 64**-0.5, 0.0, 0, None, torch.randn(4, 300, 64))
 
 
 SMALL = LayerConfig(recent_tokens=32, tile_tokens=32)
 
 
 @pytest.mark.parametrize("change", [{}, {"softcap": 3.0}, {"window": 100}, {"sink": True}])
-def test_one_pass_is_token_by_token_decoding(traffic: Any, change: dict[str, Any]) -> None:
+def test_one_pass_is_token_by_token_decoding(activations: Any, change: dict[str, Any]) -> None:
     import torch
 
-    from skv_export.analysis.attention_capture import decode_output
     from skv_export.spec.op import AttentionParams
     from skv_export.spec.reference import append, attend
 
     sink = torch.tensor([0.5, -1.0, 2.0, 0.0]) if change.pop("sink", False) else None
-    live = dataclasses.replace(traffic, sink=sink, **change)
+    live = dataclasses.replace(activations, sink=sink, **change)
     layouts = CacheLayout.pair(dataclasses.replace(SMALL, recent_type="float"), 64, live.window)
-    found = decode_output(live, dataclasses.replace(SMALL, recent_type="float")).numpy()
+    found = live.output(dataclasses.replace(SMALL, recent_type="float")).numpy()
     params = AttentionParams(4, 2, softcap=live.softcap, local_window_size=live.window)
     blocks = [np.zeros((2, math.prod(layout.shape(300))), np.uint8) for layout in layouts]
     q, k, v = (x.numpy() for x in (live.q, live.k, live.v))
@@ -65,24 +64,23 @@ def test_one_pass_is_token_by_token_decoding(traffic: Any, change: dict[str, Any
             append(layout, block, t, x[:, at])
 
 
-def test_tables_are_the_errors_of_the_attention_output(traffic: Any) -> None:
-    from skv_export.analysis.attention_capture import decode_output
+def test_tables_are_the_errors_of_the_attention_output(activations: Any) -> None:
     from skv_export.analysis.measurement import layer_tables, options
 
-    tables = layer_tables(traffic, SMALL, (2, 4))
+    tables = layer_tables(activations, SMALL, (2, 4))
     widths, first = options((2, 4)), 4 + 32 + 32
-    exact = traffic.attend(traffic.k, traffic.v, traffic.seen)
+    exact = activations.output()
     for (i, k), (j, v) in itertools.product(enumerate(widths), repeat=2):
-        delta = (decode_output(traffic, dataclasses.replace(SMALL, k_bits=k, v_bits=v)) - exact)[:, first:]
+        delta = (activations.output(dataclasses.replace(SMALL, k_bits=k, v_bits=v)) - exact)[:, first:]
         error = delta.double().pow(2).sum().item()
-        fisher = (delta * traffic.gradient[:, first:]).sum(-1).double().pow(2).sum().item() / 2
+        fisher = (delta * activations.gradient[:, first:]).sum(-1).double().pow(2).sum().item() / 2
         # The table leaves out the product of both errors; where one is exact there is none.
         tolerance = {"rel": 1e-3} if 16 in (k, v) else {"rel": 0.25}
         assert tables.output[i][j] == pytest.approx(error, abs=1e-5, **tolerance)
         assert tables.fisher[i][j] == pytest.approx(fisher, abs=1e-5, **tolerance)
 
 
-def test_theory_predicts_the_errors_of_random_activations(traffic: Any) -> None:
+def test_theory_predicts_the_errors_of_random_activations(activations: Any) -> None:
     """Equation 3 of docs/theory.md within 20% where its assumptions hold: independent tokens, small errors."""
     from skv_export.analysis.measurement import layer_tables
 
@@ -90,7 +88,7 @@ def test_theory_predicts_the_errors_of_random_activations(traffic: Any) -> None:
         SMALL,
         dataclasses.replace(SMALL, k_granularity="token", k_rotation="hadamard", v_granularity="channel"),
     ):
-        tables = layer_tables(traffic, base, (4, 6, 8))
+        tables = layer_tables(activations, base, (4, 6, 8))
         for i in range(3):
             assert tables.first_order_k[i] == pytest.approx(tables.output[i][3], rel=0.2)
             assert tables.first_order_v[i] == pytest.approx(tables.output[3][i], rel=0.2)
@@ -147,7 +145,7 @@ def test_measurement_goes_on_where_it_stopped(
 
     with pytest.raises(KeyboardInterrupt):
         pipeline.analyze(tiny_checkpoint("llama"), measure=True, text=text, state=state, progress=stop, **RUN)
-    assert "window 0" in json.loads(state.read_text()) and "window 1" not in json.loads(state.read_text())
+    assert [json.loads(line)["step"] for line in state.read_text().splitlines()] == ["window 0"]
     ran = []
     real = measurement.layer_tables
     monkeypatch.setattr(measurement, "layer_tables", lambda *a: ran.append(1) or real(*a))

@@ -23,7 +23,7 @@ from skv_export.spec.conformance import Case, make_inputs, op_cases
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig
 from skv_export.spec.reference import append, quantized_kv_attention, rewind
-from skv_export.verification.run import check_op
+from skv_export.verification.op_level import check_op
 
 SMALL = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
 NAMES = (

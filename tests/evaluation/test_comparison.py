@@ -18,9 +18,10 @@ from skv_export.checkpoints.checkpoint import resolve
 from skv_export.cli.quality import quality_command
 from skv_export.errors import SkvError
 from skv_export.evaluation import candidates, comparison, needle
-from skv_export.evaluation.comparison import Row, pareto
-from skv_export.evaluation.decode_simulation import Simulation
+from skv_export.evaluation.comparison import CandidateResult, pareto
+from skv_export.evaluation.decode_simulation import Simulation, simulated_logits
 from skv_export.evaluation.html_report import html
+from skv_export.evaluation.text import cut_windows
 from skv_export.export.decoder import SkvDecoder
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig, Recipe
@@ -32,9 +33,9 @@ TEXT = "".join(chr(97 + (i * i // 7 + i // 3) % 26) + (" " if i % 6 == 0 else ""
 class Letters:
     """A tokenizer of one token per character, that begins every text with token 1."""
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids = [3 + ord(c) % 300 for c in text]
-        return type("Encoding", (), {"input_ids": [1, *ids] if add_special_tokens else ids})()
+        return [1, *ids] if add_special_tokens else ids
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def loaded(tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
     return comparison.load(resolve(tiny_checkpoint("qwen3")))
 
 
-def run(loaded: tuple[Any, Any], wanted: list[Any], **options: Any) -> comparison.Result:
+def run(loaded: tuple[Any, Any], wanted: list[Any], **options: Any) -> comparison.ComparisonResult:
     return comparison.run(resolve_none(), wanted, TEXT, loaded=loaded, **{"windows": 3, "window": 160, **options})
 
 
@@ -63,7 +64,7 @@ def test_a_window_in_one_pass_is_the_model_decoding_token_by_token(
     recipe = SMALL.with_options(recent_type="float")
     ids = torch.arange(tokens) * 37 % 300
     model, _ = comparison.load(resolve(folder))
-    got = candidates.simulated_logits(model, ids, Simulation.of_recipe(recipe))
+    got = simulated_logits(model, ids, Simulation.of_recipe(recipe))
 
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     count, heads = plain.config.num_hidden_layers, plain.config.num_key_value_heads
@@ -82,7 +83,7 @@ def test_a_window_in_one_pass_is_the_model_decoding_token_by_token(
             logits, *caches = decoder(ids[None, i : i + 1], mask, torch.tensor([[i]]), *caches)
             rows.append(logits[0, 0])
     difference = (got - torch.stack(rows)).abs().amax(-1)
-    effect = (got - candidates.simulated_logits(model, ids, Simulation.full_precision())).abs().amax(-1)
+    effect = (got - simulated_logits(model, ids, Simulation.full_precision())).abs().amax(-1)
     # The first tile is flushed when 68 tokens are held: until then all is exact. Later a code flips now and then, where
     # two orders of summation differ in the last bit; the cache's own effect is far larger.
     assert difference[:68].max() < 2e-4 and effect[:68].max() < 2e-4
@@ -150,7 +151,7 @@ def test_the_first_windows_are_those_of_the_whole_run(loaded: tuple[Any, Any], t
 def test_a_damaged_state_is_refused(loaded: tuple[Any, Any], tmp_path: Path) -> None:
     state = tmp_path / "state.jsonl"
     state.write_text("not JSON\n{}\n")
-    with pytest.raises(SkvError, match=r"state\.jsonl, line 1: no saved window"):
+    with pytest.raises(SkvError, match=r"state\.jsonl, line 1: no saved step"):
         run(loaded, candidates.parse_configs("K4V4", SMALL), state=state)
 
 
@@ -178,17 +179,17 @@ def test_transformers_cache_in_calls_is_token_by_token(
     monkeypatch.setattr(cache_utils, "HQQQuantizedLayer", Layer)
     model, _ = loaded
     ids = torch.arange(300) * 37 % 300
-    contender = candidates.TransformersCache("hf-hqq-4", "", "", "hqq", 4)
+    candidate = candidates.TransformersCache("hf-hqq-4", "", "", "hqq", 4)
     with torch.no_grad():
-        got = contender.logits(model, ids)
+        got = candidate.logits(model, ids)
         cache = cache_utils.QuantizedCache(backend="hqq", config=model.config, nbits=4, axis_key=1, axis_value=1)
         with candidates.own_attention(model):
             calls = [ids[:64], *ids[64:].split(1)]
             rows = [model(c[None], past_key_values=cache, use_cache=True).logits[0] for c in calls]
-        full = candidates.simulated_logits(model, ids, Simulation.full_precision())
+        full = simulated_logits(model, ids, Simulation.full_precision())
     assert (got - full).abs().max() > 0.05, "the cache must matter here"
     assert (got - torch.cat(rows)).abs().median() < 1e-5
-    assert contender.effective_bits(8192) == pytest.approx((8064 * 4.5 + 128 * 16) / 8192)
+    assert candidate.effective_bits(8192) == pytest.approx((8064 * 4.5 + 128 * 16) / 8192)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_transformers_cache_in_calls_is_token_by_token(
         (lambda: candidates.parse_baselines("fp8"), "--baselines: fp8; expected kivi, hf-quanto, hf-hqq"),
         (lambda: candidates.parse_baselines("kivi-k4"), "--baselines: kivi-k4; expected"),
         (lambda: needle.parse_lengths("64"), "--needle-lengths; got 64"),
-        (lambda: comparison.cut_windows(Letters(), "short", 2, 100), "--text: too short; got 5 tokens"),
+        (lambda: cut_windows(Letters(), "short", 2, 100), "text: too short; got 5 tokens"),
     ],
 )
 def test_bad_options_are_refused(call: Callable[[], object], message: str) -> None:
@@ -220,7 +221,7 @@ def test_bits_that_a_cache_does_not_have_are_refused(monkeypatch: pytest.MonkeyP
         candidates.parse_baselines("hf-hqq-3")
 
 
-def test_names_become_contenders(tmp_path: Path) -> None:
+def test_names_become_candidates(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("k_bits = 3\nv_bits = 3\n")
     wanted = candidates.parse_configs(f"k4v2, {tmp_path}/*.toml, smallest", SMALL)
     assert [c.name for c in wanted] == ["K4V2", "mine", "smallest"]
@@ -230,9 +231,13 @@ def test_names_become_contenders(tmp_path: Path) -> None:
         comparison.run(resolve_none(), [wanted[0], wanted[0]], TEXT)
 
 
-def row(name: str, bits: float, loss: float) -> Row:
-    values = {f.name: 1.0 for f in dataclasses.fields(Row)} | {"ppl_change_by_position": [0.5, 1.0]}
-    return Row(**{**values, "name": name, "note": "", "effective_bits": bits, "kld_mean": loss, "windows": 1})  # type: ignore[arg-type]
+def row(name: str, bits: float, loss: float) -> CandidateResult:
+    values: dict[str, Any] = {f.name: 1.0 for f in dataclasses.fields(CandidateResult)} | {
+        "ppl_change_by_position": [0.5, 1.0]
+    }
+    return CandidateResult(
+        **{**values, "name": name, "note": "", "effective_bits": bits, "kld_mean": loss, "windows": 1}
+    )  # type: ignore[arg-type]
 
 
 def test_the_front_is_what_nothing_beats() -> None:
@@ -252,7 +257,7 @@ def test_a_needle_stands_at_its_depth_and_the_answer_at_the_end() -> None:
 
 
 def test_needles_are_found_exactly_when_greedy_decoding_would_write_them() -> None:
-    class Oracle(candidates.Contender):
+    class Oracle(candidates.Candidate):
         """Predicts the next token for sure; from position `wrong` on, another one."""
 
         def __init__(self, wrong: int) -> None:
@@ -303,7 +308,7 @@ def test_the_command_prints_and_writes(
 
 
 def test_the_page_escapes_names() -> None:
-    result = comparison.Result("<model>", "0", 10, [row("<b>", 4, 0.01), row("c", 3, 0.02)])
+    result = comparison.ComparisonResult("<model>", "0", 10, [row("<b>", 4, 0.01), row("c", 3, 0.02)])
     assert "<b>" not in html(result) and "&lt;model&gt;" in html(result)
 
 

@@ -20,6 +20,7 @@ from tiny_graph import EXACT, SMALL, VOCAB, Tiny
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from skv_export.errors import SkvError
+from skv_export.evaluation.text import cut_windows, read_text
 from skv_export.export.pipeline import export_model
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import Library, load_library
@@ -27,8 +28,8 @@ from skv_export.runtime.session import Session
 from skv_export.spec.conformance import Case, op_cases
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig, Recipe
-from skv_export.verification import graph_variants, quality_level, run
-from skv_export.verification.graph_level import Comparison, GraphResult, Tolerance, judge
+from skv_export.verification import graph_variants, op_level, quality_level, run
+from skv_export.verification.graph_level import GraphResult, StepComparison, Tolerance, judge
 from skv_export.verification.quality_level import QualityResult, Thresholds, flush_edges
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -40,7 +41,7 @@ TOKENS = np.random.default_rng(3).integers(3, VOCAB, 300).tolist()
 
 
 def test_every_case_passes() -> None:
-    result = run.check_op()
+    result = op_level.check_op()
     assert result.failures == ()
     assert result.cases == len(op_cases()) > 100
     assert 0 < result.worst < 1 and result.worst_case
@@ -76,7 +77,7 @@ class _Wrong(Library):
     ],
 )
 def test_a_wrong_kernel_is_named_with_its_case(fault: str, message: str) -> None:
-    result = run.check_op(op_cases()[:1], _Wrong(fault))
+    result = op_level.check_op(op_cases()[:1], _Wrong(fault))
     (failure,) = result.failures
     assert re.match(message, failure), failure
 
@@ -157,25 +158,25 @@ def test_no_tile_is_flushed_inside_a_chunk(config: LayerConfig, length: int) -> 
 
 
 def test_shipped_text_is_there() -> None:
-    text = quality_level.read_text(None)
+    text = read_text(None)
     assert text.startswith("Chapter 1") and 100_000 < len(text.encode()) < 300_000
 
 
 def test_unusable_text_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(SkvError, match="no such file"):
-        quality_level.read_text(tmp_path / "nothing.txt")
+        read_text(tmp_path / "nothing.txt")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SkvError, match="not UTF-8"):
-        quality_level.read_text(tmp_path / "bytes.txt")
+        read_text(tmp_path / "bytes.txt")
     tokenizer = Session(Tiny().write_all(tmp_path / "model")).tokenizer
     with pytest.raises(SkvError, match=r"too short; got 5 tokens; expected at least 100"):
-        quality_level.text_windows(tokenizer, "Anne.", 8, 100)
+        cut_windows(tokenizer, "Anne.", 8, 100)
 
 
 def test_windows_do_not_overlap_and_cover_the_text(tmp_path: Path) -> None:
     tokenizer = Session(Tiny().write_all(tmp_path)).tokenizer
-    text = quality_level.read_text(None)[:2050]
-    windows = quality_level.text_windows(tokenizer, text, 100, 500)
+    text = read_text(None)[:2050]
+    windows = cut_windows(tokenizer, text, 100, 500)
     assert windows.shape == (4, 500)
     assert tokenizer.decode(windows[0].tolist()) == text[:500].replace("\n", "")
     assert tokenizer.decode(windows[3].tolist()) == text[-500:].replace("\n", "")
@@ -204,8 +205,8 @@ def test_not_a_number_meets_no_threshold() -> None:
     assert dataclasses.replace(GOOD, ppl_exported=float("nan")).against(Thresholds())
 
 
-def _comparison(**changes: object) -> Comparison:
-    good = Comparison(131, 192, 5e-4, 1e-5, 7, 1.0, (), (0, 3), (90_000, 90_000), 1000)
+def _comparison(**changes: object) -> StepComparison:
+    good = StepComparison(131, 192, 5e-4, 1e-5, 7, 1.0, (), (0, 3), (90_000, 90_000), 1000)
     return dataclasses.replace(good, **changes)  # type: ignore[arg-type]
 
 
@@ -235,12 +236,13 @@ def test_graph_level_fails_beyond_its_tolerance(
 
 
 def test_report_has_the_promised_keys(tmp_path: Path) -> None:
-    op = run.OpResult(106, 0.1, "default, kernels", ())
+    op = op_level.OpResult(106, 0.1, "default, kernels", ())
     graph = GraphResult(_comparison(), _comparison(), ())
     full = run.Report(tmp_path, "model", op, graph, GOOD)
     assert json.loads(full.to_json()) == {
         "passed": True,
         "op": True,
+        "text": None,
         "graph": {"max_abs_logit_diff": 5e-4, "steps": 192, "argmax_agreement": 1.0},
         "quality": {
             "ppl_reference": 20.0, "ppl_exported": 20.2, "kld_mean": 0.01, "kld_p99": 0.1, "top1_agreement": 0.95,
@@ -267,7 +269,7 @@ def test_a_device_that_is_not_there_is_refused_before_any_level_runs(tmp_path: P
 
 
 def test_op_level_needs_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "op_cases", lambda: (Case("small", SMALL),))
+    monkeypatch.setattr(op_level, "op_cases", lambda: (Case("small", SMALL),))
     report = run.verify(Tiny().write(tmp_path), levels=["op"])
     assert report.passed and report.op is not None and report.op.cases == 1
 
@@ -391,7 +393,7 @@ def test_quality_reference_is_transformers_own_loss(exported: Exported) -> None:
     report = run.verify(
         exported.folder, checkpoint=exported.checkpoint, levels=["quality"], windows=2, window_tokens=200
     )
-    windows = quality_level.text_windows(Session(exported.folder).tokenizer, quality_level.read_text(None), 2, 200)
+    windows = cut_windows(Session(exported.folder).tokenizer, read_text(None), 2, 200)
     model = LlamaForCausalLM.from_pretrained(exported.checkpoint)
     with torch.no_grad():
         loss = model(torch.from_numpy(windows), labels=torch.from_numpy(windows)).loss
