@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from skv_export.analysis.result import Allocation, Analysis
-from skv_export.errors import SkvError
+from skv_export.errors import missing_module
 from skv_export.evaluation.charts import Chart, Line, page, svg
 
 _CONTEXTS = [1 << i for i in range(9, 18)]
@@ -192,7 +192,7 @@ def png(found: Analysis, path: Path) -> None:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise SkvError("--plot needs matplotlib", fix="pip install 'skv-export[plots]'") from error
+        raise missing_module("matplotlib", "--plot") from error
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -214,5 +214,5 @@ def png(found: Analysis, path: Path) -> None:
         axis.grid(alpha=0.3)
         if chart.lines:
             axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
     plt.close(figure)

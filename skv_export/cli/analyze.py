@@ -13,9 +13,10 @@ import click
 from skv_export.analysis.card import WEIGHT_BITS
 from skv_export.analysis.recommend import SCORES
 from skv_export.cli.choice import Choice
-from skv_export.cli.options import placement_options
-from skv_export.cli.target import PATH, Numbers, Pairs, target_options
-from skv_export.errors import SkvError
+from skv_export.cli.options import OutputFile, placement_options, progress_options
+from skv_export.cli.target import Numbers, Pairs, target_options
+from skv_export.errors import SkvError, require_module
+from skv_export.progress import Progress
 from skv_export.spec.recipe import GRANULARITIES, ROTATIONS, TILE_TOKENS, LayerConfig
 
 if TYPE_CHECKING:
@@ -46,10 +47,11 @@ if TYPE_CHECKING:
 @click.option("--tile-tokens", type=Choice(TILE_TOKENS), help="Tokens quantized together.  [default: 64]")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--kl", is_flag=True, help="Measure the logits' KL divergence layer by layer (slow), not estimate it.")
-@click.option("--report", type=PATH, help="HTML page to write.")
-@click.option("--plot", type=PATH, help="PNG to write (extra `plots`).")
-@click.option("--json", type=PATH, help="JSON file to write.")
-@click.option("--save", type=PATH, help="Recipe to write; `skv-export model --recipe FILE` takes it.")
+@click.option("--report", type=OutputFile(), help="HTML page to write.")
+@click.option("--plot", type=OutputFile(), help="PNG to write (extra `plots`).")
+@click.option("--json", type=OutputFile(), help="JSON file to write.")
+@click.option("--save", type=OutputFile(), help="Recipe to write; `skv-export model --recipe FILE` takes it.")
+@progress_options
 def analyze_command(
     checkpoint: str | None, report: Path | None, plot: Path | None, json: Path | None, save: Path | None, **options: Any
 ) -> None:
@@ -68,22 +70,26 @@ def analyze_command(
     """
     from skv_export.checkpoints.checkpoint import demo_checkpoint
 
+    if plot is not None:
+        require_module("matplotlib", "--plot")
     base = {f: options.pop(f) for f in LayerConfig.__dataclass_fields__ if f in options}
     layer = LayerConfig(**{key: value for key, value in base.items() if value is not None})
     found, room = run(checkpoint or demo_checkpoint(), layer, options)
     click.echo(summary(found))
     if room:
         click.echo(planner(found, room))
-    for path, content in ((json, _json), (save, _preset), (report, _html), (plot, None)):
-        if path is None:
-            continue
-        if content is None:
-            from skv_export.analysis import html_report
+    from skv_export.model_folder.output import output_file, write_text
 
-            html_report.png(found, path)
-        else:
-            path.write_text(content(found), encoding="utf-8")
-        click.echo(f"wrote {path}")
+    for path, content in ((json, _json), (save, _preset), (report, _html)):
+        if path is not None:
+            write_text(path, content(found))
+            click.echo(f"wrote {path}")
+    if plot is not None:
+        from skv_export.analysis import html_report
+
+        with output_file(plot) as scratch:
+            html_report.png(found, scratch)
+        click.echo(f"wrote {plot}")
 
 
 MEASURE_OPTIONS = ("text", "windows", "window", "state", "kl", "device", "dtype", "device_map")
@@ -121,9 +127,9 @@ def run(checkpoint: str | Path, base: LayerConfig, options: dict[str, Any]) -> t
     measure = _measure_or_not(opened, measure if asked is not False else None, bool(asked))
     rest = {name: given.pop(name) for name in ("score", "optimal") if name in given}
     target = Target(weights=weights, **given)
-    with _Bars() as bars:
+    with Progress() as progress:
         found = analyze(
-            opened.source, target=target, base=base, measure=measure, revision=revision, progress=bars, **rest
+            opened.source, target=target, base=base, measure=measure, revision=revision, progress=progress, **rest
         )
     return found, room
 
@@ -169,29 +175,6 @@ def _html(found: Analysis) -> str:
 
 def _preset(found: Analysis) -> str:
     return found.to_preset("skv-export " + " ".join(map(shlex.quote, sys.argv[1:])))
-
-
-class _Bars:
-    """One progress bar after the other, on stderr."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._what = ""
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if what != self._what:
-            self.__exit__()
-            self._bar, self._what = tqdm(total=total, desc=what, leave=False, disable=None), what
-        self._bar.update(done - self._bar.n)
 
 
 def summary(found: Any) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from skv_export.cli.options import OutputFile
+
 PATH = click.Path(path_type=Path, dir_okay=False)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -98,7 +100,7 @@ def target_options(command: Any) -> Any:
         click.option("--text", type=PATH, help="Plain text to measure on.  [default: shipped prose]"),
         click.option("--windows", type=int, default=2, show_default=True, help="Windows of text to measure on."),
         click.option("--window", type=int, default=1024, show_default=True, help="Tokens in each."),
-        click.option("--state", type=PATH, help="File that makes a measurement resumable."),
+        click.option("--state", type=OutputFile(), help="File that makes a measurement resumable."),
     ]
     for option in reversed(options):
         command = option(command)
