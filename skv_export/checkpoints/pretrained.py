@@ -185,11 +185,13 @@ def load_untouched(source: Source, placement: Placement | None = None) -> PreTra
         arguments["device_map"] = placement.device_map or {"": placement.device}
     try:
         with _quiet():
-            return AutoModelForCausalLM.from_pretrained(
+            model = AutoModelForCausalLM.from_pretrained(
                 source.pretrained, trust_remote_code=False, local_files_only=True, **arguments
             )
     except _FAILURES:
         return load_model(source, placement=placement)
+    model.requires_grad_(False)
+    return model
 
 
 @contextlib.contextmanager

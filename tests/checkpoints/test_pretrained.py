@@ -211,7 +211,8 @@ def test_there_is_one_loader() -> None:
             if isinstance(node, ast.Attribute) and node.attr == "from_pretrained" and isinstance(node.value, ast.Name):
                 calls.add((path.name, node.value.id))
     auto = {(file, name) for file, name in calls if name.startswith("Auto")}
-    assert auto == {("pretrained.py", "AutoModelForCausalLM"), ("tokenizer.py", "AutoTokenizer")}
+    by_design = {("tested.py", "AutoModelForCausalLM")}  # makes its checkpoints itself; transformers is its yardstick
+    assert auto - by_design == {("pretrained.py", "AutoModelForCausalLM"), ("tokenizer.py", "AutoTokenizer")}
     files_only = {"GenerationConfig", "PreTrainedTokenizerFast"}  # these hold no code, and no weights
     assert {(f, n) for f, n in calls - auto if n not in files_only} == {("pretrained.py", "model_class")}
 

@@ -127,3 +127,10 @@ def test_texts_may_part_at_a_near_tie_only() -> None:
         "text, it: the same tokens become 'abd', not 'abc'",
     ]
     assert findings.near_ties == 1 and dataclasses.replace(findings).margin == 1e-3
+
+
+def test_weights_that_were_rounded_are_the_references_too(made: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = RECIPE.with_options(weights="int4")
+    folder = export_model(made[0], out=tmp_path / "int4", recipe=recipe, progress=lambda *_: None)
+    report = _verify(made[0], folder)
+    assert report.failures == () and report.text is not None and report.text.tokens > 200, report.table()
