@@ -19,6 +19,8 @@ import pytest
 
 from skv_export.native.library import SkvAttention, SkvCache, SkvLayout, SkvTokens
 
+pytestmark = pytest.mark.usefixtures("isa")
+
 SEEDS = (0, 1, 2)
 CALLS = int(os.environ.get("SKV_FUZZ_CALLS", "400"))
 INT32 = (-(2**31), -1, 0, 1, 2, 3, 8, 16, 31, 32, 33, 64, 96, 1024, 1025, 4096, 4097, 2**30, 2**31 - 1)

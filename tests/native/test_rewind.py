@@ -9,6 +9,8 @@ import rewinding
 
 from skv_export.spec.layout import CacheLayout
 
+pytestmark = pytest.mark.usefixtures("isa")
+
 LAYOUTS = rewinding.layouts()
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
