@@ -1,122 +1,112 @@
-"""Which score allocates best? Perplexity and KL divergence of each score's allocation, decode style, on unseen text.
+"""What recommendations are worth: each route's allocation and the uniform pairs that fit, judged on unseen text.
 
-    python benchmarks/allocation_truth.py CHECKPOINT --calibration FILE --text FILE [--budgets 2.5,3.25,4.25]
-        [--context 32768] [--windows 3] [--state FILE]
+    python benchmarks/allocation_truth.py CHECKPOINT [--budgets 2.5,3.25,4.25] [--context 32768] [--windows 3]
+        [--window 1024] [--calibration-windows 2] [--measure-state FILE] [--state FILE] [--routes defaults,measure,...]
 
-For every budget: the allocation by each score, every uniform pair that fits and that no other fitting pair reaches in
-both widths, and the largest K = V. Prints a Markdown table. Resumable through --state.
+Calibrated on the shipped calibration text, judged on the shipped prose, decode style. Uniform pairs: those
+with as many bits for keys as for values or up to two more that fit, and that no other fitting pair reaches in both
+widths. Prints a Markdown table. Resumable through both state files.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import replace
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from skv_export.analysis import pipeline
-from skv_export.analysis.allocation import DEFAULT_CHOICES
-from skv_export.analysis.attention_capture import DecodeModel
-from skv_export.evaluation import metrics
-from skv_export.spec.recipe import LayerConfig
+from skv_export.analysis.budget import Pair
+from skv_export.analysis.confirmation import CONFIRMATION_TEXT
+from skv_export.analysis.pipeline import Analysis, MeasureOptions, Target
+from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
+from skv_export.errors import SkvError
+from skv_export.evaluation import candidates, comparison
+from skv_export.spec.recipe import Recipe
+
+ROUTES = ("measure", "defaults", "spectral", "frobenius")
+DATA = Path(pipeline.__file__).parents[1] / "data"
 
 
-class Judge:
-    """Evaluates allocations on the windows of one text, and remembers them."""
-
-    def __init__(
-        self, model: DecodeModel, text: str, window: int, windows: int, base: LayerConfig, state: Path
-    ) -> None:
-        self.model, self.base, self.state = model, base, state
-        self.parts = model.windows(text, window, windows)
-        self.done = json.loads(state.read_text()) if state.exists() else {}
-        self.exact = [model.log_probs(ids) for ids in self.parts]
-        self.reference = self._perplexity(self.exact)
-
-    def _perplexity(self, log_probs: list[torch.Tensor]) -> float:
-        losses = [metrics.nll(p[:-1], ids[1:]).mean().item() for p, ids in zip(log_probs, self.parts, strict=True)]
-        return metrics.perplexity(losses)
-
-    def __call__(self, bits: tuple[tuple[int, int], ...]) -> tuple[float, float]:
-        """Returns the change of perplexity in percent and the mean KL divergence in nats."""
-        key = json.dumps([bits, len(self.parts), len(self.parts[0])])
-        if key not in self.done:
-            self.model.bits = {i: replace(self.base, k_bits=k, v_bits=v) for i, (k, v) in enumerate(bits)}
-            found = [self.model.log_probs(ids) for ids in self.parts]
-            self.model.bits = {}
-            kl = [metrics.kl_divergence(a, b).mean().item() for a, b in zip(self.exact, found, strict=True)]
-            self.done[key] = (100 * (self._perplexity(found) / self.reference - 1), float(np.mean(kl)))
-            self.state.write_text(json.dumps(self.done))
-        return tuple(self.done[key])
-
-
-def maximal(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def maximal(pairs: list[Pair]) -> list[Pair]:
     """Pairs that no other pair reaches in both widths."""
     return [p for p in pairs if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in pairs)]
 
 
+def allocations(analyses: dict[str, Analysis]) -> dict[str, tuple[Pair, ...]]:
+    """The allocation of every route, by name, then those of the uniform pairs that fit and are worth a run."""
+    found = {route: a.recommendation.allocation.bits for route, a in analyses.items()}
+    any_one = next(iter(analyses.values()))
+    layers = len(any_one.layers)
+    fitting = [p for p in any_one.budget.pairs if any_one.budget.fits([p] * layers)]
+    sensible = [(k, v) for k, v in maximal(fitting) if k >= 2 and v <= k <= v + 2]
+    return found | {f"uniform K{k}V{v}": ((k, v),) * layers for k, v in sorted(sensible, reverse=True)}
+
+
+def analyses_of(given: argparse.Namespace, budget: float) -> dict[str, Analysis]:
+    """One analysis per route; a route that can't have so few bits is left out, saying so."""
+    measure = MeasureOptions(
+        windows=given.calibration_windows, window=given.window, state=given.measure_state, confirm_windows=0
+    )
+    found = {}
+    for route in given.routes.split(","):
+        try:
+            found[route] = pipeline.analyze(
+                given.checkpoint,
+                target=Target(budget=budget, context=given.context),
+                score=route,
+                measure=measure if route == "measure" else None,
+            )
+        except SkvError as error:
+            print(f"{budget} bits, {route}: {error}", file=sys.stderr)
+    return found
+
+
 def main() -> None:
+    """Parses, analyzes, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("--budgets", default="2.5,3.25,4.25")
+    parser.add_argument("--routes", default=",".join(ROUTES))
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--calibration-windows", type=int, default=2)
     parser.add_argument("--measure-state", type=Path)
-    parser.add_argument("--state", type=Path, default=Path("allocation_truth.json"))
-    a = parser.parse_args()
-    judge = None
-    for budget in map(float, a.budgets.split(",")):
-        found = pipeline.analyze(
-            a.checkpoint,
-            budget=budget,
-            context=a.context,
-            measure=True,
-            text=a.calibration,
-            windows=a.calibration_windows,
-            state=a.measure_state,
-            choices=DEFAULT_CHOICES,
-        )
-        if judge is None:
-            model = DecodeModel(pipeline.resolve(a.checkpoint))
-            judge = Judge(model, a.text.read_text(), a.window, a.windows, found.budget.base, a.state)
-            print(f"full precision: perplexity {judge.reference:.4f}\n")
-            _correlations(found)
-            print("| budget | allocation | bits of keys, values (mean) | effective bits | perplexity | KL, nats |")
-            print("|---|---|---|---|---|---|")
-        layers = len(found.layers)
-        rows = [(score.name, score.bits) for score in reversed(found.scores)]
-        fitting = [p for p in found.budget.pairs if found.budget.fits((p,) * layers)]
-        rows += [
-            (f"uniform K{k}V{v}", ((k, v),) * layers)
-            for k, v in sorted(maximal(fitting), key=lambda p: abs(p[0] - p[1] - 1))
-        ]
-        equal = max(k for k, v in fitting if k == v) if any(k == v for k, v in fitting) else None
-        if equal:
-            rows.append((f"K = V = {equal}", ((equal, equal),) * layers))
-        for name, bits in rows:
-            change, kl = judge(bits)
-            k, v = np.mean(bits, axis=0)
-            effective = found.budget.effective_bits(bits)
-            print(f"| {budget} | {name} | {k:.2f}, {v:.2f} | {effective:.2f} | {change:+.2f}% | {kl:.4f} |", flush=True)
-
-
-def _correlations(found: pipeline.Analysis) -> None:
-    by_name = {s.name: np.array(s.balance, float) for s in found.scores}
-    measured = by_name.pop("measure")
-    print("| score | correlation of its balance k_bits - v_bits with measurement | without layer 0 |\n|---|---|---|")
-    for name, values in by_name.items():
-        both = [np.corrcoef(values[i:], measured[i:])[0, 1] for i in (0, 1)]
-        print(f"| {name} | {both[0]:+.2f} | {both[1]:+.2f} |")
-    print(f"\nmean measured balance {measured.mean():+.2f} bits\n", flush=True)
+    parser.add_argument("--state", type=Path)
+    given = parser.parse_args()
+    given.checkpoint = given.checkpoint or demo_checkpoint()
+    by_budget = {b: analyses_of(given, b) for b in map(float, given.budgets.split(","))}
+    wanted = {b: allocations(analyses) for b, analyses in by_budget.items()}
+    one = next(iter(next(iter(by_budget.values())).values()))
+    base = Recipe(default=one.budget.base)
+    distinct = sorted({bits for rows in wanted.values() for bits in rows.values()})
+    contenders = [candidates.of_recipe(f"{i}", Recipe.per_layer(list(bits), base)) for i, bits in enumerate(distinct)]
+    result = comparison.run(
+        resolve(given.checkpoint),
+        contenders,
+        (DATA / CONFIRMATION_TEXT).read_text(encoding="utf-8"),
+        windows=given.windows,
+        window=given.window,
+        state=given.state,
+        progress=lambda name, done, total: print(f"{done}/{total}", file=sys.stderr, flush=True),
+    )
+    rows = dict(zip(distinct, result.rows, strict=True))
+    print(f"Perplexity in full precision {result.rows[0].ppl_reference:.3f}; {result.rows[0].windows} windows of "
+          f"{given.window} tokens; bits at {given.context} tokens.\n")  # fmt: skip
+    print("| budget | allocation | keys, values (mean) | bits | perplexity | KL, nats |\n|---|---|---|---|---|---|")
+    for budget, named in wanted.items():
+        for name, bits in named.items():
+            row, (k, v) = rows[bits], np.mean(bits, axis=0)
+            print(
+                f"| {budget} | {name} | {k:.2f}, {v:.2f} | {one.budget.effective_bits(bits):.2f} | "
+                f"{row.ppl_change_percent:+.2f}% ± {row.ppl_stderr_percent:.2f} | "
+                f"{row.kld_mean:.4f} ± {row.kld_stderr:.4f} |"
+            )
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     main()

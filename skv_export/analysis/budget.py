@@ -109,8 +109,15 @@ class CacheBudget:
         return CacheLayout.pair(replace(self.base, k_bits=pair[0], v_bits=pair[1]), self.config.head_dim, window)
 
     def _layer_bytes(self, window: int, pair: Pair) -> int:
-        layouts = self._layouts(window, pair)
-        return self.config.num_key_value_heads * sum(x.block_bytes(self.context) for x in layouts)
+        known = self._known_bytes
+        if (window, pair) not in known:
+            layouts = self._layouts(window, pair)
+            known[window, pair] = self.config.num_key_value_heads * sum(x.block_bytes(self.context) for x in layouts)
+        return known[window, pair]
+
+    @cached_property
+    def _known_bytes(self) -> dict[tuple[int, Pair], int]:
+        return {}
 
     def bytes(self, bits: Sequence[Pair]) -> int:
         """Bytes of one sequence's cache."""

@@ -26,6 +26,9 @@ RANGE_SQUARE = {32: 17.6, 64: 22.4, 128: 27.3}
 CONCENTRATION = 4.0
 """How much more the logits of real text vary than those of isotropic inputs (7.3 against 1.8 in SmolLM2-135M, mean of
 the layers): the one constant that weights can't tell. Only the softmax's concentration depends on it."""
+MAX_LOGIT_VARIANCE = 15.0
+"""Variance of one query's logits beyond which isotropic inputs say nothing any more: where QK norm has large weights
+they give 20 to 1,000 and a softmax that one token takes whole; real logits vary by 3 to 40 (docs/theory.md)."""
 REFERENCE_BITS = 4
 """Bits at which the balance of keys and values is stated."""
 _TINY = 1e-300
@@ -81,7 +84,9 @@ def geometry(weights: AttentionWeights, config: AttentionConfig, cache: LayerCon
     group = n // n_kv
 
     variance = config.scale**2 * q.overlaps(k)
-    spread, weight2, slope = np.array([_softmax(CONCENTRATION * x, config.softcap) for x in variance]).T
+    spread, weight2, slope = np.array(
+        [_softmax(min(CONCENTRATION * x, MAX_LOGIT_VARIANCE), config.softcap) for x in variance]
+    ).T
     key_errors = [_key_error(k, i, config, cache) for i in range(n_kv)]
     moved = [float(_rope_mean(q.energy[i], config.rotary_dim) @ key_errors[i // group]) for i in range(n)]
     noise = config.scale**2 * slope * np.array(moved)
@@ -174,14 +179,16 @@ class _Projection:
 
     def overlaps(self, keys: _Projection) -> Double:
         """``[N]``: variance of the dot product of a query with a key, constant parts of queries included."""
-        group = len(self.raw) // len(keys.raw)
+        group, d = len(self.raw) // len(keys.raw), self.raw.shape[1]
         found = []
-        for head in range(len(self.raw)):
-            if head % group == 0:
-                key = keys.matrix(head // group)
-            product, constant = self.matrix(head) @ key.T, self.mean[head] @ key
-            found.append(np.sum(product.astype(np.float64) ** 2) + np.sum(constant**2))
-        return np.array(found)
+        for head in range(len(keys.raw)):
+            mine = range(head * group, (head + 1) * group)
+            key = keys.matrix(head)
+            queries = np.concatenate([self.matrix(i) for i in mine])
+            products = (queries @ key.T).reshape(group, d, d)
+            constant = self.mean[mine.start : mine.stop] @ key
+            found.append(np.sum(products.astype(np.float64) ** 2, (1, 2)) + np.sum(constant**2, 1))
+        return np.concatenate(found)
 
 
 def _rope_mean(energy: Double, rotary_dim: int) -> Double:

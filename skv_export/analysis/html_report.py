@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from skv_export.analysis.pipeline import Analysis, Plan
-from skv_export.errors import SkvError
+from skv_export.analysis.result import Allocation, Analysis
+from skv_export.errors import missing_module
 from skv_export.evaluation.charts import Chart, Line, page, svg
 
 _CONTEXTS = [1 << i for i in range(9, 18)]
@@ -80,7 +80,7 @@ def _memory_lines(found: Analysis) -> tuple[Line, ...]:
     def plain(width: int) -> list[float]:
         return [sum(min(n, w) if w else n for w in config.windows) * per_token * width for n in contexts]
 
-    ours = [found.budget.memory(found.recommendation.plan.bits, n) / 2**20 for n in contexts]
+    ours = [found.budget.memory(found.recommendation.allocation.bits, n) / 2**20 for n in contexts]
     return (
         Line("fp16", contexts, plain(2), "other1"),
         Line("int8", contexts, plain(1), "other2"),
@@ -91,10 +91,10 @@ def _memory_lines(found: Analysis) -> tuple[Line, ...]:
 def html(found: Analysis) -> str:
     """Returns the page."""
     r = found.recommendation
-    memory = found.budget.memory(r.plan.bits)
+    memory = found.budget.memory(r.allocation.bits)
     full = found.budget.memory([(16, 16)] * len(found.layers))
     facts = [
-        ("effective bits", f"{r.plan.effective_bits:.2f}"),
+        ("effective bits", f"{r.allocation.effective_bits:.2f}"),
         (f"cache, {found.budget.batch} × {found.budget.context:,} tokens", _size(memory)),
         ("of the fp16 cache", f"{100 * memory / full:.0f}%"),
         ("read", f"{_size(found.bytes_read)} of {_size(found.tensor_bytes)}"),
@@ -108,7 +108,7 @@ def html(found: Analysis) -> str:
         + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
         + "</dl>",
         "<h2>Recommended bits</h2>",
-        _strip(r.plan),
+        _strip(r.allocation),
         "<ul>" + "".join(f"<li>{escape(reason)}</li>" for reason in r.reasons) + "</ul>",
         _plans(found),
         *(_figure(chart) for chart in charts(found)),
@@ -131,8 +131,8 @@ def _note(text: str) -> str:
     return f"<p class=note>{escape(text)}</p>" if text else ""
 
 
-def _strip(plan: Plan) -> str:
-    return _strip_bits(plan.bits)
+def _strip(allocation: Allocation) -> str:
+    return _strip_bits(allocation.bits)
 
 
 def _strip_bits(bits: Sequence[tuple[int, int]]) -> str:
@@ -153,10 +153,10 @@ def _strip_bits(bits: Sequence[tuple[int, int]]) -> str:
 
 def _plans(found: Analysis) -> str:
     r = found.recommendation
-    best = [("recommended", r.plan), (f"best uniform pair: {r.uniform.name}", r.uniform)]
+    best = [("recommended", r.allocation), (f"best uniform pair: {r.uniform.name}", r.uniform)]
     rows = "".join(
         f"<tr><td>{escape(name)}</td><td>{p.effective_bits:.2f}</td><td>{_size(found.budget.memory(p.bits))}</td>"
-        f"<td>{p.loss:.3g}</td></tr>"
+        f"<td>{'' if p.loss is None else f'{p.loss:.3g}'}</td></tr>"
         for name, p in [*best, *((p.name, p) for p in r.neighbours)]
     )
     head = "<tr><th>allocation</th><th>effective bits</th><th>memory</th><th>expected loss</th></tr>"
@@ -192,14 +192,14 @@ def png(found: Analysis, path: Path) -> None:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise SkvError("--plot needs matplotlib", fix="pip install 'skv-export[plots]'") from error
+        raise missing_module("matplotlib", "--plot") from error
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     colours = {"k": "#2a6fdb", "v": "#d9730d", "other1": "#6b7280", "other2": "#b4881d", "other3": "#2a6fdb"}
     colours |= {"other4": "#15857a", "other5": "#b0339b"}
     figure, axes = plt.subplots(2, 2, figsize=(12, 7.5), layout="constrained")
-    figure.suptitle(f"{found.model}: {found.recommendation.plan.effective_bits:.2f} effective bits recommended")
+    figure.suptitle(f"{found.model}: {found.recommendation.allocation.effective_bits:.2f} effective bits recommended")
     for axis, chart in zip(axes.flat, charts(found), strict=True):
         for line in chart.lines:
             first, _, rest = line.style.partition(" ")
@@ -214,5 +214,5 @@ def png(found: Analysis, path: Path) -> None:
         axis.grid(alpha=0.3)
         if chart.lines:
             axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
     plt.close(figure)

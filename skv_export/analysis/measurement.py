@@ -238,29 +238,28 @@ def measure(
     Raises:
         SkvError: The text is too short, or ``state`` belongs to another run.
     """
-    decoder = model or DecodeModel(source, placement)
-    parts = decoder.windows(text, window, windows)
-    key = [
-        str(source),
-        hashlib.sha256(text.encode()).hexdigest(),
-        repr(base),
-        list(choices),
-        len(parts),
-        window,
-    ]
+    key = [str(source), hashlib.sha256(text.encode()).hexdigest(), repr(base), list(choices), windows, window]
     if placement not in (None, Placement()):
         key.append(repr(placement))
     done = FinishedSteps(state, hashlib.sha256(json.dumps(key).encode()).hexdigest(), exclusive=True)
+    complete = not kl and "windows" in done and all(f"window {i}" in done for i in range(done["windows"]))
+    parts: list[Tensor] = []
     tick = progress or (lambda *_: None)
+    if not complete:  # else the model need not even be loaded
+        decoder = model or DecodeModel(source, placement)
+        parts = decoder.windows(text, window, windows)
+        if "windows" not in done:
+            done.save("windows", len(parts))
+    count = done["windows"]
     for i, ids in enumerate(parts):
         if f"window {i}" not in done:
             layers = decoder.capture(ids, seed=i)
             tables = []
             for layer, seen in enumerate(layers):
                 tables.append(vars(layer_tables(seen, base, choices)))
-                tick("measuring layers", i * len(layers) + layer + 1, len(parts) * len(layers))
+                tick("measuring layers", i * len(layers) + layer + 1, count * len(layers))
             done.save(f"window {i}", tables)
-    result = _combine([done[f"window {i}"] for i in range(len(parts))], options(choices), window * len(parts))
+    result = _combine([done[f"window {i}"] for i in range(count)], options(choices), window * count)
     if not kl:
         return result
     loss = _direct_loss(decoder, parts, base, options(choices), len(result.loss), done, tick)

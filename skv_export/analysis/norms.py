@@ -1,11 +1,12 @@
-"""Norms of projections: Frobenius, spectral, stable rank and the largest singular values, whole and per head.
+"""Owns the norms of projections: Frobenius, spectral, stable rank and the top of the spectrum, whole and per head.
 
-No whole matrix is decomposed. A wide matrix (keys and values under grouped-query attention) has a small Gram matrix,
-whose diagonal blocks are the heads' Gram matrices; for a large square one (queries), Lanczos iteration is used.
+Nothing here decomposes a large matrix. A wide matrix (keys and values under grouped-query attention) has a small Gram
+matrix, whose diagonal blocks are the heads' Gram matrices; all but the smallest get Lanczos steps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,8 @@ SPECTRUM = 16
 """Singular values kept of each projection."""
 GRAM_LIMIT = 1280
 """Rows up to which the Gram matrix is formed; above, its product with vectors is enough."""
+FULL_LIMIT = 96
+"""Rows of a Gram matrix up to which all its eigenvalues are computed, which then is as fast as Lanczos steps."""
 LANCZOS_STEPS = 160
 LANCZOS_STRIDE = 6
 LANCZOS_TOLERANCE = 1e-6
@@ -33,7 +36,7 @@ class Norms:
     Attributes:
         frobenius: Of the whole matrix.
         spectral: Its largest singular value.
-        spectrum: Its largest singular values, descending, at most ``SPECTRUM``.
+        spectrum: Its largest singular values, descending, at most ``SPECTRUM``; after the first, lower bounds.
         head_frobenius: ``[heads]``.
         head_spectral: ``[heads]``.
     """
@@ -74,7 +77,11 @@ def norms(weight: Float, heads: int, name: str) -> Norms:
     else:
         by_head = weight.reshape(heads, rows // heads, -1)
         blocks = np.stack([head @ head.T for head in by_head])
-        squares = lanczos(weight) if np.isfinite(blocks).all() else np.zeros(0)
+        squares = (
+            lanczos(lambda x: np.asarray(weight @ (x @ weight), np.float32), rows)
+            if np.isfinite(blocks).all()
+            else np.zeros(0)
+        )
     energy = blocks.trace(axis1=1, axis2=2, dtype=np.float64)
     if not np.isfinite(energy).all():
         bad = int(np.count_nonzero(~np.isfinite(weight)))
@@ -84,7 +91,7 @@ def norms(weight: Float, heads: int, name: str) -> Norms:
             expected="finite weights",
             fix="The checkpoint is damaged: download or save it again.",
         )
-    head_top = np.linalg.eigvalsh(blocks.astype(np.float64))[:, -1]
+    head_top = [top_eigenvalues(block)[0] for block in blocks]
     return Norms(
         frobenius=float(np.sqrt(energy.sum())),
         spectral=float(np.sqrt(squares[0])),
@@ -101,17 +108,22 @@ def _diagonal_blocks(gram: Float, heads: int) -> Float:
 
 
 def top_eigenvalues(gram: Float) -> Double:
-    """Returns all eigenvalues of a Gram matrix, descending, negative rounding errors cut off."""
-    return np.maximum(np.linalg.eigvalsh(gram), 0)[::-1].astype(np.float64)
+    """Returns the largest eigenvalues of a Gram matrix, descending, negative rounding errors cut off."""
+    if len(gram) > FULL_LIMIT:
+        return lanczos(lambda x: np.asarray(gram @ x, np.float32), len(gram))
+    return np.maximum(np.linalg.eigvalsh(gram.astype(np.float64)), 0)[::-1]
 
 
-def lanczos(weight: Float) -> Double:
-    """Returns the largest eigenvalues of ``weight @ weight.T``, descending, from products with vectors only.
+def lanczos(multiply: Callable[[Float], Float], rows: int) -> Double:
+    """Returns the largest eigenvalues of a symmetric positive semidefinite matrix, descending.
 
     Lanczos with full reorthogonalization (Golub and Van Loan, Matrix Computations, 10.1 and 10.3), stopped when the
     largest Ritz value stands still; it converges from below, so the others are lower bounds.
+
+    Args:
+        multiply: The matrix's product with a vector ``[rows]``.
+        rows: Of the matrix.
     """
-    rows = weight.shape[0]
     steps = min(LANCZOS_STEPS, rows)
     basis = np.zeros((steps, rows), np.float32)
     alpha: Double = np.zeros(steps)
@@ -120,7 +132,7 @@ def lanczos(weight: Float) -> Double:
     basis[0] = start / np.linalg.norm(start)
     ritz: Double = np.zeros(1)
     for j in range(steps):
-        product = np.asarray(weight @ (basis[j] @ weight), np.float32)
+        product = multiply(basis[j])
         alpha[j] = product @ basis[j]
         for _ in range(2):
             product -= (basis[: j + 1] @ product) @ basis[: j + 1]

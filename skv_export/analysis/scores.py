@@ -18,7 +18,7 @@ from skv_export.analysis.norms import Norms
 if TYPE_CHECKING:
     from skv_export.analysis.measurement import Measurement
 
-WEAK_CORRELATION = "from weights alone; measure with --measure --text FILE where a text is at hand"
+WEAK_CORRELATION = "from weights alone: shown to explain, not followed (docs/theory.md)"
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from skv_export.bench.attention import CLOCKS
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import GENAI_CONFIG_FILE
+from skv_export.progress import track
 
 CONTEXTS = (128, 2048, 7000)
 DECODE_STEPS = 32
@@ -99,7 +99,7 @@ def bench_model(
     subjects = {"skv": str(folder)} | ({"genai": str(against)} if against is not None else {})
     runs: dict[tuple[int, str], list[Run]] = {}
     turns = [(length, name) for length in context for _ in range(rounds) for name in subjects]
-    for length, name in tqdm(turns, desc="bench", unit="run", disable=None):
+    for length, name in track(turns, "bench"):
         job = {"name": name, "folder": subjects[name], "context": length, "threads": threads, "steps": steps}
         job["clock"] = clock
         runs.setdefault((length, name), []).append(_in_a_process(job))

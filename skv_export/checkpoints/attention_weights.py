@@ -90,6 +90,8 @@ _GGUF = Row("blk.{i}.", "attn_q", "attn_k", "attn_v", norm="attn_norm", q_norm="
 _GGUF_FUSED = dataclasses.replace(_GGUF, qkv="attn_qkv")
 _PLAIN_HEADS = ("gpt2", "gpt_neox", "gptj", "opt", "bloom")
 """Architectures without grouped-query attention or a head_dim of their own, whatever config.json holds besides."""
+_WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "gpt_oss": 2, "cohere2": 4}
+"""Every so many layers one has full attention, where the configuration names no layer types (GGUF never does)."""
 _LATENT = re.compile(r"kv_a_proj|kv_b_proj|q_a_proj|linear_attn|mixer\.(in_proj|conv)|time_mix")
 _NOT_TEXT = re.compile(r"vision|visual|audio|speech|image|encoder\.|mtp\.|draft")
 
@@ -217,7 +219,7 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and len(kinds) == layers:
         return tuple(int(window) if kind == "sliding_attention" else 0 for kind in kinds)
-    pattern = config.get("sliding_window_pattern") or (2 if config.get("model_type") == "gemma2" else 0)
+    pattern = config.get("sliding_window_pattern") or _WINDOW_PATTERNS.get(str(config.get("model_type")), 0)
     if pattern:
         return tuple(int(window) if (i + 1) % pattern else 0 for i in range(layers))
     return (int(window),) * layers
@@ -293,7 +295,7 @@ class AttentionReader:
             f"{self.checkpoint.source}: architecture {self.config.model_type!r} is not known{reason}",
             got=", ".join(found) or ", ".join(names[:12]) or "no tensors",
             expected=f"{row.layer.format(i=0)}{row.key}.weight",
-            fix="Add a row to skv_export/architectures.py.",
+            fix="Add a row to skv_export/checkpoints/attention_weights.py.",
         )
 
     def layer_names(self, index: int) -> tuple[str, ...]:

@@ -20,8 +20,10 @@ import numpy.typing as npt
 
 from skv_export.checkpoints.gguf import read_gguf, shard_names
 from skv_export.checkpoints.gguf_config import gguf_config
+from skv_export.checkpoints.limits import check_claims
 from skv_export.checkpoints.tensor_files import LocalFile, RemoteFile, TensorEntry, read_header
 from skv_export.errors import SkvError
+from skv_export.paths import looks_like_path, to_path
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SINGLE = "model.safetensors"
@@ -79,14 +81,19 @@ def resolve(checkpoint: str | Path | Source, *, revision: str | None = None, val
     Raises:
         SkvError: Nothing there, a pickle, a missing shard, or a damaged header; the message names the file.
     """
-    source = checkpoint if isinstance(checkpoint, Source) else _classify(str(checkpoint), revision)
+    if isinstance(checkpoint, Source):
+        source = checkpoint
+    else:
+        to_path(checkpoint, "checkpoint")  # what no file system holds is no hub id either
+        source = _classify(str(checkpoint), revision)
     if validate:
-        _ = Checkpoint(source).entries
+        opened = Checkpoint(source)
+        check_claims(opened.config_if_any(), opened.entries, str(source))
     return source
 
 
 def _classify(text: str, revision: str | None) -> Source:
-    path = Path(text).expanduser()
+    path = to_path(text, "checkpoint")
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise _pickle(text)
     if path.is_dir():
@@ -97,9 +104,7 @@ def _classify(text: str, revision: str | None) -> Source:
         if path.suffix == ".safetensors":
             return _classify_folder(path.parent)
         raise SkvError(f"{path}: not a checkpoint", expected="a folder with safetensors, a .gguf file or a hub id")
-    looks_local = (
-        text.startswith((".", "/", "~")) or path.suffix.lower() in (".gguf", ".safetensors") or text.count("/") > 1
-    )
+    looks_local = looks_like_path(text) or path.suffix.lower() in (".gguf", ".safetensors", ".onnx")
     if looks_local or not _HUB_ID.fullmatch(text) or ".." in text or "--" in text:
         raise SkvError(
             f"checkpoint {text}: no such file or folder",
@@ -183,6 +188,13 @@ class Checkpoint:
         if self.source.kind == "gguf":
             return gguf_config(*self._gguf, str(self.source))
         return self._json("config.json")
+
+    def config_if_any(self) -> dict[str, Any]:
+        """The configuration; empty where there is none, which whoever needs it will say."""
+        try:
+            return self.config
+        except FileNotFoundError:
+            return {}
 
     @cached_property
     def entries(self) -> Mapping[str, TensorEntry]:
@@ -331,9 +343,15 @@ class Checkpoint:
         return LocalFile(self.source.path / name)
 
     def _remote(self, name: str) -> RemoteFile:
-        from huggingface_hub import get_token, hf_hub_url
+        from huggingface_hub import get_token, hf_hub_url, is_offline_mode
 
         assert self.source.repo_id
+        if is_offline_mode():
+            raise SkvError(
+                f"{self.source}: no such folder, and not complete in the local cache of the hub",
+                got="HF_HUB_OFFLINE is set",
+                fix="Check the name, download the checkpoint first, or unset HF_HUB_OFFLINE.",
+            )
         url = hf_hub_url(self.source.repo_id, name, revision=self.source.revision, endpoint=hub_endpoint())
         token = get_token()
         return RemoteFile(url, {"authorization": f"Bearer {token}"} if token else {}, f"{self.source}/{name}")

@@ -141,12 +141,25 @@ class _Reader:
                 "a metadata array", f"{count} items of type {item}", f"at most {_MAX_ARRAY} scalars or strings"
             )
         if item == _STRING:
-            for _ in range(count):
-                self.take(self.scalar("Q"))
+            self._skip_strings(count)
             return None
         code = _SCALARS[item]
         data = self.take(count * struct.calcsize("<" + code))
         return list(struct.unpack(f"<{count}{code}", data)) if count <= 4096 else None
+
+    def _skip_strings(self, count: int) -> None:
+        """Steps over strings without decoding them: a vocabulary has some hundred thousand."""
+        data, position, size = self.file.read(0, self.file.size), self.position, self.file.size
+        length = struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            if position + 8 > size:
+                break
+            position += 8 + length(data, position)[0]
+        else:
+            if position <= size:
+                self.position = position
+                return
+        raise self.error("the header is truncated", f"{size} bytes", f"at least {max(position, size + 1)}")
 
     def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         """Returns name, shape (rows first), ggml type and offset in the data."""

@@ -158,6 +158,12 @@ class RemoteFile:
                 reason = self._stream(get_session(), start, stop, data)
             except transport_error as error:
                 reason = f"{type(error).__name__}: {error}"
+                if self.size < 0 and type(error).__name__ == "ConnectError":  # nobody is there: no use in waiting
+                    raise SkvError(
+                        f"{self.name}: the hub can't be reached",
+                        got=str(error),
+                        fix="A folder is meant? Check its path. Else check the connection and HF_ENDPOINT.",
+                    ) from error
             if not reason and len(data) >= min(stop, self.size) - start:
                 return data
             reason = reason or f"{len(data)} of {stop - start} bytes"

@@ -1,77 +1,40 @@
-"""The command `skv-export analyze`: parses, calls `analyze`, prints."""
+"""The command `skv-export analyze`: parse, call `analyze`, print and write."""
 
 from __future__ import annotations
 
-import re
+import json as json_module
+import shlex
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from skv_export.analysis.card import WEIGHT_BITS
+from skv_export.analysis.recommend import SCORES
 from skv_export.cli.choice import Choice
-from skv_export.cli.options import placement_options
+from skv_export.cli.options import OutputFile, placement_options, progress_options
+from skv_export.cli.target import Numbers, Pairs, target_options
+from skv_export.errors import SkvError, require_module
+from skv_export.progress import Progress
 from skv_export.spec.recipe import GRANULARITIES, ROTATIONS, TILE_TOKENS, LayerConfig
 
-_PATH = click.Path(path_type=Path, dir_okay=False)
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-
-
-class Size(click.ParamType[Any]):
-    """A number with a binary unit: 32k, 2GiB, 512M."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Returns the number; what is no size fails with an example."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", str(value).strip().lower())
-        if match is None:
-            self.fail(f"{value!r} is no size such as 32k or 2GiB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2]])
-
-
-class Numbers(click.ParamType[Any]):
-    """Integers separated by commas."""
-
-    name = "list"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        """Returns the integers."""
-        if isinstance(value, list):
-            return value
-        if not re.fullmatch(r"\d+(,\d+)*", str(value)):
-            self.fail(f"{value!r} is no list such as 2,3,4,8", param, ctx)
-        return [int(x) for x in str(value).split(",")]
-
-
-class Pairs(click.ParamType[Any]):
-    """Pairs of bits such as K4V2, separated by commas."""
-
-    name = "pairs"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[tuple[int, int]]:
-        """Returns (key, value) bits."""
-        if isinstance(value, list):
-            return value
-        found = [re.fullmatch(r"k(\d+)v(\d+)", part.strip().lower()) for part in str(value).split(",")]
-        if not all(found):
-            self.fail(f"{value!r} is no list such as K4V2,K4V4", param, ctx)
-        return [(int(m[1]), int(m[2])) for m in found if m]
+if TYPE_CHECKING:
+    from skv_export.analysis.pipeline import MeasureOptions
+    from skv_export.analysis.result import Analysis
+    from skv_export.checkpoints.checkpoint import Checkpoint
 
 
 @click.command(name="analyze")
 @click.argument("checkpoint", required=False)
-@click.option("--budget", type=float, help="Effective bits per element.  [default: what K4V2 takes]")
-@click.option("--memory", type=Size(), help="Bytes for the caches of the whole batch instead, such as 2GiB.")
-@click.option(
-    "--context", type=Size(), help="Tokens at which the cache is counted.  [default: the model's, at most 32k]"
-)
-@click.option("--batch", type=int, default=1, show_default=True, help="Sequences.")
+@target_options
+@placement_options
+@click.option("--weights", type=Choice(list(WEIGHT_BITS)), help="Format of weights that share --memory with the cache.")
 @click.option(
     "--choices", type=Numbers(), default="1,2,3,4,5,6,8", show_default=True, help="Bit widths to choose from."
 )
 @click.option("--pairs", type=Pairs(), help="Only these pairs per layer, such as K4V2,K4V4,K8V4.")
+@click.option("--score", type=Choice(SCORES), help="What decides.  [default: measure, without it defaults]")
 @click.option(
     "--optimal", is_flag=True, help="By the norms: the optimum of the paper's objective, not its greedy rule."
 )
@@ -81,64 +44,137 @@ class Pairs(click.ParamType[Any]):
 @click.option("--v-rotation", type=Choice(ROTATIONS), help="Of values.  [default: hadamard]")
 @click.option("--num-sink-tokens", type=int, help="First tokens kept in full precision.  [default: 4]")
 @click.option("--recent-tokens", type=int, help="Last tokens kept in full precision.  [default: 64]")
-@click.option("--tile-tokens", type=click.Choice(TILE_TOKENS), help="Tokens quantized together.  [default: 64]")
+@click.option("--tile-tokens", type=Choice(TILE_TOKENS), help="Tokens quantized together.  [default: 64]")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--measure", is_flag=True, help="Run the model on --text and measure every layer and bit pair.")
-@click.option("--text", type=_PATH, help="Plain text to measure on.")
 @click.option("--kl", is_flag=True, help="Measure the logits' KL divergence layer by layer (slow), not estimate it.")
-@click.option("--windows", type=int, default=4, show_default=True, help="Windows of text.")
-@click.option("--window", type=int, default=1024, show_default=True, help="Tokens in each.")
-@click.option("--state", type=_PATH, help="File that makes a measurement resumable.")
-@placement_options
-@click.option("--report", type=_PATH, help="HTML page to write.")
-@click.option("--plot", type=_PATH, help="PNG to write (extra `plots`).")
-@click.option("--json", type=_PATH, help="JSON file to write.")
-@click.option("--save", type=_PATH, help="Recipe to write; `skv-export model --recipe FILE` takes it.")
-def analyze_command(checkpoint: str | None, **options: Any) -> None:
+@click.option("--report", type=OutputFile(), help="HTML page to write.")
+@click.option("--plot", type=OutputFile(), help="PNG to write (extra `plots`).")
+@click.option("--json", type=OutputFile(), help="JSON file to write.")
+@click.option("--save", type=OutputFile(), help="Recipe to write; `skv-export model --recipe FILE` takes it.")
+@progress_options
+def analyze_command(
+    checkpoint: str | None, report: Path | None, plot: Path | None, json: Path | None, save: Path | None, **options: Any
+) -> None:
     """Say how CHECKPOINT's cache bits should be split between keys and values, layer by layer, and why.
 
     CHECKPOINT is a folder with safetensors, a GGUF file, or a hub id, of which only the attention's projections are
-    read, through byte ranges; without it, the demo model (extra `demo`).
+    read, through byte ranges; without it, the demo model (extra `demo`). Where the weights are at hand, the model is
+    run on shipped text, and its recommendation must beat the uniform pairs on another text; else, and with
+    --no-measure, the best uniform pair that fits is recommended.
 
     \b
-    skv-export analyze Qwen/Qwen3-0.6B --budget 3.25 --report report.html --save recipe.toml
-    skv-export analyze ./model --memory 2GiB --context 32k --batch 8
-    skv-export analyze ./model --measure --text book.txt --state measure.json
+    skv-export analyze ./Qwen3-0.6B --budget 3.25 --report report.html --save recipe.toml
+    skv-export analyze ./model --memory 24GiB --weights int4 --context 128k --batch 8
+    skv-export analyze ./model --gpu rtx4090                 # and how long a context fits
+    skv-export analyze ./model --max-loss 0.5%
     """
-    from skv_export.analysis.pipeline import analyze
     from skv_export.checkpoints.checkpoint import demo_checkpoint
 
+    if plot is not None:
+        require_module("matplotlib", "--plot")
     base = {f: options.pop(f) for f in LayerConfig.__dataclass_fields__ if f in options}
     layer = LayerConfig(**{key: value for key, value in base.items() if value is not None})
-    with _Bars() as bars:
-        found = analyze(checkpoint or demo_checkpoint(), base=layer, progress=bars, **options)
+    found, room = run(checkpoint or demo_checkpoint(), layer, options)
     click.echo(summary(found))
-    for name in ("report", "plot", "json", "save"):
-        if options[name]:
-            click.echo(f"wrote {options[name]}")
+    if room:
+        click.echo(planner(found, room))
+    from skv_export.model_folder.output import output_file, write_text
+
+    for path, content in ((json, _json), (save, _preset), (report, _html)):
+        if path is not None:
+            write_text(path, content(found))
+            click.echo(f"wrote {path}")
+    if plot is not None:
+        from skv_export.analysis import html_report
+
+        with output_file(plot) as scratch:
+            html_report.png(found, scratch)
+        click.echo(f"wrote {plot}")
 
 
-class _Bars:
-    """One progress bar after the other, on stderr."""
+MEASURE_OPTIONS = ("text", "windows", "window", "state", "kl", "device", "dtype", "device_map")
+"""Parameters that say how the model is run."""
 
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._what = ""
 
-    def __enter__(self) -> _Bars:
-        return self
+def run(checkpoint: str | Path, base: LayerConfig, options: dict[str, Any]) -> tuple[Analysis, int]:
+    """Analyzes as the flags say; what `analyze` and `model --budget` share.
 
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    Returns:
+        The analysis, and the bytes that a card has left for the cache (0 where no card was named).
+    """
+    from skv_export.analysis.card import card_memory, room_for_cache
+    from skv_export.analysis.pipeline import MeasureOptions, Target, analyze
+    from skv_export.checkpoints.checkpoint import Checkpoint
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        from tqdm import tqdm
+    given = dict(options)
+    revision = given.pop("revision", None)
+    gpu, weights = given.pop("gpu", None), given.pop("weights", None)
+    if gpu:
+        if given["memory"] is not None:
+            raise SkvError("--gpu and --memory", got="both", expected="one of them")
+        given["memory"], weights = card_memory(gpu), weights or "fp16"
+    room = 0
+    opened = Checkpoint.open(checkpoint, revision=revision)
+    if weights:
+        room = room_for_cache(given["memory"], opened, weights, given["batch"]) if given["memory"] else 0
+        if given["context"] is None and gpu:  # the question is how long a context fits, not which bits fill the card
+            given["memory"] = weights = None
+    asked = given.pop("measure")
+    measuring = {name: given.pop(name) for name in MEASURE_OPTIONS if name in given}
+    measure: MeasureOptions | None = MeasureOptions(**measuring)
+    if given.get("score") not in (None, "measure") and not asked:
+        measure = None
+    measure = _measure_or_not(opened, measure if asked is not False else None, bool(asked))
+    rest = {name: given.pop(name) for name in ("score", "optimal") if name in given}
+    target = Target(weights=weights, **given)
+    with Progress() as progress:
+        found = analyze(
+            opened.source, target=target, base=base, measure=measure, revision=revision, progress=progress, **rest
+        )
+    return found, room
 
-        if what != self._what:
-            self.__exit__()
-            self._bar, self._what = tqdm(total=total, desc=what, leave=False, disable=None), what
-        self._bar.update(done - self._bar.n)
+
+def _measure_or_not(opened: Checkpoint, options: MeasureOptions | None, asked: bool) -> MeasureOptions | None:
+    """Says on stderr what a measurement will take, or why there is none."""
+    from skv_export.analysis.effort import PATIENCE_SECONDS, estimate
+
+    if options is None:
+        return None
+    effort = estimate(opened, options)
+    if effort.obstacle and asked:
+        raise SkvError(f"--measure: {effort.obstacle}", fix="Leave it out, or see to that.")
+    click.echo(effort.line, err=True)
+    if effort.obstacle:
+        return None
+    if effort.seconds > PATIENCE_SECONDS and not asked:
+        click.echo("that is over half an hour: from weights alone; --measure starts it all the same", err=True)
+        return None
+    return options
+
+
+def planner(found: Analysis, room: int) -> str:
+    """Returns how long a context fits into a card's memory, for three caches side by side."""
+    from skv_export.analysis.card import context_table
+
+    tokens = context_table(found.budget, found.recommendation.allocation.bits, room)
+    longest = found.config.max_position_embeddings
+    said = f", of which the model was made for {longest:,}" if longest else ""
+    lines = [f"\n{room / 2**30:.1f} GiB for the cache of {found.budget.batch} sequences; tokens of each{said}:"]
+    return "\n".join(lines + [f"  {name:<12} {count:>12,}" for name, count in tokens.items()])
+
+
+def _json(found: Analysis) -> str:
+    return json_module.dumps(found.to_json(), indent=1) + "\n"
+
+
+def _html(found: Analysis) -> str:
+    from skv_export.analysis import html_report
+
+    return html_report.html(found)
+
+
+def _preset(found: Analysis) -> str:
+    return found.to_preset("skv-export " + " ".join(map(shlex.quote, sys.argv[1:])))
 
 
 def summary(found: Any) -> str:
@@ -161,9 +197,10 @@ def summary(found: Any) -> str:
         lines.append(f"{i:>5} " + " ".join(f"{x:>8.2f}" for x in norms) + f"  {bits}{mark}")
     r = found.recommendation
     lines += ["", f"expected loss, {r.loss_unit}, by {r.score}:"]
-    for plan in (r.plan, r.uniform, *r.neighbours):
-        lines.append(f"  {plan.name:<24} {plan.effective_bits:>6.2f} bits  {plan.loss:.3g}")
-    megabytes = found.budget.memory(r.plan.bits) / 2**20
+    for a in (r.allocation, *((r.uniform,) if r.uniform.bits != r.allocation.bits else ()), *r.neighbours):
+        loss = "" if a.loss is None else f"{a.loss:.3g}"
+        lines.append(f"  {a.name:<24} {a.effective_bits:>6.2f} bits  {loss}")
+    megabytes = found.budget.memory(r.allocation.bits) / 2**20
     size = f"{megabytes:.1f} MiB for {found.budget.batch} x {found.budget.context} tokens"
-    lines += ["", f"recommended: {r.plan.name}, {size}", *(f"  - {reason}" for reason in r.reasons)]
+    lines += ["", f"recommended: {r.allocation.name}, {size}", *(f"  - {reason}" for reason in r.reasons)]
     return "\n".join(lines)

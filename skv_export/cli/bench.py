@@ -12,9 +12,10 @@ from typing import Any
 
 import click
 
+from skv_export.cli.options import OutputFile, progress_options
 from skv_export.spec.recipe import BITS, LayerConfig
 
-_JSON = click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the rows as JSON.")
+_JSON = click.option("--json", "json_file", type=OutputFile(), help="Write the rows as JSON.")
 _THREADS = click.option(
     "--threads", default=0, show_default=True, type=click.IntRange(0), help="0 = the runtime's choice."
 )
@@ -45,6 +46,7 @@ def bench_command() -> None:
 @_THREADS
 @_CLOCK
 @_JSON
+@progress_options
 def attention(
     k_bits: int,
     v_bits: int,
@@ -86,6 +88,7 @@ def attention(
 @_THREADS
 @_CLOCK
 @_JSON
+@progress_options
 def bench_model_command(folder: Path, context: str, json_file: Path | None, **options: Any) -> None:
     """Time prefill and decode of FOLDER, and its peak memory.
 
@@ -107,5 +110,7 @@ def _print(table: str, rows: Sequence[Any], json_file: Path | None) -> None:
     command = "skv-export " + shlex.join(sys.argv[1:])
     click.echo(f"{table}\n\nRepeat with: {command}")
     if json_file:
+        from skv_export.model_folder.output import write_text
+
         report = {"command": command, "rows": [dataclasses.asdict(row) for row in rows]}
-        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(report, indent=2) + "\n")

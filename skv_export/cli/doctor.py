@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from skv_export import __version__
-from skv_export.errors import SkvError
+from skv_export.errors import SkvError, install_hint
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tokenizers")
 _ORT_FLOOR = (1, 24)
@@ -80,7 +80,7 @@ def _onnxruntime(cpu: str, gpu: str) -> Check:
         fix = "Both are one Python module: pip uninstall onnxruntime onnxruntime-gpu, then install one of them."
         return Check("onnxruntime", found, fix)
     if not found:
-        return Check("onnxruntime", "missing", "pip install 'skv-export[cpu]', or 'skv-export[gpu]' for an NVIDIA GPU.")
+        return Check("onnxruntime", "missing", f"{install_hint('cpu')}, or '.[gpu]' for an NVIDIA GPU.")
     if tuple(int(part) for part in (cpu or gpu).split(".")[:2]) < _ORT_FLOOR:
         return Check(
             "onnxruntime", found, f"Needs at least {'.'.join(map(str, _ORT_FLOOR))}: pip install -U onnxruntime."
@@ -141,7 +141,7 @@ def _providers() -> Check:
     return Check(
         "execution providers",
         ", ".join(p.removesuffix("ExecutionProvider") for p in providers),
-        "" if cuda else "No CUDA: pip uninstall onnxruntime; pip install 'skv-export[gpu]' on a machine with a GPU.",
+        "" if cuda else f"No CUDA. On a machine with a GPU: pip uninstall onnxruntime. {install_hint('gpu')}",
         required=False,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ import click
 
 from skv_export import __version__
 from skv_export.cli.choice import Choice
-from skv_export.cli.options import placement_options
+from skv_export.cli.guard import guarded
+from skv_export.cli.options import DEBUG, OutputFile, debug_option, placement_options, progress_options
+from skv_export.cli.target import TARGET_OPTIONS, target_options
 from skv_export.errors import SkvError, did_you_mean
 from skv_export.spec.recipe import (
     BITS,
@@ -62,14 +65,13 @@ class _Group(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with guarded(lambda: bool(ctx.meta.get(DEBUG))):
             return super().invoke(ctx)
-        except SkvError as error:
-            raise click.ClickException(str(error)) from error
 
 
 @click.group(cls=_Group, context_settings=_CONTEXT)
 @click.version_option(__version__, prog_name="skv-export")
+@debug_option
 def main() -> None:
     """Export language models to ONNX Runtime with a KV cache quantized separately for keys and values.
 
@@ -145,7 +147,9 @@ def _exported_model(command: _Command) -> _Command:
 @main.command()
 @click.argument("checkpoint", required=False)
 @_recipe_options
-@click.option("--budget", type=float, help="Effective bits: `analyze` first, then export with its bits per layer.")
+@click.option("--auto", is_flag=True, help="Bits per layer as `analyze` recommends; so do the flags from --budget on.")
+@target_options
+@click.option("--device", default="cpu", show_default=True, help="Where PyTorch's model runs that is measured.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: NAME-k4v2]")
 @click.option("--force", is_flag=True, help="Replace the folder if it exists.")
 @click.option(
@@ -154,10 +158,11 @@ def _exported_model(command: _Command) -> _Command:
 @click.option("--as-causal-lm", is_flag=True, help="Export a classifier, reward or embedding model's layers anyway.")
 @click.option("--copy-weights", is_flag=True, help="ONNX in: copy the weights instead of linking to them.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@progress_options
 def model(
     checkpoint: str | None,
     recipe: str | None,
-    budget: float | None,
+    auto: bool,
     out: Path | None,
     force: bool,
     all_logits: bool,
@@ -174,20 +179,29 @@ def model(
     \b
     skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --out qwen3
     skv-export model ./Qwen3-0.6B --recipe qwen3 --dry-run
-    skv-export model ./Qwen3-0.6B --budget 3.25
+    skv-export model ./Qwen3-0.6B --budget 3.25          # or --auto, --gpu rtx4090 --context 128k, --max-loss 0.5%
     skv-export model model.gguf --k-bits 8 --v-bits 4 --dtype fp16
     skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --weights int4
     skv-export model genai-folder/model.onnx --k-bits 4 --v-bits 4
     """
+    from skv_export.model_folder.output import check_target
+
+    target = {name: options.pop(name) for name in (*TARGET_OPTIONS, "device")}
+    asked = auto or any(target[name] is not None for name in ("budget", "memory", "gpu", "max_loss"))
+    resolved = _resolve_recipe(recipe, options)
+    source = _checkpoint_or_demo(checkpoint)
+    budget = target["budget"]
+    bits = resolved.default.name if not asked else "auto" if budget is None else f"{budget:g}bits"
+    folder = out or Path(default_name(source, bits))
+    if not dry_run:
+        check_target(folder, force=force)
     from skv_export.export import pipeline as export
     from skv_export.rewrite import pipeline as rewrite
     from skv_export.rewrite.source import is_onnx
 
-    resolved = _resolve_recipe(recipe, options)
-    source = _checkpoint_or_demo(checkpoint)
     rewriting = is_onnx(source)
-    if budget is not None:
-        resolved = _within_budget(source, budget, resolved, options)
+    if asked:
+        resolved = _recommended(source, resolved, options, target)
     if rewriting and (all_logits or options["dtype"] or options["weights"]):
         raise SkvError(
             "--all-logits, --dtype and --weights",
@@ -201,16 +215,24 @@ def model(
     click.echo(plan.table())
     if dry_run:
         return
-    target = out or Path(f"{Path(source).stem.lower()}-{resolved.default.name.lower()}")
     if rewriting:
-        folder = rewrite.rewrite_model(source, out=target, recipe=resolved, force=force, copy_weights=copy_weights)
+        folder = rewrite.rewrite_model(source, out=folder, recipe=resolved, force=force, copy_weights=copy_weights)
     else:
         folder = export.export_model(
-            source, out=target, recipe=resolved, force=force, all_logits=all_logits, as_causal_lm=as_causal_lm
+            source, out=folder, recipe=resolved, force=force, all_logits=all_logits, as_causal_lm=as_causal_lm
         )
-    click.echo(
-        f"\nWritten to {folder}. Next:\n  skv-export verify {folder}\n  skv-export generate {folder} --prompt ..."
-    )
+    name = shlex.quote(f"./{folder}" if str(folder).startswith("-") else str(folder))
+    click.echo(f"\nWritten to {folder}. Next:\n  skv-export verify {name}\n  skv-export generate {name} --prompt ...")
+
+
+def default_name(source: str, bits: str) -> str:
+    """The folder that `model` writes without --out: the checkpoint's whole name, dots included, and its bits."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        name = path.resolve().name
+    else:
+        name = path.stem if path.suffix.lower() in (".gguf", ".onnx", ".safetensors") else path.name
+    return f"{name.lstrip('-.')[:100] or 'model'}-{bits}".lower()
 
 
 @main.command()
@@ -224,7 +246,7 @@ def model(
     help="Only this level; may be given several times.  [default: all four]",
 )
 @click.option("--text", type=click.Path(path_type=Path), help="Text for all levels but op.  [default: shipped prose]")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report as JSON.")
+@click.option("--json", "json_file", type=OutputFile(), help="Write the report as JSON.")
 @click.option("--windows", default=8, show_default=True, type=click.IntRange(1), help="Quality: windows of text.")
 @click.option("--window-tokens", default=1024, show_default=True, type=click.IntRange(16), help="Tokens of each.")
 @click.option("--max-ppl-increase", default=0.05, show_default=True, type=float, help="Quality: fails above it.")
@@ -233,6 +255,7 @@ def model(
 @click.option("--min-top1-agreement", type=click.FloatRange(0, 1), help="Quality: fails below it.")
 @click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @placement_options
+@progress_options
 def verify(
     folder: str,
     revision: str | None,
@@ -258,6 +281,7 @@ def verify(
     Exits with 1 when a level fails.
     """
     from skv_export.model_folder import hub
+    from skv_export.model_folder.output import write_text
     from skv_export.verification import run as runner
     from skv_export.verification.quality_level import Thresholds
 
@@ -267,7 +291,7 @@ def verify(
     report = runner.verify(local, checkpoint=checkpoint, levels=levels, thresholds=thresholds, **options)
     click.echo(report.table())
     if json_file:
-        json_file.write_text(report.to_json(), encoding="utf-8")
+        write_text(json_file, report.to_json())
     if not report.passed:
         sys.exit(1)
 
@@ -283,6 +307,7 @@ def verify(
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @click.option("--cuda-graph", is_flag=True, help="On a GPU: decode as one captured CUDA graph per token.")
+@debug_option
 def generate(folder: str, revision: str | None, prompt: str, **options: Any) -> None:
     """Continue a prompt with the exported model, streaming; no torch involved.
 
@@ -305,6 +330,7 @@ def generate(folder: str, revision: str | None, prompt: str, **options: Any) -> 
 @main.command()
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
 @click.option("--library-path", is_flag=True, help="Print only where the native library is.")
+@debug_option
 def doctor(folder: Path | None, library_path: bool) -> None:
     """Say what is installed, which kernels will run, what is missing and how to fix it.
 
@@ -329,6 +355,7 @@ def doctor(folder: Path | None, library_path: bool) -> None:
 
 @main.command()
 @click.argument("name", required=False)
+@debug_option
 def recipes(name: str | None) -> None:
     """List the recipes that ship with the package, or print one."""
     found = shipped_recipes()
@@ -342,18 +369,18 @@ def recipes(name: str | None) -> None:
     click.echo(found[name].read_text(encoding="utf-8"), nl=False)
 
 
-def _within_budget(source: str, budget: float, recipe: Recipe, options: dict[str, Any]) -> Recipe:
+def _recommended(source: str, recipe: Recipe, options: dict[str, Any], target: dict[str, Any]) -> Recipe:
     """The recipe with the bits per layer that ``analyze`` recommends, saying why."""
     if options["k_bits"] or options["v_bits"]:
         raise SkvError(
-            "--budget", got="--k-bits or --v-bits too", fix="Give one or the other: the budget chooses the bits."
+            "--budget and --auto", got="--k-bits or --v-bits too", fix="Give one or the other: the budget chooses bits."
         )
-    from skv_export.analysis.pipeline import analyze
-    from skv_export.cli.analyze import summary
+    from skv_export.cli import analyze
 
-    analysis = analyze(source, budget=budget, base=recipe.default)
-    click.echo(f"{summary(analysis)}\n")
-    return analysis.to_recipe(recipe)
+    weights = recipe.weights or (recipe.dtype if target["gpu"] else None)
+    found, _ = analyze.run(source, recipe.default, {**target, "weights": weights})
+    click.echo(f"{analyze.summary(found)}\n")
+    return found.to_recipe(recipe)
 
 
 def _checkpoint_or_demo(checkpoint: str | None) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from skv_export.cli.options import placement_options
+from skv_export.cli.options import OutputFile, placement_options, progress_options
+from skv_export.progress import Progress
 from skv_export.spec.recipe import LayerConfig, Recipe
 
 DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
@@ -32,10 +33,11 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 @click.option("--num-sink-tokens", type=int, help="Of the bit pairs.  [default: as `model`]")
 @click.option("--needles", is_flag=True, help="Also retrieve numbers hidden in long texts, by depth.")
 @click.option("--needle-lengths", default="1024,2048", show_default=True, help="Tokens of those texts.")
-@click.option("--state", type=click.Path(path_type=Path), help="Keep finished windows here; go on from them.")
-@click.option("--report", type=click.Path(path_type=Path), help="Write the table and the Pareto plot as HTML.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures as JSON.")
+@click.option("--state", type=OutputFile(), help="Keep finished windows here; go on from them.")
+@click.option("--report", type=OutputFile(), help="Write the table and the Pareto plot as HTML.")
+@click.option("--json", "json_file", type=OutputFile(), help="Write the figures as JSON.")
 @placement_options
+@progress_options
 def quality_command(
     checkpoint: str | None,
     text: Path | None,
@@ -68,6 +70,7 @@ def quality_command(
     from skv_export.evaluation import candidates, comparison, needle
     from skv_export.evaluation.html_report import html
     from skv_export.evaluation.text import read_text
+    from skv_export.model_folder.output import write_text
 
     placement = Placement(device, dtype, device_map)
     base = Recipe(LayerConfig()).with_options(recent_tokens=recent_tokens, num_sink_tokens=num_sink_tokens)
@@ -75,13 +78,13 @@ def quality_command(
     lengths = needle.parse_lengths(needle_lengths)
     source = resolve(checkpoint or demo_checkpoint())
     prose = read_text(text)
-    loaded = comparison.load(source, placement)
-    with click.progressbar(length=1000, label="quality", show_pos=False) as bar:
+    with Progress() as shown:
 
-        def progress(what: str, done: int, total: int) -> None:
-            bar.label = f"quality {what}"
-            bar.update(1000 * done // total - bar.pos)
+        def progress(name: str, done: int, total: int) -> None:
+            shown("measuring windows of text", done, total)
 
+        shown("loading the model")
+        loaded = comparison.load(source, placement)
         result = comparison.run(
             source, wanted, prose, windows=windows, window=window, state=state, progress=progress, loaded=loaded
         )
@@ -90,6 +93,6 @@ def quality_command(
     if retrieval:
         click.echo("\n" + retrieval.table())
     if json_file:
-        json_file.write_text(result.to_json(retrieval), encoding="utf-8")
+        write_text(json_file, result.to_json(retrieval))
     if report:
-        report.write_text(html(result, retrieval), encoding="utf-8")
+        write_text(report, html(result, retrieval))

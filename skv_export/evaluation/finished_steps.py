@@ -28,8 +28,6 @@ class FinishedSteps:
             return
         text = path.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # a run that was killed while writing leaves half a line
-            path.write_text(whole, encoding="utf-8")
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 saved = json.loads(line)
@@ -46,6 +44,8 @@ class FinishedSteps:
                     expected="the same model, text and options",
                     fix="Delete it, or name another --state.",
                 )
+        if whole != text:  # a run that was killed while writing leaves half a line; only now it is known to be ours
+            path.write_text(whole, encoding="utf-8")
 
     def __contains__(self, step: str) -> bool:
         return step in self._values

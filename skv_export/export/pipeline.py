@@ -12,7 +12,6 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig
 
 from skv_export.checkpoints.checkpoint import Source, resolve
@@ -28,18 +27,19 @@ from skv_export.export.supported import check_config, check_purpose, check_windo
 from skv_export.export.to_onnx import build, save
 from skv_export.export.weight_quantization import stored_bytes
 from skv_export.model_folder.names import TOKEN_INPUTS
+from skv_export.model_folder.output import check_target, output_folder
 from skv_export.model_folder.plan import Plan
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
 from skv_export.model_folder.tokenizer import write_tokenizer
 from skv_export.model_folder.writer import (
-    check_target,
     digest,
     generation_config,
-    output_folder,
     write_configs,
 )
 from skv_export.native.library import library_path
-from skv_export.spec.recipe import Recipe
+from skv_export.paths import to_path
+from skv_export.progress import Progress as Shown
+from skv_export.spec.recipe import Recipe, as_recipe
 
 PHASES = {"reading the configuration": 0.0, "opening the weights": 0.1, "building the graph": 0.15, "writing": 0.5}
 """Phases of an export, and the fraction of its time that has passed when each starts."""
@@ -60,11 +60,21 @@ def plan(source: str | Path | Source, recipe: Recipe | None = None, *, as_causal
         SkvError: The checkpoint, its architecture or the recipe can't be used; the message says why.
     """
     resolved = resolve(source)
-    return _plan(resolved, recipe or Recipe(), as_causal_lm)[0]
+    return _plan(resolved, as_recipe(recipe), as_causal_lm)[0]
 
 
 def _plan(source: Source, recipe: Recipe, as_causal_lm: bool) -> tuple[Plan, Skeleton]:
     config = load_config(source)
+    try:
+        return _plan_of(config, source, recipe, as_causal_lm)
+    except SkvError:
+        raise
+    except Exception as error:  # values of other types than ours and transformers' code expect
+        got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise SkvError(f"{source}: its configuration makes no sense", got=got, fix="Correct config.json.") from error
+
+
+def _plan_of(config: PreTrainedConfig, source: Source, recipe: Recipe, as_causal_lm: bool) -> tuple[Plan, Skeleton]:
     check_config(config)
     if not as_causal_lm:
         check_purpose(config)
@@ -77,7 +87,9 @@ def _plan(source: Source, recipe: Recipe, as_causal_lm: bool) -> tuple[Plan, Ske
         with model.running():
             cache = [torch.empty(2, 1, 1, 1, dtype=torch.uint8)] * count  # its bytes don't matter to shapes
             decoder(*_example_inputs(cache, cache))
-    except (AttributeError, ImportError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except SkvError:
+        raise
+    except Exception as error:  # whatever transformers' models raise
         got = f"{type(error).__name__}: {str(error)[:300]}"
         raise SkvError(
             f"{config.model_type}: can't be exported: its model does not run with the op as its attention", got=got
@@ -127,13 +139,15 @@ def export_model(
     Raises:
         SkvError: The checkpoint, its architecture, the recipe or ``out`` can't be used, or the disk is full.
     """
-    resolved, target = resolve(source), Path(out)
-    check_target(target, 0, force=force)
+    target = to_path(out, "out")
+    check_target(target, force=force)
+    chosen, resolved = as_recipe(recipe), resolve(source)
     library_path()  # it goes into the folder: better none is written than one without it
-    with _Phases(progress) as phases:
+    with Shown() as shown:
+        phases = _Phases(progress or shown)
         phases.start("reading the configuration")
         before = Snapshot.take(resolved)
-        planned, model = _plan(resolved, recipe or Recipe(), as_causal_lm)
+        planned, model = _plan(resolved, chosen, as_causal_lm)
         with output_folder(target, planned.weight_bytes, force=force) as folder:
             phases.start("opening the weights")
             local = download(resolved)
@@ -146,24 +160,15 @@ def export_model(
             save(graph, folder, phases.advance)
             _write_beside(folder, planned, local, model.model.config, all_logits)
             before.check()
+        phases.done()
     return target
 
 
 class _Phases:
-    """Reports progress to a callback, or draws a bar."""
+    """Reports progress to a callback."""
 
-    def __init__(self, progress: Progress | None) -> None:
-        self._bar = None if progress else tqdm(total=1.0, bar_format="{desc}: {percentage:3.0f}% |{bar}|", leave=False)
-        self._progress, self._name = progress, ""
-
-    def __enter__(self) -> _Phases:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self._tell("done", 1.0)
-        if self._bar is not None:
-            self._bar.close()
+    def __init__(self, tell: Progress) -> None:
+        self._tell, self._name = tell, ""
 
     def start(self, name: str) -> None:
         """Starts a phase."""
@@ -175,12 +180,9 @@ class _Phases:
         begin = PHASES[self._name]
         self._tell(self._name, begin + (1 - begin) * fraction)
 
-    def _tell(self, name: str, done: float) -> None:
-        if self._progress is not None:
-            self._progress(name, done)
-        elif self._bar is not None:
-            self._bar.set_description(name)
-            self._bar.update(done - self._bar.n)
+    def done(self) -> None:
+        """Says that the folder is there."""
+        self._tell("done", 1.0)
 
 
 def _build(planned: Plan, model: Skeleton, weights: Weights, all_logits: bool) -> ir.Model:

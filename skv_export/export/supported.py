@@ -38,7 +38,7 @@ def _reasons(config: PreTrainedConfig) -> Iterator[str]:
     """Yields the reasons why a model cannot be exported, the most specific first."""
 
     def has(*names: str) -> list[str]:
-        return [name for name in names if getattr(config, name, None)]
+        return [name for name in names if _is_set(config, name)]
 
     kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
     if has("is_encoder_decoder"):
@@ -83,6 +83,13 @@ def check_purpose(config: PreTrainedConfig) -> None:
             expected=f"a class whose name ends with {', '.join(_LANGUAGE_MODELS)}",
             fix="Use --as-causal-lm to export its layers as the language model that they were before.",
         )
+
+
+def _is_set(config: PreTrainedConfig, name: str) -> bool:
+    try:
+        return bool(getattr(config, name, None))
+    except RuntimeError:  # transformers': the value differs from layer to layer
+        return True
 
 
 def _is_gguf(config: PreTrainedConfig) -> bool:

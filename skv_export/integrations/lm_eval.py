@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.pretrained import load_tokenizer
-from skv_export.errors import SkvError
+from skv_export.errors import SkvError, missing_module
 from skv_export.model_folder import hub
 from skv_export.runtime.sampling import Sampling
 from skv_export.runtime.session import Session
@@ -30,7 +30,7 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as missing:
-    raise SkvError(f"lm-eval: {missing}", fix="pip install 'skv-export[lm-eval]'") from missing
+    raise missing_module(missing.name or "lm_eval", "skv-lm-eval") from missing
 
 Score = tuple[float, bool]
 """Log-probability of a continuation, and whether greedy decoding would give it."""

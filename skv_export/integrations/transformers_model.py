@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -23,7 +23,9 @@ from skv_export.errors import SkvError
 from skv_export.integrations.transformers_cache import SkvCache
 from skv_export.model_folder import hub
 from skv_export.model_folder.names import LIBRARY_FILE
-from skv_export.model_folder.writer import generation_config, output_folder
+from skv_export.model_folder.output import output_folder
+from skv_export.model_folder.writer import generation_config
+from skv_export.paths import to_path
 from skv_export.runtime.session import Session, last_logits
 
 logger = logging.get_logger(__name__)
@@ -98,6 +100,11 @@ class SkvForCausalLM(GenerationMixin):
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: str | int | torch.device | Mapping[str, Any] | None = None,
+        trust_remote_code: bool | None = None,
+        **others: Any,
     ) -> SkvForCausalLM:
         """Loads an exported model.
 
@@ -111,14 +118,28 @@ class SkvForCausalLM(GenerationMixin):
             token: Of the hub; the stored one if not given.
             cache_dir: Where downloads are kept; huggingface_hub's cache if not given.
             local_files_only: Take what has been downloaded already, and ask no server.
+            dtype: The export's number format is what it is: this one or ``auto``, else an error.
+            torch_dtype: The old name of ``dtype``.
+            device_map: ``auto``, or one device for the whole model: a GPU means execution_provider ``cuda``.
+            trust_remote_code: Without effect: code is never taken from a model's folder.
+            others: Refused, by name.
 
         Raises:
-            SkvError: No such model, a file is missing or damaged, or the provider is not there.
+            SkvError: No such model, a file is missing or damaged, the provider is not there, or an option that has no
+                meaning for an exported model.
         """
+        if others:
+            raise SkvError(
+                f"from_pretrained: {', '.join(sorted(others))}: without a meaning for an exported model",
+                expected="execution_provider, num_threads, max_length, and the hub's options",
+                fix="Leave it out; bits and number formats are chosen by the export.",
+            )
+        execution_provider = _provider_of(device_map, execution_provider)
         folder = hub.fetch(
             model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
         session = Session(folder, execution_provider=execution_provider, cuda_graph=cuda_graph, num_threads=num_threads)
+        _check_dtype(torch_dtype if dtype is None else dtype, session.config.dtype)
         return cls.from_session(session, max_length)
 
     @classmethod
@@ -142,21 +163,36 @@ class SkvForCausalLM(GenerationMixin):
         defaults = generation_config(files, config)
         return cls(session, config.get_text_config(decoder=True), defaults, max_length)
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, safe_serialization: bool = True, **others: Any) -> None:
         """Writes the model into another folder, complete or not at all, with ``generation_config`` as it is now.
 
         An exported folder that is there already is replaced; what is written runs wherever ``skv-export model``'s does.
 
+        Args:
+            save_directory: The folder.
+            safe_serialization: True: weights are never written as pickles.
+            others: Refused, by name.
+
         Raises:
-            SkvError: The folder holds something else, can't be written, or is the one the model runs from.
+            SkvError: The folder holds something else, can't be written, or is the one the model runs from; or an option
+                that has no meaning for an exported model.
         """
-        source, target = self.session.folder.resolve(), Path(save_directory)
+        if others or not safe_serialization:
+            names = ", ".join(sorted(others)) or "safe_serialization=False"
+            raise SkvError(
+                f"save_pretrained: {names}: without a meaning for an exported model",
+                expected="the folder alone",
+                fix="Leave it out; push_to_hub is a method of its own.",
+            )
+        source, target = self.session.folder.resolve(), to_path(save_directory, "save_directory")
         if target.resolve() == source:
             raise SkvError(f"{target}: the model runs from this folder", fix="Choose another one.")
-        files = [path for path in source.iterdir() if path.is_file()]
+        files = [path for path in source.rglob("*") if path.is_file()]
         with output_folder(target, sum(path.stat().st_size for path in files), force=True) as folder:
             for path in files:
-                shutil.copyfile(path, folder / path.name)
+                copy = folder / path.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
             # A model of the hub comes without native code, which onnxruntime-genai wants in the folder.
             shutil.copyfile(self.session.library.path, folder / LIBRARY_FILE)
             self.generation_config.save_pretrained(folder)
@@ -455,3 +491,28 @@ class SkvForCausalLM(GenerationMixin):
     @contextmanager
     def _optimize_model_for_decode(self) -> Iterator[None]:
         yield
+
+
+def _provider_of(device_map: Any, execution_provider: str) -> str:
+    """The execution provider that transformers' ``device_map`` means; the one given where it says nothing.
+
+    Raises:
+        SkvError: Several devices, or one that no provider has.
+    """
+    places = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
+    if places <= {None, "auto"}:
+        return execution_provider
+    kinds = {"cuda" if isinstance(place, int) else str(place).partition(":")[0] for place in places}
+    if len(kinds) == 1 and (kind := kinds.pop()) in ("cpu", "cuda"):
+        return kind
+    raise SkvError("device_map", got=device_map, expected="auto, or one device: cpu or cuda")
+
+
+def _check_dtype(dtype: torch.dtype | str | None, exported: str) -> None:
+    """Raises SkvError if a number format is asked for that is not the export's."""
+    names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+    wanted = str(dtype).removeprefix("torch.")
+    if dtype is not None and wanted != "auto" and names.get(wanted, wanted) != exported:
+        raise SkvError(
+            "dtype", got=wanted, expected=f"{exported}, the export's", fix="Export again with --dtype, or leave it out."
+        )

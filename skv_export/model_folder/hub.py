@@ -25,6 +25,7 @@ from skv_export.checkpoints.checkpoint import hub_endpoint
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import RECIPE_FILE, SKV_CONFIG_FILE
 from skv_export.model_folder.skv_config import ModelConfig
+from skv_export.paths import looks_like_path, to_path
 
 PATTERNS = ("*.json", "*.jinja", "*.toml", "*.txt", "*.onnx*", "*.data", "tokenizer.model", "README.md")
 """The files of an exported folder; external data of a rewritten model may be named in any of these ways."""
@@ -54,15 +55,15 @@ def fetch(
     Raises:
         SkvError: No such folder or repository, no exported model in it, or the hub can't be reached.
     """
-    path, name = Path(model).expanduser(), str(model)
+    path, name = to_path(model, "exported model"), str(model)
     if path.is_dir():
         return _without_links(path) if _is_snapshot(path) else path
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise SkvError(
-            f"{name}: no such folder", expected="a folder written by skv_export, or a hub id such as org/name"
-        ) from None
+        raise _no_folder(name) from None
+    if looks_like_path(name):
+        raise _no_folder(name)
     api = _api(token)
     try:
         # First the file that tells an exported model from others, before gigabytes of something else.
@@ -87,6 +88,10 @@ def fetch(
             expected="a model exported by skv_export",
             fix="Export it: skv-export model." if absent else "Check the name, the revision and the connection.",
         ) from error
+
+
+def _no_folder(name: str) -> SkvError:
+    return SkvError(f"{name}: no such folder", expected="a folder written by skv_export, or a hub id such as org/name")
 
 
 def push(

@@ -10,6 +10,8 @@ DATA_FILE = "model.onnx.data"
 SKV_CONFIG_FILE = "skv_config.json"
 GENAI_CONFIG_FILE = "genai_config.json"
 RECIPE_FILE = "recipe.toml"
+MANIFEST_FILE = "skv_files.json"
+"""The folder's own list of files: ``{"files": {name: size}}``, itself left out; written last."""
 LIBRARY_FILE = FILE_NAME
 """onnxruntime-genai loads a custom-op library from the folder, the working directory or its own only."""
 TOKENIZER_FILE = "tokenizer.json"

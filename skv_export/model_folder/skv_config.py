@@ -12,12 +12,18 @@ from typing import Any
 from skv_export import __version__
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import SKV_CONFIG_FILE
+from skv_export.paths import to_path
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.op import LayerAttention
+from skv_export.spec.recipe import LayerConfig
 
 FORMAT_VERSION = 1
 """Version of ``skv_config.json``."""
 MAX_JSON_BYTES = 64 << 20
+MAX_VOCAB = 1 << 24
+MAX_CONTEXT = 1 << 28
+MAX_HEADS = 1 << 16
+MAX_HEAD_DIM = 1024
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class ModelConfig:
         Raises:
             SkvError: Missing, damaged, or of another version; the message names the file and the key.
         """
-        path = Path(folder) / SKV_CONFIG_FILE
+        path = to_path(folder, "exported folder") / SKV_CONFIG_FILE
         values = read_json(path, fix="Export the model with `skv-export model`.")
         version = values.get("format_version")
         if version != FORMAT_VERSION:
@@ -107,23 +113,24 @@ class ModelConfig:
             if values.get("padding", "any") not in ("any", "right"):
                 raise ValueError(f"padding is {values['padding']!r}, neither 'any' nor 'right'")
             eos = values["eos_token_id"]
+            ends = [] if eos is None else eos if isinstance(eos, list) else [eos]
             return cls(
-                model_type=str(values["model_type"]),
-                dtype=str(values["dtype"]),
-                vocab_size=int(values["vocab_size"]),
-                context_length=int(values["context_length"]),
-                bos_token_id=_optional_int(values["bos_token_id"]),
-                eos_token_id=tuple(int(i) for i in ([] if eos is None else eos if isinstance(eos, list) else [eos])),
-                pad_token_id=_optional_int(values["pad_token_id"]),
+                model_type=_text(values, "model_type"),
+                dtype=_text(values, "dtype"),
+                vocab_size=_number(values, "vocab_size", 1, MAX_VOCAB),
+                context_length=_number(values, "context_length", 1, MAX_CONTEXT),
+                bos_token_id=_token(values["bos_token_id"]),
+                eos_token_id=tuple(token for token in map(_token, ends) if token is not None),
+                pad_token_id=_token(values["pad_token_id"]),
                 all_logits=values["logits"] == "all",
                 source=dict(values["source"]),
                 layers=layers,
                 right_padded=values.get("padding") == "right",
-                weights=str(values.get("weights", "")),
+                weights=_text({"weights": "", **values}, "weights"),
                 quantize_head=bool(values.get("quantize_head", True)),
                 quantize_embeddings=bool(values.get("quantize_embeddings", False)),
             )
-        except (KeyError, TypeError, ValueError, SkvError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, SkvError) as error:
             got = f"no key {error}" if isinstance(error, KeyError) else str(error)
             raise SkvError(f"{path}: damaged", got=got, fix="Export the model again.") from error
 
@@ -149,11 +156,12 @@ class ModelConfig:
 
 
 def _layer_cache(values: Mapping[str, Any]) -> LayerCache:
-    heads = (int(values["num_attention_heads"]), int(values["num_key_value_heads"]))
-    if min(heads) < 1 or heads[0] % heads[1]:
-        raise ValueError(f"{heads[0]} attention heads on {heads[1]} key-value heads")
-    pair = _layout(values["key"]), _layout(values["value"])
-    return LayerCache(*heads, int(values["local_window_size"]), *pair)
+    names = ("num_attention_heads", "num_key_value_heads")
+    heads, kv_heads = (_number(values, name, 1, MAX_HEADS) for name in names)
+    if heads % kv_heads:
+        raise ValueError(f"{heads} attention heads on {kv_heads} key-value heads")
+    window = _number(values, "local_window_size", 0, MAX_CONTEXT)
+    return LayerCache(heads, kv_heads, window, *(_layout(values[name], name, window) for name in ("key", "value")))
 
 
 def layout_entry(layout: CacheLayout) -> dict[str, Any]:
@@ -161,17 +169,44 @@ def layout_entry(layout: CacheLayout) -> dict[str, Any]:
     return {**dataclasses.asdict(layout), "shape": layout.shape_rule()}
 
 
-def _layout(values: Mapping[str, Any]) -> CacheLayout:
+def _layout(values: Mapping[str, Any], tensor: str, window: int) -> CacheLayout:
+    """Reads one cache tensor's layout: it must be one that a recipe gives, so the recipe's checks are its own."""
     fields = dict(values)
     shape = fields.pop("shape")
-    layout = CacheLayout(**fields)
+    names = {field.name for field in dataclasses.fields(CacheLayout)}
+    if fields.keys() != names:
+        raise ValueError(f"{tensor}: {', '.join(sorted(fields.keys() ^ names))} is missing or unknown")
+    per_tensor = ("bits", "granularity", "rotation", "group_size", "parameter_bits")
+    common = ("num_sink_tokens", "recent_tokens", "tile_tokens", "recent_type")
+    options = {f"{tensor[0]}_{name}": fields[name] for name in per_tensor} | {name: fields[name] for name in common}
+    head_dim = _number(fields, "head_dim", 1, MAX_HEAD_DIM)
+    layout = CacheLayout.pair(LayerConfig(**options), head_dim, window)[tensor == "value"]
+    for name, expected in dataclasses.asdict(layout).items():
+        if fields[name] != expected or type(fields[name]) is not type(expected):
+            raise ValueError(f"{tensor}: {name} is {fields[name]!r}, expected {expected!r}")
     if shape != layout.shape_rule():  # the graph's buffers would be of another size than the runtime's
-        raise ValueError(f"shape is {shape}, expected {layout.shape_rule()}")
+        raise ValueError(f"{tensor}: shape is {shape}, expected {layout.shape_rule()}")
     return layout
 
 
-def _optional_int(value: Any) -> int | None:
-    return None if value is None else int(value)
+def _number(values: Mapping[str, Any], name: str, low: int, high: int) -> int:
+    value = values[name]
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{name} is {str(value)[:50]}, expected an integer from {low} to {high}")
+    return value
+
+
+def _text(values: Mapping[str, Any], name: str) -> str:
+    value = values[name]
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {str(value)[:50]}, expected a string")
+    return value
+
+
+def _token(value: Any) -> int | None:
+    if value is not None and (type(value) is not int or not -MAX_VOCAB <= value < MAX_VOCAB):
+        raise ValueError(f"a token id is {str(value)[:50]}, expected an integer")
+    return value
 
 
 def read_json(path: Path, fix: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.tokenizer import TOKENIZER_FILES, load_tokenizer
 from skv_export.errors import SkvError
+from skv_export.model_folder.names import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _PROSE = "The capital of France is Paris.\n  def f(x):\n\treturn x + 1  # naïve café, 東京, 🙂 12345\n"
@@ -58,10 +59,10 @@ def write_tokenizer(source: Source, folder: Path) -> bool:
             if (source.path / name).is_file():
                 shutil.copyfile(source.path / name, folder / name)
         _strip(folder)
-    if not (folder / "tokenizer.json").is_file() or difference(original, folder):
+    if not (folder / TOKENIZER_FILE).is_file() or difference(original, folder):
         original.save_pretrained(folder)
         _strip(folder)
-        if not (folder / "tokenizer.json").is_file():
+        if not (folder / TOKENIZER_FILE).is_file():
             fix = "Use a checkpoint with a fast tokenizer."
             raise SkvError(f"{source}: its tokenizer can't be written as tokenizer.json", fix=fix)
         if found := difference(original, folder):
@@ -82,7 +83,7 @@ def difference(original: Any, folder: Path) -> tuple[str, list[int], list[int]] 
     Returns:
         The text where they differ, and the ids of both from there on; None if they agree.
     """
-    written = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    written = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
     for text in _texts(original):
         for special in (True, False):
             expected = original(text, add_special_tokens=special, verbose=False)["input_ids"]
@@ -102,7 +103,7 @@ def _texts(original: Any) -> Iterator[str]:
 
 def _strip(folder: Path) -> None:
     """Removes truncation and padding from ``tokenizer.json``: they are settings of a training batch."""
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER_FILE
     if not path.is_file():
         return
     values = json.loads(path.read_text(encoding="utf-8"))
@@ -113,7 +114,7 @@ def _strip(folder: Path) -> None:
 
 def _write_chat(original: Any, folder: Path) -> None:
     """Writes what a chat needs to the places that runtimes read: special tokens, and the default template."""
-    path = folder / "tokenizer_config.json"
+    path = folder / TOKENIZER_CONFIG_FILE
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     values = dict(before)
     for name in _SPECIAL:
@@ -126,5 +127,5 @@ def _write_chat(original: Any, folder: Path) -> None:
     template = original.chat_template
     if isinstance(template, dict):
         template = template.get("default")
-    if template and not (folder / "chat_template.jinja").is_file() and values.get("chat_template") != template:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if template and not (folder / CHAT_TEMPLATE_FILE).is_file() and values.get("chat_template") != template:
+        (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")

@@ -32,16 +32,18 @@ from skv_export.model_folder.names import (
     SKV_CONFIG_FILE,
     TOKEN_INPUTS,
 )
+from skv_export.model_folder.output import check_target, output_folder
 from skv_export.model_folder.plan import Plan
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
-from skv_export.model_folder.writer import check_target, output_folder, write_configs
+from skv_export.model_folder.writer import write_configs
 from skv_export.native.library import library_path
+from skv_export.paths import to_path
 from skv_export.rewrite.attention_nodes import AttentionNode, Refusal, is_attention, read_node
 from skv_export.rewrite.mask_probe import MaskProbe
 from skv_export.rewrite.source import OnnxSource
 from skv_export.rewrite.surgery import Layer, rewrite_graph
 from skv_export.spec.op import LayerAttention
-from skv_export.spec.recipe import Recipe
+from skv_export.spec.recipe import Recipe, as_recipe
 
 DTYPES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 _FICLONE = 0x40049409  # linux/fs.h
@@ -77,7 +79,7 @@ class Rewrite:
         Raises:
             SkvError: Not a usable model, or nodes that can't be rewritten: the message names each, with its reason.
         """
-        opened, chosen = OnnxSource.open(source), recipe or Recipe()
+        opened, chosen = OnnxSource.open(source), as_recipe(recipe)
         _check_names(opened)
         config, hidden_size = _model_config(opened)
         nodes = _attention_nodes(opened, config.context_length)
@@ -133,8 +135,8 @@ def rewrite_model(
     Raises:
         SkvError: The source can't be rewritten (the message names each node and its reason), or ``out`` can't be used.
     """
-    target = Path(out)
-    check_target(target, 0, force=force)
+    target = to_path(out, "out")
+    check_target(target, force=force)
     rewrite = Rewrite.read(source, recipe)
     library_path()  # it goes into the folder: better none is written than one without it
     if target.resolve() == rewrite.source.path.parent.resolve():

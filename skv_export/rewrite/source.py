@@ -19,6 +19,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import GENAI_CONFIG_FILE, MODEL_FILE
 from skv_export.model_folder.skv_config import read_json
+from skv_export.paths import to_path
 
 MAX_GRAPH_BYTES = (1 << 31) - 1
 """A protobuf message can't be larger; weights beyond that stand in files of their own."""
@@ -101,7 +102,7 @@ class OnnxSource:
 
 def is_onnx(source: Path | str) -> bool:
     """Whether a path names an ONNX model: a ``.onnx`` file, or a folder with one and without safetensors or GGUF."""
-    path = Path(source).expanduser()
+    path = to_path(source, "checkpoint")
     if not path.is_dir():
         return path.suffix == ".onnx"
     if any(path.glob("*.safetensors")) or any(path.glob("*.gguf")):

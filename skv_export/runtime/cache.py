@@ -64,6 +64,10 @@ class Cache:
             binding.bind_ortvalue_input(past_name(*key), buffer)
             binding.bind_ortvalue_output(present_name(*key), buffer)
 
+    def belongs_to(self, onnx: Any) -> bool:
+        """Whether the buffers are bound to this session of onnxruntime's."""
+        return self._onnx is onnx
+
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from skv_export.errors import SkvError
+from skv_export.errors import SkvError, install_hint
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import Library
 
@@ -63,7 +63,7 @@ def open_session(
         raise SkvError(
             f"execution provider {name}: it failed to start",
             got=", ".join(session.get_providers()),
-            fix="Install its libraries: pip install 'skv-export[gpu]'; `skv-export doctor` says what is there.",
+            fix=f"{install_hint('gpu')}; `skv-export doctor` says what is there.",
         )
     check_placement(session, name, op_type)
     return session
@@ -86,7 +86,7 @@ def check_provider(name: str, available: Sequence[str], library: Library) -> Non
         raise SkvError(
             f"execution provider {name}: this ONNX Runtime does not have it",
             got=", ".join(available),
-            fix="pip uninstall onnxruntime; pip install 'skv-export[gpu]', on a machine with an NVIDIA GPU.",
+            fix=f"On a machine with an NVIDIA GPU: pip uninstall onnxruntime. {install_hint('gpu')}",
         )
     if name == "cuda" and not library.cuda_build:
         raise SkvError(

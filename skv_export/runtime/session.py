@@ -16,10 +16,13 @@ from numpy.typing import ArrayLike, NDArray
 from skv_export.errors import SkvError
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import load_library
+from skv_export.paths import to_path
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.graph import Graph, Int64, Logits
 from skv_export.runtime.prompts import chat_prompt, load_tokenizer
 from skv_export.runtime.sampling import Sampler, Sampling
+
+MAX_THREADS = 1024
 
 
 class Session:
@@ -59,7 +62,9 @@ class Session:
         model: bytes | None = None,
         config: ModelConfig | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = to_path(folder, "exported folder")
+        if type(num_threads) is not int or not 0 <= num_threads <= MAX_THREADS:
+            raise SkvError("num_threads", got=num_threads, expected=f"0 ... {MAX_THREADS}; 0 = ONNX Runtime's choice")
         self.config = config or ModelConfig.load(self.folder)
         self.execution_provider = execution_provider
         if cuda_graph and execution_provider != "cuda":
@@ -92,7 +97,9 @@ class Session:
             SkvError: More tokens than the model's context, or none.
         """
         wanted = self.config.context_length if max_length is None else max_length
-        if not 1 <= wanted <= self.config.context_length:
+        if type(batch) is not int or batch < 1:
+            raise SkvError("batch", got=repr(batch)[:50], expected="a number of sequences, at least 1")
+        if not isinstance(wanted, int | np.integer) or not 1 <= wanted <= self.config.context_length:
             raise SkvError(
                 "max_length", got=wanted, expected=f"1 ... {self.config.context_length}, the model's context"
             )
@@ -122,6 +129,9 @@ class Session:
             SkvError: The mask does not fit the cache, or the model's context or the cache's capacity would be passed
                 (nothing is written); or ONNX Runtime fails (the cache is empty then).
         """
+        if not isinstance(cache, Cache) or not cache.belongs_to(self.onnx):
+            got = "that of another session" if isinstance(cache, Cache) else type(cache).__name__
+            raise SkvError("cache", got=got, expected="one that this session's cache() made")
         ids = np.ascontiguousarray(input_ids, np.int64)
         self._check_ids(ids, cache.batch)
         new = np.ones(ids.shape, np.bool_) if attention_mask is None else self._new_columns(ids, attention_mask, cache)

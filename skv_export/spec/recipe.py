@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from skv_export.errors import SkvError, did_you_mean
+from skv_export.paths import to_path
 
 BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 """Bit widths of keys and of values; 16 leaves a tensor unquantized."""
@@ -268,7 +269,7 @@ class Recipe:
         Raises:
             SkvError: The file is missing, too large, no TOML, or not a recipe.
         """
-        path = Path(path)
+        path = to_path(path, "recipe")
         if not path.is_file():
             near = did_you_mean(str(path), shipped_recipes())
             fix = f"{near or ''} `skv-export recipes` lists those of the package.".strip()
@@ -278,8 +279,8 @@ class Recipe:
             raise SkvError(f"recipe {path}: too large", got=f"{size} bytes", expected=f"at most {MAX_RECIPE_BYTES}")
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise SkvError(f"recipe {path}: not valid TOML", got=str(error), fix="Correct the file.") from error
+        except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or a number of thousands of digits
+            raise SkvError(f"recipe {path}: not valid TOML", got=str(error)[:200], fix="Correct the file.") from error
         return cls.from_dict(values, f"recipe {path}")
 
     def to_toml(self) -> str:
@@ -293,6 +294,20 @@ class Recipe:
             lines += ["", "[[layers]]", f"index = {_toml(list(override.index))}"]
             lines += [f"{key} = {_toml(value)}" for key, value in override.values]
         return "\n".join(lines) + "\n"
+
+
+def as_recipe(recipe: object) -> Recipe:
+    """Returns what a caller gave as a recipe; the default one for None.
+
+    Raises:
+        SkvError: It is something else.
+    """
+    if recipe is None:
+        return Recipe()
+    if not isinstance(recipe, Recipe):
+        fix = "Read a file with Recipe.load, or make one with Recipe.from_dict."
+        raise SkvError("recipe", got=type(recipe).__name__, expected="a skv_export.Recipe", fix=fix)
+    return recipe
 
 
 def _with_dtype(given: dict[str, Any]) -> dict[str, Any]:
@@ -361,8 +376,12 @@ def _check(name: str, value: object, source: str = "") -> None:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that ship with the package, by name."""
+    """The recipes that ship with the package, by name; those made for one model are named ``measured/MODEL-BITS``."""
     import skv_export
 
     roots = [Path(root) / "recipes" for root in skv_export.__path__] + [Path(__file__).parents[2] / "recipes"]
-    return {path.stem: path for root in reversed(roots) for path in root.glob("*.toml")}
+    return {
+        path.relative_to(root).with_suffix("").as_posix(): path
+        for root in reversed(roots)
+        for path in (*root.glob("*.toml"), *root.glob("measured/*.toml"))
+    }

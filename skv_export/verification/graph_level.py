@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from skv_export import progress
 from skv_export.checkpoints.pretrained import input_device
 from skv_export.errors import SkvError
 from skv_export.export.decoder import SkvDecoder
@@ -219,7 +219,7 @@ def compare_steps(
     track = _Track(limit, rows, len(decoder.layers))
     calls = [tokens[:prompt], *([token] for token in tokens[prompt:])]
     label = "graph, the recipe's bits" if same_cache else "graph, nothing rounded"
-    for step, ids in enumerate(tqdm(calls, unit="step", desc=label, disable=None)):
+    for step, ids in enumerate(progress.track(calls, label)):
         if same_cache or step == 0:  # unwritten bytes are the same then, whatever they are
             decoder.adopt(cache)
         reference = decoder.run(ids)

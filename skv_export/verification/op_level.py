@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from skv_export.native.library import Library, load_library
+from skv_export.progress import track
 from skv_export.runtime.providers import open_session
 from skv_export.spec.conformance import Case, Inputs, Outcome, expected_of, make_inputs, op_cases
 from skv_export.spec.op import OP_NAME, LayerAttention, attention_node, one_node_model
@@ -64,7 +64,7 @@ def check_op(
     if execution_provider != "cpu":
         del runners["kernels"]
         cases += [dataclasses.replace(case, dtype="float16") for case in cases if case.dtype == "float32"]
-    for case in tqdm(cases, unit="case", desc="op", disable=None):
+    for case in track(cases, "op"):
         inputs = make_inputs(case)
         expected = expected_of(case, inputs)
         for runner, run_case in runners.items():

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from skv_export.checkpoints.pretrained import input_device
 from skv_export.errors import SkvError
 from skv_export.evaluation import metrics
 from skv_export.model_folder.skv_config import ModelConfig
+from skv_export.progress import Progress
 from skv_export.runtime.session import Session
 from skv_export.spec.layout import CacheLayout
 
@@ -160,7 +160,8 @@ def measure(
     longest = max(np.diff([0, *edges]))
     batch = max(1, min(8, LOGIT_BYTES // (int(longest) * vocab * 4)))
     scores = _Scores([], [], [], [])
-    with tqdm(total=windows.size, unit="tok", desc="quality", disable=None) as bar:
+    with Progress() as progress:
+        done = 0
         for rows in np.split(windows, range(batch, len(windows), batch)):
             cache, past = session.cache(len(rows), length), DynamicCache(config=model.config)
             for start, end in zip([0, *edges], edges, strict=False):
@@ -172,7 +173,8 @@ def measure(
                 targets = torch.from_numpy(rows[:, start + 1 : end + 1])
                 scored = targets.shape[1]
                 scores.add(reference[:, :scored], exported[:, :scored], targets)
-                bar.update(ids.size)
+                done += ids.size
+                progress("quality", done, windows.size)
     result = _summary(scores, effective_bits(session.config, length), length)
     return dataclasses.replace(result, failures=result.against(thresholds or Thresholds()))
 

@@ -104,21 +104,22 @@ def check(
     findings = _Findings(2 * (Tolerance.of(config.dtype).exact if tolerance is None else tolerance))
     _pad_left(tokenizer)
     runs = [[prompt] for prompt in prompts] + ([prompts] if len(prompts) > 1 else [])
+    expected = [continue_texts(model, tokenizer, run) for run in runs]
     if (folder / "config.json").is_file():  # else the folder is a rewritten graph's, for other runtimes
         exported = load_tokenizer(Source("safetensors", folder))
         _pad_left(exported)
         findings.tokenizers("AutoTokenizer", tokenizer, [*prompts, SAMPLE], lambda t: list(exported(t).input_ids))
         skv = _skv_model(session)
-        for run in runs:
-            expected = continue_texts(model, tokenizer, run)
+        for run, reference in zip(runs, expected, strict=True):
             got = continue_texts(skv, exported, run)
-            findings.compare("SkvForCausalLM.generate", run, expected, [(c.tokens, c.text) for c in got])
+            findings.compare("SkvForCausalLM.generate", run, reference, [(c.tokens, c.text) for c in got])
     raw = session.tokenizer
     findings.tokenizers("Session.tokenizer", tokenizer, [*prompts, SAMPLE], lambda t: list(raw.encode(t).ids))
-    for run in runs:
-        expected = continue_texts(model, tokenizer, run, **_plain(model.generation_config))
+    if plain := _plain(model.generation_config):
+        expected = [continue_texts(model, tokenizer, run, **plain) for run in runs]
+    for run, reference in zip(runs, expected, strict=True):
         new = session.generate([raw.encode(prompt).ids for prompt in run], max_new_tokens=NEW_TOKENS)
-        findings.compare("Session.generate", run, expected, [(ids, raw.decode(ids)) for ids in new])
+        findings.compare("Session.generate", run, reference, [(ids, raw.decode(ids)) for ids in new])
     return TextResult(len(prompts), findings.tokens, findings.near_ties, tuple(findings.failures))
 
 

@@ -19,7 +19,7 @@ from skv_export.evaluation import charts
 
 @pytest.fixture(scope="module")
 def found(tiny_checkpoint: Callable[..., Path]) -> pipeline.Analysis:
-    return pipeline.analyze(tiny_checkpoint("llama"), budget=5.0, context=4096)
+    return pipeline.analyze(tiny_checkpoint("llama"), target=pipeline.Target(budget=5.0, context=4096))
 
 
 class Balanced(HTMLParser):
@@ -62,7 +62,7 @@ def test_the_page_is_well_formed_and_needs_no_network(found: pipeline.Analysis) 
 
 def test_the_strips_show_the_recommended_bits(found: pipeline.Analysis) -> None:
     page = html_report.html(found)
-    for i, (k, v) in enumerate(found.recommendation.plan.bits):
+    for i, (k, v) in enumerate(found.recommendation.allocation.bits):
         assert f'title="layer {i}: keys {k} bits">{k}</td>' in page
         assert f'title="layer {i}: values {v} bits">{v}</td>' in page
 
@@ -74,7 +74,7 @@ def test_charts_hold_the_numbers_of_the_analysis(found: pipeline.Analysis) -> No
     assert all(line.y[0] == 1 and max(y for y in line.y if y is not None) == 1 for line in spectra.lines)
     ours = memory.lines[-1]
     at = list(ours.x).index(4096)
-    assert ours.y[at] == found.budget.memory(found.recommendation.plan.bits) / 2**20
+    assert ours.y[at] == found.budget.memory(found.recommendation.allocation.bits) / 2**20
     fp16 = next(line for line in memory.lines if line.name == "fp16")
     assert fp16.y[at] == 2 * 2 * 4096 * found.config.num_key_value_heads * found.config.head_dim * 2 / 2**20
     assert ours.y[-1] < fp16.y[-1]

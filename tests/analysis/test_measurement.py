@@ -109,21 +109,30 @@ def tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 TEXT = "".join(chr(33 + (i * i + 7 * i) % 90) for i in range(700))
-RUN: dict[str, Any] = {"budget": 6.0, "context": 4096, "choices": (2, 4, 8), "windows": 2, "window": 256, "base": SMALL}
+TARGET = pipeline.Target(budget=6.0, context=4096, choices=(2, 4, 8))
+RUN: dict[str, Any] = {"windows": 2, "window": 256, "confirm_windows": 0}
+
+
+def analyzed(
+    checkpoint: Path, text: Path, target: pipeline.Target = TARGET, progress: Any = None, **options: Any
+) -> pipeline.Analysis:
+    """The analysis of a tiny model, measured on a text."""
+    measure = pipeline.MeasureOptions(text=text, **{**RUN, **options})
+    return pipeline.analyze(checkpoint, target=target, base=SMALL, measure=measure, progress=progress)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt_oss", "gpt2"])
 def test_measure(arch: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path, tokens: None) -> None:
     text = tmp_path / "text"
     text.write_text(TEXT)
-    found = pipeline.analyze(tiny_checkpoint(arch), measure=True, text=text, **RUN)
+    found = analyzed(tiny_checkpoint(arch), text)
     assert [s.name for s in found.scores] == ["frobenius", "spectral", "geometry", "geometry_activations", "measure"]
     m = found.measurement
     assert m is not None and m.tokens == 512 and m.widths == (2, 4, 8, 16)
     assert (m.loss[:, -1, -1] < 1e-9).all() and (m.loss[:, 0, 0] >= m.loss[:, 2, 2]).all()
     assert (m.loss[:, 0, 0] > m.loss[:, 2, 2]).any()  # a short sliding window sees exact tokens only
     assert found.recommendation.score == "measure"
-    assert found.recommendation.plan.loss <= found.recommendation.uniform.loss or not found.budget.fits(
+    assert found.recommendation.allocation.loss <= found.recommendation.uniform.loss or not found.budget.fits(
         found.recommendation.uniform.bits
     )
 
@@ -144,17 +153,21 @@ def test_measurement_goes_on_where_it_stopped(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline.analyze(tiny_checkpoint("llama"), measure=True, text=text, state=state, progress=stop, **RUN)
-    assert [json.loads(line)["step"] for line in state.read_text().splitlines()] == ["window 0"]
+        analyzed(tiny_checkpoint("llama"), text, state=state, progress=stop)
+    assert [json.loads(line)["step"] for line in state.read_text().splitlines()] == ["windows", "window 0"]
     ran = []
     real = measurement.layer_tables
     monkeypatch.setattr(measurement, "layer_tables", lambda *a: ran.append(1) or real(*a))
-    resumed = pipeline.analyze(tiny_checkpoint("llama"), measure=True, text=text, state=state, **RUN)
+    resumed = analyzed(tiny_checkpoint("llama"), text, state=state)
     assert len(ran) == 2
-    whole = pipeline.analyze(tiny_checkpoint("llama"), measure=True, text=text, **RUN)
+    with monkeypatch.context() as patch:  # what is complete needs no model
+        patch.setattr(measurement, "DecodeModel", lambda source: pytest.fail("the model was loaded again"))
+        again = analyzed(tiny_checkpoint("llama"), text, state=state)
+    assert again.recommendation == resumed.recommendation
+    whole = analyzed(tiny_checkpoint("llama"), text)
     np.testing.assert_allclose(resumed.measurement.loss, whole.measurement.loss, rtol=1e-4)
     with pytest.raises(SkvError, match="belongs to another run"):
-        pipeline.analyze(tiny_checkpoint("llama"), measure=True, text=text, state=state, **{**RUN, "windows": 1})
+        analyzed(tiny_checkpoint("llama"), text, state=state, windows=1)
 
 
 def test_two_models_at_once_keep_to_themselves(tiny_checkpoint: Callable[..., Path], tokens: None) -> None:
@@ -174,9 +187,8 @@ def test_two_models_at_once_keep_to_themselves(tiny_checkpoint: Callable[..., Pa
 def test_direct_kl(tiny_checkpoint: Callable[..., Path], tmp_path: Path, tokens: None) -> None:
     text = tmp_path / "text"
     text.write_text(TEXT)
-    found = pipeline.analyze(
-        tiny_checkpoint("llama"), measure=True, text=text, kl=True, **{**RUN, "windows": 1, "choices": (2, 8)}
-    )
+    target = dataclasses.replace(TARGET, choices=(2, 8))
+    found = analyzed(tiny_checkpoint("llama"), text, target, kl=True, windows=1)
     loss = found.measurement.loss
     assert found.measurement.direct and loss.shape == (2, 3, 3)
     assert (loss[:, 0, 0] > loss[:, 1, 1]).all() and (loss[:, 2, 2] == 0).all()
@@ -186,7 +198,6 @@ def test_direct_kl(tiny_checkpoint: Callable[..., Path], tmp_path: Path, tokens:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"text": None}, "needs a text"),
         ({"text": "/no/such/file"}, "no such file"),
         ({"window": 4096}, "too short"),
         ({"window": 64}, "nothing would be quantized"),
@@ -197,4 +208,4 @@ def test_bad_measurements(
 ) -> None:
     (tmp_path / "text").write_text(TEXT)
     with pytest.raises(SkvError, match=said):
-        pipeline.analyze(tiny_checkpoint("llama"), measure=True, **{"text": tmp_path / "text", **RUN, **options})
+        analyzed(tiny_checkpoint("llama"), options.pop("text", tmp_path / "text"), **options)

@@ -23,6 +23,7 @@ from skv_export.analysis.allocation import allocate_bits, allocate_bits_optimal,
 from skv_export.analysis.budget import CacheBudget
 from skv_export.analysis.geometry import MIDRISE_ERROR, RANGE_SQUARE, geometry, grid_error
 from skv_export.analysis.norms import SPECTRUM, lanczos, norms
+from skv_export.analysis.pipeline import Target
 from skv_export.checkpoints.attention_weights import AttentionConfig, AttentionReader, AttentionWeights
 from skv_export.checkpoints.checkpoint import Checkpoint
 from skv_export.cli.analyze import analyze_command
@@ -65,7 +66,7 @@ def test_norms_are_those_of_lapack(kind: str, shape: tuple[int, int]) -> None:
 
 def test_lanczos_of_a_matrix_of_rank_one_and_of_zeros() -> None:
     w = np.outer(np.arange(1, 9), np.ones(5)).astype(np.float32)
-    assert lanczos(w)[0] == pytest.approx(np.linalg.norm(w) ** 2, rel=1e-5)
+    assert lanczos(lambda x: w @ (x @ w), len(w))[0] == pytest.approx(np.linalg.norm(w) ** 2, rel=1e-5)
     zero = norms(np.zeros((64, 32), np.float32), 4, "w")
     assert zero.spectral == 0 and zero.stable_rank == 0 and zero.head_stable_rank == (0.0,) * 4
 
@@ -210,6 +211,14 @@ def test_qk_norm_makes_the_projections_scale_irrelevant() -> None:
     assert louder.k_error[8] > 2 * a.k_error[8]
 
 
+def test_large_qk_norm_weights_do_not_saturate_the_softmax() -> None:
+    """Isotropic inputs would give logits of a variance in the hundreds, and keys whose errors move nothing."""
+    loud = weights(q_norm=np.full(32, 5, np.float32), k_norm=np.full(32, 5, np.float32))
+    found = geometry(loud, CONFIG, LayerConfig())
+    assert found.logit_variance > 100 and found.spread > 0.02
+    assert found.balance > 0
+
+
 def test_a_constant_bias_costs_rotated_keys_more_than_channels() -> None:
     slow = dataclasses.replace(CONFIG, rope_theta=1e9)
     bias = np.zeros(64, np.float32)
@@ -313,17 +322,16 @@ LAYER_KEYS = {"index", "k_frobenius", "v_frobenius", "k_spectral", "v_spectral",
 )
 def test_every_output_of_every_architecture(arch: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_checkpoint(arch)
-    found = pipeline.analyze(
-        folder, context=4096, json=tmp_path / "a.json", save=tmp_path / "a.toml", report=tmp_path / "a.html"
-    )
-    data = json.loads((tmp_path / "a.json").read_text())
+    found = pipeline.analyze(folder, target=Target(context=4096))
+    (tmp_path / "a.toml").write_text(found.to_preset("skv-export analyze"))
+    data = json.loads(json.dumps(found.to_json()))
     assert data.keys() >= JSON_KEYS and all(layer.keys() >= LAYER_KEYS for layer in data["layers"])
     assert data["bytes_read"] == data["tensor_bytes"] > 0
-    assert found.budget.fits(found.recommendation.plan.bits)
+    assert found.budget.fits(found.recommendation.allocation.bits)
     assert set(data["layers"][0]["scores"]) == {"frobenius", "spectral", "geometry"}
     recipe = Recipe.load(tmp_path / "a.toml")
     bits = [(c.k_bits, c.v_bits) for c in recipe.layers(len(found.layers))]
-    assert bits == list(found.recommendation.plan.bits)
+    assert bits == list(found.recommendation.allocation.bits)
     assert bits == list(zip(data["recommendation"]["k_bits"], data["recommendation"]["v_bits"], strict=True))
     layer = AttentionReader(Checkpoint.open(folder)).layer(1)
     assert data["layers"][1]["k_spectral"] == pytest.approx(np.linalg.norm(layer.k.astype(np.float64), 2), rel=1e-5)
@@ -331,7 +339,7 @@ def test_every_output_of_every_architecture(arch: str, tiny_checkpoint: Callable
 
 
 def test_k_norm_is_said_and_takes_the_norms_out(tiny_checkpoint: Callable[..., Path]) -> None:
-    found = pipeline.analyze(tiny_checkpoint("qwen3"), budget=6.0, context=4096)
+    found = pipeline.analyze(tiny_checkpoint("qwen3"), target=Target(budget=6.0, context=4096))
     assert found.flags[0]["flag"] == "k_norm"
     assert "k_norm present: the weight norm of K says nothing" in found.recommendation.reasons
     assert all(b is None for b in found.scores[0].balance) and "k_norm" in found.scores[0].note
@@ -343,7 +351,7 @@ def test_a_large_key_bias_is_flagged(tiny_checkpoint: Callable[..., Path], tmp_p
     tensors["model.layers.2.self_attn.k_proj.bias"] *= 40
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    found = pipeline.analyze(tmp_path, budget=6.0, context=4096)
+    found = pipeline.analyze(tmp_path, target=Target(budget=6.0, context=4096))
     flagged = [f for f in found.flags if f["flag"] == "k_bias"]
     assert [f["layer"] for f in flagged] == [2] and "key biases" in flagged[0]["text"]
     assert any("key biases" in reason and "bits for its keys" in reason for reason in found.recommendation.reasons)
@@ -361,9 +369,9 @@ def test_nan_weights_stop_the_analysis(tiny_checkpoint: Callable[..., Path], tmp
 
 def test_pairs_and_optimal(tiny_checkpoint: Callable[..., Path]) -> None:
     pairs = [(4, 2), (8, 4)]
-    found = pipeline.analyze(tiny_checkpoint("llama"), budget=6.5, context=32768, pairs=pairs)
+    found = pipeline.analyze(tiny_checkpoint("llama"), target=Target(budget=6.5, context=32768, pairs=pairs))
     assert all(set(score.bits) <= set(pairs) for score in found.scores)
-    best = pipeline.analyze(tiny_checkpoint("llama"), budget=6.5, context=32768, optimal=True)
+    best = pipeline.analyze(tiny_checkpoint("llama"), target=Target(budget=6.5, context=32768), optimal=True)
     assert best.scores[0].name == "frobenius" and best.budget.fits(best.scores[0].bits)
 
 
@@ -378,7 +386,14 @@ def test_the_command_prints_and_writes(tiny_checkpoint: Callable[..., Path], tmp
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--memory", "2 apples"], ["--choices", "2,x"], ["--pairs", "4x2"], ["--batch", "many"]]
+    "arguments",
+    [
+        ["--memory", "2 apples"],
+        ["--choices", "2,x"],
+        ["--pairs", "4x2"],
+        ["--batch", "many"],
+        ["--max-loss", "little"],
+    ],
 )
 def test_flags_that_make_no_sense(arguments: list[str]) -> None:
     done = CliRunner().invoke(analyze_command, ["nothing", *arguments])

@@ -13,7 +13,7 @@ import pytest
 from checkpoint_files import CONFIG, entry, llama_tensors, write
 from safetensors.numpy import save_file
 
-from skv_export.checkpoints.attention_weights import AttentionReader
+from skv_export.checkpoints.attention_weights import AttentionConfig, AttentionReader
 from skv_export.checkpoints.checkpoint import Checkpoint
 from skv_export.errors import SkvError
 
@@ -46,6 +46,19 @@ def folder(tmp_path: Path) -> Path:
 def test_weights_give_what_attention_gets(arch: str, tiny_checkpoint: Callable[..., Path]) -> None:
     """The rows cut out reproduce the queries, keys and values that transformers computes from the same inputs."""
     check_against_transformers(tiny_checkpoint(arch))
+
+
+@pytest.mark.parametrize(
+    ("arch", "full"), [("gemma2", {1, 3, 5}), ("gemma3_text", {5}), ("gpt_oss", {1, 3, 5}), ("cohere2", {3})]
+)
+def test_windows_without_layer_types_are_those_of_transformers(arch: str, full: set[int]) -> None:
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AttentionConfig.from_config({"model_type": arch, **sizes, "sliding_window": 128})
+    assert config.windows == tuple(0 if i in full else 128 for i in range(6))
+    theirs = AutoConfig.for_model(arch, **sizes, sliding_window=128).layer_types
+    assert config.windows == tuple(128 if kind == "sliding_attention" else 0 for kind in theirs)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.server
 import json
+import shutil
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -303,7 +305,7 @@ def test_a_bad_hub_is_a_clear_error(mode: str, said: str, hub: Hub) -> None:
 def test_a_hub_that_is_not_there(hub: Hub) -> None:
     hub.server.shutdown()
     hub.server.server_close()
-    with pytest.raises(SkvError, match="failed 5 times"):
+    with pytest.raises(SkvError, match="can't be reached"):
         resolve("org/model")
 
 
@@ -328,3 +330,32 @@ def test_the_module_needs_no_torch() -> None:
     code = "import sys, skv_export.cli.analyze, skv_export.analysis.html_report; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "claim", [{"num_hidden_layers": 1_000_000}, {"vocab_size": 10**12}, {"text_config": {"hidden_size": 1e18}}]
+)
+def test_a_configuration_claims_no_more_than_its_files_hold(
+    claim: dict[str, Any], tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | claim))
+    with pytest.raises(SkvError, match="in its configuration; got"):
+        resolve(folder)
+
+
+def test_what_looks_like_a_path_asks_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for text in ("models/llama", "nothing/", "model.onnx"):
+        with pytest.raises(SkvError, match="no such file or folder"):
+            resolve(text)
+    start = time.monotonic()
+    with pytest.raises(SkvError, match="the hub can't be reached"):
+        resolve("org/name")
+    assert time.monotonic() - start < 5
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SkvError, match="HF_HUB_OFFLINE"):
+        resolve("org/name")

@@ -21,9 +21,11 @@ from transformers import AutoModelForCausalLM, modeling_utils
 from skv_export.checkpoints import pretrained
 from skv_export.checkpoints.checkpoint import Source, resolve
 from skv_export.checkpoints.model_config import load_config
-from skv_export.checkpoints.pretrained import Placement, load_model, load_tokenizer
+from skv_export.checkpoints.pretrained import Placement, load_model, load_tokenizer, replace_attention
 from skv_export.cli.main import main
 from skv_export.errors import SkvError
+from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation, simulated_logits
+from skv_export.spec.recipe import Recipe
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 IDS = torch.arange(3, 40)[None]
@@ -230,7 +232,8 @@ def test_layers_on_the_disk_compute_the_same_and_leave_nothing(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As device_map="auto" spreads a model that is larger than the memory."""
-    expected = _logits(load_model(resolve(checkpoint)))
+    whole = load_model(resolve(checkpoint))
+    expected = _logits(whole)
     parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     parts |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     monkeypatch.setattr(modeling_utils, "_get_device_map", lambda *_: dict(parts))
@@ -239,9 +242,14 @@ def test_layers_on_the_disk_compute_the_same_and_leave_nothing(
     model = load_model(resolve(checkpoint), placement=Placement(device_map="auto"))
     assert model.model.layers[1].mlp.up_proj.weight.device.type == "meta"
     assert torch.equal(_logits(model), expected)
+    simulation = Simulation.of_recipe(Recipe().with_options(recent_tokens=0, num_sink_tokens=0, tile_tokens=32))
+    for loaded in (whole, model):
+        replace_attention(loaded, ATTENTION_NAME)
+    simulated = [simulated_logits(loaded, IDS[0].repeat(3), simulation) for loaded in (whole, model)]
+    assert torch.equal(*simulated) and (simulated[0][: IDS.shape[1]] - expected[0]).abs().max() > 1e-3
     (offloaded,) = (tmp_path / "temporary").iterdir()
     assert any(offloaded.iterdir())
-    del model
+    del model, loaded
     gc.collect()
     assert not offloaded.exists()
 

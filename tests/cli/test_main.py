@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 from tiny_graph import Tiny
 
-from skv_export.cli.main import main
+from skv_export.cli.main import default_name, main
+from skv_export.errors import SkvError
 from skv_export.spec.recipe import Recipe
 
 
@@ -173,16 +175,15 @@ def test_an_onnx_model_is_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_budget_is_analyzed_first(exported: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from skv_export.analysis import pipeline
     from skv_export.cli import analyze
 
     asked: dict[str, Any] = {}
 
-    def recommend(source: str, **options: Any) -> Any:
-        asked.update(options, source=source)
-        return SimpleNamespace(to_recipe=lambda base: Recipe.per_layer([(8, 2), (3, 2)], base))
+    def recommend(source: str, base: Any, options: dict[str, Any]) -> Any:
+        asked.update(options, source=source, base=base)
+        return SimpleNamespace(to_recipe=lambda base: Recipe.per_layer([(8, 2), (3, 2)], base)), 0
 
-    monkeypatch.setattr(pipeline, "analyze", recommend)
+    monkeypatch.setattr(analyze, "run", recommend)
     monkeypatch.setattr(analyze, "summary", lambda analysis: "the reasons")
     result = run("model", "some/checkpoint", "--budget", "3.25", "--recent-tokens", "128", "--out", "x")
     assert result.exit_code == 0, result.output
@@ -190,3 +191,117 @@ def test_a_budget_is_analyzed_first(exported: dict[str, Any], monkeypatch: pytes
     assert (asked["source"], asked["budget"], asked["base"].recent_tokens) == ("some/checkpoint", 3.25, 128)
     assert [layer.k_bits for layer in exported["recipe"].layers(2)] == [8, 3]
     assert "one or the other" in run("model", "some/checkpoint", "--budget", "3", "--k-bits", "4").output
+    for flags in (["--auto"], ["--gpu", "rtx4090", "--weights", "int4"], ["--max-loss", "0.5%"], ["--memory", "2GiB"]):
+        asked.clear()
+        assert run("model", "some/checkpoint", *flags, "--out", "x").exit_code == 0
+        assert asked["source"] == "some/checkpoint"
+    assert asked["memory"] == 2 << 30 and asked["weights"] is None
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("meta-llama/Llama-3.2-1B", "llama-3.2-1b-k4v2"),
+        ("meta-llama/Llama-3.1-8B", "llama-3.1-8b-k4v2"),
+        ("files/Llama-3.2-1B.Q4_K_M.gguf", "llama-3.2-1b.q4_k_m-k4v2"),
+        ("files/Model.GGUF", "model-k4v2"),
+        ("genai/model.onnx", "model-k4v2"),
+        ("-odd", "odd-k4v2"),
+        ("/", "model-k4v2"),
+        ("x" * 250, "x" * 100 + "-k4v2"),
+    ],
+)
+def test_default_names_keep_the_whole_name(source: str, name: str) -> None:
+    assert default_name(source, "K4V2") == name
+
+
+def test_the_default_name_of_a_folder_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Llama-3.2-1B" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "Llama-3.2-1B")
+    assert default_name(".", "K4V2") == default_name("sub/..", "K4V2") == "llama-3.2-1b-k4v2"
+    monkeypatch.chdir("sub")
+    assert default_name("..", "K4V2") == "llama-3.2-1b-k4v2"
+
+
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (SkvError("what", got=1), 1, "what; got 1"),
+        (ZeroDivisionError("integer division by zero"), 1, "unexpected ZeroDivisionError: integer division by zero"),
+        (ModuleNotFoundError("No module named 'lm_eval'", name="lm_eval.api"), 1, r"pip install '.[lm-eval]'"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 1, "torch: not installed"),
+        (PermissionError(13, "Permission denied", "/a/file"), 1, "/a/file: Permission denied"),
+        (MemoryError(), 1, "not enough memory"),
+        (KeyboardInterrupt(), 130, "Interrupted."),
+    ],
+)
+def test_whatever_happens_is_one_message_and_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str, debug: list[str]
+) -> None:
+    from skv_export.cli import doctor
+
+    def fail(folder: object) -> None:
+        raise error
+
+    monkeypatch.setattr(doctor, "diagnose", fail)
+    result = run("doctor", *debug)
+    assert result.exit_code == code and message in result.output
+    assert ("Traceback" in result.output) == (bool(debug) and code == 1)
+    assert debug or len(result.output.strip().splitlines()) == 1
+    if debug:
+        assert ("Traceback" in run("--debug", "doctor").output) == (code == 1)
+
+
+def test_what_cannot_be_written_is_found_out_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from skv_export.analysis import pipeline as analysis
+    from skv_export.export import pipeline
+    from skv_export.verification import run as runner
+
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("work")
+
+    for module, name in ((pipeline, "plan"), (runner, "verify"), (analysis, "analyze")):
+        monkeypatch.setattr(module, name, work)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    missing = str(tmp_path / "none" / "file")
+    for arguments, message in (
+        (["model", "org/name", "--out", str(tmp_path / "out")], "exists already"),
+        (["model", "org/name", "--out", str(tmp_path / "out"), "--force"], "mine"),
+        (["model", "org/name", "--out", "/proc/out"], "can't be written"),
+        (["verify", str(tmp_path), "--json", missing], "folder does not exist"),
+        (["analyze", "org/name", "--save", missing], "folder does not exist"),
+        (["analyze", "org/name", "--report", str(tmp_path)], "a folder"),
+        (["quality", "org/name", "--json", "/proc/x"], "can't be written"),
+        (["bench", "attention", "--json", missing], "folder does not exist"),
+    ):
+        result = run(*arguments)
+        assert (result.exit_code, message in result.output) == (1, True), result.output
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = run("analyze", "org/name", "--plot", str(tmp_path / "x.png"))
+    assert result.exit_code == 1 and "pip install '.[plots]'" in result.output
+
+
+def test_a_termination_signal_removes_what_is_half_written(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, pathlib\n"
+        "from skv_export.cli import doctor\n"
+        "from skv_export.cli.main import main\n"
+        "from skv_export.model_folder.output import output_folder\n"
+        "def write(folder):\n"
+        "    with output_folder(folder / 'out', 0) as new:\n"
+        "        (new / 'half').write_text('x')\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(60)\n"
+        "doctor.diagnose = write\n"
+        "main(['doctor', sys.argv[1]])\n"
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            process.send_signal(number)
+            _, err = process.communicate()
+        assert process.returncode == 128 + number and "Traceback" not in err
+        assert list(tmp_path.iterdir()) == []

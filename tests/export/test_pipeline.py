@@ -25,7 +25,7 @@ from skv_export.errors import SkvError
 from skv_export.export import lazy_weights, pipeline, supported, to_onnx
 from skv_export.export.architectures import TESTED
 from skv_export.export.decoder import AttentionCall, Lengths, SkvDecoder
-from skv_export.model_folder import writer
+from skv_export.model_folder import output, writer
 from skv_export.model_folder.names import DATA_FILE, LIBRARY_FILE, MODEL_FILE
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.runtime.session import Session
@@ -277,7 +277,7 @@ def test_folder_describes_itself(exported: Export, tiny_checkpoint: Callable[...
     path = exported("gpt_oss", recipe)
     names = {p.name for p in path.iterdir()}
     assert names == {
-        "model.onnx", "model.onnx.data", "config.json", "generation_config.json", "skv_config.json",
+        "model.onnx", "model.onnx.data", "config.json", "generation_config.json", "skv_config.json", "skv_files.json",
         "genai_config.json", "recipe.toml", LIBRARY_FILE,
     }  # fmt: skip
     assert Recipe.load(path / "recipe.toml") == recipe
@@ -326,6 +326,7 @@ def test_shipped_recipe_fits_its_family(arch: str, tiny_checkpoint: Callable[...
 
 REFUSED = {
     "deepseek_v3": "multi-head latent attention",
+    "dots3_note_text": "multi-head latent attention",
     "t5": "encoder-decoder",
     "bart": "encoder-decoder",
     "qwen3_next": "linear attention",
@@ -436,21 +437,13 @@ def test_existing_out_is_kept_unless_forced(
     exported: Export, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     out = shutil.copytree(exported("qwen3"), tmp_path / "out")
-    (out / "old").write_text("old")
+    (out / "recipe.toml").write_text("edited")
     with pytest.raises(SkvError, match=r"exists already.*--force"):
         pipeline.export_model(tiny_checkpoint("qwen3"), out=out, recipe=EXACT, progress=quiet)
-    assert (out / "old").read_text() == "old"
+    assert (out / "recipe.toml").read_text() == "edited"
     pipeline.export_model(tiny_checkpoint("qwen3"), out=out, recipe=EXACT, force=True, progress=quiet)
-    assert not (out / "old").exists() and (out / "skv_config.json").is_file()
+    assert (out / "recipe.toml").read_text() == EXACT.to_toml()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_force_replaces_nothing_but_exports(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.txt").write_text("precious")
-    with pytest.raises(SkvError, match="not a folder written by skv_export"):
-        pipeline.export_model(tiny_checkpoint("qwen3"), out=tmp_path / "home", force=True, progress=quiet)
-    assert (tmp_path / "home" / "thesis.txt").read_text() == "precious"
 
 
 def test_failed_write_leaves_the_old_folder_and_nothing_else(
@@ -462,7 +455,7 @@ def test_failed_write_leaves_the_old_folder_and_nothing_else(
     def full(path: Path, values: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pipeline, "write_json", full)
+    monkeypatch.setattr(writer, "write_json", full)
     with pytest.raises(SkvError, match=r"can't be written.*No space left"):
         pipeline.export_model(tiny_checkpoint("qwen3"), out=out, recipe=EXACT, force=True, progress=quiet)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -473,7 +466,7 @@ def test_disk_space_is_checked_before_the_weights_are_read(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
     phases: list[str] = []
     with pytest.raises(SkvError, match=r"not enough space.*1 MiB free"):
         pipeline.export_model(
@@ -483,31 +476,43 @@ def test_disk_space_is_checked_before_the_weights_are_read(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "skv_config.json").write_text("old")
-    rename = Path.rename
-
-    def failing(self: Path, target: Path) -> Path:
-        if self.name.endswith(".part"):
-            raise OSError(errno.EACCES, "denied")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(SkvError, match="denied"), writer.output_folder(out, 0, force=True) as path:
-        (path / "skv_config.json").write_text("new")
-    assert (out / "skv_config.json").read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+# What callers and configurations get wrong.
 
 
-def test_what_a_killed_run_left_is_removed_and_a_running_one_is_not_disturbed(tmp_path: Path) -> None:
-    left = tmp_path / ".out.part"
-    (left / "sub").mkdir(parents=True)
-    (left / "model.onnx.data").write_bytes(b"half")
-    with writer.output_folder(tmp_path / "out", 0) as path:
-        assert path == left and not any(path.iterdir())
-        with pytest.raises(SkvError, match="another process is writing"), writer.output_folder(tmp_path / "out", 0):
-            raise AssertionError("two at once")
-        (path / "skv_config.json").write_text("new")
-    assert [p.name for p in tmp_path.rglob("*")] == ["out", "skv_config.json"]
+def test_wrong_types_are_clear_errors(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    for source in (5, None, b"x", ["x"]):
+        with pytest.raises(SkvError, match="checkpoint; got"):
+            pipeline.export_model(source, out=tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(SkvError, match=r"recipe; got str; expected a skv_export.Recipe"):
+        pipeline.export_model(tiny_checkpoint("llama"), out=tmp_path / "out", recipe="qwen3")  # type: ignore[arg-type]
+    with pytest.raises(SkvError, match="out; got int"):
+        pipeline.export_model(tiny_checkpoint("llama"), out=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"hidden_size": "64"},
+        {"num_attention_heads": 33},
+        {"num_attention_heads": 0},
+        {"vocab_size": -1},
+        {"architectures": -1.5},
+    ],
+)
+def test_a_configuration_that_transformers_refuses_is_a_clear_error(
+    values: dict[str, Any], tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+    with pytest.raises(SkvError, match=r"can't read its configuration|can't be exported|makes no sense"):
+        pipeline.plan(folder)
+
+
+def test_the_log_of_an_export_is_short(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.export_model(tiny_checkpoint("llama"), out=tmp_path / "out", recipe=EXACT)
+    out, err = capfd.readouterr()
+    assert out == "" and list(pipeline.PHASES) == [line for line in err.splitlines() if line in pipeline.PHASES]
+    assert len(err.splitlines()) < 20

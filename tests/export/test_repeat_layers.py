@@ -56,7 +56,10 @@ class Names:
 
 
 def planned(config: Any, recipe: Recipe) -> tuple[Plan, empty_model.Skeleton]:
-    return pipeline._plan(Source("safetensors"), recipe, config)
+    with pytest.MonkeyPatch.context() as patch:  # there is a configuration, and no checkpoint
+        patch.setattr(pipeline, "load_config", lambda source: config)
+        patch.setattr(pipeline, "separate_head", lambda source, config: None)
+        return pipeline._plan(Source("safetensors"), recipe, True)
 
 
 def both(config: Any, recipe: Recipe | None = None) -> tuple[ir.Model | None, ir.Model, repeat_layers.Samples]:

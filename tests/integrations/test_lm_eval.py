@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from tiny_graph import CONTEXT, EXACT, SMALL, VOCAB, Tiny
 from skv_export.errors import SkvError
 from skv_export.runtime.session import Session
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'skv-export[lm-eval]'")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[lm-eval]'")
 
 from skv_export.integrations.lm_eval import SkvLM, main
 
@@ -160,3 +161,16 @@ def test_a_task_of_a_file_through_the_command_line(
         scores = [stepwise(folder, ids(question["text"]), ids(choice))[0] for choice in question["choices"]]
         right += int(np.argmax(scores)) == question["answer"]
     assert found == right / len(questions) and right > 0
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments", "message"),
+    [
+        ("sys.modules['lm_eval'] = None", [], "pip install '.[lm-eval]'"),
+        ("", ["--model", "skv", "--model_args", "pretrained=x", "--tasks", "x"], "lm-eval: Tasks not found"),
+    ],
+)
+def test_the_command_ends_with_a_message(code: str, arguments: list[str], message: str) -> None:
+    start = f"import sys\n{code}\nfrom skv_export.integrations.lm_eval_command import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", start, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr

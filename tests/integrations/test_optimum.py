@@ -16,7 +16,7 @@ from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.runtime.session import Session
 from skv_export.spec.recipe import Recipe
 
-pytest.importorskip("optimum.commands", reason="optimum is not installed: pip install 'skv-export[optimum]'")
+pytest.importorskip("optimum.commands", reason="optimum is not installed: pip install '.[optimum]'")
 
 from skv_export.integrations.optimum import SkvExportCommand, arguments
 

@@ -227,3 +227,26 @@ def test_generate_gives_what_pytorch_gives(
         torch.manual_seed(5)
         made.append(model.generate(**padded("left"), max_new_tokens=60, eos_token_id=2, **options))
     assert made[0].equal(made[1])
+
+
+def test_what_users_of_transformers_pass(model: SkvForCausalLM, tmp_path: Path) -> None:
+    folder = model.session.folder
+    load = SkvForCausalLM.from_pretrained
+    for options in (
+        {"dtype": "auto"}, {"dtype": torch.float32}, {"torch_dtype": "float32"}, {"device_map": "auto"},
+        {"device_map": "cpu"}, {"device_map": {"": torch.device("cpu")}}, {"trust_remote_code": True},
+    ):  # fmt: skip
+        model = load(folder, **options)
+    model.save_pretrained(tmp_path / "saved", safe_serialization=True)
+    for call, message in (
+        (lambda: load(folder, dtype=torch.float16), "dtype; got float16; expected fp32"),
+        (lambda: load(folder, device_map={"a": 0, "b": "cpu"}), "device_map"),
+        (lambda: load(folder, device_map="mps"), "device_map; got mps"),
+        (lambda: load(folder, attn_implementation="sdpa"), "attn_implementation: without a meaning"),
+        (lambda: load(folder, device_map=0), "cuda"),
+        (lambda: load(None), "exported model; got NoneType"),
+        (lambda: model.save_pretrained(tmp_path / "x", safe_serialization=False), "safe_serialization=False"),
+        (lambda: model.save_pretrained(tmp_path / "x", max_shard_size="1GB"), "max_shard_size"),
+    ):
+        with pytest.raises(SkvError, match=message):
+            call()

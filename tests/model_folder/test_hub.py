@@ -311,7 +311,7 @@ def test_saved_folder_is_complete(folder: Path, expected: list[list[int]], libra
     model.save_pretrained(tmp_path / "saved")  # over an exported folder
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("Dear Anne")
-    with pytest.raises(SkvError, match="not a folder written by skv_export"):
+    with pytest.raises(SkvError, match="no export wrote"):
         model.save_pretrained(tmp_path / "mine")
     with pytest.raises(SkvError, match="runs from this folder"):
         model.save_pretrained(folder)

@@ -277,7 +277,7 @@ def test_weights_are_shared_and_the_source_is_untouched(tmp_path: Path, monkeypa
     assert source / "model.onnx.data" not in copied and source / "tokenizer.json" in copied
     assert {path.name for path in out.iterdir()} == {
         "model.onnx", "model.onnx.data", "config.json", "tokenizer.json", "chat_template.jinja", "LICENSE",
-        "skv_config.json", "genai_config.json", "recipe.toml", "libskv_ops.so",
+        "skv_config.json", "skv_files.json", "genai_config.json", "recipe.toml", "libskv_ops.so",
     }  # fmt: skip
     assert (out / "LICENSE").read_text() == "LICENSE"
     assert (out / "model.onnx").stat().st_size < 32 << 10

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -446,7 +447,7 @@ def _damage(folder: Path, change: str) -> None:
         ("no layers", "skv_config.json: damaged; got no key 'layers'"),
         ("a layer less", "1 layers listed, num_hidden_layers is 2"),
         ("other bits", "do not belong together: layer 1, key"),
-        ("other shape", "damaged; got shape is"),
+        ("other shape", "damaged; got value: shape is"),
         ("unknown layout field", "nbits"),
         ("no model", "model.onnx: no such file"),
         ("truncated model", "model.onnx: ONNX Runtime can't load it"),
@@ -546,3 +547,57 @@ def test_runtime_needs_no_torch() -> None:
         "import sys, skv_export.runtime.session as r; assert not {'torch', 'transformers', 'onnx'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_wrong_types_are_clear_errors(quantized: Session) -> None:
+    with pytest.raises(SkvError, match="exported folder; got NoneType"):
+        Session(None)  # type: ignore[arg-type]
+    for threads in (1_000_000, -1, "4", True):
+        with pytest.raises(SkvError, match="num_threads"):
+            Session(quantized.folder, num_threads=threads)  # type: ignore[arg-type]
+    for batch in (0, 1.5, None):
+        with pytest.raises(SkvError, match="batch"):
+            quantized.cache(batch)  # type: ignore[arg-type]
+    with pytest.raises(SkvError, match="max_length"):
+        quantized.cache(1, "10")  # type: ignore[arg-type]
+    for cache in (None, {}, Session(quantized.folder).cache()):
+        with pytest.raises(SkvError, match="expected one that this session's cache"):
+            quantized.run([[1]], None, None, cache)  # type: ignore[arg-type]
+
+
+NONSENSE = {
+    ("layers", 0, "key", "tile_tokens"): [0, -64, 1.5, "64", None, 48],
+    ("layers", 1, "value", "granularity"): ["nonsense", None, 3, ["token"]],
+    ("layers", 0, "value", "rotation"): ["nonsense", {}],
+    ("layers", 0, "key", "bits"): [0, 7, 4.0, True],
+    ("layers", 0, "key", "head_dim"): [0, 1 << 40, "32"],
+    ("layers", 0, "key", "group_size"): [0, 31, 1 << 30],
+    ("layers", 0, "key", "is_value"): [True, 0, None],
+    ("layers", 0, "key", "recent_type"): ["float8"],
+    ("layers", 0, "key", "local_window_size"): [-1, 7],
+    ("layers", 0, "key"): [None, [], {}],
+    ("layers", 0, "num_attention_heads"): [0, -1, 3, "4"],
+    ("layers", 0, "num_key_value_heads"): [0],
+    ("layers",): [None, {}, [None], "x"],
+    ("vocab_size",): [0, 10**12, "96", None],
+    ("context_length",): [0, 10**18],
+    ("eos_token_id",): ["x", [None, "x"], {}],
+    ("bos_token_id",): ["1", 10**30],
+    ("model_type",): [None, 3],
+    ("source",): [None, 3],
+}
+
+
+@pytest.mark.parametrize("keys", NONSENSE, ids=lambda keys: ".".join(map(str, keys)))
+def test_nonsense_in_skv_config_is_a_clear_error(tmp_path: Path, keys: tuple[Any, ...]) -> None:
+    folder = Tiny().write(tmp_path)
+    good = (folder / "skv_config.json").read_text()
+    for value in NONSENSE[keys]:
+        values = json.loads(good)
+        place = values
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        (folder / "skv_config.json").write_text(json.dumps(values))
+        with pytest.raises(SkvError, match=r"skv_config.json: damaged; got .*Export the model again"):
+            ModelConfig.load(folder)

@@ -121,3 +121,11 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_for() -> None:
 def test_options_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         LayerConfig().k_bits = 8  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("text", ["k_bits = " + "9" * 5000, "x = " + "[" * 5000, "k_bits = \xff".encode("latin-1")])
+def test_what_is_no_toml_is_a_clear_error(tmp_path: Path, text: str | bytes) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SkvError, match="not valid TOML"):
+        Recipe.load(path)

@@ -66,6 +66,25 @@ TINY: dict[str, dict[str, Any]] = {
 has to work."""
 
 
+_SMALL: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "sliding_window": 24,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "ffn_dim": 96,
+    "word_embed_proj_dim": 64,
+    "dtype": "float32",
+}
+"""Further settings, of those configurations that have them."""
+_SPECIAL: dict[str, dict[str, Any]] = {}
+
+
 def tiny_config(arch: str, **overrides: Any) -> Any:
     """Returns the configuration of a tiny model."""
     from transformers import AutoConfig
@@ -74,13 +93,43 @@ def tiny_config(arch: str, **overrides: Any) -> Any:
     return AutoConfig.for_model(arch, **{name: value for name, value in given.items() if value is not None})
 
 
+def small_config(model_type: str) -> Any:
+    """Returns any architecture's default configuration, scaled down by the names that configurations share.
+
+    Raises:
+        ValueError, TypeError, ...: Whatever its class has against it.
+    """
+    from transformers import AutoConfig
+
+    default = AutoConfig.for_model(model_type)
+    given = {name: value for name, value in (_COMMON | _SMALL).items() if _has(default, name)}
+    if kinds := getattr(default, "layer_types", None):
+        distinct = list(dict.fromkeys(kinds))
+        given["layer_types"] = [distinct[i % len(distinct)] for i in range(given["num_hidden_layers"])]
+    if not getattr(default, "sliding_window", None):
+        given.pop("sliding_window", None)
+    return AutoConfig.for_model(model_type, **(given | _SPECIAL.get(model_type, {})))
+
+
+def _has(config: Any, name: str) -> bool:
+    try:
+        return hasattr(config, name)
+    except RuntimeError:  # transformers': the value differs from layer to layer
+        return False
+
+
 def make_tiny(folder: Path, arch: str, **overrides: Any) -> Path:
-    """Writes a tiny model with random weights, large enough that a wrong attention shows in the logits."""
+    """Writes a tiny model of ``TINY``; see ``save_random``."""
+    return save_random(folder, tiny_config(arch, **overrides))
+
+
+def save_random(folder: Path, config: Any) -> Path:
+    """Writes a model with random weights, large enough that a wrong attention shows in the logits."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(20240131)
-    model = AutoModelForCausalLM.from_config(tiny_config(arch, **overrides))  # type: ignore[no-untyped-call]
+    model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     randomize(model)
     model.save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-// Owns what the vocabularies of simd_avx2.h and simd_avx512.h have in common: orders of 16 bytes.
+// What the vocabularies of simd_avx2.h and simd_avx512.h have in common: orders of 16 bytes.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>

@@ -1,0 +1,113 @@
+"""What fits on a card: its memory less the weights and activations, and how long a context that holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from skv_export.analysis.budget import MAX_CONTEXT, CacheBudget, Pair
+from skv_export.checkpoints.checkpoint import Checkpoint
+from skv_export.errors import SkvError
+
+GIB = 1 << 30
+CARDS = {
+    "t4": 16, "l4": 24, "l40s": 48, "a10": 24, "a100-40": 40, "a100-80": 80, "h100": 80, "h200": 141, "b200": 180,
+    "rtx3060": 12, "rtx3090": 24, "rtx4060": 8, "rtx4070": 12, "rtx4080": 16, "rtx4090": 24, "rtx5070": 12,
+    "rtx5080": 16, "rtx5090": 32, "rtx-a6000": 48, "rtx-6000-ada": 48, "rtx-pro-6000": 96,
+}  # fmt: skip
+"""Memory in GiB by the vendor's data sheets (which say GB)."""
+WEIGHT_BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "int8": 8.5, "int4": 4.5}
+"""Bits of a weight, scales of blocks of 32 included."""
+RUNTIME_BYTES = GIB // 2
+"""CUDA's context, ONNX Runtime's kernels and what the driver keeps."""
+PREFILL_TOKENS = 2048
+"""Tokens of a prompt handled at once, for which activations are counted."""
+_WIDE = ("embed_tokens", "token_embd", "wte.weight", "wpe.weight", "norm", "bias", "ln_")
+
+
+def card_memory(name: str) -> int:
+    """Returns a card's memory in bytes.
+
+    Raises:
+        SkvError: Not in the table.
+    """
+    key = name.lower().replace(" ", "").replace("_", "-")
+    if key not in CARDS:
+        raise SkvError(f"--gpu {name}", expected=", ".join(CARDS), fix="For another card, give --memory.")
+    return CARDS[key] * GIB
+
+
+def weight_bytes(opened: Checkpoint, weights: str) -> int:
+    """Returns the bytes of a checkpoint's weights in a number format; embeddings and norms of int8 and int4 in 16 bits.
+
+    Raises:
+        SkvError: An unknown format.
+    """
+    if weights not in WEIGHT_BITS:
+        raise SkvError(f"--weights {weights}", expected=", ".join(WEIGHT_BITS))
+    narrow = WEIGHT_BITS[weights]
+    wide = max(16.0, narrow)
+    bits = sum(
+        math.prod(opened.shape(name)) * (wide if any(part in name for part in _WIDE) else narrow)
+        for name in opened.names()
+    )
+    return round(bits / 8)
+
+
+def activation_bytes(opened: Checkpoint, batch: int) -> int:
+    """Returns the bytes of float16 activations while a prompt is read, logits of the last tokens, and the runtime.
+
+    Per token and layer in work: the residual stream, queries, keys, values and output (six of ``hidden_size``) and the
+    two halves of the feed-forward layer.
+    """
+    text = opened.config.get("text_config") or opened.config
+
+    def size(*names: str) -> int:
+        return next((int(text[n]) for n in names if text.get(n)), 0)
+
+    hidden, vocabulary = size("hidden_size", "n_embd"), size("vocab_size")
+    inner = size("intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
+    return batch * (PREFILL_TOKENS * (6 * hidden + 2 * inner) * 2 + vocabulary * 4) + RUNTIME_BYTES
+
+
+def room_for_cache(memory: int, opened: Checkpoint, weights: str, batch: int) -> int:
+    """Returns the bytes of a card that are left for the cache.
+
+    Raises:
+        SkvError: Nothing is left.
+    """
+    taken = weight_bytes(opened, weights), activation_bytes(opened, batch)
+    if sum(taken) >= memory:
+        raise SkvError(
+            f"memory: {memory / GIB:.1f} GiB hold no cache beside the weights",
+            got=f"{taken[0] / GIB:.1f} GiB of {weights} weights, {taken[1] / GIB:.1f} GiB of activations",
+            fix="Take a larger card, smaller --weights or a smaller --batch.",
+        )
+    return memory - sum(taken)
+
+
+def context_table(cache: CacheBudget, bits: Sequence[Pair], room: int) -> dict[str, int]:
+    """Returns the most tokens per sequence in so many bytes: with a cache in fp16, in int8, and as recommended.
+
+    int8 has a 16-bit scale per token and head. A layer with a sliding window holds its window only.
+    """
+    config = cache.config
+
+    def plain(row_bytes: int) -> Callable[[int], int]:
+        per_token = cache.batch * 2 * config.num_key_value_heads * row_bytes
+        return lambda tokens: per_token * sum(min(tokens, w) if w else tokens for w in config.windows)
+
+    sizes = {
+        "fp16": plain(2 * config.head_dim),
+        "int8": plain(config.head_dim + 2),
+        "recommended": lambda tokens: cache.memory(bits, tokens),
+    }
+    return {name: _most_tokens(size, room) for name, size in sizes.items()}
+
+
+def _most_tokens(size: Callable[[int], int], room: int) -> int:
+    low, high = 0, MAX_CONTEXT
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if size(middle) <= room else (low, middle - 1)
+    return low

@@ -1,0 +1,75 @@
+"""Cards: what weights and activations leave of them, and how long a context fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from skv_export.analysis import card, pipeline
+from skv_export.analysis.pipeline import Target
+from skv_export.checkpoints.checkpoint import Checkpoint
+from skv_export.errors import SkvError
+
+
+def test_weights_are_counted_by_format(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint("llama")
+    opened = Checkpoint.open(folder)
+    sizes = {name: tensor.size for name, tensor in load_file(folder / "model.safetensors").items()}
+    total = sum(sizes.values())
+    wide = sum(n for name, n in sizes.items() if "embed" in name or "norm" in name)
+    assert card.weight_bytes(opened, "fp32") == 4 * total
+    assert card.weight_bytes(opened, "fp16") == 2 * total
+    assert card.weight_bytes(opened, "int4") == round(2 * wide + (total - wide) * 4.5 / 8)
+    with pytest.raises(SkvError, match="--weights int3"):
+        card.weight_bytes(opened, "int3")
+
+
+def test_a_card_too_small_says_what_takes_the_room(tiny_checkpoint: Callable[..., Path]) -> None:
+    opened = Checkpoint.open(tiny_checkpoint("llama"))
+    room = card.room_for_cache(card.GIB, opened, "fp16", 2)
+    assert room == card.GIB - card.weight_bytes(opened, "fp16") - card.activation_bytes(opened, 2)
+    with pytest.raises(SkvError, match="hold no cache beside the weights"):
+        card.room_for_cache(card.GIB // 4, opened, "fp16", 1)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
+def test_the_longest_context_fits_and_one_token_more_does_not(arch: str, tiny_checkpoint: Callable[..., Path]) -> None:
+    found = pipeline.analyze(tiny_checkpoint(arch), target=Target(budget=5.0, context=4096, batch=3))
+    bits, cache, room = found.recommendation.allocation.bits, found.budget, 64 << 20
+    tokens = card.context_table(cache, bits, room)
+    assert cache.memory(bits, tokens["recommended"]) <= room < cache.memory(bits, tokens["recommended"] + 64)
+    config = found.config
+    row = 2 * config.num_key_value_heads * 3
+
+    def plain(count: int, width: int) -> int:
+        return sum(row * width * (min(count, w) if w else count) for w in config.windows)
+
+    for name, width in (("fp16", 2 * config.head_dim), ("int8", config.head_dim + 2)):
+        assert plain(tokens[name], width) <= room < plain(tokens[name] + 1, width)
+    assert tokens["fp16"] < tokens["int8"] < tokens["recommended"]
+
+
+def test_nothing_fits_into_nothing(tiny_checkpoint: Callable[..., Path]) -> None:
+    found = pipeline.analyze(tiny_checkpoint("llama"), target=Target(budget=5.0, context=4096))
+    assert set(card.context_table(found.budget, found.recommendation.allocation.bits, 10).values()) == {0}
+
+
+def test_cards_by_name() -> None:
+    assert card.card_memory("RTX4090") == card.card_memory("rtx4090") == 24 * card.GIB
+    assert card.card_memory("RTX_A6000") == 48 * card.GIB
+    with pytest.raises(SkvError, match=r"expected .*rtx4090"):
+        card.card_memory("abacus")
+
+
+def test_memory_of_a_card_becomes_a_limit(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint("llama")
+    opened = Checkpoint.open(folder)
+    memory = card.weight_bytes(opened, "int4") + card.activation_bytes(opened, 8) + (24 << 20)
+    found = pipeline.analyze(folder, target=Target(memory=memory, weights="int4", batch=8, context=8192))
+    assert found.budget.limit == pytest.approx((24 << 20) / 8)
+    assert found.budget.fits(found.recommendation.allocation.bits)
+    assert np.mean(found.recommendation.allocation.bits) > 2

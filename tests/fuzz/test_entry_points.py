@@ -1,0 +1,215 @@
+"""Damaged and hostile files through the real entry points: an answer or a SkvError, in bounded time, never a crash.
+
+Seeds are fixed; SKV_FUZZ_SECONDS (for each kind of file) and SKV_FUZZ_SEED make a longer or another run. What a run
+finds is mended and kept as a case beside the code that was at fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+from source_graphs import CONTEXT, DIM, HEADS, VOCAB, SourceGraph
+from tiny_graph import Tiny
+from tiny_models import make_tiny
+
+from skv_export.cli.doctor import diagnose
+from skv_export.errors import SkvError
+from skv_export.export import pipeline
+from skv_export.rewrite import pipeline as rewrite
+from skv_export.runtime.session import Session
+from skv_export.spec.recipe import Recipe
+
+SECONDS = float(os.environ.get("SKV_FUZZ_SECONDS", "4"))
+SEED = int(os.environ.get("SKV_FUZZ_SEED", "0"))
+CASES = 400
+LIMIT_S = 20
+"""For one case, on a machine that does other things too."""
+NASTY: list[Any] = [
+    None, True, False, 0, -1, 1, 2, 33, 7, 10**6, 10**12, 10**30, -(2**63), 0.5, -1.5, 1e300, float("nan"),
+    float("inf"), "", "64", "nonsense", "\0", "x" * 300, [], [0], [None], ["x"] * 5, {}, {"x": 1}, [[[]]],
+]  # fmt: skip
+
+
+@contextmanager
+def time_limit() -> Iterator[None]:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"more than {LIMIT_S} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def fuzz(damage: Callable[[random.Random], str], *entries: Callable[[], object]) -> None:
+    """Damages a file by each seed and runs the entry points on it; at least a few cases, then until the time is up."""
+    end = time.monotonic() + SECONDS
+    for seed in range(SEED, SEED + CASES):
+        if seed - SEED >= 5 and time.monotonic() > end:
+            break
+        case = damage(random.Random(seed))
+        for entry in entries:
+            try:
+                with time_limit(), contextlib.suppress(SkvError):
+                    entry()
+            except Exception as error:
+                raise AssertionError(f"seed {seed}: {case}") from error
+
+
+def places(values: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) of a JSON value."""
+    found = []
+    for key in list(values) if isinstance(values, dict) else range(len(values)):
+        found.append((values, key))
+        if isinstance(values[key], dict | list):
+            found += places(values[key])
+    return found
+
+
+def damaged_json(good: dict[str, Any], rng: random.Random) -> tuple[Any, str]:
+    """One to three values replaced, removed or added."""
+    values, told = copy.deepcopy(good), []
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        container, key = rng.choice(places(values))
+        if rng.random() < 0.2:
+            del container[key]
+            told.append(f"{key} removed")
+            if not values:
+                break
+        else:
+            container[key] = copy.deepcopy(rng.choice(NASTY))
+            told.append(f"{key} = {str(container[key])[:40]}")
+    return values, ", ".join(told)
+
+
+def damage_json(path: Path) -> Callable[[random.Random], str]:
+    good = json.loads(path.read_text())
+
+    def damage(rng: random.Random) -> str:
+        if rng.random() < 0.05:
+            text = json.dumps(good)
+            path.write_text(text[: rng.randrange(len(text))])
+            return "cut short"
+        values, told = damaged_json(good, rng)
+        path.write_text(json.dumps(values))
+        return told
+
+    return damage
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text", "gpt_oss"])
+def test_config_json(arch: str, tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path / "model", arch)
+    pipeline.plan(folder)
+    fuzz(damage_json(folder / "config.json"), lambda: pipeline.plan(folder))
+
+
+def test_skv_config_json(tmp_path: Path) -> None:
+    folder = Tiny().write(tmp_path)
+    fuzz(damage_json(folder / "skv_config.json"), lambda: Session(folder), lambda: diagnose(folder))
+
+
+def test_genai_config_json(tmp_path: Path) -> None:
+    source = SourceGraph().write(tmp_path)
+    given = {
+        "model": {
+            "type": "llama", "vocab_size": VOCAB, "context_length": CONTEXT, "bos_token_id": 1, "eos_token_id": [2],
+            "pad_token_id": 0, "decoder": {"head_size": DIM, "hidden_size": HEADS * DIM, "session_options": {}},
+        },
+        "search": {"max_length": CONTEXT},
+    }  # fmt: skip
+    path = tmp_path / "genai_config.json"
+    path.write_text(json.dumps(given))
+    rewrite.plan(source)
+    count = iter(range(10**6))
+
+    def export() -> None:
+        rewrite.rewrite_model(source, out=tmp_path / f"out{next(count)}")
+
+    fuzz(damage_json(path), export)
+
+
+def test_recipes(tmp_path: Path) -> None:
+    good = (
+        'dtype = "fp16"\nk_bits = 4\nv_bits = 2\nk_granularity = "channel"\nrecent_tokens = 64\ntile_tokens = 64\n'
+        "[[layers]]\nindex = [0, 1]\nk_bits = 8\n"
+    )
+    path = tmp_path / "recipe.toml"
+    pieces = ["nan", "-1", "1e400", '"x"', "[]", "{}", "2020-01-01", "\0", "[[", "]]", "layers", "=", "\n", "9" * 4000]
+
+    def damage(rng: random.Random) -> str:
+        text = good
+        for _ in range(rng.choice([1, 2, 3])):
+            start = rng.randrange(len(text))
+            text = text[:start] + rng.choice(pieces) + text[start + rng.randrange(8) :]
+        path.write_text(text)
+        return repr(text)
+
+    fuzz(damage, lambda: Recipe.load(path).layers(2))
+
+
+def write_gguf(path: Path) -> Path:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, "llama")
+    for name, value in (
+        ("block_count", 2), ("embedding_length", 64), ("context_length", 512), ("feed_forward_length", 96),
+        ("attention.head_count", 4), ("attention.head_count_kv", 2), ("vocab_size", 64),
+    ):  # fmt: skip
+        writer.add_uint32(f"llama.{name}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    rng = np.random.default_rng(5)
+    shapes = {"token_embd.weight": (64, 64), "output_norm.weight": (64,)}
+    for i in range(2):
+        shapes |= {
+            f"blk.{i}.{name}.weight": shape
+            for name, shape in {
+                "attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64), "attn_norm": (64,),
+                "ffn_norm": (64,), "ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96),
+            }.items()
+        }  # fmt: skip
+    for name, shape in shapes.items():
+        writer.add_tensor(name, rng.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_headers(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf")
+    pipeline.plan(path)
+    good = path.read_bytes()
+    header = good.index(b"blk.1.ffn_down") + 64
+
+    def damage(rng: random.Random) -> str:
+        data, told = bytearray(good), []
+        for _ in range(rng.choice([1, 1, 2, 4])):
+            start = rng.randrange(header)
+            new = rng.choice([b"\xff", b"\0", b"\x01", b"\xff" * 8, b"\0" * 4, rng.randbytes(4), b"\x80\x96\x98\0"])
+            data[start : start + len(new)] = new
+            told.append(f"{new!r} at {start}")
+        if rng.random() < 0.1:
+            del data[rng.randrange(header) :]
+            told.append(f"cut to {len(data)}")
+        path.write_bytes(data)
+        return ", ".join(told)
+
+    fuzz(damage, lambda: pipeline.plan(path))
