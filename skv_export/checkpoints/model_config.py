@@ -34,10 +34,21 @@ def load_config(source: Source) -> PreTrainedConfig:
             expected=f"one that transformers {transformers.__version__} has; code of a checkpoint's own is never run",
         )
     try:
-        return CONFIG_MAPPING[model_type].from_dict(_known_rope(values))
+        return CONFIG_MAPPING[model_type].from_dict(_known_rope(_plain_floats(values)))
     except Exception as error:  # whatever the classes of some 500 architectures raise for values they don't expect
         got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise SkvError(f"{source}: transformers can't read its configuration", got=got, fix="Correct it.") from error
+
+
+def _plain_floats(value: Any) -> Any:
+    """Returns JSON with the numbers that it lacks, which transformers writes as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, list):
+        return [_plain_floats(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return {key: _plain_floats(item) for key, item in value.items()}
 
 
 def _known_rope(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,6 +75,12 @@ def test_what_transformers_does_not_take(
         load_config(Source("safetensors", folder))
 
 
+def test_numbers_that_json_lacks(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    strange = {"limits": [0.0, {"__float__": "Infinity"}], "nested": {"low": {"__float__": "-Infinity"}}}
+    config = load_config(Source("safetensors", configured(tiny_checkpoint("llama"), tmp_path / "x", **strange)))
+    assert config.limits == [0.0, float("inf")] and config.nested == {"low": float("-inf")}
+
+
 def test_no_configuration(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "x")
     (folder / "config.json").unlink()
