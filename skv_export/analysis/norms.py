@@ -19,7 +19,7 @@ Double = npt.NDArray[np.float64]
 
 SPECTRUM = 16
 """Singular values kept of each projection."""
-GRAM_LIMIT = 1280
+GRAM_LIMIT = 512
 """Rows up to which the Gram matrix is formed; above, its product with vectors is enough."""
 FULL_LIMIT = 96
 """Rows of a Gram matrix up to which all its eigenvalues are computed, which then is as fast as Lanczos steps."""

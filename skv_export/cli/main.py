@@ -202,6 +202,8 @@ def model(
     rewriting = is_onnx(source)
     if asked:
         resolved = _recommended(source, resolved, options, target)
+    elif target["context"] is not None or target["measure"] is not None:
+        raise SkvError("--context and --measure: nothing chooses bits", fix="Add --auto, or --budget and its like.")
     if rewriting and (all_logits or options["dtype"] or options["weights"]):
         raise SkvError(
             "--all-logits, --dtype and --weights",

@@ -196,6 +196,7 @@ def test_a_budget_is_analyzed_first(exported: dict[str, Any], monkeypatch: pytes
         assert run("model", "some/checkpoint", *flags, "--out", "x").exit_code == 0
         assert asked["source"] == "some/checkpoint"
     assert asked["memory"] == 2 << 30 and asked["weights"] is None
+    assert "nothing chooses bits" in run("model", "some/checkpoint", "--context", "32k", "--out", "x").output
 
 
 @pytest.mark.parametrize(
