@@ -1,4 +1,4 @@
-"""Owns the norms of projections: Frobenius, spectral, stable rank and the top of the spectrum, whole and per head.
+"""Norms of projections: Frobenius, spectral, stable rank and the top of the spectrum, whole and per head.
 
 Nothing here decomposes a large matrix. A wide matrix (keys and values under grouped-query attention) has a small Gram
 matrix, whose diagonal blocks are the heads' Gram matrices; all but the smallest get Lanczos steps.

@@ -123,6 +123,9 @@ def analyze(
         revision: Of a hub id.
         progress: Called after each step.
 
+    Returns:
+        Norms, scores and flags per layer, and the recommendation; ``to_recipe`` makes a recipe of it.
+
     Raises:
         SkvError: See ``checkpoint.resolve``; a target outside what the choices allow; a text that is missing or short.
     """

@@ -1,4 +1,4 @@
-"""Owns what a configuration may claim of the tensors beside it: a number that nothing backs would fill the memory."""
+"""Limits of what a configuration may claim of the tensors beside it: a number that nothing backs would fill the memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns how commands end when something goes wrong: one message and an exit code, a traceback only with --debug.
+"""How commands end when something goes wrong: one message and an exit code, a traceback only with --debug.
 
 1 = bad input or a failure, 2 = wrong usage (click's), 130 and 143 = interrupted by Ctrl-C and by a termination signal.
 """

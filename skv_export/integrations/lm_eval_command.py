@@ -1,4 +1,4 @@
-"""Owns the command `skv-lm-eval`: lm-eval's own command line with our model registered, its errors as messages."""
+"""The command `skv-lm-eval`: lm-eval's own command line with our model registered, its errors as messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns writing for users: a folder or a file appears complete or not at all, and nothing that isn't ours is replaced.
+"""Output for users: a folder or a file appears complete or not at all, and nothing that isn't ours is replaced.
 
 A folder is written into a private one beside the target, synced to disk, and exchanged with the target in one step. It
 carries ``skv_files.json``, the list of its own files with their sizes: ``--force`` replaces a folder whose every entry

@@ -28,7 +28,7 @@ from skv_export.model_folder import hub as hub_module
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.runtime.session import Session
 from skv_export.spec.conformance import op_cases
-from skv_export.verification import run
+from skv_export.verification import op_level
 
 PROMPT = [[7, 8, 9, 40, 41, 42] * 8]
 
@@ -255,7 +255,7 @@ def test_generate_takes_a_hub_id(hub: Hub, folder: Path, revision: str | None) -
 def test_verify_takes_a_hub_id(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub_module.push(folder, "me/tiny", token="hf_token")
     cases = op_cases()[:1]
-    monkeypatch.setattr(run, "op_cases", lambda: cases)
+    monkeypatch.setattr(op_level, "op_cases", lambda: cases)
     result = CliRunner().invoke(main, ["verify", "me/tiny", "--level", "op"])
     assert result.exit_code == 0, result.output
     assert str(hub_module.fetch("me/tiny", local_files_only=True)) in result.output and "1 cases" in result.output
