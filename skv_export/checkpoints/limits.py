@@ -1,4 +1,4 @@
-"""Limits of what a configuration may claim of the tensors beside it: a number that nothing backs would fill the memory."""
+"""Limits of what a configuration may claim of the tensors beside it: an unbacked number would fill the memory."""
 
 from __future__ import annotations
 
