@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from pathlib import Path
 
@@ -116,6 +117,16 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_for() -> None:
     for name, path in found.items():
         recipe = Recipe.load(path)
         assert recipe.description, name
+
+
+def test_measured_recipes_say_of_what_model_by_which_command_and_what_was_measured() -> None:
+    found = {name: path for name, path in shipped_recipes().items() if name.startswith("measured/")}
+    assert found
+    for path in found.values():
+        head = path.read_text(encoding="utf-8").partition("\n\n")[0]
+        model = re.search(r"^# model: .*, (\d+) layers$", head, re.MULTILINE)
+        assert model and "# command: skv-export analyze" in head and "# held-out prose" in head
+        Recipe.load(path).layers(int(model[1]))
 
 
 def test_options_are_frozen() -> None:
