@@ -14,16 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from skv_export.checkpoints import tokenizer
-from skv_export.checkpoints.checkpoint import Checkpoint, Source, hub_endpoint, plain_name
+from skv_export.checkpoints.checkpoint import Checkpoint, Source, hub_endpoint
 from skv_export.checkpoints.foreign_tensors import adapter_in, unfit_tensors
 from skv_export.checkpoints.gguf_weights import load_gguf_model
 from skv_export.checkpoints.model_config import load_config
+from skv_export.checkpoints.tensor_files import DTYPES as DTYPES_IN_FILES
+from skv_export.checkpoints.tensor_files import TensorEntry
 from skv_export.errors import SkvError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -143,7 +145,8 @@ def load_model(
         elif placement.device != "cpu":
             arguments["device_map"] = {"": placement.device}
         try:
-            with _quiet(), _tensors(source) as tensors:
+            tensors = {name: _StoredTensor(entry) for name, entry in checkpoint.entries.items()}
+            with _quiet():
                 model, found = model_class.from_pretrained(None, state_dict=tensors, **arguments)
         except _FAILURES as error:
             raise SkvError(f"{source}: transformers can't load its weights", got=str(error)[:500]) from error
@@ -194,16 +197,30 @@ def load_untouched(source: Source, placement: Placement | None = None) -> PreTra
     return model
 
 
-@contextlib.contextmanager
-def _tensors(source: Source) -> Iterator[dict[str, Any]]:
-    """The tensors of the very safetensors files that were checked, each read when it is taken."""
-    assert source.path is not None
-    with contextlib.ExitStack() as files:
-        tensors: dict[str, Any] = {}
-        for shard in Checkpoint(source).shards():
-            opened: Any = files.enter_context(safe_open(source.path / shard, "pt"))
-            tensors |= {plain_name(name): opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        yield tensors
+@dataclass(frozen=True)
+class _StoredTensor:
+    """A tensor that transformers reads when it takes ``[...]`` or a slice of it, as it does with safetensors' own.
+
+    Safetensors' are mapped: where a mapped file becomes shorter, the process is killed. This one is an error then.
+    """
+
+    entry: TensorEntry
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._whole()[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self.entry.shape)
+
+    def get_dtype(self) -> str:
+        return self.entry.dtype
+
+    def _whole(self) -> torch.Tensor:
+        dtype = getattr(torch, np.dtype(DTYPES_IN_FILES[self.entry.dtype]).name)
+        tensor = torch.empty(self.entry.shape, dtype=dtype)
+        data = np.frombuffer(self.entry.file.read(self.entry.start, self.entry.stop), np.uint8)
+        tensor.view(-1).view(torch.uint8).numpy()[:] = data
+        return tensor
 
 
 def _model_class(source: Source, config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:

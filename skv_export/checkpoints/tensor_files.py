@@ -84,7 +84,7 @@ class LocalFile:
         self.name = str(path)
         self._path, self._stamp = path, stamp(path.stat())
         self.size = self._stamp[1]
-        self._block_start, self._block = 0, memoryview(b"")
+        self._block = 0, memoryview(b"")  # where it starts, and its bytes: one value, as threads may read at once
         if self.size == 0:
             raise SkvError(f"{path}: the file is empty", expected="a safetensors file", fix="Download it again.")
 
@@ -92,9 +92,10 @@ class LocalFile:
         """Returns bytes ``start ... stop - 1``, read-only; small pieces come out of a block that is read once."""
         if stop - start > _BLOCK_BYTES // 4:
             return self._read(start, stop)
-        if not self._block_start <= start <= stop <= self._block_start + len(self._block):
-            self._block_start, self._block = start, self._read(start, min(start + _BLOCK_BYTES, self.size))
-        return self._block[start - self._block_start : stop - self._block_start]
+        first, block = self._block
+        if not first <= start <= stop <= first + len(block):
+            first, block = self._block = start, self._read(start, min(start + _BLOCK_BYTES, self.size))
+        return block[start - first : stop - first]
 
     def _read(self, start: int, stop: int) -> memoryview:
         data = np.empty(stop - start, np.uint8)

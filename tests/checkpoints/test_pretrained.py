@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ROOT, write_tokenizer
 from transformers import AutoModelForCausalLM, modeling_utils
 
-from skv_export.checkpoints import pretrained
+from skv_export.checkpoints import pretrained, tensor_files
 from skv_export.checkpoints.checkpoint import Source, resolve
 from skv_export.checkpoints.model_config import load_config
 from skv_export.checkpoints.pretrained import Placement, load_model, load_tokenizer, replace_attention
@@ -75,6 +75,34 @@ def test_a_tensor_that_is_missing_or_does_not_fit_is_named(command: str, rows: i
     done = _measure(command, checkpoint)
     assert done.exit_code != 0 and "missing or have another shape" in done.output + str(done.exception)
     assert NAME in done.output + str(done.exception)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_that_is_cut_while_it_is_loaded_is_an_error(
+    dtype: torch.dtype, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mapped, the process would be killed (SIGBUS)."""
+    file = checkpoint / "model.safetensors"
+    stored = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    save_file(stored, file, {"format": "pt"})
+    model = load_model(resolve(checkpoint))
+    for name, parameter in model.state_dict().items():
+        if name in stored:
+            assert torch.equal(parameter, stored[name].float()), name
+    take, taken = pretrained._StoredTensor.__getitem__, []
+
+    def cut(self: Any, index: Any) -> torch.Tensor:
+        taken.append(index)
+        if len(taken) == 4:
+            with file.open("r+b") as opened:
+                opened.truncate(4096)
+        return take(self, index)
+
+    monkeypatch.setattr(pretrained._StoredTensor, "__getitem__", cut)
+    monkeypatch.setattr(tensor_files, "_BLOCK_BYTES", 1024)  # else a block holds all of a small file
+    with pytest.raises(SkvError, match=r"model\.safetensors: the file was changed while it was read"):
+        load_model(resolve(checkpoint))
+    assert len(taken) >= 4
 
 
 class _Bomb:
