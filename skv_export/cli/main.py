@@ -280,6 +280,8 @@ def verify(
     graph    decode step by step against PyTorch with the same quantized cache
     quality  perplexity, KL divergence, top-1 agreement against the unquantized model
 
+    A folder rewritten from an ONNX graph is compared with that graph in ONNX Runtime instead, on all levels but text.
+
     Exits with 1 when a level fails.
     """
     from skv_export.model_folder import hub

@@ -77,7 +77,7 @@ class Graph:
         path = folder / MODEL_FILE
         if model is None and not path.is_file():
             raise SkvError(f"{path}: no such file", fix="Export the model with `skv-export model`.")
-        options = _session_options(folder, num_threads, spinning)
+        options = session_options(folder, num_threads, spinning)
         try:
             self.onnx = open_session(
                 str(path) if model is None else model, options, execution_provider, library,
@@ -138,7 +138,8 @@ class Graph:
         return True
 
 
-def _session_options(folder: Path, num_threads: int, spinning: bool) -> Any:
+def session_options(folder: Path, num_threads: int, spinning: bool) -> Any:
+    """Returns onnxruntime's SessionOptions for a graph whose weights are in ``folder``; see ``Graph``."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -6,6 +6,8 @@ PyTorch's attention is the reference in numpy, so a difference is the exporter's
   (Two independent caches diverge: a key that rounds differently changes every later one, and 30 layers amplify a
   difference in the last bit to 1e-2.)
 - With a cache that rounds nothing (16 bits, float32 rows) each keeps its own cache over all steps.
+
+A rewritten graph is compared with its source in ONNX Runtime, in the second way alone (``check_source``).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,6 +33,9 @@ from skv_export.spec.layout import Bytes, CacheLayout
 from skv_export.spec.op import options_of
 from skv_export.spec.recipe import LayerConfig
 from skv_export.verification import graph_variants
+
+if TYPE_CHECKING:
+    from skv_export.verification.source_graph import SourceGraph
 
 STEPS_PAST_FLUSHES = 64
 """Steps after the second flush, at least."""
@@ -106,18 +112,28 @@ class GraphResult:
     """What the graph level found.
 
     Attributes:
-        quantized: With the recipe's bits.
         exact: With a cache that rounds nothing.
+        quantized: With the recipe's bits; None against a source graph, which has no such cache.
         failures: What is beyond the tolerance, a sentence each.
     """
 
-    quantized: StepComparison
+    quantized: StepComparison | None
     exact: StepComparison
     failures: tuple[str, ...]
+
+    @property
+    def figures(self) -> StepComparison:
+        """What the report's figures are of."""
+        return self.quantized or self.exact
 
     def rows(self) -> list[str]:
         """The report's lines."""
         found = self.quantized
+        if found is None:
+            return [
+                f"prompt of {self.exact.prompt} tokens, then {self.exact.steps} steps, against the source graph",
+                f"nothing rounded: {self.exact.summary()}",
+            ]
         where = f", most in layer {int(np.argmax(found.flips))}" if any(found.flips) else ""
         return [
             f"prompt of {found.prompt} tokens, then {found.steps} steps over the flushes of the tiles",
@@ -199,6 +215,40 @@ def check(
     return judge(quantized, exact, tolerance)
 
 
+def check_source(
+    source: SourceGraph,
+    folder: Path,
+    tokens: Sequence[int],
+    *,
+    execution_provider: str = "cpu",
+    tolerance: Tolerance | None = None,
+) -> GraphResult:
+    """Compares a rewritten graph, with an unquantized cache, with the graph it was made from; see ``check``.
+
+    Args:
+        source: The source, with exact products.
+        folder: The rewritten one.
+        tokens: As many as ``step_counts`` says.
+        execution_provider: Of the rewritten graph.
+        tolerance: What may differ; ``Tolerance.of`` the source's number format if not given.
+    """
+    tolerance = tolerance or Tolerance.of(ModelConfig.load(folder).dtype)
+    session = graph_variants.unquantized(folder, execution_provider=execution_provider)
+    prompt, steps = step_counts(session.config.layers[0].key)
+    _check_count(tokens, prompt + steps)
+    cache, track = session.cache(1, len(tokens)), _Track(tolerance.exact, tolerance.rows, 0)
+    source.restart()
+    calls = [tokens[:prompt], *([token] for token in tokens[prompt:])]
+    for step, ids in enumerate(progress.track(calls, "graph, nothing rounded")):
+        track.add_logits(step, source.run([ids])[0, -1], session.run([ids], None, None, cache)[0, -1])
+    return judge(None, track.result(prompt, steps), tolerance)
+
+
+def _check_count(tokens: Sequence[int], expected: int) -> None:
+    if len(tokens) != expected:
+        raise SkvError("graph: tokens", got=len(tokens), expected=expected)
+
+
 def compare_steps(
     model: PreTrainedModel, session: Session, tokens: Sequence[int], limit: float, rows: float, *, same_cache: bool
 ) -> StepComparison:
@@ -213,8 +263,7 @@ def compare_steps(
         same_cache: Every step starts from the exported graph's cache; else each has its own.
     """
     prompt, steps = step_counts(session.config.layers[0].key)
-    if len(tokens) != prompt + steps:
-        raise SkvError("graph: tokens", got=len(tokens), expected=prompt + steps)
+    _check_count(tokens, prompt + steps)
     decoder, cache = TorchDecoder(model, session.config), session.cache(1, len(tokens))
     track = _Track(limit, rows, len(decoder.layers))
     calls = [tokens[:prompt], *([token] for token in tokens[prompt:])]
@@ -318,10 +367,12 @@ def _differences(layout: CacheLayout, reference: Bytes, exported: Bytes) -> tupl
     return flips, int((one != other).sum()), off / (float(np.abs(one).max()) or 1.0)
 
 
-def judge(quantized: StepComparison, exact: StepComparison, tolerance: Tolerance) -> GraphResult:
+def judge(quantized: StepComparison | None, exact: StepComparison, tolerance: Tolerance) -> GraphResult:
     """Holds the comparisons against the tolerance."""
     failures = _beyond("nothing rounded", exact, exact.max_abs, tolerance.exact, "largest")
     failures += _contradicted("nothing rounded", exact)
+    if quantized is None:
+        return GraphResult(None, exact, tuple(failures))
     bits = "the recipe's bits"
     failures += _beyond(bits, quantized, quantized.max_abs, tolerance.most, "largest")
     failures += _beyond(bits, quantized, quantized.median_abs, tolerance.median, "median")

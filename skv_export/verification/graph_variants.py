@@ -13,7 +13,6 @@ from pathlib import Path
 import onnx
 
 from skv_export.errors import SkvError
-from skv_export.export.weight_quantization import CODES
 from skv_export.model_folder.names import LOGITS, MODEL_FILE, layer_of_cache
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
 from skv_export.runtime.session import Session
@@ -34,10 +33,12 @@ def exact_products(folder: Path, *, execution_provider: str = "cpu") -> Session:
     config = ModelConfig.load(folder)
     if not config.weights:
         return plain(folder, execution_provider=execution_provider)
-    return _session(folder, execution_provider, _with_exact_products(_load(folder)), config)
+    return _session(folder, execution_provider, read_with_exact_products(folder / MODEL_FILE), config)
 
 
-def _with_exact_products(model: onnx.ModelProto) -> onnx.ModelProto:
+def read_with_exact_products(path: Path) -> onnx.ModelProto:
+    """Reads a graph, without the weights beside it; its products with quantized weights do not round activations."""
+    model = _read(path)
     for node in model.graph.node:
         for attribute in node.attribute if node.op_type == "MatMulNBits" else ():
             if attribute.name == "accuracy_level":
@@ -57,7 +58,7 @@ def all_logits(folder: Path, *, execution_provider: str = "cpu") -> Session:
     config = ModelConfig.load(folder)
     if config.all_logits:
         return plain(folder, execution_provider=execution_provider)
-    model = _load(folder)
+    model = _read(folder / MODEL_FILE)
     gather = _last_token_gather(model.graph, folder)
     hidden, picked = gather.input[0], gather.output[0]
     for node in model.graph.node:
@@ -77,11 +78,11 @@ def all_logits(folder: Path, *, execution_provider: str = "cpu") -> Session:
 def unquantized(folder: Path, *, execution_provider: str = "cpu") -> Session:
     """Returns a session with an unquantized cache: 16 bits for keys and values, float32 rows.
 
-    All else is ``exact_products``; a difference to PyTorch comes from the graph, and no code can flip.
+    All else is ``exact_products``; a difference to the original comes from the graph, and no code can flip.
     """
     config = ModelConfig.load(folder)
     layers = tuple(_unquantized(layer) for layer in config.layers)
-    model = _with_exact_products(_load(folder))
+    model = read_with_exact_products(folder / MODEL_FILE)
     for node in model.graph.node:
         for attribute in node.attribute if node.domain == DOMAIN else ():
             if attribute.name in ("k_bits", "v_bits"):
@@ -109,14 +110,16 @@ def _session(folder: Path, execution_provider: str, model: onnx.ModelProto, conf
 
 def quantized_weights(folder: Path) -> list[str]:
     """Returns the names of the matrices that an exported graph holds in 4 or 8 bits."""
-    names = [tensor.name for tensor in _load(folder).graph.initializer]
+    from skv_export.export.weight_quantization import CODES  # loads torch, which a rewritten folder does not need
+
+    names = [tensor.name for tensor in _read(folder / MODEL_FILE).graph.initializer]
     return [name.removesuffix(f".{CODES}") for name in names if name.endswith(f".{CODES}")]
 
 
-def _load(folder: Path) -> onnx.ModelProto:
-    if not (folder / MODEL_FILE).is_file():
-        raise SkvError(f"{folder / MODEL_FILE}: no such file", fix="Export the model with `skv-export model`.")
-    return onnx.load(folder / MODEL_FILE, load_external_data=False)
+def _read(path: Path) -> onnx.ModelProto:
+    if not path.is_file():
+        raise SkvError(f"{path}: no such file", fix="Export the model with `skv-export model`.")
+    return onnx.load(path, load_external_data=False)
 
 
 def _last_token_gather(graph: onnx.GraphProto, folder: Path) -> onnx.NodeProto:

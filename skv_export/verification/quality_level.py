@@ -1,4 +1,4 @@
-"""The quality level of verify: what the quantized cache loses against the unquantized model in PyTorch.
+"""The quality level of verify: what the quantized cache loses against the unquantized model.
 
 Both models predict the same windows of a text. The exported one runs decode style: every token sees the cache that
 token-by-token decoding would have left. Calls that end at each flush of a tile give the same (``flush_edges``).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class QualityResult:
     """What the quality level measured.
 
     Attributes:
-        ppl_reference: Perplexity of the unquantized model in PyTorch.
+        ppl_reference: Perplexity of the unquantized model.
         ppl_exported: Perplexity of the exported one.
         kld_mean: Mean over the positions of KL(reference || exported), in nats.
         kld_p99: 99th percentile of the same.
@@ -137,14 +138,50 @@ class _Scores:
         self.agreement.append(metrics.top1_agreement(p, q).numpy().ravel())
 
 
+class Reference(Protocol):
+    """The unquantized model: called with new tokens, it remembers those before.
+
+    Attributes:
+        max_batch: Sequences of a call, at most.
+    """
+
+    max_batch: int
+
+    def restart(self) -> None:
+        """Forgets all tokens."""
+
+    def run(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Runs new tokens ``[B, S]``; returns the logits of as many of the last ones as the exported graph does."""
+
+
+class TorchReference:
+    """A model in PyTorch, with transformers' own attention and cache."""
+
+    max_batch = 8
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets all tokens."""
+        self._past = DynamicCache(config=self._model.config)
+
+    def run(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Runs new tokens ``[B, S]``; returns their logits, ``[B, S, vocab_size]``."""
+        with torch.no_grad():
+            given = torch.from_numpy(ids).to(input_device(self._model))
+            return self._model(given, past_key_values=self._past, use_cache=True).logits.float().cpu().numpy()
+
+
 def measure(
-    model: PreTrainedModel, session: Session, windows: NDArray[np.int64], *, thresholds: Thresholds | None = None
+    reference: Reference, session: Session, windows: NDArray[np.int64], *, thresholds: Thresholds | None = None
 ) -> QualityResult:
     """Measures an exported model against the original on windows of text.
 
     Args:
-        model: The unquantized model, with transformers' own attention.
-        session: Of the exported model, with the logits of all positions.
+        reference: The unquantized model.
+        session: Of the exported model; token by token where it returns the last position's logits alone.
         windows: ``[windows, length]``, tokens. Every prediction but the first token's is scored.
         thresholds: What to reach.
 
@@ -157,22 +194,23 @@ def measure(
         raise SkvError(
             "quality: window_tokens", got=length, expected=f"more than {edges[0]}, else nothing is quantized"
         )
+    if not session.config.all_logits:
+        edges = list(range(1, length + 1))
     longest = max(np.diff([0, *edges]))
-    batch = max(1, min(8, LOGIT_BYTES // (int(longest) * vocab * 4)))
+    batch = max(1, min(reference.max_batch, LOGIT_BYTES // (int(longest) * vocab * 4)))
     scores = _Scores([], [], [], [])
     with Progress() as progress:
         done = 0
         for rows in np.split(windows, range(batch, len(windows), batch)):
-            cache, past = session.cache(len(rows), length), DynamicCache(config=model.config)
+            cache = session.cache(len(rows), length)
+            reference.restart()
             for start, end in zip([0, *edges], edges, strict=False):
-                ids = rows[:, start:end]
+                ids = np.ascontiguousarray(rows[:, start:end])
                 exported = torch.from_numpy(session.run(ids, None, None, cache))
-                with torch.no_grad():
-                    given = torch.from_numpy(ids).to(input_device(model))
-                    reference = model(given, past_key_values=past, use_cache=True).logits.float().cpu()
+                expected = torch.from_numpy(reference.run(ids))
                 targets = torch.from_numpy(rows[:, start + 1 : end + 1])
                 scored = targets.shape[1]
-                scores.add(reference[:, :scored], exported[:, :scored], targets)
+                scores.add(expected[:, :scored], exported[:, :scored], targets)
                 done += ids.size
                 progress("quality", done, windows.size)
     result = _summary(scores, effective_bits(session.config, length), length)

@@ -3,19 +3,24 @@
 ``op``: the library against the reference, case by case (``op_level.py``). ``text``: texts of the untouched model in
 transformers and of the export (``text_level.py``). ``graph``: the exported graph against PyTorch with the same cache
 (``graph_level.py``). ``quality``: against the unquantized model (``quality_level.py``). torch waits until needed.
+A rewritten folder is held against its source graph instead (``source_graph.py``).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from skv_export.checkpoints.checkpoint import Source, demo_checkpoint, resolve
 from skv_export.errors import SkvError
+from skv_export.evaluation.text import cut_windows, read_text
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.runtime.prompts import load_tokenizer
 from skv_export.verification.op_level import OpResult, check_op
@@ -29,6 +34,8 @@ if TYPE_CHECKING:
     from skv_export.verification.text_level import TextResult
 
 LEVELS = ("op", "text", "graph", "quality")
+STEPPED_TOKENS = 2048
+"""Tokens of the quality level, at most, where a graph returns the last position's logits alone: a call for each."""
 WINDOWS, WINDOW_TOKENS = 8, 1024
 """Default size of the quality level: about a minute for a model of 135 million parameters on two cores."""
 
@@ -46,6 +53,7 @@ class Report:
         graph: The graph level.
         quality: The quality level.
         text: The text level.
+        skipped: Levels that were asked for but can't be run on this folder, with the reason.
     """
 
     folder: Path
@@ -54,6 +62,7 @@ class Report:
     graph: GraphResult | None = None
     quality: QualityResult | None = None
     text: TextResult | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -69,7 +78,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report's figures; None where a level was not run."""
-        graph, quality = self.graph and self.graph.quantized, self.quality
+        graph, quality = self.graph and self.graph.figures, self.quality
         return {
             "passed": self.passed,
             "op": self.op and not self.op.failures,
@@ -93,6 +102,8 @@ class Report:
         """The report as text: a line or two per level, then what failed."""
         lines = [f"{self.folder}" + (f" against {self.checkpoint}" if self.checkpoint else "")]
         for name, level in (("op", self.op), ("text", self.text), ("graph", self.graph), ("quality", self.quality)):
+            if name in self.skipped:
+                lines.append(f"skip  {name:7}  {self.skipped[name]}")
             if level is None:
                 continue
             mark = "FAIL" if level.failures else "ok"
@@ -123,7 +134,9 @@ def verify(
 
     Args:
         folder: What ``skv-export model`` wrote.
-        checkpoint: What it was exported from; as recorded in the folder if not given.
+        checkpoint: What it was exported from; as recorded in the folder if not given. A folder that was rewritten from
+            an ONNX graph is held against that graph, in ONNX Runtime, without PyTorch's model; the level ``text`` is
+            skipped then.
         levels: Of ``op``, ``text``, ``graph``, ``quality``.
         text: File to take tokens from; the shipped prose if not given.
         execution_provider: ``cpu`` or ``cuda``, of the op and of the exported graph.
@@ -147,37 +160,110 @@ def verify(
     folder = Path(folder)
     config = ModelConfig.load(folder)
     report = Report(folder)
-    placement = _placement(device, dtype, device_map) if set(levels) - {"op"} else None
+    op_only = set(levels) == {"op"}
+    graph = None if op_only else _source_graph(config, checkpoint)
+    placement = None if op_only or graph is not None else _placement(device, dtype, device_map)
     if "op" in levels:
         report = dataclasses.replace(report, op=check_op(execution_provider=execution_provider))
+    if op_only:
+        return report
+    work = _Levels(
+        report, config, levels, read_text(text), execution_provider, windows, window_tokens, tolerance, thresholds
+    )
     if placement is None:
-        return report
-    from skv_export.evaluation.text import cut_windows, read_text
-    from skv_export.export import weight_quantization
-    from skv_export.verification import graph_level, graph_variants, quality_level
+        assert graph is not None
+        return work.against_graph(graph)
+    return work.against_torch(_source(config, checkpoint), placement)
 
-    source = _source(config, checkpoint)
-    prose, tokenizer = read_text(text), load_tokenizer(folder)
-    report = dataclasses.replace(report, checkpoint=str(source))
-    if "text" in levels:
-        report = dataclasses.replace(
-            report, text=_text_level(folder, config, source, prose, placement, execution_provider)
-        )
-    if not set(levels) & {"graph", "quality"}:
+
+@dataclass(frozen=True)
+class _Levels:
+    """The levels beyond ``op``, as ``verify`` was asked for them."""
+
+    report: Report
+    config: ModelConfig
+    levels: Sequence[str]
+    prose: str
+    execution_provider: str
+    windows: int
+    window_tokens: int
+    tolerance: Tolerance | None
+    thresholds: Thresholds | None
+
+    def against_torch(self, source: Source, placement: Placement) -> Report:
+        """Holds the folder against a checkpoint in PyTorch."""
+        from skv_export.export import weight_quantization
+        from skv_export.verification import graph_level, graph_variants, quality_level
+
+        folder, config, provider = self.report.folder, self.config, self.execution_provider
+        load_tokenizer(folder)  # a folder without one is refused before a model is loaded
+        report = dataclasses.replace(self.report, checkpoint=str(source))
+        if "text" in self.levels:
+            found = _text_level(folder, config, source, self.prose, placement, provider)
+            report = dataclasses.replace(report, text=found)
+        if not set(self.levels) & {"graph", "quality"}:
+            return report
+        model = load_original(source, config, placement)
+        if "graph" in self.levels:
+            tokens = self._graph_tokens()
+            with weight_quantization.rounded(model, graph_variants.quantized_weights(folder), config):
+                graph = graph_level.check(model, folder, tokens, execution_provider=provider, tolerance=self.tolerance)
+            report = dataclasses.replace(report, graph=graph)
+        if "quality" in self.levels:
+            session = graph_variants.all_logits(folder, execution_provider=provider)
+            reference = quality_level.TorchReference(model)
+            quality = quality_level.measure(reference, session, self._quality_windows(), thresholds=self.thresholds)
+            report = dataclasses.replace(report, quality=quality)
         return report
-    model = load_original(source, config, placement)
-    if "graph" in levels:
-        count = sum(graph_level.step_counts(config.layers[0].key))
-        (tokens,) = cut_windows(tokenizer, prose, 1, count).tolist()
-        with weight_quantization.rounded(model, graph_variants.quantized_weights(folder), config):
-            graph = graph_level.check(model, folder, tokens, execution_provider=execution_provider, tolerance=tolerance)
-        report = dataclasses.replace(report, graph=graph)
-    if "quality" in levels:
-        length = min(window_tokens, config.context_length)
-        cut = cut_windows(tokenizer, prose, windows, length)
-        session = graph_variants.all_logits(folder, execution_provider=execution_provider)
-        report = dataclasses.replace(report, quality=quality_level.measure(model, session, cut, thresholds=thresholds))
-    return report
+
+    def against_graph(self, path: Path) -> Report:
+        """Holds a rewritten folder against the graph that it was made from."""
+        from skv_export.verification import graph_level, graph_variants, quality_level
+        from skv_export.verification.source_graph import SourceGraph
+
+        folder, provider = self.report.folder, self.execution_provider
+        report = dataclasses.replace(self.report, checkpoint=str(path))
+        if "text" in self.levels:
+            reason = "needs the model in PyTorch; this folder is held against its source graph"
+            if not set(self.levels) & {"graph", "quality"}:
+                raise SkvError(f"verify: level text {reason}", fix="Pass the levels graph and quality.")
+            report = dataclasses.replace(report, skipped={"text": reason})
+        if "graph" in self.levels:
+            source, tokens = SourceGraph(path, exact_products=True), self._graph_tokens()
+            graph = graph_level.check_source(
+                source, folder, tokens, execution_provider=provider, tolerance=self.tolerance
+            )
+            report = dataclasses.replace(report, graph=graph)
+        if "quality" in self.levels:
+            session = graph_variants.plain(folder, execution_provider=provider)
+            windows = self._quality_windows(None if self.config.all_logits else STEPPED_TOKENS)
+            quality = quality_level.measure(SourceGraph(path), session, windows, thresholds=self.thresholds)
+            report = dataclasses.replace(report, quality=quality)
+        return report
+
+    def _graph_tokens(self) -> list[int]:
+        from skv_export.verification import graph_level
+
+        count = sum(graph_level.step_counts(self.config.layers[0].key))
+        (tokens,) = cut_windows(load_tokenizer(self.report.folder), self.prose, 1, count).tolist()
+        return tokens
+
+    def _quality_windows(self, most: int | None = None) -> NDArray[np.int64]:
+        """Windows of text, ``[windows, length]``, of at most so many tokens together."""
+        length, count = min(self.window_tokens, self.config.context_length), self.windows
+        if most is not None:
+            length = min(length, most)
+            count = min(count, most // length)
+        return cut_windows(load_tokenizer(self.report.folder), self.prose, count, length)
+
+
+def _source_graph(config: ModelConfig, checkpoint: str | Path | None) -> Path | None:
+    """The graph that a rewritten folder is held against; None for all others."""
+    if config.source.get("kind") != "onnx":
+        return None
+    from skv_export.verification.source_graph import find_source
+
+    return find_source(config, checkpoint)
 
 
 def _source(config: ModelConfig, checkpoint: str | Path | None) -> Source:
