@@ -1,1 +1,1 @@
-"""Whether an exported folder computes what PyTorch computes."""
+"""Whether an exported folder computes what its checkpoint, or the graph it was rewritten from, computes."""

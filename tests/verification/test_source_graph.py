@@ -83,3 +83,26 @@ def test_the_source_must_be_the_graph_that_was_rewritten(tmp_path: Path) -> None
     with pytest.raises(SkvError, match=r"which is not there.*--checkpoint SOURCE\.onnx"):
         _verify(folder)
     assert _verify(folder, tmp_path / "moved").passed
+
+
+def test_a_source_with_the_last_logits_alone_is_measured_token_by_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = _source(tmp_path / "source")
+    model = onnx.load(source)
+    (head,) = (node for node in model.graph.node if "logits" in node.output)
+    for name, value in (("last", -1), ("end", 2**31), ("axis", 1)):
+        model.graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.INT64, [1], [value]))
+    model.graph.node.insert(
+        len(model.graph.node) - 1,
+        onnx.helper.make_node("Slice", [head.input[0], "last", "end", "axis"], ["hidden"]),
+    )
+    head.input[0] = "hidden"
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
+    (source.parent / "model.onnx.data").unlink()
+    onnx.save(model, source)
+    folder = rewrite_model(source, out=tmp_path / "out", recipe=Recipe(SMALL))
+    monkeypatch.setattr(run, "STEPPED_TOKENS", 150)  # one window of the two
+    report = _verify(folder, levels=("graph", "quality"))
+    assert report.passed, report.table()
+    assert report.quality is not None and report.quality.positions == 119
