@@ -2,6 +2,7 @@
 
     python benchmarks/allocation_truth.py CHECKPOINT [--budgets 2.5,3.25,4.25] [--context 32768] [--windows 3]
         [--window 1024] [--calibration-windows 2] [--measure-state FILE] [--state FILE] [--routes defaults,measure,...]
+        [--recent-tokens 64] [--tile-tokens 64]
 
 Calibrated on the shipped calibration text, judged on the shipped prose, decode style. Uniform pairs: those
 with as many bits for keys as for values or up to two more that fit, and that no other fitting pair reaches in both
@@ -24,7 +25,7 @@ from skv_export.analysis.pipeline import Analysis, MeasureOptions, Target
 from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
 from skv_export.errors import SkvError
 from skv_export.evaluation import candidates, comparison
-from skv_export.spec.recipe import Recipe
+from skv_export.spec.recipe import LayerConfig, Recipe
 
 ROUTES = ("measure", "defaults", "spectral", "frobenius")
 DATA = Path(pipeline.__file__).parents[1] / "data"
@@ -56,6 +57,7 @@ def analyses_of(given: argparse.Namespace, budget: float) -> dict[str, Analysis]
             found[route] = pipeline.analyze(
                 given.checkpoint,
                 target=Target(budget=budget, context=given.context),
+                base=LayerConfig(recent_tokens=given.recent_tokens, tile_tokens=given.tile_tokens),
                 score=route,
                 measure=measure if route == "measure" else None,
             )
@@ -71,6 +73,8 @@ def main() -> None:
     parser.add_argument("--budgets", default="2.5,3.25,4.25")
     parser.add_argument("--routes", default=",".join(ROUTES))
     parser.add_argument("--context", type=int, default=32768)
+    parser.add_argument("--recent-tokens", type=int, default=LayerConfig.recent_tokens)
+    parser.add_argument("--tile-tokens", type=int, default=LayerConfig.tile_tokens)
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--calibration-windows", type=int, default=2)
@@ -103,7 +107,7 @@ def main() -> None:
             print(
                 f"| {budget} | {name} | {k:.2f}, {v:.2f} | {one.budget.effective_bits(bits):.2f} | "
                 f"{row.ppl_change_percent:+.2f}% ± {row.ppl_stderr_percent:.2f} | "
-                f"{row.kld_mean:.4f} ± {row.kld_stderr:.4f} |"
+                f"{row.kld_mean:#.3g} ± {row.kld_stderr:#.2g} |"
             )
 
 

@@ -1,6 +1,6 @@
 """Trains the tiny models that recommendations are held to: one per kind of attention, a few minutes each on a CPU.
 
-    python benchmarks/train_tiny.py FOLDER [--only qk_norm,bias] [--steps 300]
+    python benchmarks/train_tiny.py FOLDER [--only qk_norm,bias] [--steps 200]
 
 Each kind becomes a checkpoint, FOLDER/KIND, with a tokenizer of its own: 4 layers, 0.7 to 1 million parameters, trained
 on Python's language reference as the standard library ships it (``pydoc_data.topics``). Seeds are fixed; sums in
@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-VOCABULARY, LAYERS, WINDOW, BATCH = 1024, 4, 512, 4
+VOCABULARY, LAYERS, WINDOW, BATCH = 1024, 4, 256, 4
 PEAK_LEARNING_RATE, WARMUP = 3e-3, 40
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -67,6 +67,12 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
 
 
+def unigram_entropy(ids: torch.Tensor) -> float:
+    """Returns the nats per token that a model would lose which knew how frequent each token is, and nothing else."""
+    shares = torch.bincount(ids).double() / len(ids)
+    return -float(torch.special.xlogy(shares, shares).sum())
+
+
 def train(kind: str, ids: torch.Tensor, steps: int) -> Any:
     """Trains one model with AdamW, a warm-up and a cosine decay; prints the loss as it goes."""
     architecture, options = KINDS[kind]
@@ -97,11 +103,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default=",".join(KINDS), help="Kinds, separated by commas.")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     given = parser.parse_args()
     text = corpus()
     tokenizer = train_tokenizer(text)
     ids = torch.tensor(tokenizer(text).input_ids)
+    print(f"{len(ids)} tokens; entropy of single tokens {unigram_entropy(ids):.3f} nats", flush=True)
     for kind in given.only.split(","):
         model = train(kind, ids, given.steps)
         model.save_pretrained(given.folder / kind)

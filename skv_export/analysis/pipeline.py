@@ -154,6 +154,7 @@ def analyze(
 
         found = confirmed(found, confirm(opened.source, cache, found, measure, progress))
     return Analysis(
+        source=opened.source,
         model=_name(opened),
         bytes_read=opened.bytes_read,
         tensor_bytes=reader.nbytes(),

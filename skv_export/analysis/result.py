@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from skv_export.analysis.budget import CacheBudget, Pair
 from skv_export.analysis.scores import LayerAnalysis, Score
 from skv_export.checkpoints.attention_weights import AttentionConfig
+from skv_export.checkpoints.checkpoint import Checkpoint, Source
 from skv_export.spec.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ class Analysis:
     """Everything that `analyze` found; ``to_json`` and ``to_recipe`` are its outputs.
 
     Attributes:
-        model: What was analyzed.
+        source: What was analyzed.
+        model: Its name.
         bytes_read: Bytes of tensors that were read.
         tensor_bytes: Bytes of all tensors that hold queries, keys, values and their norms.
         config: The attention's sizes.
@@ -129,6 +131,7 @@ class Analysis:
         measurement: What running the model found; None without it.
     """
 
+    source: Source
     model: str
     bytes_read: int
     tensor_bytes: int
@@ -148,9 +151,13 @@ class Analysis:
         return replace(recipe, description=f"{description}, by {self.recommendation.score}")
 
     def to_preset(self, command: str) -> str:
-        """Returns the recipe as TOML with what it rests on: the model and its layers, the evidence, the command."""
-        r = self.recommendation
-        facts = [f"model: {self.model}, {len(self.layers)} layers", f"command: {command}", *r.reasons]
+        """Returns the recipe as TOML with what it rests on: model, revision, layers, the command and the evidence."""
+        facts = [
+            f"model: {self.model}, {len(self.layers)} layers",
+            f"revision: {Checkpoint(self.source).revision()}",
+            f"command: {command}",
+            *self.recommendation.reasons,
+        ]
         return "".join(f"# {fact}\n" for fact in facts) + "\n" + self.to_recipe().to_toml()
 
     def to_json(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Safetensors (one file or shards), GGUF, and hub ids over HTTP byte ranges. Pickl
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -235,6 +236,18 @@ class Checkpoint:
             fix="Merge it, PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload().save_pretrained(MERGED), and "
             f"export MERGED; or remove {_ADAPTER} to export the model without it.",
         )
+
+    def revision(self) -> str:
+        """Returns what tells this checkpoint from another of its name: of a hub id the revision, else its hash.
+
+        The hash is that of the first file of weights, read whole.
+        """
+        if self.source.kind == "hub":
+            return str(self.source.revision)
+        assert self.source.path
+        first = self.source.gguf_file or self.shards()[0]
+        with (self.source.path / first).open("rb") as file:
+            return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()} of {first}"
 
     def names(self) -> list[str]:
         """Returns the names of all tensors."""

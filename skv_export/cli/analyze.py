@@ -113,15 +113,17 @@ def run(checkpoint: str | Path, base: LayerConfig, options: dict[str, Any]) -> t
         if given["memory"] is not None:
             raise SkvError("--gpu and --memory", got="both", expected="one of them")
         given["memory"], weights = card_memory(gpu), weights or "fp16"
+    asked = given.pop("measure")
+    measuring = {name: given.pop(name) for name in MEASURE_OPTIONS if name in given}
+    measure: MeasureOptions | None = MeasureOptions(**measuring)
+    if measuring.get("device", "cpu") != "cpu" or measuring.get("device_map"):
+        MeasureOptions(**measuring).placement()  # a device that is not there is found out before any work
     room = 0
     opened = Checkpoint.open(checkpoint, revision=revision)
     if weights:
         room = room_for_cache(given["memory"], opened, weights, given["batch"]) if given["memory"] else 0
         if given["context"] is None and gpu:  # the question is how long a context fits, not which bits fill the card
             given["memory"] = weights = None
-    asked = given.pop("measure")
-    measuring = {name: given.pop(name) for name in MEASURE_OPTIONS if name in given}
-    measure: MeasureOptions | None = MeasureOptions(**measuring)
     if given.get("score") not in (None, "measure") and not asked:
         measure = None
     measure = _measure_or_not(opened, measure if asked is not False else None, bool(asked))

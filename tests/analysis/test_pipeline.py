@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -324,6 +325,8 @@ def test_every_output_of_every_architecture(arch: str, tiny_checkpoint: Callable
     folder = tiny_checkpoint(arch)
     found = pipeline.analyze(folder, target=Target(context=4096))
     (tmp_path / "a.toml").write_text(found.to_preset("skv-export analyze"))
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert f"# revision: sha256 {digest} of model.safetensors\n" in (tmp_path / "a.toml").read_text()
     data = json.loads(json.dumps(found.to_json()))
     assert data.keys() >= JSON_KEYS and all(layer.keys() >= LAYER_KEYS for layer in data["layers"])
     assert data["bytes_read"] == data["tensor_bytes"] > 0

@@ -200,5 +200,5 @@ def test_rewind_of_a_cache_on_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
         cache.rewind([180, 10, 149])
     cache.rewind([180, 100, 149])
     for name, array in expected.items():
-        assert np.array_equal(cache.data(*name.split(".")), array)
+        assert np.array_equal(cache.data(*name), array)
     assert cache.lengths.tolist() == [180, 100, 149]

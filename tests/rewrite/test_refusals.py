@@ -428,7 +428,7 @@ def test_folders_without_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(SkvError, match="no ONNX model in this folder"):
         rewrite_model(tmp_path / "empty", out=tmp_path / "out")
     path = SourceGraph().write(tmp_path / "source")
-    with pytest.raises(SkvError, match="not a folder written by"):
+    with pytest.raises(SkvError, match="holds what no export wrote"):
         rewrite_model(path, out=path.parent, force=True)
     monkeypatch.setattr(source, "MAX_GRAPH_BYTES", 1000)
     with pytest.raises(SkvError, match="too large for an ONNX file"):

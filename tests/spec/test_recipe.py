@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from skv_export.errors import SkvError
@@ -19,6 +19,7 @@ def from_toml(text: str) -> Recipe:
     return Recipe.from_dict(tomllib.loads(text))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # neither may depend on a machine's load
 @given(
     st.sampled_from(BITS),
     st.sampled_from(["none", "hadamard"]),
@@ -126,6 +127,7 @@ def test_measured_recipes_say_of_what_model_by_which_command_and_what_was_measur
         head = path.read_text(encoding="utf-8").partition("\n\n")[0]
         model = re.search(r"^# model: .*, (\d+) layers$", head, re.MULTILINE)
         assert model and "# command: skv-export analyze" in head and "# held-out prose" in head
+        assert "# revision: " in head, path
         Recipe.load(path).layers(int(model[1]))
 
 

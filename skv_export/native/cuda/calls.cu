@@ -4,7 +4,7 @@
 
 #include "errors.h"
 #include "launchers.h"
-#include "layout_check.h"
+#include "../layout_check.h"
 
 namespace skv::cuda {
 
