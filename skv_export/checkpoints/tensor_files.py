@@ -86,7 +86,7 @@ class LocalFile:
         self.size = self._stamp[1]
         self._block = 0, memoryview(b"")  # where it starts, and its bytes: one value, as threads may read at once
         if self.size == 0:
-            raise SkvError(f"{path}: the file is empty", expected="a safetensors file", fix="Download it again.")
+            raise SkvError(f"{path}: the file is empty", fix="Download it again.")
 
     def read(self, start: int, stop: int) -> memoryview:
         """Returns bytes ``start ... stop - 1``, read-only; small pieces come out of a block that is read once."""

@@ -307,7 +307,7 @@ def verify(
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0 = greedy.")
 @click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0 = all.")
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1))
-@click.option("--seed", default=0, show_default=True, type=int)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @click.option("--cuda-graph", is_flag=True, help="On a GPU: decode as one captured CUDA graph per token.")

@@ -98,8 +98,10 @@ def target_options(command: Any) -> Any:
             help="Run the model, or not.  [default: where its weights are at hand and it takes half an hour at most]",
         ),
         click.option("--text", type=PATH, help="Plain text to measure on.  [default: shipped prose]"),
-        click.option("--windows", type=int, default=2, show_default=True, help="Windows of text to measure on."),
-        click.option("--window", type=int, default=1024, show_default=True, help="Tokens in each."),
+        click.option(
+            "--windows", type=click.IntRange(1), default=2, show_default=True, help="Windows of text to measure on."
+        ),
+        click.option("--window", type=click.IntRange(64), default=1024, show_default=True, help="Tokens in each."),
         click.option("--state", type=OutputFile(), help="File that makes a measurement resumable."),
     ]
     for option in reversed(options):

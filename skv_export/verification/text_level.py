@@ -28,7 +28,7 @@ from skv_export.verification.graph_level import Tolerance
 
 PROMPT_WORDS = (7, 24, 90)
 """Words of each prompt; the shorter ones are padded in the batch."""
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 SAMPLE = "The capital of France is Paris.\n  def f(x):\n\treturn x + 1  # naïve café, 東京, 🙂 12345\n"
 """A text beside the prompts that the tokenizers must agree on."""
 

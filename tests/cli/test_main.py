@@ -123,6 +123,19 @@ def test_bad_input_is_one_clear_line_and_a_non_zero_exit(arguments: list[str], m
     assert "Traceback" not in result.output and not isinstance(result.exception, (KeyError, AttributeError))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["generate", "x", "--prompt", "a", "--seed", "-1"], "--seed"),
+        (["analyze", "x", "--windows", "0"], "--windows"),
+        (["analyze", "x", "--window", "0"], "--window"),
+    ],
+)
+def test_counts_out_of_range_are_named_before_anything_runs(arguments: list[str], option: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2 and f"Invalid value for '{option}'" in result.output
+
+
 def test_verify_writes_json_and_exits_with_1_on_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from skv_export.verification import run as runner
 
