@@ -20,6 +20,7 @@ from skv_export.analysis.result import Allocation, Analysis, Recommendation
 from skv_export.analysis.scores import LayerAnalysis, compare, find_flags
 from skv_export.checkpoints.attention_weights import AttentionReader
 from skv_export.checkpoints.checkpoint import Checkpoint, Source
+from skv_export.checkpoints.purpose import check_purpose
 from skv_export.errors import SkvError
 from skv_export.spec.recipe import LayerConfig
 
@@ -109,6 +110,7 @@ def analyze(
     optimal: bool = False,
     measure: MeasureOptions | None = None,
     revision: str | None = None,
+    as_causal_lm: bool = False,
     progress: Progress | None = None,
 ) -> Analysis:
     """Analyzes a checkpoint and recommends bits per layer.
@@ -121,6 +123,7 @@ def analyze(
         optimal: Allocate by the norms with the optimum of the paper's objective instead of its greedy rule.
         measure: Run the model; None = weights only.
         revision: Of a hub id.
+        as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
         progress: Called after each step.
 
     Returns:
@@ -131,6 +134,8 @@ def analyze(
     """
     target = target or Target()
     opened = Checkpoint.open(checkpoint, revision=revision)
+    if not as_causal_lm:
+        check_purpose(opened.config.get("model_type"), opened.config.get("architectures"))
     reader = AttentionReader(opened)
     cache = CacheBudget.of(
         reader.config,

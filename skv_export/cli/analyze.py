@@ -96,7 +96,9 @@ MEASURE_OPTIONS = ("text", "windows", "window", "state", "kl", "device", "dtype"
 """Parameters that say how the model is run."""
 
 
-def run(checkpoint: str | Path, base: LayerConfig, options: dict[str, Any]) -> tuple[Analysis, int]:
+def run(
+    checkpoint: str | Path, base: LayerConfig, options: dict[str, Any], *, as_causal_lm: bool = False
+) -> tuple[Analysis, int]:
     """Analyzes as the flags say; what `analyze` and `model --budget` share.
 
     Returns:
@@ -131,7 +133,14 @@ def run(checkpoint: str | Path, base: LayerConfig, options: dict[str, Any]) -> t
     target = Target(weights=weights, **given)
     with Progress() as progress:
         found = analyze(
-            opened.source, target=target, base=base, measure=measure, revision=revision, progress=progress, **rest
+            opened.source,
+            target=target,
+            base=base,
+            measure=measure,
+            revision=revision,
+            as_causal_lm=as_causal_lm,
+            progress=progress,
+            **rest,
         )
     return found, room
 

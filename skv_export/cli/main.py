@@ -201,7 +201,7 @@ def model(
 
     rewriting = is_onnx(source)
     if asked:
-        resolved = _recommended(source, resolved, options, target)
+        resolved = _recommended(source, resolved, options, target, as_causal_lm)
     elif target["context"] is not None or target["measure"] is not None:
         raise SkvError("--context and --measure: nothing chooses bits", fix="Add --auto, or --budget and its like.")
     if rewriting and (all_logits or options["dtype"] or options["weights"]):
@@ -373,7 +373,9 @@ def recipes(name: str | None) -> None:
     click.echo(found[name].read_text(encoding="utf-8"), nl=False)
 
 
-def _recommended(source: str, recipe: Recipe, options: dict[str, Any], target: dict[str, Any]) -> Recipe:
+def _recommended(
+    source: str, recipe: Recipe, options: dict[str, Any], target: dict[str, Any], as_causal_lm: bool
+) -> Recipe:
     """The recipe with the bits per layer that ``analyze`` recommends, saying why."""
     if options["k_bits"] or options["v_bits"]:
         raise SkvError(
@@ -382,7 +384,7 @@ def _recommended(source: str, recipe: Recipe, options: dict[str, Any], target: d
     from skv_export.cli import analyze
 
     weights = recipe.weights or (recipe.dtype if target["gpu"] else None)
-    found, _ = analyze.run(source, recipe.default, {**target, "weights": weights})
+    found, _ = analyze.run(source, recipe.default, {**target, "weights": weights}, as_causal_lm=as_causal_lm)
     click.echo(f"{analyze.summary(found)}\n")
     return found.to_recipe(recipe)
 

@@ -20,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from skv_export.checkpoints.checkpoint import Source
+from skv_export.checkpoints.checkpoint import Checkpoint, Source
 from skv_export.checkpoints.pretrained import Placement, load_model, load_tokenizer, replace_attention
+from skv_export.checkpoints.purpose import check_purpose
 from skv_export.errors import SkvError
 from skv_export.evaluation import metrics
 from skv_export.evaluation.candidates import Candidate
@@ -148,8 +149,10 @@ def load(source: Source, placement: Placement | None = None) -> tuple[PreTrained
         placement: Device and number format; float32 on the CPU if not given.
 
     Raises:
-        SkvError: It can't be loaded whole, or does not take transformers' AttentionInterface.
+        SkvError: It is no language model, can't be loaded whole, or does not take transformers' AttentionInterface.
     """
+    config = Checkpoint.open(source).config
+    check_purpose(config.get("model_type"), config.get("architectures"))
     tokenizer, model = load_tokenizer(source), load_model(source, placement=placement)
     replace_attention(model, ATTENTION_NAME)
     return model, tokenizer

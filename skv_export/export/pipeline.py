@@ -17,13 +17,14 @@ from transformers import GenerationConfig, PreTrainedConfig
 from skv_export.checkpoints.checkpoint import Source, resolve
 from skv_export.checkpoints.model_config import load_config
 from skv_export.checkpoints.pretrained import DTYPES, download
+from skv_export.checkpoints.purpose import check_purpose
 from skv_export.checkpoints.snapshot import Snapshot
 from skv_export.errors import SkvError
 from skv_export.export import empty_model, repeat_layers
 from skv_export.export.checkpoint_weights import Weights, separate_head
 from skv_export.export.decoder import SkvDecoder
 from skv_export.export.empty_model import Skeleton
-from skv_export.export.supported import check_config, check_purpose, check_windows, context_length
+from skv_export.export.supported import check_config, check_windows, context_length
 from skv_export.export.to_onnx import build, save
 from skv_export.export.weight_quantization import stored_bytes
 from skv_export.model_folder.names import TOKEN_INPUTS
@@ -77,7 +78,7 @@ def _plan(source: Source, recipe: Recipe, as_causal_lm: bool) -> tuple[Plan, Ske
 def _plan_of(config: PreTrainedConfig, source: Source, recipe: Recipe, as_causal_lm: bool) -> tuple[Plan, Skeleton]:
     check_config(config)
     if not as_causal_lm:
-        check_purpose(config)
+        check_purpose(config.model_type, config.architectures)
     separate_head(source, config)
     count = int(config.num_hidden_layers)
     configs = recipe.layers(count)

@@ -19,7 +19,6 @@ _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 _OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "thinker_config")
 _STATE_SPACE = ("ssm_cfg", "state_size", "mamba_d_state", "time_step_rank", "rescale_every")
 _ALIBI_MODELS = ("bloom", "mpt")
-_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -67,22 +66,6 @@ def _reasons(config: PreTrainedConfig) -> Iterator[str]:
         yield "transformers has no causal language model of this type"
     if any("dynamic" in str(rope.get("rope_type")) for rope in _ropes(config)):
         yield "RoPE frequencies that change with the length (dynamic NTK) would make the cached keys wrong"
-
-
-def check_purpose(config: PreTrainedConfig) -> None:
-    """Refuses what was saved as another thing than a language model: a classifier, a reward or an embedding model.
-
-    Raises:
-        SkvError: ``architectures`` names no class of a language model.
-    """
-    named = [str(name) for name in config.architectures or ()]
-    if named and not any(name.endswith(_LANGUAGE_MODELS) for name in named):
-        raise SkvError(
-            f"{config.model_type}: config.json says that this is no language model: architectures",
-            got=", ".join(named),
-            expected=f"a class whose name ends with {', '.join(_LANGUAGE_MODELS)}",
-            fix="Use --as-causal-lm to export its layers as the language model that they were before.",
-        )
 
 
 def _is_set(config: PreTrainedConfig, name: str) -> bool:
