@@ -163,7 +163,8 @@ def confirmed(found: Recommendation, confirmation: Confirmation) -> Recommendati
     reasons = (f"held-out prose, {confirmation.windows} windows: {confirmation.line}", *found.reasons)
     if confirmation.won:
         return replace(found, confirmation=confirmation, reasons=reasons)
-    reasons = (*reasons, f"the allocation by {found.score} did not win there, so the uniform pair is recommended")
+    lost = f"the allocation by {found.score} did not win there, so {found.uniform.name} is recommended; of the other:"
+    reasons = (reasons[0], lost, *found.reasons)
     return replace(found, allocation=found.uniform, confirmation=confirmation, reasons=reasons)
 
 
