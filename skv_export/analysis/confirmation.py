@@ -62,11 +62,11 @@ def confirm(
 
     rows = [found.allocation, *(a for a in rivals(cache, found) if a.bits != found.allocation.bits)]
     base = Recipe(default=cache.base)
-    contenders = [candidates.of_recipe(a.name, Recipe.per_layer(list(a.bits), base)) for a in rows]
+    compared = [candidates.of_recipe(a.name, Recipe.per_layer(list(a.bits), base)) for a in rows]
     state = options.state.with_name(options.state.name + ".confirm.jsonl") if options.state else None
     result = comparison.run(
         source,
-        contenders,
+        compared,
         _shipped(CONFIRMATION_TEXT),
         windows=options.confirm_windows,
         window=options.window,

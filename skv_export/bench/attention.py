@@ -62,7 +62,7 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class Row:
-    """What one contender needed for one step.
+    """What one candidate needed for one step.
 
     Attributes:
         name: ``skv-K4V2``, or a key of ``BASELINES``.
@@ -84,7 +84,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Contender:
+class _Candidate:
     name: str
     step: Callable[[], None]
     cache_bytes: int
@@ -106,12 +106,12 @@ def bench_attention(
         configs: The caches of ours.
         baselines: Keys of ``BASELINES``.
         threads: Threads of each session; 0 = as many as there are cores.
-        repetitions: Steps of each contender that are timed, in turns.
+        repetitions: Steps of each candidate that are timed, in turns.
         clock: ``wall``, or ``cpu`` = the processor time of all threads: with one thread, what other processes take does
             not count.
 
     Returns:
-        One row per contender, ours first.
+        One row per candidate, ours first.
 
     Raises:
         SkvError: An unknown baseline, or numbers that make no shape.
@@ -128,26 +128,26 @@ def bench_attention(
     for name in baselines:
         if name not in BASELINES:
             raise SkvError("bench: baseline", got=name, expected=", ".join(BASELINES))
-    contenders = [_ours(shape, config, threads) for config in configs]
-    contenders += [_group_query_attention(shape, name, threads) for name in baselines]
-    return _rows(contenders, _in_turns(contenders, repetitions, CLOCKS[clock]), baselines)
+    candidates = [_ours(shape, config, threads) for config in configs]
+    candidates += [_group_query_attention(shape, name, threads) for name in baselines]
+    return _rows(candidates, _in_turns(candidates, repetitions, CLOCKS[clock]), baselines)
 
 
-def _in_turns(contenders: list[_Contender], repetitions: int, now: Callable[[], float]) -> list[list[float]]:
-    """Milliseconds ``[contender][repetition]``."""
-    times: list[list[float]] = [[] for _ in contenders]
+def _in_turns(candidates: list[_Candidate], repetitions: int, now: Callable[[], float]) -> list[list[float]]:
+    """Milliseconds ``[candidate][repetition]``."""
+    times: list[list[float]] = [[] for _ in candidates]
     for repetition in range(_WARM_UP + repetitions):
-        for contender, taken in zip(contenders, times, strict=True):
+        for candidate, taken in zip(candidates, times, strict=True):
             start = now()
-            contender.step()
+            candidate.step()
             elapsed = now() - start
             if repetition >= _WARM_UP:
                 taken.append(1e3 * elapsed)
     return times
 
 
-def _rows(contenders: list[_Contender], times: list[list[float]], baselines: Sequence[str]) -> list[Row]:
-    medians = {c.name: float(np.median(taken)) for c, taken in zip(contenders, times, strict=True)}
+def _rows(candidates: list[_Candidate], times: list[list[float]], baselines: Sequence[str]) -> list[Row]:
+    medians = {c.name: float(np.median(taken)) for c, taken in zip(candidates, times, strict=True)}
     return [
         Row(
             name=c.name,
@@ -158,21 +158,21 @@ def _rows(contenders: list[_Contender], times: list[list[float]], baselines: Seq
             gb_per_s=c.cache_bytes / medians[c.name] / 1e6,
             speedup={name: medians[name] / medians[c.name] for name in baselines},
         )
-        for c, taken in zip(contenders, times, strict=True)
+        for c, taken in zip(candidates, times, strict=True)
     ]
 
 
-# The contenders.
+# The candidates.
 
 
-def _ours(shape: AttentionShape, config: LayerConfig, threads: int) -> _Contender:
+def _ours(shape: AttentionShape, config: LayerConfig, threads: int) -> _Candidate:
     """The op with a filled cache. Each step writes the same position again, so all steps cost the same."""
     layouts = CacheLayout.pair(config, shape.head_dim)
     caches = [_filled(shape, layout, seed) for seed, layout in enumerate(layouts)]
     attention = LayerAttention(AttentionParams(shape.num_heads, shape.kv_num_heads), layouts)
     node = attention_node(_INPUTS, attention.attributes())
     used = shape.batch * shape.kv_num_heads * sum(layout.block_bytes(shape.context) for layout in layouts)
-    return _Contender(f"skv-{config.name}", _step(shape, node, caches, {}, threads), used)
+    return _Candidate(f"skv-{config.name}", _step(shape, node, caches, {}, threads), used)
 
 
 def group_query_attention(
@@ -208,7 +208,7 @@ def group_query_attention(
     return helper.make_node("GroupQueryAttention", inputs, OUTPUT_NAMES, domain="com.microsoft", **attributes), specs
 
 
-def _group_query_attention(shape: AttentionShape, name: str, threads: int) -> _Contender:
+def _group_query_attention(shape: AttentionShape, name: str, threads: int) -> _Candidate:
     """ONNX Runtime's op over a cache of 32, 8 or 4 bits."""
     bits = BASELINES[name]
     node, specs = group_query_attention(shape, bits)
@@ -221,7 +221,7 @@ def _group_query_attention(shape: AttentionShape, name: str, threads: int) -> _C
             caches.append(rng.integers(0, 100, past, np.int8).view(dtype))
     scales = {name: np.full(size, 0.02, np.float32) for name, (_, size) in specs.items() if name.endswith("_scale")}
     used = 2 * shape.batch * shape.kv_num_heads * shape.context * shape.head_dim * bits // 8
-    return _Contender(name, _step(shape, node, caches, scales, threads), used)
+    return _Candidate(name, _step(shape, node, caches, scales, threads), used)
 
 
 def _filled(shape: AttentionShape, layout: CacheLayout, seed: int) -> Bytes:
@@ -271,7 +271,7 @@ def _step(
 def _session(node: onnx.NodeProto, arrays: dict[str, NDArray[Any]], threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    # A session whose threads went on spinning would take the cores from the next contender.
+    # A session whose threads went on spinning would take the cores from the next candidate.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.register_custom_ops_library(str(library_path()))
     model = one_node_model(node, {name: (array.dtype, array.shape) for name, array in arrays.items()})

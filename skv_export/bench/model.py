@@ -43,7 +43,7 @@ class Run:
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One contender at one context, over all rounds.
+    """One candidate at one context, over all rounds.
 
     Attributes:
         name: ``skv`` or ``genai``.
@@ -54,7 +54,7 @@ class ModelRow:
         ms_max: The slowest step.
         tokens_per_s: 1000 / ``ms_median``.
         peak_bytes: Largest of the rounds.
-        speedup: Decode, the other contender's median over this one's; None without another.
+        speedup: Decode, the other candidate's median over this one's; None without another.
     """
 
     name: str
@@ -86,7 +86,7 @@ def bench_model(
             package onnxruntime-genai.
         context: Prompt lengths.
         threads: Threads inside an op; 0 = the runtime's choice.
-        rounds: Processes per contender and context, in turns.
+        rounds: Processes per candidate and context, in turns.
         steps: Decode steps per process.
         clock: ``wall``, or ``cpu`` = the processor time of all threads: with one thread, what other processes take does
             not count.

@@ -20,7 +20,7 @@ from skv_export.export.supported import prepare_model
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class EmptyModel:
     """A model without weights.
 
     Attributes:
@@ -38,7 +38,7 @@ class Skeleton:
             yield
 
 
-def build(config: PreTrainedConfig, dtype: torch.dtype) -> Skeleton:
+def build(config: PreTrainedConfig, dtype: torch.dtype) -> EmptyModel:
     """Builds the model of a configuration.
 
     Args:
@@ -65,4 +65,4 @@ def build(config: PreTrainedConfig, dtype: torch.dtype) -> Skeleton:
                     empty = torch.empty(parameter.shape, dtype=torch.float32 if exact else parameter.dtype)
                 made[id(parameter)] = torch.nn.Parameter(empty, requires_grad=False)
             module.register_parameter(name, made[id(parameter)])
-    return Skeleton(model, mode)
+    return EmptyModel(model, mode)

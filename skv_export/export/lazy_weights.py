@@ -49,13 +49,13 @@ class Reader(Protocol):
         """Releases what was read last; tensors that are still referenced stay valid and are read again if needed."""
 
 
-class Form(Protocol):
+class WeightExpr(Protocol):
     """A weight as an expression over the checkpoint's tensors."""
 
     def slabs(self, reader: Reader) -> Iterator[torch.Tensor]:
         """Computes the tensor, as consecutive pieces of its flattened elements."""
 
-    def renamed(self, rename: Callable[[str], str]) -> Form:
+    def renamed(self, rename: Callable[[str], str]) -> WeightExpr:
         """Returns the same expression over other tensors."""
 
 
@@ -74,7 +74,7 @@ class Named:
     transposed: bool = False
 
     def slabs(self, reader: Reader) -> Iterator[torch.Tensor]:
-        """As ``Form`` says."""
+        """As ``WeightExpr`` says."""
         tensor, dtype = reader.tensor(self.name), TORCH_TYPES[self.dtype]
         if tensor.dim() < 2:
             yield tensor.to(dtype)
@@ -91,7 +91,7 @@ class Named:
         reader.release()
 
     def renamed(self, rename: Callable[[str], str]) -> Named:
-        """As ``Form`` says."""
+        """As ``WeightExpr`` says."""
         return Named(rename(self.name), self.dtype, self.transposed)
 
 
@@ -102,11 +102,11 @@ class Constant:
     data: bytes
 
     def slabs(self, reader: Reader) -> Iterator[torch.Tensor]:
-        """As ``Form`` says."""
+        """As ``WeightExpr`` says."""
         yield torch.from_numpy(onnx.numpy_helper.to_array(onnx.TensorProto.FromString(self.data)))
 
     def renamed(self, rename: Callable[[str], str]) -> Constant:
-        """As ``Form`` says."""
+        """As ``WeightExpr`` says."""
         return self
 
 
@@ -120,10 +120,10 @@ class Applied:
     """
 
     node: bytes
-    inputs: tuple[tuple[Form, tuple[int, ...]] | None, ...]
+    inputs: tuple[tuple[WeightExpr, tuple[int, ...]] | None, ...]
 
     def slabs(self, reader: Reader) -> Iterator[torch.Tensor]:
-        """As ``Form`` says."""
+        """As ``WeightExpr`` says."""
         feeds: dict[str, NDArray[Any]] = {}
         for i, given in enumerate(self.inputs):
             if given is not None:
@@ -133,25 +133,27 @@ class Applied:
         yield to_torch(np.ascontiguousarray(result))
 
     def renamed(self, rename: Callable[[str], str]) -> Applied:
-        """As ``Form`` says."""
+        """As ``WeightExpr`` says."""
         return Applied(self.node, tuple(x and (x[0].renamed(rename), x[1]) for x in self.inputs))
 
 
-def applied(node: ir.Node, tensors: Sequence[ir.TensorProtocol | None], dtype: ir.DataType, shape: ir.Shape) -> Stored:
+def applied(
+    node: ir.Node, tensors: Sequence[ir.TensorProtocol | None], dtype: ir.DataType, shape: ir.Shape
+) -> LazyWeight:
     """Returns what a node of ONNX computes from weights and constants, named after the first weight."""
-    inputs: list[tuple[Form, tuple[int, ...]] | None] = []
+    inputs: list[tuple[WeightExpr, tuple[int, ...]] | None] = []
     for tensor in tensors:
         if tensor is None:
             inputs.append(None)
             continue
-        form = tensor.form if isinstance(tensor, Stored) else Constant(_proto(tensor))
+        form = tensor.form if isinstance(tensor, LazyWeight) else Constant(_proto(tensor))
         inputs.append((form, tuple(int(n) for n in tensor.shape.numpy())))
     proto = onnx.NodeProto(op_type=node.op_type, input=["" if x is None else str(i) for i, x in enumerate(inputs)])
     proto.output.append("y")
     proto.attribute.extend(ir.to_proto(attribute) for attribute in node.attributes.values())
-    first = next(tensor for tensor in tensors if isinstance(tensor, Stored))
+    first = next(tensor for tensor in tensors if isinstance(tensor, LazyWeight))
     form = Applied(proto.SerializeToString(deterministic=True), tuple(inputs))
-    return Stored(form, first.reader, dtype, shape, f"{first.name}.{node.op_type.lower()}")
+    return LazyWeight(form, first.reader, dtype, shape, f"{first.name}.{node.op_type.lower()}")
 
 
 def _proto(tensor: ir.TensorProtocol) -> bytes:
@@ -174,7 +176,7 @@ def to_torch(array: NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-class Stored(ir.LazyTensor):
+class LazyWeight(ir.LazyTensor):
     """A tensor of the graph whose bytes are computed on access.
 
     Args:
@@ -185,7 +187,7 @@ class Stored(ir.LazyTensor):
         name: The initializer's name.
     """
 
-    def __init__(self, form: Form, reader: Reader, dtype: ir.DataType, shape: ir.Shape, name: str) -> None:
+    def __init__(self, form: WeightExpr, reader: Reader, dtype: ir.DataType, shape: ir.Shape, name: str) -> None:
         super().__init__(self._whole, dtype=dtype, shape=shape, name=name)
         self.form, self.reader = form, reader
 
@@ -231,7 +233,7 @@ def write_external(model: ir.Model, path: Path, progress: Callable[[float], None
         tensor = value.const_value
         assert tensor is not None
         if tensor.nbytes < EXTERNAL_BYTES:
-            if isinstance(tensor, Stored):
+            if isinstance(tensor, LazyWeight):
                 value.const_value = ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
             continue
         alignment = _PAGE_BYTES if tensor.nbytes >= _PAGED_BYTES else 64
@@ -243,7 +245,7 @@ def write_external(model: ir.Model, path: Path, progress: Callable[[float], None
             os.posix_fallocate(file.fileno(), 0, end)
         for value, tensor, start in places:
             file.seek(start)
-            for piece in tensor.pieces() if isinstance(tensor, Stored) else (tensor.tobytes(),):
+            for piece in tensor.pieces() if isinstance(tensor, LazyWeight) else (tensor.tobytes(),):
                 file.write(piece)
                 progress(file.tell() / end)
             place = (path.name, start, tensor.nbytes, tensor.dtype)

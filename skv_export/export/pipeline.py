@@ -23,7 +23,7 @@ from skv_export.errors import SkvError
 from skv_export.export import empty_model, repeat_layers
 from skv_export.export.checkpoint_weights import Weights, separate_head
 from skv_export.export.decoder import SkvDecoder
-from skv_export.export.empty_model import Skeleton
+from skv_export.export.empty_model import EmptyModel
 from skv_export.export.supported import check_config, check_windows, context_length
 from skv_export.export.to_onnx import build, save
 from skv_export.export.weight_quantization import stored_bytes
@@ -64,7 +64,7 @@ def plan(source: str | Path | Source, recipe: Recipe | None = None, *, as_causal
     return _plan(resolved, as_recipe(recipe), as_causal_lm)[0]
 
 
-def _plan(source: Source, recipe: Recipe, as_causal_lm: bool) -> tuple[Plan, Skeleton]:
+def _plan(source: Source, recipe: Recipe, as_causal_lm: bool) -> tuple[Plan, EmptyModel]:
     config = load_config(source)
     try:
         return _plan_of(config, source, recipe, as_causal_lm)
@@ -75,7 +75,7 @@ def _plan(source: Source, recipe: Recipe, as_causal_lm: bool) -> tuple[Plan, Ske
         raise SkvError(f"{source}: its configuration makes no sense", got=got, fix="Correct config.json.") from error
 
 
-def _plan_of(config: PreTrainedConfig, source: Source, recipe: Recipe, as_causal_lm: bool) -> tuple[Plan, Skeleton]:
+def _plan_of(config: PreTrainedConfig, source: Source, recipe: Recipe, as_causal_lm: bool) -> tuple[Plan, EmptyModel]:
     check_config(config)
     if not as_causal_lm:
         check_purpose(config.model_type, config.architectures)
@@ -186,7 +186,7 @@ class _Phases:
         self._tell("done", 1.0)
 
 
-def _build(planned: Plan, model: Skeleton, weights: Weights, all_logits: bool) -> ir.Model:
+def _build(planned: Plan, model: EmptyModel, weights: Weights, all_logits: bool) -> ir.Model:
     """Returns the graph: two traced layers of each kind, copied for the others, if possible; else all are traced."""
     samples = repeat_layers.choose(model.model, planned.layers)
     if samples is not None:
@@ -200,7 +200,7 @@ def _build(planned: Plan, model: Skeleton, weights: Weights, all_logits: bool) -
     return whole
 
 
-def _trace(planned: Plan, model: Skeleton, traced: Sequence[int], all_logits: bool) -> torch.export.ExportedProgram:
+def _trace(planned: Plan, model: EmptyModel, traced: Sequence[int], all_logits: bool) -> torch.export.ExportedProgram:
     configs = planned.recipe.layers(len(planned.layers))
     decoder = SkvDecoder(model.model, {i: configs[i] for i in traced}, all_logits=all_logits).eval()
     with model.running():

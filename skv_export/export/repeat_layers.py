@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from skv_export.export.lazy_weights import Stored
+from skv_export.export.lazy_weights import LazyWeight
 from skv_export.model_folder.names import TENSORS, layer_of_cache, past_name, present_name
 from skv_export.spec.op import DOMAIN, LayerAttention
 
@@ -166,7 +166,7 @@ class _Region:
     end: ir.Value | None
 
 
-def stamp(graph: ir.Graph, samples: Samples) -> bool:
+def repeat(graph: ir.Graph, samples: Samples) -> bool:
     """Turns the graph of the traced layers into the graph of all layers, in place.
 
     Args:
@@ -272,7 +272,7 @@ def _counterpart(samples: Samples, x: ir.Value, y: ir.Value | None, a: int, b: i
     if x.is_graph_input():
         return _renamed_cache(x.name, b) == y.name
     one, other = x.const_value, y.const_value
-    if not isinstance(one, Stored) or not isinstance(other, Stored):
+    if not isinstance(one, LazyWeight) or not isinstance(other, LazyWeight):
         return False
     renamed = one.form.renamed(lambda name: _renamed(samples, name, a, b))
     return (renamed, one.dtype, one.shape) == (other.form, other.dtype, other.shape)
@@ -322,13 +322,13 @@ def _outer(graph: ir.Graph, samples: Samples, value: ir.Value, a: int, b: int) -
     if value.is_graph_input() and layer_of_cache(value.name) is not None:
         return ir.Value(name=_renamed_cache(value.name, b), type=value.type, shape=value.shape)
     tensor = value.const_value
-    if not value.is_initializer() or not isinstance(tensor, Stored):
+    if not value.is_initializer() or not isinstance(tensor, LazyWeight):
         return value
     form = tensor.form.renamed(lambda name: _renamed(samples, name, a, b))
     name = _renamed(samples, str(value.name), a, b)
     if form == tensor.form or name == value.name:
         return value
     if name not in graph.initializers:
-        stored = Stored(form, tensor.reader, tensor.dtype, tensor.shape, name)
+        stored = LazyWeight(form, tensor.reader, tensor.dtype, tensor.shape, name)
         graph.register_initializer(ir.Value(name=name, type=value.type, shape=value.shape, const_value=stored))
     return graph.initializers[name]

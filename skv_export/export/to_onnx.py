@@ -18,9 +18,9 @@ from onnxscript import opset23
 
 from skv_export.errors import SkvError
 from skv_export.export.checkpoint_weights import Weights
-from skv_export.export.lazy_weights import Named, Stored, write_external
+from skv_export.export.lazy_weights import LazyWeight, Named, write_external
 from skv_export.export.passes.simplify import simplify
-from skv_export.export.repeat_layers import BOUNDARY, Samples, stamp
+from skv_export.export.repeat_layers import BOUNDARY, Samples, repeat
 from skv_export.export.weight_quantization import MICROSOFT, quantize_graph
 from skv_export.model_folder.genai_config import cache_widths
 from skv_export.model_folder.names import (
@@ -83,7 +83,7 @@ def build(
     _store_weights(model.graph, weights, samples.original if samples is not None else str)
     simplify(model)
     quantize_graph(model.graph, recipe)
-    if samples is not None and not stamp(model.graph, samples):
+    if samples is not None and not repeat(model.graph, samples):
         return None
     count = sum(node.op_type == OP_NAME and node.domain == DOMAIN for node in model.graph)
     if count != len(layers):
@@ -116,7 +116,7 @@ def _store_weights(graph: ir.Graph, weights: Weights, original: Callable[[str], 
             continue
         form = Named(weights.canonical(given), value.dtype)
         value.name = given
-        value.const_value = Stored(form, weights, value.dtype, value.shape, given)
+        value.const_value = LazyWeight(form, weights, value.dtype, value.shape, given)
         graph.register_initializer(value)
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from skv_export.export.lazy_weights import TORCH_TYPES, Named, Reader, Stored
+from skv_export.export.lazy_weights import TORCH_TYPES, LazyWeight, Named, Reader
 from skv_export.model_folder.names import LOGITS
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.spec.recipe import WEIGHT_BITS, Recipe
@@ -134,7 +134,7 @@ def quantize_graph(graph: ir.Graph, recipe: Recipe) -> None:
         elif node.op_type == "Gather" and recipe.quantize_embeddings:
             _look_up(graph, node, recipe.weight_bits)
     for name, value in tuple(graph.initializers.items()):
-        if not value.uses() and isinstance(value.const_value, Stored):
+        if not value.uses() and isinstance(value.const_value, LazyWeight):
             del graph.initializers[name]
 
 
@@ -158,15 +158,15 @@ def _picks_experts(node: ir.Node) -> bool:
     return False
 
 
-def _matrix(value: ir.Value | None, rows: bool) -> Stored | None:
+def _matrix(value: ir.Value | None, rows: bool) -> LazyWeight | None:
     """Returns a stored matrix as ``[N, K]``; ``rows`` tells whether the graph has it in this form."""
     tensor = value.const_value if value is not None else None
-    if not isinstance(tensor, Stored) or not isinstance(tensor.form, Named) or len(tensor.shape) != 2:
+    if not isinstance(tensor, LazyWeight) or not isinstance(tensor.form, Named) or len(tensor.shape) != 2:
         return None
     if rows:
         return tensor
     form = dataclasses.replace(tensor.form, transposed=not tensor.form.transposed)
-    return Stored(form, tensor.reader, tensor.dtype, ir.Shape(tensor.shape.numpy()[::-1]), str(tensor.name))
+    return LazyWeight(form, tensor.reader, tensor.dtype, ir.Shape(tensor.shape.numpy()[::-1]), str(tensor.name))
 
 
 def _multiply(graph: ir.Graph, node: ir.Node, bits: int) -> None:
@@ -198,7 +198,7 @@ def _look_up(graph: ir.Graph, node: ir.Node, bits: int) -> None:
     _replace(graph, node, [rows, made])
 
 
-def _initializers(graph: ir.Graph, matrix: Stored, bits: int) -> list[ir.Value]:
+def _initializers(graph: ir.Graph, matrix: LazyWeight, bits: int) -> list[ir.Value]:
     """Returns codes, scales and zero points of a matrix ``[N, K]``; those of a tied one are created once."""
     assert isinstance(matrix.form, Named)
     rows, inputs = matrix.shape.numpy()
@@ -213,7 +213,7 @@ def _initializers(graph: ir.Graph, matrix: Stored, bits: int) -> list[ir.Value]:
     for part, (dtype, shape) in kinds.items():
         name = f"{matrix.name}.{part}"
         if name not in graph.initializers:
-            stored = Stored(Quantized(matrix.form, rows, bits, part), matrix.reader, dtype, ir.Shape(shape), name)
+            stored = LazyWeight(Quantized(matrix.form, rows, bits, part), matrix.reader, dtype, ir.Shape(shape), name)
             value = ir.Value(name=name, type=ir.TensorType(dtype), shape=stored.shape, const_value=stored)
             graph.register_initializer(value)
         values.append(graph.initializers[name])

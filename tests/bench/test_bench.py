@@ -1,4 +1,4 @@
-"""The bench of attention: what a row says, that contenders take turns, and what is refused."""
+"""The bench of attention: what a row says, that candidates take turns, and what is refused."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_the_context_changes_the_work() -> None:
 def test_contenders_take_turns() -> None:
     calls: list[str] = []
     clock = iter(np.arange(1000.0))
-    contenders = [attention._Contender(name, lambda name=name: calls.append(name), 10) for name in "ab"]
-    times = attention._in_turns(contenders, 2, lambda: next(clock))
+    candidates = [attention._Candidate(name, lambda name=name: calls.append(name), 10) for name in "ab"]
+    times = attention._in_turns(candidates, 2, lambda: next(clock))
     assert calls == list("ab" * 5) and times == [[1000.0, 1000.0], [1000.0, 1000.0]]
 
 

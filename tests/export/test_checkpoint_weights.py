@@ -18,7 +18,7 @@ from skv_export.checkpoints.pretrained import load_model
 from skv_export.errors import SkvError
 from skv_export.export import empty_model
 from skv_export.export.checkpoint_weights import Weights
-from skv_export.export.lazy_weights import Named, Stored
+from skv_export.export.lazy_weights import LazyWeight, Named
 
 EXPERTS = {
     "mixtral": {"num_local_experts": 12, "num_experts_per_tok": 2},
@@ -99,9 +99,9 @@ def test_slabs_are_the_whole(transposed: bool, monkeypatch: pytest.MonkeyPatch) 
 
     form = Named("it", ir.DataType.FLOAT16, transposed)
     expected = tensor.T if transposed else tensor
-    made = Stored(form, Reader(), ir.DataType.FLOAT16, ir.Shape(expected.shape), "it")
+    made = LazyWeight(form, Reader(), ir.DataType.FLOAT16, ir.Shape(expected.shape), "it")
     assert len(list(made.pieces())) > 1
     assert (made.numpy() == expected.to(torch.float16).numpy()).all()
-    wrong = Stored(form, Reader(), ir.DataType.FLOAT16, ir.Shape([7, 12]), "it")
+    wrong = LazyWeight(form, Reader(), ir.DataType.FLOAT16, ir.Shape([7, 12]), "it")
     with pytest.raises(SkvError, match=r"weight it.*154 bytes.*168"):
         wrong.numpy()

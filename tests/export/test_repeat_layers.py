@@ -1,4 +1,4 @@
-"""Stamping: the graph of a deep model, made from a few traced layers, is the graph of all layers; or it is refused."""
+"""Repeating layers: the graph made from a few traced layers is the graph of all layers; or it is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from skv_export.checkpoints.model_config import load_config
 from skv_export.checkpoints.pretrained import load_model
 from skv_export.export import empty_model, pipeline, repeat_layers, to_onnx
 from skv_export.export.decoder import SkvDecoder
-from skv_export.export.lazy_weights import Stored
+from skv_export.export.lazy_weights import LazyWeight
 from skv_export.model_folder.plan import Plan
 from skv_export.runtime.session import Session
 from skv_export.spec.recipe import Recipe
@@ -29,7 +29,7 @@ DEEP: dict[str, dict[str, Any]] = {
     for arch, given in TINY.items()
 }
 DEEP["smollm3"] |= {"no_rope_layers": [1, 0, 1, 0, 1, 0]}
-STAMPED = ("llama", "gemma3_text", "smollm3", "gpt_oss", "gpt_neox")
+REPEATED = ("llama", "gemma3_text", "smollm3", "gpt_oss", "gpt_neox")
 """One of each build: plain, kinds that take turns, a setting per layer, experts, parallel residuals with biases."""
 
 
@@ -55,7 +55,7 @@ class Names:
         raise AssertionError("nothing was read")
 
 
-def planned(config: Any, recipe: Recipe) -> tuple[Plan, empty_model.Skeleton]:
+def planned(config: Any, recipe: Recipe) -> tuple[Plan, empty_model.EmptyModel]:
     with pytest.MonkeyPatch.context() as patch:  # there is a configuration, and no checkpoint
         patch.setattr(pipeline, "load_config", lambda source: config)
         patch.setattr(pipeline, "separate_head", lambda source, config: None)
@@ -63,18 +63,18 @@ def planned(config: Any, recipe: Recipe) -> tuple[Plan, empty_model.Skeleton]:
 
 
 def both(config: Any, recipe: Recipe | None = None) -> tuple[ir.Model | None, ir.Model, repeat_layers.Samples]:
-    """The stamped graph, the graph of all layers, and what was traced for the former."""
+    """The repeated graph, the graph of all layers, and what was traced for the former."""
     plan, model = planned(config, recipe or Recipe())
     samples = repeat_layers.choose(model.model, plan.layers)
     assert samples is not None
     names: Any = Names(model.model)
     with repeat_layers.cut(model.model, samples):
         program = pipeline._trace(plan, model, samples.traced, False)
-    stamped = to_onnx.build(program, names, plan.layers, plan.recipe, samples)
+    repeated = to_onnx.build(program, names, plan.layers, plan.recipe, samples)
     program = pipeline._trace(plan, model, range(len(plan.layers)), False)
     whole = to_onnx.build(program, names, plan.layers, plan.recipe)
     assert whole is not None
-    return stamped, whole, samples
+    return repeated, whole, samples
 
 
 def meaning(model: ir.Model) -> dict[str, str]:
@@ -89,7 +89,7 @@ def meaning(model: ir.Model) -> dict[str, str]:
             return ""
         if value not in known:
             tensor = value.const_value
-            if isinstance(tensor, Stored):
+            if isinstance(tensor, LazyWeight):
                 known[value] = digest(tensor.form, tensor.dtype, tuple(tensor.shape.numpy()))
             elif tensor is not None:
                 known[value] = digest(tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes())
@@ -104,26 +104,26 @@ def meaning(model: ir.Model) -> dict[str, str]:
     return {str(value.name): of(value) for value in model.graph.outputs}
 
 
-@pytest.mark.parametrize("arch", STAMPED)
+@pytest.mark.parametrize("arch", REPEATED)
 def test_stamped_graph_is_the_graph_of_all_layers(arch: str) -> None:
-    stamped, whole, samples = both(tiny_config(arch, **DEEP[arch]))
-    assert stamped is not None
+    repeated, whole, samples = both(tiny_config(arch, **DEEP[arch]))
+    assert repeated is not None
     assert len(samples.traced) <= 4
-    assert meaning(stamped) == meaning(whole)
-    assert [value.name for value in stamped.graph.inputs] == [value.name for value in whole.graph.inputs]
+    assert meaning(repeated) == meaning(whole)
+    assert [value.name for value in repeated.graph.inputs] == [value.name for value in whole.graph.inputs]
     ours, theirs = (
-        {n for n, v in m.graph.initializers.items() if isinstance(v.const_value, Stored)} for m in (stamped, whole)
+        {n for n, v in m.graph.initializers.items() if isinstance(v.const_value, LazyWeight)} for m in (repeated, whole)
     )
     assert ours == theirs
-    assert sum(1 for _ in stamped.graph) == sum(1 for _ in whole.graph)
+    assert sum(1 for _ in repeated.graph) == sum(1 for _ in whole.graph)
 
 
 def test_layers_of_a_recipe_that_differ_are_traced_apart() -> None:
     recipe = Recipe.from_dict({"layers": [{"index": [2, 5], "k_bits": 8}]})
-    stamped, whole, samples = both(tiny_config("llama", num_hidden_layers=7), recipe)
+    repeated, whole, samples = both(tiny_config("llama", num_hidden_layers=7), recipe)
     assert samples.kinds == (0, 0, 2, 0, 0, 2, 0)
     assert samples.traced == (0, 2, 5, 6)
-    assert stamped is not None and meaning(stamped) == meaning(whole)
+    assert repeated is not None and meaning(repeated) == meaning(whole)
 
 
 def test_layers_that_all_differ_are_all_traced() -> None:
@@ -139,8 +139,8 @@ def test_a_layer_that_uses_its_index_in_secret_is_not_stamped(monkeypatch: pytes
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", indexed)
     config = tiny_config("llama", num_hidden_layers=5)
-    stamped, whole, _ = both(config)
-    assert stamped is None
+    repeated, whole, _ = both(config)
+    assert repeated is None
     plan, model = planned(config, Recipe())
     names: Any = Names(model.model)
     assert meaning(pipeline._build(plan, model, names, False)) == meaning(whole)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnxscript.optimizer
 from onnx_ir.passes import common
 
-from skv_export.export.lazy_weights import Named, Stored, applied
+from skv_export.export.lazy_weights import LazyWeight, Named, applied
 from skv_export.export.passes.matching import (
     SMALL_BYTES,
     Builder,
@@ -69,7 +69,7 @@ def _fold_constants(model: ir.Model) -> None:
 
 
 def _is_stored(value: ir.Value | None) -> bool:
-    return value is not None and isinstance(value.const_value, Stored)
+    return value is not None and isinstance(value.const_value, LazyWeight)
 
 
 def _fold_weights(graph: ir.Graph) -> None:
@@ -79,7 +79,7 @@ def _fold_weights(graph: ir.Graph) -> None:
             continue
         tensors = [None if v is None else ir.convenience.get_const_tensor(v) for v in node.inputs]
         known = all(v is None or tensor is not None for v, tensor in zip(node.inputs, tensors, strict=True))
-        stored = [tensor for tensor in tensors if isinstance(tensor, Stored)]
+        stored = [tensor for tensor in tensors if isinstance(tensor, LazyWeight)]
         output = node.outputs[0]
         if not known or not stored or output.shape is None or output.dtype is None or output.is_graph_output():
             continue
@@ -101,7 +101,7 @@ def _deduplicate(graph: ir.Graph) -> None:
         tensor = value.const_value
         if tensor is None or value.is_graph_output():
             continue
-        if isinstance(tensor, Stored):
+        if isinstance(tensor, LazyWeight):
             key: object = (tensor.dtype, tensor.form)
         elif tensor.nbytes <= SMALL_BYTES:
             key = (tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes())
@@ -387,13 +387,13 @@ def _weight(builder: Builder, node: ir.Node) -> None:
     if transposed is None or weight is None or permutation(transposed) != [1, 0]:
         return
     tensor = weight.const_value
-    if not isinstance(tensor, Stored) or not isinstance(tensor.form, Named):
+    if not isinstance(tensor, LazyWeight) or not isinstance(tensor.form, Named):
         return
     x, graph = node.inputs[0], builder.graph
     if all(use.node is transposed for use in weight.uses()) and only_user(transposed.outputs[0]) is node:
         name, shape = str(weight.name), ir.Shape(tensor.shape.numpy()[::-1])
         form = dataclasses.replace(tensor.form, transposed=True)
-        stored = Stored(form, tensor.reader, tensor.dtype, shape, name)
+        stored = LazyWeight(form, tensor.reader, tensor.dtype, shape, name)
         replacement = ir.Value(name=name, type=weight.type, shape=shape, const_value=stored)
         builder.replace(transposed, replacement)
         del graph.initializers[name]
