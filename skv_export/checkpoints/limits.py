@@ -14,6 +14,12 @@ _SIZES = (
     "vocab_size", "hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "head_dim", "num_attention_heads",
     "n_head", "num_key_value_heads", "num_local_experts", "num_experts", "moe_intermediate_size",
 )  # fmt: skip
+_CONTEXTS = ("max_position_embeddings", "n_positions")
+_POSITIVE = {
+    *_LAYERS, *_CONTEXTS, "vocab_size", "hidden_size", "n_embd", "d_model", "num_attention_heads", "n_head",
+    "num_key_value_heads",
+}  # fmt: skip
+"""Counts that no model has none of."""
 MAX_CONTEXT = 1 << 40
 """Positions that a model may claim: no tensor stands behind them."""
 _CODES_PER_BYTE = 8
@@ -22,21 +28,30 @@ _CODES_PER_BYTE = 8
 def check_claims(config: Mapping[str, Any], entries: Mapping[str, TensorEntry], source: str) -> None:
     """Compares a configuration's counts with the headers of the checkpoint's files.
 
-    Every layer has a tensor of its own, and no size is larger than the number of weights.
+    Every layer has a tensor of its own, no size is larger than the number of weights, and what every model has is
+    there at least once.
 
     Raises:
-        SkvError: A count that the files can't hold.
+        SkvError: A count that the files can't hold, or of nothing.
     """
     weights = max((max(math.prod(x.shape), x.nbytes * _CODES_PER_BYTE) for x in entries.values()), default=0)
     limits = dict.fromkeys(_LAYERS, len(entries)) | dict.fromkeys(_SIZES, weights)
-    limits |= {"max_position_embeddings": MAX_CONTEXT, "n_positions": MAX_CONTEXT}
+    limits |= dict.fromkeys(_CONTEXTS, MAX_CONTEXT)
     for name, value in _numbers(config):
+        if name in _POSITIVE and value < 1:
+            raise SkvError(
+                f"{source}: {name} in its configuration makes no sense",
+                got=f"{value:,}",
+                expected="at least 1",
+                fix="Take the config.json that belongs to the weights.",
+            )
         if name in limits and value > limits[name]:
+            behind = "" if name in _CONTEXTS else ", as the tensors in its files have it"
             raise SkvError(
                 f"{source}: {name} in its configuration",
                 got=f"{value:,}",
-                expected=f"at most {limits[name]:,}, as the tensors in its files have it",
-                fix="The configuration is damaged or another model's: download it again.",
+                expected=f"at most {limits[name]:,}{behind}",
+                fix="Take the config.json that belongs to the weights.",
             )
 
 

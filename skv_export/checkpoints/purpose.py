@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from skv_export.errors import SkvError
 
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -18,11 +16,13 @@ def check_purpose(model_type: object, architectures: object) -> None:
         architectures: Of config.json: names of classes; None = it does not say.
 
     Raises:
-        SkvError: ``architectures`` names no class of a language model.
+        SkvError: ``architectures`` names no class of a language model, or is no list of names.
     """
-    given: Sequence[object] = [architectures] if isinstance(architectures, str) else ()
-    if isinstance(architectures, list | tuple):
-        given = architectures
+    given = [architectures] if isinstance(architectures, str) else architectures or ()
+    if not isinstance(given, list | tuple):
+        raise SkvError(
+            f"{model_type}: architectures in config.json makes no sense", got=architectures, expected="names of classes"
+        )
     named = [str(name) for name in given]
     if named and not any(name.endswith(LANGUAGE_MODELS) for name in named):
         raise SkvError(
