@@ -192,7 +192,7 @@ def test_a_budget_is_analyzed_first(exported: dict[str, Any], monkeypatch: pytes
 
     asked: dict[str, Any] = {}
 
-    def recommend(source: str, base: Any, options: dict[str, Any]) -> Any:
+    def recommend(source: str, base: Any, options: dict[str, Any], as_causal_lm: bool) -> Any:
         asked.update(options, source=source, base=base)
         return SimpleNamespace(to_recipe=lambda base: Recipe.per_layer([(8, 2), (3, 2)], base)), 0
 
