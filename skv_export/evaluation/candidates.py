@@ -10,17 +10,15 @@ import hashlib
 import importlib.util
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, QuantizedCache
 
-from skv_export.checkpoints.pretrained import input_device
+from skv_export.checkpoints.pretrained import input_device, own_attention
 from skv_export.errors import SkvError, did_you_mean
-from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation, simulated_logits
+from skv_export.evaluation.decode_simulation import Simulation, simulated_logits
 from skv_export.spec.recipe import BITS, Recipe, shipped_recipes
 
 BASELINES = ("kivi", "hf-quanto", "hf-hqq")
@@ -106,16 +104,6 @@ class TransformersCache(Candidate):
         """Codes, a float16 scale and zero point per group, and room for the exact tokens."""
         held = max(0, context_length - _RESIDUAL)
         return (held * (self.bits + 32 / _GROUP) + (context_length - held) * 16) / context_length
-
-
-@contextmanager
-def own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The model with transformers' attention instead of the simulated one."""
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(ATTENTION_NAME)
 
 
 # By name.

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
+from skv_export.checkpoints.pretrained import replace_attention
 from skv_export.errors import SkvError
-from skv_export.export.attention_patches import patch_attention
+from skv_export.export.llama4_attention import PATCHES
 from skv_export.spec.op import ATTRIBUTE_TYPES, AttentionParams, Attributes, LayerAttention
 from skv_export.spec.recipe import LayerConfig
 from skv_export.spec.reference import quantized_kv_attention
@@ -306,12 +307,7 @@ class SkvDecoder(torch.nn.Module):
                 f"{model.config.model_type}: not a language model: it has no output embedding", fix=_UNSUPPORTED
             )
         head.register_forward_pre_hook(self._select)
-        if not patch_attention(model, ATTENTION_NAME, _attend):
-            model.set_attn_implementation(ATTENTION_NAME)
-        if model.config._attn_implementation != ATTENTION_NAME:
-            raise SkvError(
-                f"{model.config.model_type}: its attention does not go through AttentionInterface", fix=_UNSUPPORTED
-            )
+        replace_attention(model, ATTENTION_NAME, PATCHES)
 
     @property
     def layers(self) -> tuple[LayerAttention, ...]:
