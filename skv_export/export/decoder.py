@@ -9,6 +9,7 @@ PyTorch what the exported graph computes in ONNX Runtime. ``SkvDecoder`` is that
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -161,6 +162,10 @@ def _attend(
         asked["is_causal"] = False
     if dropout:
         asked["dropout"] = dropout
+    if scaling is not None and not (scaling and math.isfinite(scaling)):  # to the op, 0 is 1 / sqrt(D)
+        asked[f"scaling={scaling}"] = scaling
+    if softcap is not None and not 0 <= softcap < math.inf:
+        asked[f"softcap={softcap}"] = softcap
     if asked:
         raise SkvError(f"{name} asks for what the op does not do", got=", ".join(sorted(asked)), fix=_UNSUPPORTED)
     if key.shape[-1] != query.shape[-1] or value.shape[-1] != key.shape[-1]:
