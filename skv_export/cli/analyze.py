@@ -14,7 +14,7 @@ import click
 from skv_export.analysis.card import WEIGHT_BITS
 from skv_export.analysis.recommend import SCORES
 from skv_export.cli.choice import Choice
-from skv_export.cli.options import OutputFile, placement_options, progress_options
+from skv_export.cli.options import OutputFile, adapter_option, placement_options, progress_options
 from skv_export.cli.target import Numbers, Pairs, target_options
 from skv_export.errors import SkvError, require_module
 from skv_export.progress import Progress
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 @click.command(name="analyze")
 @click.argument("checkpoint", required=False)
+@adapter_option
 @target_options
 @placement_options
 @click.option("--weights", type=Choice(list(WEIGHT_BITS)), help="Format of weights that share --memory with the cache.")
@@ -128,7 +129,7 @@ def run(
     if measuring.get("device", "cpu") != "cpu" or measuring.get("device_map"):
         MeasureOptions(**measuring).placement()  # a device that is not there is found out before any work
     room = 0
-    opened = Checkpoint.open(checkpoint, revision=revision)
+    opened = Checkpoint.open(checkpoint, revision=revision, adapter=given.pop("adapter", None))
     if weights:
         room = room_for_cache(given["memory"], opened, weights, given["batch"]) if given["memory"] else 0
         if given["context"] is None and gpu:  # the question is how long a context fits, not which bits fill the card

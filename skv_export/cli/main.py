@@ -15,7 +15,16 @@ import click
 from skv_export import __version__
 from skv_export.cli.choice import Choice
 from skv_export.cli.guard import guarded
-from skv_export.cli.options import DEBUG, Number, OutputFile, PathOf, debug_option, placement_options, progress_options
+from skv_export.cli.options import (
+    DEBUG,
+    Number,
+    OutputFile,
+    PathOf,
+    adapter_option,
+    debug_option,
+    placement_options,
+    progress_options,
+)
 from skv_export.cli.target import TARGET_OPTIONS, target_options
 from skv_export.errors import SkvError, did_you_mean
 from skv_export.paths import to_path
@@ -165,6 +174,7 @@ def _exported_model(command: _Command) -> _Command:
     "--all-logits", is_flag=True, help="Logits of every position, for evaluation; default: of the last token."
 )
 @click.option("--as-causal-lm", is_flag=True, help="Export a classifier, reward or embedding model's layers anyway.")
+@adapter_option
 @click.option("--copy-weights", is_flag=True, help="ONNX in: copy the weights instead of linking to them.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @progress_options
@@ -176,19 +186,22 @@ def model(
     force: bool,
     all_logits: bool,
     as_causal_lm: bool,
+    adapter: Path | None,
     copy_weights: bool,
     dry_run: bool,
     **options: Any,
 ) -> None:
     """Export CHECKPOINT to a folder that ONNX Runtime runs with a quantized KV cache.
 
-    CHECKPOINT is a folder with safetensors, a GGUF file, or a hub id; without it, the demo model (extra `demo`). An
-    ONNX file or folder with GroupQueryAttention, or Attention with a past, is rewritten, its weights untouched.
+    CHECKPOINT is a folder with safetensors, a GGUF file, or a hub id; without it, the demo model (extra `demo`); a LoRA
+    folder whose base model is a folder here, too. An ONNX file or folder with GroupQueryAttention, or Attention with a
+    past, is rewritten, its weights untouched.
 
     \b
     skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --out qwen3
     skv-export model ./Qwen3-0.6B --recipe qwen3 --dry-run
     skv-export model ./Qwen3-0.6B --budget 3.25          # or --auto, --gpu rtx4090 --context 128k, --max-loss 0.5%
+    skv-export model ./Qwen3-0.6B --adapter ./my-lora    # merged into the weights
     skv-export model model.gguf --k-bits 8 --v-bits 4 --dtype fp16
     skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --weights int4
     skv-export model genai-folder/model.onnx --k-bits 4 --v-bits 4
@@ -210,19 +223,19 @@ def model(
 
     rewriting = is_onnx(source)
     if asked:
-        resolved = _recommended(source, resolved, options, target, as_causal_lm)
+        resolved = _recommended(source, resolved, options, {**target, "adapter": adapter}, as_causal_lm)
     elif target["context"] is not None or target["measure"] is not None:
         raise SkvError("--context and --measure: nothing chooses bits", fix="Add --auto, or --budget and its like.")
-    if rewriting and (all_logits or options["dtype"] or options["weights"]):
+    if rewriting and (all_logits or options["dtype"] or options["weights"] or adapter):
         raise SkvError(
-            "--all-logits, --dtype and --weights",
+            "--all-logits, --dtype, --weights and --adapter",
             got="an ONNX model",
             fix="Leave them out: its weights stay as they are.",
         )
     if rewriting:
         plan: Any = rewrite.plan(source, resolved)
     else:
-        plan = export.plan(source, resolved, as_causal_lm=as_causal_lm)
+        plan = export.plan(source, resolved, as_causal_lm=as_causal_lm, adapter=adapter)
     click.echo(plan.table())
     if dry_run:
         return
@@ -230,7 +243,13 @@ def model(
         folder = rewrite.rewrite_model(source, out=folder, recipe=resolved, force=force, copy_weights=copy_weights)
     else:
         folder = export.export_model(
-            source, out=folder, recipe=resolved, force=force, all_logits=all_logits, as_causal_lm=as_causal_lm
+            source,
+            out=folder,
+            recipe=resolved,
+            force=force,
+            all_logits=all_logits,
+            as_causal_lm=as_causal_lm,
+            adapter=adapter,
         )
     name = shlex.quote(f"./{folder}" if str(folder).startswith("-") else str(folder))
     click.echo(f"\nWritten to {folder}. Next:\n  skv-export verify {name}\n  skv-export generate {name} --prompt ...")
@@ -249,6 +268,7 @@ def default_name(source: str, bits: str) -> str:
 @main.command()
 @_exported_model
 @click.option("--checkpoint", help="What the folder was exported from.  [default: as recorded in it]")
+@adapter_option
 @click.option(
     "--level",
     "levels",

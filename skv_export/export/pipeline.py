@@ -50,18 +50,25 @@ Progress = Callable[[str, float], None]
 """Called with a phase's name and the fraction of the whole that is done."""
 
 
-def plan(source: str | Path | Source, recipe: Recipe | None = None, *, as_causal_lm: bool = False) -> Plan:
+def plan(
+    source: str | Path | Source,
+    recipe: Recipe | None = None,
+    *,
+    as_causal_lm: bool = False,
+    adapter: str | Path | None = None,
+) -> Plan:
     """Plans an export: what it would write. Reads the configuration and the files' headers, and no weights.
 
     Args:
         source: A folder with safetensors, a GGUF file, or a hub id.
         recipe: The options; the defaults if not given.
         as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
+        adapter: Folder of a LoRA adapter to merge into the weights.
 
     Raises:
         SkvError: The checkpoint, its architecture or the recipe can't be used; the message says why.
     """
-    resolved = resolve(source)
+    resolved = resolve(source, adapter=adapter)
     return _plan(resolved, as_recipe(recipe), as_causal_lm)[0]
 
 
@@ -124,6 +131,7 @@ def export_model(
     force: bool = False,
     all_logits: bool = False,
     as_causal_lm: bool = False,
+    adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Exports a checkpoint.
@@ -135,6 +143,7 @@ def export_model(
         force: Replace ``out`` if it exists.
         all_logits: Return the logits of every position, for evaluation.
         as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
+        adapter: Folder of a LoRA adapter to merge into the weights.
         progress: Told of each phase; a bar on standard error if not given.
 
     Returns:
@@ -145,7 +154,7 @@ def export_model(
     """
     target = to_path(out, "out")
     check_target(target, force=force)
-    chosen, resolved = as_recipe(recipe), resolve(source)
+    chosen, resolved = as_recipe(recipe), resolve(source, adapter=adapter)
     library_path()  # it goes into the folder: better none is written than one without it
     with Shown() as shown:
         phases = _Phases(progress or shown)
@@ -259,6 +268,7 @@ def _model_config(
             "name": source.repo_id or source.gguf_file or (source.path.resolve().name if source.path else ""),
             "revision": source.revision,
             "sha256": digest(source, config),
+            **({"adapter": source.adapter.resolve().name} if source.adapter else {}),
         },
         layers=tuple(map(LayerCache.of, planned.layers)),
     )
