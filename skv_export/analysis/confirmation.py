@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from skv_export.analysis.budget import CacheBudget
 from skv_export.analysis.result import Allocation, Confirmation, HeldOut, Recommendation
 from skv_export.checkpoints.checkpoint import Source
-from skv_export.errors import SkvError
+from skv_export.evaluation.text import read_text
 from skv_export.spec.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -25,13 +25,9 @@ def calibration_text(path: Path | str | None) -> str:
     """Returns the text to measure on: a file's, or the shipped one.
 
     Raises:
-        SkvError: No such file.
+        SkvError: See ``evaluation.text.read_text``.
     """
-    if path is None:
-        return _shipped(CALIBRATION_TEXT)
-    if not Path(path).is_file():
-        raise SkvError(f"text {path}: no such file", fix="Pass a plain text file.")
-    return Path(path).read_text(encoding="utf-8", errors="replace")
+    return _shipped(CALIBRATION_TEXT) if path is None else read_text(path)
 
 
 def _shipped(name: str) -> str:

@@ -11,11 +11,20 @@ import numpy as np
 import numpy.typing as npt
 
 from skv_export.analysis.allocation import DEFAULT_CHOICES, allocate_bits, allocate_bits_optimal
-from skv_export.analysis.budget import CacheBudget, Pair
+from skv_export.analysis.budget import (
+    MAX_BATCH,
+    MAX_CONTEXT,
+    CacheBudget,
+    Pair,
+    check_choices,
+    check_count,
+    check_positive,
+)
 from skv_export.analysis.card import room_for_cache
+from skv_export.analysis.confirmation import calibration_text, confirm
 from skv_export.analysis.geometry import geometry
 from skv_export.analysis.norms import norms
-from skv_export.analysis.recommend import DEFAULTS, MEASURE, confirmed, recommend, within_loss
+from skv_export.analysis.recommend import DEFAULTS, MEASURE, SCORES, confirmed, recommend, within_loss
 from skv_export.analysis.result import Allocation, Analysis, Recommendation
 from skv_export.analysis.scores import LayerAnalysis, compare, find_flags
 from skv_export.checkpoints.attention_weights import AttentionReader
@@ -56,6 +65,9 @@ class Target:
         batch: Sequences.
         choices: Bit widths to choose from.
         pairs: The (key, value) bits that a layer may have; all pairs of ``choices`` if not given.
+
+    Raises:
+        SkvError: A value is out of range, or several say how large the cache may be.
     """
 
     budget: float | None = None
@@ -66,6 +78,20 @@ class Target:
     batch: int = 1
     choices: Sequence[int] = DEFAULT_CHOICES
     pairs: Sequence[Pair] | None = None
+
+    def __post_init__(self) -> None:
+        limits = ("budget", "memory", "max_loss")
+        for name in limits:
+            check_positive(name, getattr(self, name))
+        given = ["--" + name.replace("_", "-") for name in limits if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise SkvError(" and ".join(given), got="both", expected="one of them")
+        if self.weights is not None and self.memory is None:
+            raise SkvError("--weights without --memory or --gpu", fix="Say how much memory holds weights and cache.")
+        if self.context is not None:
+            check_count("context", self.context, MAX_CONTEXT)
+        check_count("batch", self.batch, MAX_BATCH)
+        check_choices(self.choices, self.pairs)
 
 
 @dataclass(frozen=True)
@@ -82,6 +108,9 @@ class MeasureOptions:
         device: Where the model runs: ``cpu``, ``cuda``, ``cuda:1``.
         dtype: Its number format: ``fp32``, ``fp16``, ``bf16``.
         device_map: accelerate's, such as ``auto``, in place of ``device``.
+
+    Raises:
+        SkvError: A count is out of range, or there is no such text.
     """
 
     text: Path | str | None = None
@@ -93,6 +122,12 @@ class MeasureOptions:
     device: str = "cpu"
     dtype: str = "fp32"
     device_map: str | None = None
+
+    def __post_init__(self) -> None:
+        check_count("windows", self.windows, MAX_CONTEXT)
+        check_count("window", self.window, MAX_CONTEXT, 64)
+        check_count("confirm_windows", self.confirm_windows, MAX_CONTEXT, 0)
+        calibration_text(self.text)
 
     def placement(self) -> Placement:
         """Returns device and number format, checked."""
@@ -132,7 +167,10 @@ def analyze(
     Raises:
         SkvError: See ``checkpoint.resolve``; a target outside what the choices allow; a text that is missing or short.
     """
-    target = target or Target()
+    target, decides = target or Target(), score or (MEASURE if measure else DEFAULTS)
+    if decides not in SCORES or (decides == MEASURE and measure is None):
+        usable = [name for name in SCORES if name != MEASURE or measure is not None]
+        raise SkvError(f"--score {decides}", expected=" or ".join(usable), fix="Measure, or take another score.")
     opened = Checkpoint.open(checkpoint, revision=revision)
     if not as_causal_lm:
         check_purpose(opened.config.get("model_type"), opened.config.get("architectures"))
@@ -152,11 +190,8 @@ def analyze(
         cache = replace(cache, limit=within_loss(cache, layers, target.max_loss, measurement))
     scores = compare(layers, cache, optimal, measurement)
     flags = find_flags(layers, scores)
-    decides = score or (MEASURE if measurement else DEFAULTS)
     found = recommend(decides, layers, cache, scores, flags, measurement)
     if measure and decides == MEASURE and measure.confirm_windows:
-        from skv_export.analysis.confirmation import confirm
-
         found = confirmed(found, confirm(opened.source, cache, found, measure, progress))
     return Analysis(
         source=opened.source,
@@ -174,14 +209,8 @@ def analyze(
 
 
 def _limited(cache: CacheBudget, target: Target, opened: Checkpoint) -> CacheBudget:
-    given = [name for name in ("budget", "memory", "max_loss") if getattr(target, name) is not None]
-    if len(given) > 1:
-        flags = ["--" + name.replace("_", "-") for name in given]
-        raise SkvError(" and ".join(flags), got="both", expected="one of them")
     memory = target.memory
-    if target.weights is not None:
-        if memory is None:
-            raise SkvError("--weights without --memory or --gpu", fix="Say how much memory holds weights and cache.")
+    if target.weights is not None and memory is not None:
         memory = room_for_cache(memory, opened, target.weights, target.batch)
     limited = cache.limited(target.budget, memory)
     if target.max_loss is None:
@@ -226,7 +255,6 @@ def _read_layer(reader: AttentionReader, index: int, base: LayerConfig) -> Layer
 
 
 def _measure(source: Source, cache: CacheBudget, options: MeasureOptions, progress: Progress | None) -> Measurement:
-    from skv_export.analysis.confirmation import calibration_text
     from skv_export.analysis.measurement import measure
 
     return measure(

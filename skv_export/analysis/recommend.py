@@ -43,14 +43,11 @@ def recommend(
     flags: Sequence[Mapping[str, Any]],
     measurement: Measurement | None,
 ) -> Recommendation:
-    """Returns the recommendation of one score, within the budget.
+    """Returns the recommendation of one score of ``SCORES``, within the budget; ``measure`` takes a measurement.
 
     Raises:
-        SkvError: An unknown score, ``measure`` without a measurement, or nothing that fits.
+        SkvError: Nothing fits.
     """
-    if score not in SCORES or (score == MEASURE and measurement is None):
-        usable = [name for name in SCORES if name != MEASURE or measurement is not None]
-        raise SkvError(f"--score {score}", expected=" or ".join(usable), fix="Measure, or take another score.")
     table = _table(score, layers, cache, measurement)
 
     def allocation(name: str, bits: Sequence[Pair]) -> Allocation:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from skv_export.cli.options import OutputFile, progress_options
+from skv_export.cli.options import OutputFile, PathOf, progress_options
 from skv_export.spec.recipe import BITS, LayerConfig
 
 _JSON = click.option("--json", "json_file", type=OutputFile(), help="Write the rows as JSON.")
@@ -76,10 +76,10 @@ def attention(
 
 
 @bench_command.command("model")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PathOf("exported folder"))
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=PathOf("--against"),
     help="A folder of onnxruntime-genai's model builder, with weights of any kind.",
 )
 @click.option("--context", default="128,2048,7000", show_default=True, help="Prompt lengths, commas between.")

@@ -15,9 +15,10 @@ import click
 from skv_export import __version__
 from skv_export.cli.choice import Choice
 from skv_export.cli.guard import guarded
-from skv_export.cli.options import DEBUG, OutputFile, debug_option, placement_options, progress_options
+from skv_export.cli.options import DEBUG, Number, OutputFile, PathOf, debug_option, placement_options, progress_options
 from skv_export.cli.target import TARGET_OPTIONS, target_options
 from skv_export.errors import SkvError, did_you_mean
+from skv_export.paths import to_path
 from skv_export.spec.recipe import (
     BITS,
     DTYPES,
@@ -60,13 +61,21 @@ class _Group(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         first = args[0]
-        if self.get_command(ctx, first) is None and (Path(first).exists() or "/" in first):
+        if self.get_command(ctx, first) is None and ("/" in first or _exists(first)):
             args = ["model", *args]
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         with guarded(lambda: bool(ctx.meta.get(DEBUG))):
             return super().invoke(ctx)
+
+
+def _exists(name: str) -> bool:
+    """Whether there is a file or folder of this name; a mistyped command need not be one that could be."""
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False
 
 
 @click.group(cls=_Group, context_settings=_CONTEXT)
@@ -133,7 +142,7 @@ def _resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
     if recipe is None:
         base = Recipe()
     else:
-        path = Path(recipe)
+        path = to_path(recipe, "recipe")
         base = Recipe.load(path if path.exists() else shipped_recipes().get(recipe, path))
     return base.with_options(**options)
 
@@ -150,7 +159,7 @@ def _exported_model(command: _Command) -> _Command:
 @click.option("--auto", is_flag=True, help="Bits per layer as `analyze` recommends; so do the flags from --budget on.")
 @target_options
 @click.option("--device", default="cpu", show_default=True, help="Where PyTorch's model runs that is measured.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: NAME-k4v2]")
+@click.option("--out", type=PathOf("--out"), help="Folder to write.  [default: NAME-k4v2]")
 @click.option("--force", is_flag=True, help="Replace the folder if it exists.")
 @click.option(
     "--all-logits", is_flag=True, help="Logits of every position, for evaluation; default: of the last token."
@@ -229,7 +238,7 @@ def model(
 
 def default_name(source: str, bits: str) -> str:
     """The folder that `model` writes without --out: the checkpoint's whole name, dots included, and its bits."""
-    path = Path(source).expanduser()
+    path = to_path(source, "checkpoint")
     if path.is_dir():
         name = path.resolve().name
     else:
@@ -247,14 +256,14 @@ def default_name(source: str, bits: str) -> str:
     type=Choice(["op", "text", "graph", "quality"]),
     help="Only this level; may be given several times.  [default: all four]",
 )
-@click.option("--text", type=click.Path(path_type=Path), help="Text for all levels but op.  [default: shipped prose]")
+@click.option("--text", type=PathOf("--text"), help="Text for all levels but op.  [default: shipped prose]")
 @click.option("--json", "json_file", type=OutputFile(), help="Write the report as JSON.")
 @click.option("--windows", default=8, show_default=True, type=click.IntRange(1), help="Quality: windows of text.")
 @click.option("--window-tokens", default=1024, show_default=True, type=click.IntRange(16), help="Tokens of each.")
-@click.option("--max-ppl-increase", default=0.05, show_default=True, type=float, help="Quality: fails above it.")
-@click.option("--max-kld-mean", type=float, help="Quality: fails above it, in nats.")
-@click.option("--max-kld-p99", type=float, help="Quality: fails above it, in nats.")
-@click.option("--min-top1-agreement", type=click.FloatRange(0, 1), help="Quality: fails below it.")
+@click.option("--max-ppl-increase", default=0.05, show_default=True, type=Number(), help="Quality: fails above it.")
+@click.option("--max-kld-mean", type=Number(), help="Quality: fails above it, in nats.")
+@click.option("--max-kld-p99", type=Number(), help="Quality: fails above it, in nats.")
+@click.option("--min-top1-agreement", type=Number(0, 1), help="Quality: fails below it.")
 @click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @placement_options
 @progress_options
@@ -304,9 +313,9 @@ def verify(
 @_exported_model
 @click.option("--prompt", required=True, help="Text to continue; - reads standard input.")
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0 = greedy.")
+@click.option("--temperature", default=0.0, show_default=True, type=Number(0), help="0 = greedy.")
 @click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0 = all.")
-@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1))
+@click.option("--top-p", default=1.0, show_default=True, type=Number(0, 1))
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
@@ -332,7 +341,7 @@ def generate(folder: str, revision: str | None, prompt: str, **options: Any) -> 
 
 
 @main.command()
-@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.argument("folder", required=False, type=PathOf("exported folder"))
 @click.option("--library-path", is_flag=True, help="Print only where the native library is.")
 @debug_option
 def doctor(folder: Path | None, library_path: bool) -> None:
@@ -383,7 +392,8 @@ def _recommended(
         )
     from skv_export.cli import analyze
 
-    weights = recipe.weights or (recipe.dtype if target["gpu"] else None)
+    on_a_card = target["gpu"] or target["memory"]  # which the weights share with the cache
+    weights = (recipe.weights or recipe.dtype) if on_a_card else None
     found, _ = analyze.run(source, recipe.default, {**target, "weights": weights}, as_causal_lm=as_causal_lm)
     click.echo(f"{analyze.summary(found)}\n")
     return found.to_recipe(recipe)

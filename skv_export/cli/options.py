@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,40 @@ from skv_export.spec.recipe import DTYPES
 DEBUG = "skv_export.debug"
 """Key of --debug in a click context's ``meta``, which all of a command line's contexts share."""
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class Number(click.FloatRange):
+    """A finite number in a range: click's own ranges let a NaN pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Returns the number."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no finite number", param, ctx)
+        return number
+
+
+class PathOf(click.ParamType[Any]):
+    """A path, of which nothing but its name is checked while the command line is read.
+
+    Args:
+        what: What it is, for the message.
+    """
+
+    name = "path"
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Returns the path, ``~`` expanded.
+
+        Raises:
+            SkvError: No file system could hold such a name.
+        """
+        from skv_export.paths import to_path
+
+        return to_path(value, self._what)
 
 
 class OutputFile(click.ParamType[Any]):

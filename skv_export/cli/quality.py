@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from skv_export.cli.options import OutputFile, placement_options, progress_options
+from skv_export.cli.options import OutputFile, PathOf, placement_options, progress_options
 from skv_export.progress import Progress
 from skv_export.spec.recipe import LayerConfig, Recipe
 
@@ -15,7 +15,7 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 
 @click.command("quality")
 @click.argument("checkpoint", required=False)
-@click.option("--text", type=click.Path(path_type=Path), help="Text to predict, UTF-8.  [default: shipped prose]")
+@click.option("--text", type=PathOf("--text"), help="Text to predict, UTF-8.  [default: shipped prose]")
 @click.option(
     "--configs",
     default=DEFAULT_CONFIGS,
@@ -75,9 +75,10 @@ def quality_command(
     placement = Placement(device, dtype, device_map)
     base = Recipe(LayerConfig()).with_options(recent_tokens=recent_tokens, num_sink_tokens=num_sink_tokens)
     wanted = [*candidates.parse_configs(configs, base), *candidates.parse_baselines(baselines)]
+    candidates.check_names(wanted)
     lengths = needle.parse_lengths(needle_lengths)
-    source = resolve(checkpoint or demo_checkpoint())
     prose = read_text(text)
+    source = resolve(checkpoint or demo_checkpoint())
     with Progress() as shown:
 
         def progress(name: str, done: int, total: int) -> None:

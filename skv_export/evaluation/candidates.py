@@ -10,17 +10,17 @@ import hashlib
 import importlib.util
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, QuantizedCache
 
-from skv_export.checkpoints.pretrained import input_device
+from skv_export.checkpoints.pretrained import input_device, own_attention
 from skv_export.errors import SkvError, did_you_mean
-from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation, simulated_logits
+from skv_export.evaluation.decode_simulation import Simulation, simulated_logits
+from skv_export.paths import to_path
 from skv_export.spec.recipe import BITS, Recipe, shipped_recipes
 
 BASELINES = ("kivi", "hf-quanto", "hf-hqq")
@@ -108,16 +108,6 @@ class TransformersCache(Candidate):
         return (held * (self.bits + 32 / _GROUP) + (context_length - held) * 16) / context_length
 
 
-@contextmanager
-def own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The model with transformers' attention instead of the simulated one."""
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(ATTENTION_NAME)
-
-
 # By name.
 
 
@@ -138,6 +128,7 @@ def parse_configs(text: str, base: Recipe) -> list[Candidate]:
             bits = {"k_bits": int(pair[1]), "v_bits": int(pair[2])}
             found.append(of_recipe(name.upper(), base.with_options(**bits)))
             continue
+        to_path(name, "--configs")
         paths = [Path(p) for p in sorted(glob.glob(name))] or [shipped_recipes().get(name, Path(name))]
         if not paths[0].is_file():
             widths = ", ".join(map(str, BITS))
@@ -148,6 +139,22 @@ def parse_configs(text: str, base: Recipe) -> list[Candidate]:
             )
         found += [of_recipe(path.stem, Recipe.load(path)) for path in paths]
     return found
+
+
+def check_names(candidates: Sequence[Candidate]) -> None:
+    """Checks that there is something to compare, and that each has a name of its own.
+
+    Raises:
+        SkvError: There is nothing, or two have one name.
+    """
+    names = [candidate.name for candidate in candidates]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double or not names:
+        raise SkvError(
+            "--configs and --baselines",
+            got=f"{', '.join(double)} twice" if double else "nothing",
+            expected="something to compare, each once",
+        )
 
 
 def of_recipe(name: str, recipe: Recipe) -> Simulated:

@@ -23,9 +23,8 @@ from transformers import PreTrainedModel
 from skv_export.checkpoints.checkpoint import Checkpoint, Source
 from skv_export.checkpoints.pretrained import Placement, load_model, load_tokenizer, replace_attention
 from skv_export.checkpoints.purpose import check_purpose
-from skv_export.errors import SkvError
 from skv_export.evaluation import metrics
-from skv_export.evaluation.candidates import Candidate
+from skv_export.evaluation.candidates import Candidate, check_names
 from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation, simulated_logits
 from skv_export.evaluation.finished_steps import FinishedSteps
 from skv_export.evaluation.needle import NeedleResult
@@ -236,10 +235,8 @@ def run(
     Raises:
         SkvError: The text is too short, two candidates have one name, or ``state`` is no state file.
     """
+    check_names(candidates)
     names = [c.name for c in candidates]
-    double = sorted({name for name in names if names.count(name) > 1})
-    if double or not names:
-        raise SkvError("configurations", got=f"{', '.join(double) or 'nothing'}", expected="names, each once")
     model, tokenizer = loaded or load(source)
     cut = torch.from_numpy(cut_windows(tokenizer, text, windows, window))
     digest = hashlib.sha256(cut.numpy().tobytes()).hexdigest()[:16]

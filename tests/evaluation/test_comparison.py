@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 
 from skv_export.checkpoints.checkpoint import resolve
+from skv_export.checkpoints.pretrained import own_attention
 from skv_export.cli.quality import quality_command
 from skv_export.errors import SkvError
 from skv_export.evaluation import candidates, comparison, needle
@@ -183,7 +184,7 @@ def test_transformers_cache_in_calls_is_token_by_token(
     with torch.no_grad():
         got = candidate.logits(model, ids)
         cache = cache_utils.QuantizedCache(backend="hqq", config=model.config, nbits=4, axis_key=1, axis_value=1)
-        with candidates.own_attention(model):
+        with own_attention(model):
             calls = [ids[:64], *ids[64:].split(1)]
             rows = [model(c[None], past_key_values=cache, use_cache=True).logits[0] for c in calls]
         full = simulated_logits(model, ids, Simulation.full_precision())
