@@ -15,7 +15,16 @@ from skv_export.analysis.budget import CacheBudget, Pair
 from skv_export.analysis.card import room_for_cache
 from skv_export.analysis.geometry import geometry
 from skv_export.analysis.norms import norms
-from skv_export.analysis.recommend import DEFAULTS, MEASURE, confirmed, recommend, within_loss
+from skv_export.analysis.recommend import (
+    DEFAULTS,
+    ESTIMATE_MARGIN,
+    MEASURE,
+    confirmed,
+    divergence_of,
+    recommend,
+    within_held_out,
+    within_loss,
+)
 from skv_export.analysis.result import Allocation, Analysis, Recommendation
 from skv_export.analysis.scores import LayerAnalysis, compare, find_flags
 from skv_export.checkpoints.attention_weights import AttentionReader
@@ -148,16 +157,30 @@ def analyze(
     cache = _limited(cache, target, opened)
     layers = _read(reader, cache.base, progress)
     measurement = _measure(opened.source, cache, measure, progress) if measure else None
-    if target.max_loss is not None:
-        cache = replace(cache, limit=within_loss(cache, layers, target.max_loss, measurement))
-    scores = compare(layers, cache, optimal, measurement)
-    flags = find_flags(layers, scores)
     decides = score or (MEASURE if measurement else DEFAULTS)
-    found = recommend(decides, layers, cache, scores, flags, measurement)
-    if measure and decides == MEASURE and measure.confirm_windows:
-        from skv_export.analysis.confirmation import confirm
 
-        found = confirmed(found, confirm(opened.source, cache, found, measure, progress))
+    def recommended(limited: CacheBudget) -> Recommendation:
+        scores = compare(layers, limited, optimal, measurement)
+        return recommend(decides, layers, limited, scores, find_flags(layers, scores), measurement)
+
+    def within(loss: float) -> tuple[CacheBudget, Recommendation]:
+        limited = replace(cache, limit=within_loss(cache, layers, loss, measurement))
+        return limited, recommended(limited)
+
+    if measure and decides == MEASURE and measure.confirm_windows:
+        from skv_export.analysis.confirmation import HeldOutText
+
+        held_out = HeldOutText(opened.source, cache, measure, progress)
+        if target.max_loss is not None:
+            cache, found = within_held_out(target.max_loss, within, held_out.judge)
+        else:
+            found = recommended(cache)
+            found = confirmed(found, held_out.judge(cache, found))
+    elif target.max_loss is not None:
+        cache, found = within(divergence_of(target.max_loss) / (ESTIMATE_MARGIN if measurement else 1.0))
+    else:
+        found = recommended(cache)
+    scores = compare(layers, cache, optimal, measurement)
     return Analysis(
         source=opened.source,
         model=_name(opened),
@@ -167,7 +190,7 @@ def analyze(
         budget=cache,
         layers=layers,
         scores=scores,
-        flags=flags,
+        flags=find_flags(layers, scores),
         recommendation=found,
         measurement=measurement,
     )
@@ -186,6 +209,8 @@ def _limited(cache: CacheBudget, target: Target, opened: Checkpoint) -> CacheBud
     limited = cache.limited(target.budget, memory)
     if target.max_loss is None:
         limited.check()
+    else:
+        divergence_of(target.max_loss)  # a share that is none is found out before anything runs
     return limited
 
 
