@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from skv_export.analysis.allocation import DEFAULT_CHOICES, allocate_bits, allocate_bits_optimal
 from skv_export.analysis.budget import CacheBudget, Pair
@@ -27,7 +27,7 @@ from skv_export.analysis.recommend import (
 )
 from skv_export.analysis.result import Allocation, Analysis, Recommendation
 from skv_export.analysis.scores import LayerAnalysis, compare, find_flags
-from skv_export.checkpoints.attention_weights import AttentionReader
+from skv_export.checkpoints.attention_weights import AttentionConfig, AttentionReader, AttentionWeights
 from skv_export.checkpoints.checkpoint import Checkpoint, Source
 from skv_export.checkpoints.purpose import check_purpose
 from skv_export.errors import SkvError
@@ -49,7 +49,6 @@ __all__ = [
 ]
 
 Progress = Callable[[str, int, int], None]
-_BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -222,27 +221,27 @@ def _name(opened: Checkpoint) -> str:
 
 
 def _read(reader: AttentionReader, base: LayerConfig, progress: Progress | None) -> tuple[LayerAnalysis, ...]:
-    """Reads layer by layer; one layer's projections stand in memory at a time."""
-    layers = []
-    for index in range(reader.config.num_hidden_layers):
-        layers.append(_read_layer(reader, index, base))
-        if progress:
-            progress("reading layers", index + 1, reader.config.num_hidden_layers)
+    """Reads layer by layer, the next one while one is computed; no others stand in memory."""
+    layers, count = [], reader.config.num_hidden_layers
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(reader.layer, 0)
+        for index in range(count):
+            weights = _widened(coming.result())
+            if index + 1 < count:
+                coming = ahead.submit(reader.layer, index + 1)
+            layers.append(_analyze_layer(weights, reader.config, base))
+            if progress:
+                progress("reading layers", index + 1, count)
     return tuple(layers)
 
 
-def _read_layer(reader: AttentionReader, index: int, base: LayerConfig) -> LayerAnalysis:
-    config, raw = reader.config, reader.layer(index)
+def _widened(raw: AttentionWeights) -> AttentionWeights:
+    q, k, v = (np.asarray(part, np.float32) for part in (raw.q, raw.k, raw.v))
+    return replace(raw, q=q, k=k, v=v)
 
-    def widen(part: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """float32 by blocks of rows, so that the mapped pages of the file never stand in memory all at once."""
-        wide = np.empty(part.shape, np.float32)
-        for start in range(0, len(part), _BLOCK_ROWS):
-            wide[start : start + _BLOCK_ROWS] = part[start : start + _BLOCK_ROWS]
-            reader.checkpoint.release(raw.names)
-        return wide
 
-    weights = replace(raw, q=widen(raw.q), k=widen(raw.k), v=widen(raw.v))
+def _analyze_layer(weights: AttentionWeights, config: AttentionConfig, base: LayerConfig) -> LayerAnalysis:
+    index = weights.index
     q = norms(weights.q, config.num_attention_heads, f"layer {index}: query projection")
     k = norms(weights.k, config.num_key_value_heads, f"layer {index}: key projection")
     v = norms(weights.v, config.num_key_value_heads, f"layer {index}: value projection")
