@@ -312,19 +312,39 @@ class Session:
         """The folder's ``tokenizer.json``, as tokenizers' Tokenizer; see ``load_tokenizer``."""
         return load_tokenizer(self.folder)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Formats messages with the model's chat template.
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """Formats messages with the model's chat template, as transformers' ``apply_chat_template`` does.
 
         Args:
-            messages: Each with ``role`` and ``content``.
+            messages: Each with ``role`` and, as a rule, ``content``.
+            tools: JSON schemas of functions that the model may call.
+            documents: With ``title`` and ``text``, for models that answer from documents.
+            add_generation_prompt: End where the model's answer starts.
+            variables: What else the template asks for, such as ``enable_thinking=False``.
 
         Returns:
-            The prompt as text, up to where the model's answer starts.
+            The prompt as text; its special tokens are in it, so that the tokenizer is to add none.
 
         Raises:
-            SkvError: The folder has no chat template.
+            SkvError: The folder has no chat template, the template refuses the messages (its own words are in the
+                message), is faulty, or exceeds its limits.
         """
-        return chat_prompt(self.folder, messages)
+        return chat_prompt(
+            self.folder,
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            variables=variables,
+        )
 
 
 def last_logits(logits: Logits, new: NDArray[np.bool_]) -> Logits:
