@@ -5,6 +5,7 @@ Native code is neither fetched nor pushed: a fetched model runs with the install
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from skv_export.model_folder.names import CHAT_TEMPLATES_FOLDER, RECIPE_FILE, SK
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.paths import looks_like_path, to_path
 
+logger = logging.getLogger(__name__)
 PATTERNS = ("*.json", "*.jinja", "*.toml", "*.txt", "*.onnx*", "*.data", "tokenizer.model", "README.md")
 """The files of an exported folder; external data of a rewritten model may be named in any of these ways."""
 CARD = "README.md"
@@ -78,6 +80,7 @@ def fetch(
             local_files_only=local_files_only,
             allow_patterns=list(PATTERNS),
         )
+        logger.info("%s at %s: %s", name, commit, folder)
         return _without_links(Path(folder))
     except _ERRORS as error:
         absent = isinstance(error, EntryNotFoundError) and isinstance(error, HfHubHTTPError)
