@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from skv_export.cli.options import OutputFile, PathOf, placement_options, progress_options
+from skv_export.cli.options import (
+    OutputFile,
+    PathOf,
+    json_option,
+    placement_options,
+    progress_options,
+    say,
+    write_json,
+)
 from skv_export.progress import Progress
 from skv_export.spec.recipe import LayerConfig, Recipe
 
@@ -35,7 +43,7 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 @click.option("--needle-lengths", default="1024,2048", show_default=True, help="Tokens of those texts.")
 @click.option("--state", type=OutputFile(), help="Keep finished windows here; go on from them.")
 @click.option("--report", type=OutputFile(), help="Write the table and the Pareto plot as HTML.")
-@click.option("--json", "json_file", type=OutputFile(), help="Write the figures as JSON.")
+@json_option("the figures")
 @placement_options
 @progress_options
 def quality_command(
@@ -89,11 +97,10 @@ def quality_command(
         result = comparison.run(
             source, wanted, prose, windows=windows, window=window, state=state, progress=progress, loaded=loaded
         )
-    click.echo(result.table())
+    say(result.table(), json_file)
     retrieval = needle.run(loaded, wanted, prose, lengths=lengths) if needles else None
     if retrieval:
-        click.echo("\n" + retrieval.table())
-    if json_file:
-        write_text(json_file, result.to_json(retrieval))
+        say("\n" + retrieval.table(), json_file)
+    write_json(json_file, result.to_json(retrieval))
     if report:
         write_text(report, html(result, retrieval))
