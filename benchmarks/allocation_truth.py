@@ -22,12 +22,12 @@ import torch
 
 from skv_export.analysis import pipeline
 from skv_export.analysis.budget import Pair
-from skv_export.analysis.confirmation import CONFIRMATION_TEXT
 from skv_export.analysis.pipeline import Allocation, Analysis, MeasureOptions, Target
 from skv_export.analysis.result import HeldOut
 from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
 from skv_export.errors import SkvError
 from skv_export.evaluation import candidates, comparison
+from skv_export.evaluation.text import read_text
 from skv_export.spec.recipe import LayerConfig, Recipe
 
 ROUTES = ("measure", "defaults", "spectral", "frobenius")
@@ -95,7 +95,7 @@ def main() -> None:
     result = comparison.run(
         resolve(given.checkpoint),
         contenders,
-        (DATA / CONFIRMATION_TEXT).read_text(encoding="utf-8"),
+        read_text(None),
         windows=given.windows,
         window=given.window,
         first=given.first,

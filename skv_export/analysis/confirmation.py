@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skv_export.analysis import uniform_pairs
@@ -18,23 +16,6 @@ from skv_export.spec.recipe import Recipe
 if TYPE_CHECKING:
     from skv_export.analysis.pipeline import MeasureOptions
     from skv_export.evaluation.comparison import CandidateResult
-
-CALIBRATION_TEXT = "opticks.txt"
-CONFIRMATION_TEXT = "persuasion.txt"
-"""Two different works, both shipped: the first chooses bits, the second only judges them."""
-
-
-def calibration_text(path: Path | str | None) -> str:
-    """Returns the text to measure on: a file's, or the shipped one.
-
-    Raises:
-        SkvError: See ``evaluation.text.read_text``.
-    """
-    return _shipped(CALIBRATION_TEXT) if path is None else read_text(path)
-
-
-def _shipped(name: str) -> str:
-    return resources.files("skv_export").joinpath(f"data/{name}").read_text(encoding="utf-8")
 
 
 def rivals(cache: CacheBudget, found: Recommendation) -> list[Allocation]:
@@ -98,7 +79,7 @@ class HeldOutText:
             result = comparison.run(
                 self._source,
                 new,
-                _shipped(CONFIRMATION_TEXT),
+                read_text(None),
                 windows=options.confirm_windows,
                 window=options.window,
                 state=options.state.with_name(options.state.name + ".confirm.jsonl") if options.state else None,

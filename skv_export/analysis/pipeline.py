@@ -21,7 +21,7 @@ from skv_export.analysis.budget import (
     check_positive,
 )
 from skv_export.analysis.card import room_for_cache
-from skv_export.analysis.confirmation import HeldOutText, calibration_text
+from skv_export.analysis.confirmation import HeldOutText
 from skv_export.analysis.geometry import geometry
 from skv_export.analysis.norms import norms
 from skv_export.analysis.recommend import (
@@ -41,6 +41,7 @@ from skv_export.checkpoints.attention_weights import AttentionConfig, AttentionR
 from skv_export.checkpoints.checkpoint import Checkpoint, Source
 from skv_export.checkpoints.purpose import check_purpose
 from skv_export.errors import SkvError
+from skv_export.evaluation.text import CALIBRATION_TEXT, read_text
 from skv_export.spec.recipe import LayerConfig
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class MeasureOptions:
         check_count("windows", self.windows, MAX_CONTEXT)
         check_count("window", self.window, MAX_CONTEXT, 64)
         check_count("confirm_windows", self.confirm_windows, MAX_CONTEXT, 0)
-        calibration_text(self.text)
+        read_text(self.text, CALIBRATION_TEXT)
 
     def placement(self) -> Placement:
         """Returns device and number format, checked."""
@@ -284,7 +285,7 @@ def _measure(source: Source, cache: CacheBudget, options: MeasureOptions, progre
 
     return measure(
         source,
-        calibration_text(options.text),
+        read_text(options.text, CALIBRATION_TEXT),
         base=cache.base,
         choices=cache.choices,
         windows=options.windows,

@@ -42,6 +42,7 @@ def bench_command() -> None:
 @click.option("--k-bits", default=4, show_default=True, type=click.Choice(BITS))
 @click.option("--v-bits", default=2, show_default=True, type=click.Choice(BITS))
 @click.option("--baseline", default="ort-gqa-fp32,ort-gqa-int8,ort-gqa-int4", show_default=True, help="Commas between.")
+@click.option("--calibrated", is_flag=True, help="Also with calibrated keys.")
 @click.option("--repetitions", default=30, show_default=True, type=click.IntRange(1))
 @_THREADS
 @_CLOCK
@@ -55,6 +56,7 @@ def attention(
     threads: int,
     clock: str,
     json_file: Path | None,
+    calibrated: bool,
     **shape: int,
 ) -> None:
     """Time one decode step of one layer's attention, in turns with ONNX Runtime's own GroupQueryAttention.
@@ -71,6 +73,7 @@ def attention(
         threads=threads,
         repetitions=repetitions,
         clock=clock,
+        calibrated=calibrated,
     )
     _print(attention.format_rows(rows), rows, noise.remark(rows), json_file)
 

@@ -52,6 +52,7 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _LAZY = {
     "analyze": "skv_export.cli.analyze:analyze_command",
     "bench": "skv_export.cli.bench:bench_command",
+    "calibrate": "skv_export.cli.calibrate:calibrate_command",
     "chat": "skv_export.cli.chat:chat_command",
     "generate": "skv_export.cli.generate:generate_command",
     "quality": "skv_export.cli.quality:quality_command",
@@ -167,6 +168,9 @@ def _resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
 @click.option("--auto", is_flag=True, help="Bits per layer as `analyze` recommends; so do the flags from --budget on.")
 @target_options
 @click.option("--device", default="cpu", show_default=True, help="Where PyTorch's model runs that is measured.")
+@click.option(
+    "--calibration", type=PathOf("--calibration"), help="What `calibrate` wrote for this checkpoint: keys lose less."
+)
 @click.option("--out", type=PathOf("--out"), help="Folder to write.  [default: NAME-k4v2]")
 @click.option("--force", is_flag=True, help="Replace the folder if it exists.")
 @click.option(
@@ -181,6 +185,7 @@ def model(
     checkpoint: str | None,
     recipe: str | None,
     auto: bool,
+    calibration: Path | None,
     out: Path | None,
     force: bool,
     all_logits: bool,
@@ -201,6 +206,7 @@ def model(
     skv-export model ./Qwen3-0.6B --budget 3.25          # or --auto, --gpu rtx4090 --context 128k, --max-loss 0.5%
     skv-export model model.gguf --k-bits 8 --v-bits 4 --dtype fp16
     skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --weights int4
+    skv-export model ./Qwen3-0.6B --k-bits 3 --v-bits 2 --calibration calibration.safetensors
     skv-export model genai-folder/model.onnx --k-bits 4 --v-bits 4
     """
     from skv_export.model_folder.output import check_target
@@ -214,11 +220,15 @@ def model(
     folder = out or Path(default_name(source, bits))
     if not dry_run:
         check_target(folder, force=force)
+    from skv_export.calibration.file import Calibration
     from skv_export.export import pipeline as export
     from skv_export.rewrite import pipeline as rewrite
     from skv_export.rewrite.source import is_onnx
 
     rewriting = is_onnx(source)
+    if rewriting and calibration is not None:
+        raise SkvError("--calibration", got="an ONNX model", fix="Export the checkpoint itself, or leave it out.")
+    calibrated = None if calibration is None else Calibration.load(calibration)
     if asked:
         resolved = _recommended(source, resolved, options, target, as_causal_lm, json_file)
     elif target["context"] is not None or target["measure"] is not None:
@@ -232,7 +242,7 @@ def model(
     if rewriting:
         plan: Any = rewrite.plan(source, resolved)
     else:
-        plan = export.plan(source, resolved, as_causal_lm=as_causal_lm)
+        plan = export.plan(source, resolved, as_causal_lm=as_causal_lm, calibration=calibrated)
     say(plan.table(), json_file)
     if json_file:
         write_json(json_file, plan.to_dict())
@@ -242,7 +252,13 @@ def model(
         folder = rewrite.rewrite_model(source, out=folder, recipe=resolved, force=force, copy_weights=copy_weights)
     else:
         folder = export.export_model(
-            source, out=folder, recipe=resolved, force=force, all_logits=all_logits, as_causal_lm=as_causal_lm
+            source,
+            out=folder,
+            recipe=resolved,
+            force=force,
+            all_logits=all_logits,
+            as_causal_lm=as_causal_lm,
+            calibration=calibrated,
         )
     name = shlex.quote(f"./{folder}" if str(folder).startswith("-") else str(folder))
     written = f"\nWritten to {folder}. Next:\n  skv-export verify {name}\n  skv-export generate {name} --prompt ..."

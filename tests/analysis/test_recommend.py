@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from skv_export.analysis import pipeline, uniform_pairs
 from skv_export.analysis.budget import CacheBudget
-from skv_export.analysis.confirmation import CALIBRATION_TEXT, CONFIRMATION_TEXT, HeldOutText, calibration_text
+from skv_export.analysis.confirmation import HeldOutText
 from skv_export.analysis.pipeline import MeasureOptions, Target
 from skv_export.analysis.recommend import confirmed, upgrade_order, within_held_out
 from skv_export.analysis.result import Allocation, Confirmation, HeldOut
 from skv_export.checkpoints.attention_weights import AttentionConfig
 from skv_export.errors import SkvError
+from skv_export.evaluation.text import CALIBRATION_TEXT, read_text
 from skv_export.spec.recipe import BITS, LayerConfig
 
 
@@ -271,11 +272,10 @@ def test_what_loses_more_on_held_out_text_than_was_promised_gives_way_to_more_bi
 
 
 def test_calibration_and_confirmation_are_different_works(tmp_path: Path) -> None:
-    assert CALIBRATION_TEXT != CONFIRMATION_TEXT
-    text = calibration_text(None)
-    assert len(text) > 50_000 and "Light" in text and "Elliot" not in text
+    text = read_text(MeasureOptions().text, CALIBRATION_TEXT)
+    assert len(text) > 50_000 and "Light" in text and "Elliot" not in text and "Elliot" in read_text(None)
     with pytest.raises(SkvError, match="no such file"):
-        calibration_text(tmp_path / "missing")
+        MeasureOptions(text=tmp_path / "missing")
 
 
 def test_the_confirmation_runs_the_allocation_and_its_rivals_once_each(
