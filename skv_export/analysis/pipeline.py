@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from skv_export.analysis.allocation import DEFAULT_CHOICES, allocate_bits, allocate_bits_optimal
 from skv_export.analysis.budget import (
@@ -21,16 +21,27 @@ from skv_export.analysis.budget import (
     check_positive,
 )
 from skv_export.analysis.card import room_for_cache
-from skv_export.analysis.confirmation import calibration_text, confirm
+from skv_export.analysis.confirmation import HeldOutText
 from skv_export.analysis.geometry import geometry
 from skv_export.analysis.norms import norms
-from skv_export.analysis.recommend import DEFAULTS, MEASURE, SCORES, confirmed, recommend, within_loss
+from skv_export.analysis.recommend import (
+    DEFAULTS,
+    ESTIMATE_MARGIN,
+    MEASURE,
+    SCORES,
+    confirmed,
+    divergence_of,
+    recommend,
+    within_held_out,
+    within_loss,
+)
 from skv_export.analysis.result import Allocation, Analysis, Recommendation
 from skv_export.analysis.scores import LayerAnalysis, compare, find_flags
-from skv_export.checkpoints.attention_weights import AttentionReader
+from skv_export.checkpoints.attention_weights import AttentionConfig, AttentionReader, AttentionWeights
 from skv_export.checkpoints.checkpoint import Checkpoint, Source
 from skv_export.checkpoints.purpose import check_purpose
 from skv_export.errors import SkvError
+from skv_export.evaluation.text import CALIBRATION_TEXT, read_text
 from skv_export.spec.recipe import LayerConfig
 
 if TYPE_CHECKING:
@@ -49,7 +60,6 @@ __all__ = [
 ]
 
 Progress = Callable[[str, int, int], None]
-_BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -127,7 +137,7 @@ class MeasureOptions:
         check_count("windows", self.windows, MAX_CONTEXT)
         check_count("window", self.window, MAX_CONTEXT, 64)
         check_count("confirm_windows", self.confirm_windows, MAX_CONTEXT, 0)
-        calibration_text(self.text)
+        read_text(self.text, CALIBRATION_TEXT)
 
     def placement(self) -> Placement:
         """Returns device and number format, checked."""
@@ -186,13 +196,27 @@ def analyze(
     cache = _limited(cache, target, opened)
     layers = _read(reader, cache.base, progress)
     measurement = _measure(opened.source, cache, measure, progress) if measure else None
-    if target.max_loss is not None:
-        cache = replace(cache, limit=within_loss(cache, layers, target.max_loss, measurement))
-    scores = compare(layers, cache, optimal, measurement)
-    flags = find_flags(layers, scores)
-    found = recommend(decides, layers, cache, scores, flags, measurement)
+
+    def recommended(limited: CacheBudget) -> Recommendation:
+        scores = compare(layers, limited, optimal, measurement)
+        return recommend(decides, layers, limited, scores, find_flags(layers, scores), measurement)
+
+    def within(loss: float) -> tuple[CacheBudget, Recommendation]:
+        limited = replace(cache, limit=within_loss(cache, layers, loss, measurement))
+        return limited, recommended(limited)
+
     if measure and decides == MEASURE and measure.confirm_windows:
-        found = confirmed(found, confirm(opened.source, cache, found, measure, progress))
+        held_out = HeldOutText(opened.source, cache, measure, progress)
+        if target.max_loss is not None:
+            cache, found = within_held_out(target.max_loss, within, held_out.judge)
+        else:
+            found = recommended(cache)
+            found = confirmed(found, held_out.judge(cache, found))
+    elif target.max_loss is not None:
+        cache, found = within(divergence_of(target.max_loss) / (ESTIMATE_MARGIN if measurement else 1.0))
+    else:
+        found = recommended(cache)
+    scores = compare(layers, cache, optimal, measurement)
     return Analysis(
         source=opened.source,
         model=_name(opened),
@@ -202,7 +226,7 @@ def analyze(
         budget=cache,
         layers=layers,
         scores=scores,
-        flags=flags,
+        flags=find_flags(layers, scores),
         recommendation=found,
         measurement=measurement,
     )
@@ -215,6 +239,8 @@ def _limited(cache: CacheBudget, target: Target, opened: Checkpoint) -> CacheBud
     limited = cache.limited(target.budget, memory)
     if target.max_loss is None:
         limited.check()
+    else:
+        divergence_of(target.max_loss)  # a share that is none is found out before anything runs
     return limited
 
 
@@ -226,27 +252,27 @@ def _name(opened: Checkpoint) -> str:
 
 
 def _read(reader: AttentionReader, base: LayerConfig, progress: Progress | None) -> tuple[LayerAnalysis, ...]:
-    """Reads layer by layer; one layer's projections stand in memory at a time."""
-    layers = []
-    for index in range(reader.config.num_hidden_layers):
-        layers.append(_read_layer(reader, index, base))
-        if progress:
-            progress("reading layers", index + 1, reader.config.num_hidden_layers)
+    """Reads layer by layer, the next one while one is computed; no others stand in memory."""
+    layers, count = [], reader.config.num_hidden_layers
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(reader.layer, 0)
+        for index in range(count):
+            weights = _widened(coming.result())
+            if index + 1 < count:
+                coming = ahead.submit(reader.layer, index + 1)
+            layers.append(_analyze_layer(weights, reader.config, base))
+            if progress:
+                progress("reading layers", index + 1, count)
     return tuple(layers)
 
 
-def _read_layer(reader: AttentionReader, index: int, base: LayerConfig) -> LayerAnalysis:
-    config, raw = reader.config, reader.layer(index)
+def _widened(raw: AttentionWeights) -> AttentionWeights:
+    q, k, v = (np.asarray(part, np.float32) for part in (raw.q, raw.k, raw.v))
+    return replace(raw, q=q, k=k, v=v)
 
-    def widen(part: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """float32 by blocks of rows, so that the mapped pages of the file never stand in memory all at once."""
-        wide = np.empty(part.shape, np.float32)
-        for start in range(0, len(part), _BLOCK_ROWS):
-            wide[start : start + _BLOCK_ROWS] = part[start : start + _BLOCK_ROWS]
-            reader.checkpoint.release(raw.names)
-        return wide
 
-    weights = replace(raw, q=widen(raw.q), k=widen(raw.k), v=widen(raw.v))
+def _analyze_layer(weights: AttentionWeights, config: AttentionConfig, base: LayerConfig) -> LayerAnalysis:
+    index = weights.index
     q = norms(weights.q, config.num_attention_heads, f"layer {index}: query projection")
     k = norms(weights.k, config.num_key_value_heads, f"layer {index}: key projection")
     v = norms(weights.v, config.num_key_value_heads, f"layer {index}: value projection")
@@ -259,7 +285,7 @@ def _measure(source: Source, cache: CacheBudget, options: MeasureOptions, progre
 
     return measure(
         source,
-        calibration_text(options.text),
+        read_text(options.text, CALIBRATION_TEXT),
         base=cache.base,
         choices=cache.choices,
         windows=options.windows,

@@ -51,6 +51,8 @@ def _patch_scores(module: Any, attend: Attend, scaling: float, window: int = 0) 
     """Replaces ``_attn(query, key, value, attention_mask)``, which returns ``[B, N, S, D]`` and the weights."""
 
     def attn(query: Any, key: Any, value: Any, attention_mask: Any = None) -> tuple[torch.Tensor, None]:
+        # CodeGen's RoPE is in float32 whatever the model's format is.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         output, _ = attend(module, query, key, value, attention_mask, scaling=scaling, sliding_window=window)
         return output.transpose(1, 2), None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,7 @@ from skv_export.checkpoints.tensor_files import LocalFile, RemoteFile, TensorEnt
 from skv_export.errors import SkvError
 from skv_export.paths import looks_like_path, to_path
 
+logger = logging.getLogger(__name__)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -114,6 +116,7 @@ def resolve(
     if validate:
         opened = Checkpoint(source)
         check_claims(opened.config_if_any(), opened.entries, str(source))
+        logger.info("%s: %s, %d tensors", source, source.kind, len(opened.entries))
     return source
 
 

@@ -58,6 +58,7 @@ class CandidateResult:
         kld_max: Largest.
         top1_agreement: Share of positions where both models' most likely token is the same.
         ppl_change_by_position: Percent, for equal parts of the window from its start to its end.
+        kld_by_part: Mean KL divergence of those parts, window after window: what two rows are compared by in pairs.
         windows: Windows measured.
         positions: Predictions scored.
     """
@@ -75,6 +76,7 @@ class CandidateResult:
     kld_max: float
     top1_agreement: float
     ppl_change_by_position: list[float]
+    kld_by_part: list[float]
     windows: int
     positions: int
 
@@ -283,6 +285,7 @@ def _result(candidate: Candidate, windows: list[_Window]) -> CandidateResult:
         kld_max=float(divergence.max()),
         top1_agreement=float(np.mean([w.agreement for w in windows])),
         ppl_change_by_position=[100 * math.expm1(change[:, part].mean()) for part in parts],
+        kld_by_part=[float(window[part].mean()) for window in divergence for part in parts],
         windows=len(windows),
         positions=divergence.size,
     )

@@ -13,17 +13,20 @@ from skv_export.errors import SkvError
 from skv_export.paths import to_path
 
 SHIPPED_TEXT = "persuasion.txt"
+CALIBRATION_TEXT = "opticks.txt"
+"""Two different works, both shipped: the first only judges, the second is what options and constants may be fitted to.
+"""
 MAX_TEXT_BYTES = 64 << 20
 
 
-def read_text(path: Path | str | None) -> str:
-    """Reads the text to measure on; the shipped one if not given.
+def read_text(path: Path | str | None, shipped: str = SHIPPED_TEXT) -> str:
+    """Reads the text to measure on; a shipped one if not given.
 
     Raises:
         SkvError: Missing, no regular file, too large, empty, or not UTF-8.
     """
     if path is None:
-        return (resources.files("skv_export") / "data" / SHIPPED_TEXT).read_text(encoding="utf-8")
+        return (resources.files("skv_export") / "data" / shipped).read_text(encoding="utf-8")
     path = to_path(path, "text")
     if not path.is_file():
         raise SkvError(f"text {path}: " + ("not a regular file" if path.exists() else "no such file"))

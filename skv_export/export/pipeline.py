@@ -6,6 +6,7 @@ are those that the traced graph will have. ``export_model`` reads the weights an
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import onnx_ir as ir
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
+from skv_export.calibration.file import Calibration
 from skv_export.checkpoints.checkpoint import Source, resolve
 from skv_export.checkpoints.model_config import load_config
 from skv_export.checkpoints.pretrained import DTYPES, download
@@ -41,6 +43,7 @@ from skv_export.model_folder.writer import (
 from skv_export.native.library import library_path
 from skv_export.paths import to_path
 from skv_export.progress import Progress as Shown
+from skv_export.spec.key_basis import can_be_calibrated
 from skv_export.spec.recipe import Recipe, as_recipe
 
 PHASES = {"reading the configuration": 0.0, "opening the weights": 0.1, "building the graph": 0.15, "writing": 0.5}
@@ -56,6 +59,7 @@ def plan(
     *,
     as_causal_lm: bool = False,
     adapter: str | Path | None = None,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """Plans an export: what it would write. Reads the configuration and the files' headers, and no weights.
 
@@ -64,12 +68,35 @@ def plan(
         recipe: The options; the defaults if not given.
         as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
         adapter: Folder of a LoRA adapter to merge into the weights.
+        calibration: Of keys; whether it is this checkpoint's is seen when the weights are there.
 
     Raises:
         SkvError: The checkpoint, its architecture or the recipe can't be used; the message says why.
     """
     resolved = resolve(source, adapter=adapter)
-    return _plan(resolved, as_recipe(recipe), as_causal_lm)[0]
+    planned = _plan(resolved, as_recipe(recipe), as_causal_lm)[0]
+    return _calibrated(planned, calibration)[0]
+
+
+def _calibrated(planned: Plan, calibration: Calibration | None) -> tuple[Plan, Calibration | None]:
+    """The plan with a calibration, and what of that its layers can have."""
+    if calibration is None:
+        return planned, None
+    bases = {}
+    for index, basis in calibration.bases.items():
+        if index >= len(planned.layers):
+            raise SkvError("calibration: layer", got=index, expected=f"one of the model's {len(planned.layers)}")
+        layer = planned.layers[index]
+        if can_be_calibrated(layer.layouts[0]):
+            basis.check(layer.layouts[0], layer.params.kv_num_heads)
+            bases[index] = basis
+    if not bases:
+        raise SkvError(
+            "calibration: the recipe has no layer for it",
+            expected="keys of fewer than 16 bits, granularity channel, rotation none",
+            fix="Leave --calibration out, or choose another recipe.",
+        )
+    return dataclasses.replace(planned, calibrated=frozenset(bases)), dataclasses.replace(calibration, bases=bases)
 
 
 def _plan(source: Source, recipe: Recipe, as_causal_lm: bool) -> tuple[Plan, EmptyModel]:
@@ -132,6 +159,7 @@ def export_model(
     all_logits: bool = False,
     as_causal_lm: bool = False,
     adapter: str | Path | None = None,
+    calibration: Calibration | str | Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Exports a checkpoint.
@@ -144,6 +172,7 @@ def export_model(
         all_logits: Return the logits of every position, for evaluation.
         as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
         adapter: Folder of a LoRA adapter to merge into the weights.
+        calibration: Of keys: what ``skv-export calibrate`` wrote for this checkpoint.
         progress: Told of each phase; a bar on standard error if not given.
 
     Returns:
@@ -154,6 +183,8 @@ def export_model(
     """
     target = to_path(out, "out")
     check_target(target, force=force)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        calibration = Calibration.load(calibration)
     chosen, resolved = as_recipe(recipe), resolve(source, adapter=adapter)
     library_path()  # it goes into the folder: better none is written than one without it
     with Shown() as shown:
@@ -161,17 +192,20 @@ def export_model(
         phases.start("reading the configuration")
         before = Snapshot.take(resolved)
         planned, model = _plan(resolved, chosen, as_causal_lm)
+        planned, constants = _calibrated(planned, calibration)
         with output_folder(target, planned.weight_bytes, force=force) as folder:
             phases.start("opening the weights")
             local = download(resolved)
             before = before if resolved.path else Snapshot.take(local)
+            if constants is not None:
+                constants.check(local)
             write_tokenizer(local, folder)  # before the weights: what is wrong with it shows at once
             ours = _model_config(planned, model.model.config, generation_config(local, model.model.config), all_logits)
             weights = Weights(local, model.model)
             phases.start("building the graph")
             graph = _build(planned, model, weights, all_logits)
             phases.start("writing")
-            save(graph, folder, phases.advance)
+            save(graph, folder, phases.advance, constants)
             _write_beside(folder, planned, local, model.model.config, ours)
             before.check()
         phases.done()
@@ -270,7 +304,7 @@ def _model_config(
             "sha256": digest(source, config),
             **({"adapter": source.adapter.resolve().name} if source.adapter else {}),
         },
-        layers=tuple(map(LayerCache.of, planned.layers)),
+        layers=tuple(LayerCache.of(layer, i in planned.calibrated) for i, layer in enumerate(planned.layers)),
     )
 
 

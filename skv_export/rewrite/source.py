@@ -18,7 +18,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from skv_export.checkpoints.checkpoint import refuse_exported
 from skv_export.errors import SkvError
-from skv_export.model_folder.names import GENAI_CONFIG_FILE, MODEL_FILE
+from skv_export.model_folder.names import CHAT_TEMPLATES_FOLDER, GENAI_CONFIG_FILE, MODEL_FILE
 from skv_export.model_folder.skv_config import read_json
 from skv_export.paths import to_path
 
@@ -37,6 +37,7 @@ COMPANIONS = (
     "spiece.model",
     "sentencepiece.bpe.model",
     "chat_template*",
+    f"{CHAT_TEMPLATES_FOLDER}/*.jinja",
     "preprocessor_config.json",
     "LICENSE*",
     "NOTICE*",

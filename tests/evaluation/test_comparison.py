@@ -103,6 +103,8 @@ def test_sixteen_bits_lose_nothing_and_fewer_bits_lose_more(loaded: tuple[Any, A
         assert row.kld_mean <= row.kld_p99 * 50 and row.kld_p99 <= row.kld_max
         assert row.positions == 3 * 159 and row.windows == 3 and row.ppl_stderr_percent > 0
         assert len(row.ppl_change_by_position) == comparison.POSITION_BUCKETS
+        assert len(row.kld_by_part) == 3 * comparison.POSITION_BUCKETS
+        assert sum(row.kld_by_part) / len(row.kld_by_part) == pytest.approx(row.kld_mean, rel=0.02)  # uneven parts
     layouts = CacheLayout.pair(SMALL.with_options(k_bits=4, v_bits=4).default, 64)
     bits = sum(layout.effective_bits(comparison.BITS_CONTEXT) for layout in layouts) / 2
     assert rows[2].effective_bits == pytest.approx(bits)
@@ -234,7 +236,8 @@ def test_names_become_candidates(tmp_path: Path) -> None:
 
 def row(name: str, bits: float, loss: float) -> CandidateResult:
     values: dict[str, Any] = {f.name: 1.0 for f in dataclasses.fields(CandidateResult)} | {
-        "ppl_change_by_position": [0.5, 1.0]
+        "ppl_change_by_position": [0.5, 1.0],
+        "kld_by_part": [loss] * 2,
     }
     return CandidateResult(
         **{**values, "name": name, "note": "", "effective_bits": bits, "kld_mean": loss, "windows": 1}
