@@ -188,7 +188,8 @@ def load_untouched(source: Source, placement: Placement | None = None) -> PreTra
         return load_model(source, placement=placement)
     if source.adapter is not None and (source.adapter == source.path or not importlib.util.find_spec("peft")):
         return load_model(source, placement=placement)
-    arguments: dict[str, Any] = {"dtype": placement.torch_dtype, "use_safetensors": True}
+    # Not mapped: where a mapped file becomes shorter, the process is killed.
+    arguments: dict[str, Any] = {"dtype": placement.torch_dtype, "use_safetensors": True, "disable_mmap": True}
     if placement.device_map is not None or placement.device != "cpu":
         arguments["device_map"] = placement.device_map or {"": placement.device}
     try:
