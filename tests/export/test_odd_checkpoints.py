@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from skv_export.checkpoints.purpose import check_purpose
 from skv_export.cli.main import main
@@ -79,6 +80,8 @@ def test_what_is_no_language_model_is_exported_only_when_asked(kind: Any, tmp_pa
 
 
 def test_language_models_by_all_their_names() -> None:
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        check_purpose("llama", [name] if isinstance(name, str) else list(name))
     for names in (None, [], ["LlamaForCausalLM"], ["GPT2LMHeadModel"], ["Gemma3ForConditionalGeneration"]):
         check_purpose("llama", names)
 
