@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from skv_export.checkpoints.checkpoint import Source, resolve
+from skv_export.checkpoints.checkpoint import Checkpoint, Source, resolve
 from skv_export.checkpoints.model_config import load_config
 from skv_export.checkpoints.pretrained import DTYPES, download
 from skv_export.checkpoints.purpose import check_purpose
@@ -27,6 +27,8 @@ from skv_export.export.empty_model import EmptyModel
 from skv_export.export.supported import check_config, check_windows, context_length
 from skv_export.export.to_onnx import build, save
 from skv_export.export.weight_quantization import stored_bytes
+from skv_export.model_folder.card import licence_of
+from skv_export.model_folder.labels import label_model, label_nodes
 from skv_export.model_folder.names import TOKEN_INPUTS
 from skv_export.model_folder.output import check_target, output_folder
 from skv_export.model_folder.plan import Plan
@@ -158,8 +160,11 @@ def export_model(
             phases.start("building the graph")
             graph = _build(planned, model, weights, all_logits)
             phases.start("writing")
+            ours, generation = _configs(planned, local, model.model.config, all_logits)
+            label_nodes(graph.graph)
+            label_model(graph, ours, chosen)
             save(graph, folder, phases.advance)
-            _write_beside(folder, planned, local, model.model.config, all_logits)
+            _write_beside(folder, planned, local, model.model.config, generation, ours)
             before.check()
         phases.done()
     return target
@@ -221,17 +226,32 @@ def _trace(planned: Plan, model: EmptyModel, traced: Sequence[int], all_logits: 
         return torch.export.export(decoder, inputs, dynamic_shapes=shapes, strict=False)
 
 
-def _write_beside(folder: Path, planned: Plan, local: Source, config: PreTrainedConfig, all_logits: bool) -> None:
-    """Writes every file but the graph and its weights; ``local`` is the source on this disk."""
+def _configs(
+    planned: Plan, local: Source, config: PreTrainedConfig, all_logits: bool
+) -> tuple[ModelConfig, GenerationConfig]:
+    """What ``skv_config.json`` and ``generation_config.json`` will say; ``local`` is the source on this disk."""
     generation = generation_config(local, config)
+    return _model_config(planned, config, generation, all_logits), generation
+
+
+def _write_beside(
+    folder: Path,
+    planned: Plan,
+    local: Source,
+    config: PreTrainedConfig,
+    generation: GenerationConfig,
+    ours: ModelConfig,
+) -> None:
+    """Writes every file but the graph and its weights; ``local`` is the source on this disk."""
     generation.save_pretrained(folder)
     config.save_pretrained(folder)
     given = {
         name: getattr(generation, name) for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
     }
     base = {"search": {name: value for name, value in given.items() if value is not None}}
-    ours = _model_config(planned, config, generation, all_logits)
-    write_configs(folder, planned.recipe, ours, int(config.hidden_size), TOKEN_INPUTS, base)
+    metadata = Checkpoint(local).gguf_metadata if local.kind == "gguf" else None
+    licence = licence_of(None if local.kind == "gguf" else local.path, metadata)
+    write_configs(folder, planned.recipe, ours, int(config.hidden_size), TOKEN_INPUTS, base, licence=licence)
 
 
 def _model_config(
