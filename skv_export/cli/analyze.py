@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -123,7 +124,13 @@ def run(
         given["memory"], weights = card_memory(gpu), weights or "fp16"
     asked = given.pop("measure")
     measuring = {name: given.pop(name) for name in MEASURE_OPTIONS if name in given}
-    measure: MeasureOptions | None = MeasureOptions(**measuring)
+    if given.get("score") == "measure":
+        if asked is False:
+            raise SkvError("--score measure", got="--no-measure too", expected="one of them")
+        asked = True
+    measure: MeasureOptions | None = MeasureOptions(**measuring)  # checks, before any work
+    sizes = {**given, "memory": None if gpu else given["memory"], "weights": None if gpu else weights}
+    Target(**{field.name: sizes[field.name] for field in dataclasses.fields(Target) if field.name in sizes})
     if measuring.get("device", "cpu") != "cpu" or measuring.get("device_map"):
         MeasureOptions(**measuring).placement()  # a device that is not there is found out before any work
     room = 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from skv_export.cli.options import json_option, progress_options, say, write_json
+from skv_export.cli.options import PathOf, json_option, progress_options, say, write_json
 from skv_export.provenance import versions
 from skv_export.spec.recipe import BITS, LayerConfig
 
@@ -42,6 +42,7 @@ def bench_command() -> None:
 @click.option("--k-bits", default=4, show_default=True, type=click.Choice(BITS))
 @click.option("--v-bits", default=2, show_default=True, type=click.Choice(BITS))
 @click.option("--baseline", default="ort-gqa-fp32,ort-gqa-int8,ort-gqa-int4", show_default=True, help="Commas between.")
+@click.option("--calibrated", is_flag=True, help="Also with calibrated keys.")
 @click.option("--repetitions", default=30, show_default=True, type=click.IntRange(1))
 @_THREADS
 @_CLOCK
@@ -55,6 +56,7 @@ def attention(
     threads: int,
     clock: str,
     json_file: Path | None,
+    calibrated: bool,
     **shape: int,
 ) -> None:
     """Time one decode step of one layer's attention, in turns with ONNX Runtime's own GroupQueryAttention.
@@ -71,15 +73,16 @@ def attention(
         threads=threads,
         repetitions=repetitions,
         clock=clock,
+        calibrated=calibrated,
     )
     _print(attention.format_rows(rows), rows, noise.remark(rows), json_file)
 
 
 @bench_command.command("model")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PathOf("exported folder"))
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=PathOf("--against"),
     help="A folder of onnxruntime-genai's model builder, with weights of any kind.",
 )
 @click.option("--context", default="128,2048,7000", show_default=True, help="Prompt lengths, commas between.")

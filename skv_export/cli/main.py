@@ -18,6 +18,8 @@ from skv_export.cli.choice import Choice
 from skv_export.cli.guard import guarded
 from skv_export.cli.options import (
     DEBUG,
+    Number,
+    PathOf,
     debug_option,
     exported_model,
     json_option,
@@ -28,6 +30,7 @@ from skv_export.cli.options import (
 )
 from skv_export.cli.target import TARGET_OPTIONS, target_options
 from skv_export.errors import SkvError, did_you_mean
+from skv_export.paths import to_path
 from skv_export.spec.recipe import (
     BITS,
     DTYPES,
@@ -49,6 +52,7 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _LAZY = {
     "analyze": "skv_export.cli.analyze:analyze_command",
     "bench": "skv_export.cli.bench:bench_command",
+    "calibrate": "skv_export.cli.calibrate:calibrate_command",
     "chat": "skv_export.cli.chat:chat_command",
     "generate": "skv_export.cli.generate:generate_command",
     "quality": "skv_export.cli.quality:quality_command",
@@ -72,13 +76,21 @@ class _Group(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         first = args[0]
-        if self.get_command(ctx, first) is None and (Path(first).exists() or "/" in first):
+        if self.get_command(ctx, first) is None and ("/" in first or _exists(first)):
             args = ["model", *args]
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         with guarded(lambda: bool(ctx.meta.get(DEBUG))):
             return super().invoke(ctx)
+
+
+def _exists(name: str) -> bool:
+    """Whether there is a file or folder of this name; a mistyped command need not be one that could be."""
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False
 
 
 @click.group(cls=_Group, context_settings=_CONTEXT)
@@ -145,7 +157,7 @@ def _resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
     if recipe is None:
         base = Recipe()
     else:
-        path = Path(recipe)
+        path = to_path(recipe, "recipe")
         base = Recipe.load(path if path.exists() else shipped_recipes().get(recipe, path))
     return base.with_options(**options)
 
@@ -156,7 +168,10 @@ def _resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
 @click.option("--auto", is_flag=True, help="Bits per layer as `analyze` recommends; so do the flags from --budget on.")
 @target_options
 @click.option("--device", default="cpu", show_default=True, help="Where PyTorch's model runs that is measured.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: NAME-k4v2]")
+@click.option(
+    "--calibration", type=PathOf("--calibration"), help="What `calibrate` wrote for this checkpoint: keys lose less."
+)
+@click.option("--out", type=PathOf("--out"), help="Folder to write.  [default: NAME-k4v2]")
 @click.option("--force", is_flag=True, help="Replace the folder if it exists.")
 @click.option(
     "--all-logits", is_flag=True, help="Logits of every position, for evaluation; default: of the last token."
@@ -170,6 +185,7 @@ def model(
     checkpoint: str | None,
     recipe: str | None,
     auto: bool,
+    calibration: Path | None,
     out: Path | None,
     force: bool,
     all_logits: bool,
@@ -190,6 +206,7 @@ def model(
     skv-export model ./Qwen3-0.6B --budget 3.25          # or --auto, --gpu rtx4090 --context 128k, --max-loss 0.5%
     skv-export model model.gguf --k-bits 8 --v-bits 4 --dtype fp16
     skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --weights int4
+    skv-export model ./Qwen3-0.6B --k-bits 3 --v-bits 2 --calibration calibration.safetensors
     skv-export model genai-folder/model.onnx --k-bits 4 --v-bits 4
     """
     from skv_export.model_folder.output import check_target
@@ -203,11 +220,15 @@ def model(
     folder = out or Path(default_name(source, bits))
     if not dry_run:
         check_target(folder, force=force)
+    from skv_export.calibration.file import Calibration
     from skv_export.export import pipeline as export
     from skv_export.rewrite import pipeline as rewrite
     from skv_export.rewrite.source import is_onnx
 
     rewriting = is_onnx(source)
+    if rewriting and calibration is not None:
+        raise SkvError("--calibration", got="an ONNX model", fix="Export the checkpoint itself, or leave it out.")
+    calibrated = None if calibration is None else Calibration.load(calibration)
     if asked:
         resolved = _recommended(source, resolved, options, target, as_causal_lm, json_file)
     elif target["context"] is not None or target["measure"] is not None:
@@ -221,7 +242,7 @@ def model(
     if rewriting:
         plan: Any = rewrite.plan(source, resolved)
     else:
-        plan = export.plan(source, resolved, as_causal_lm=as_causal_lm)
+        plan = export.plan(source, resolved, as_causal_lm=as_causal_lm, calibration=calibrated)
     say(plan.table(), json_file)
     if json_file:
         write_json(json_file, plan.to_dict())
@@ -231,7 +252,13 @@ def model(
         folder = rewrite.rewrite_model(source, out=folder, recipe=resolved, force=force, copy_weights=copy_weights)
     else:
         folder = export.export_model(
-            source, out=folder, recipe=resolved, force=force, all_logits=all_logits, as_causal_lm=as_causal_lm
+            source,
+            out=folder,
+            recipe=resolved,
+            force=force,
+            all_logits=all_logits,
+            as_causal_lm=as_causal_lm,
+            calibration=calibrated,
         )
     name = shlex.quote(f"./{folder}" if str(folder).startswith("-") else str(folder))
     written = f"\nWritten to {folder}. Next:\n  skv-export verify {name}\n  skv-export generate {name} --prompt ..."
@@ -240,7 +267,7 @@ def model(
 
 def default_name(source: str, bits: str) -> str:
     """The folder that `model` writes without --out: the checkpoint's whole name, dots included, and its bits."""
-    path = Path(source).expanduser()
+    path = to_path(source, "checkpoint")
     if path.is_dir():
         name = path.resolve().name
     else:
@@ -258,14 +285,14 @@ def default_name(source: str, bits: str) -> str:
     type=Choice(["op", "text", "graph", "quality"]),
     help="Only this level; may be given several times.  [default: all four]",
 )
-@click.option("--text", type=click.Path(path_type=Path), help="Text for all levels but op.  [default: shipped prose]")
+@click.option("--text", type=PathOf("--text"), help="Text for all levels but op.  [default: shipped prose]")
 @json_option("the report")
 @click.option("--windows", default=8, show_default=True, type=click.IntRange(1), help="Quality: windows of text.")
 @click.option("--window-tokens", default=1024, show_default=True, type=click.IntRange(16), help="Tokens of each.")
-@click.option("--max-ppl-increase", default=0.05, show_default=True, type=float, help="Quality: fails above it.")
-@click.option("--max-kld-mean", type=float, help="Quality: fails above it, in nats.")
-@click.option("--max-kld-p99", type=float, help="Quality: fails above it, in nats.")
-@click.option("--min-top1-agreement", type=click.FloatRange(0, 1), help="Quality: fails below it.")
+@click.option("--max-ppl-increase", default=0.05, show_default=True, type=Number(), help="Quality: fails above it.")
+@click.option("--max-kld-mean", type=Number(), help="Quality: fails above it, in nats.")
+@click.option("--max-kld-p99", type=Number(), help="Quality: fails above it, in nats.")
+@click.option("--min-top1-agreement", type=Number(0, 1), help="Quality: fails below it.")
 @click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @placement_options
 @progress_options
@@ -310,7 +337,7 @@ def verify(
 
 
 @main.command()
-@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.argument("folder", required=False, type=PathOf("exported folder"))
 @click.option("--library-path", is_flag=True, help="Print only where the native library is.")
 @json_option("the report")
 @debug_option
@@ -370,7 +397,8 @@ def _recommended(
         )
     from skv_export.cli import analyze
 
-    weights = recipe.weights or (recipe.dtype if target["gpu"] else None)
+    on_a_card = target["gpu"] or target["memory"]  # which the weights share with the cache
+    weights = (recipe.weights or recipe.dtype) if on_a_card else None
     found, _ = analyze.run(source, recipe.default, {**target, "weights": weights}, as_causal_lm=as_causal_lm)
     say(f"{analyze.summary(found)}\n", json_file)
     return found.to_recipe(recipe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,40 @@ DEBUG = "skv_export.debug"
 STDOUT = Path("-")
 """``--json -``: the figures go to standard output, and what is printed otherwise to standard error."""
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class Number(click.FloatRange):
+    """A finite number in a range: click's own ranges let a NaN pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Returns the number."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no finite number", param, ctx)
+        return number
+
+
+class PathOf(click.ParamType[Any]):
+    """A path, of which nothing but its name is checked while the command line is read.
+
+    Args:
+        what: What it is, for the message.
+    """
+
+    name = "path"
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Returns the path, ``~`` expanded.
+
+        Raises:
+            SkvError: No file system could hold such a name.
+        """
+        from skv_export.paths import to_path
+
+        return to_path(value, self._what)
 
 
 class OutputFile(click.ParamType[Any]):
@@ -133,15 +168,15 @@ def sampling_options(command: _Command) -> _Command:
     """Adds what commands that generate have in common: how tokens are chosen, when it ends, where it runs."""
     options = (
         click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1)),
-        click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0 = greedy."),
+        click.option("--temperature", default=0.0, show_default=True, type=Number(0), help="0 = greedy."),
         click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0 = all."),
-        click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True)),
+        click.option("--top-p", default=1.0, show_default=True, type=Number(0, 1, min_open=True)),
         click.option(
-            "--min-p", default=0.0, show_default=True, type=click.FloatRange(0, 1),
+            "--min-p", default=0.0, show_default=True, type=Number(0, 1),
             help="Only tokens at least this probable, measured by the most probable one.",
         ),
         click.option(
-            "--repetition-penalty", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True),
+            "--repetition-penalty", default=1.0, show_default=True, type=Number(0, min_open=True),
             help="Above 1: what is there already becomes less likely.",
         ),
         click.option("--seed", default=0, show_default=True, type=click.IntRange(0)),

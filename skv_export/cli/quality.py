@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from skv_export.cli.options import OutputFile, json_option, placement_options, progress_options, say, write_json
+from skv_export.cli.options import (
+    OutputFile,
+    PathOf,
+    json_option,
+    placement_options,
+    progress_options,
+    say,
+    write_json,
+)
 from skv_export.progress import Progress
 from skv_export.spec.recipe import LayerConfig, Recipe
 
@@ -15,7 +23,7 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 
 @click.command("quality")
 @click.argument("checkpoint", required=False)
-@click.option("--text", type=click.Path(path_type=Path), help="Text to predict, UTF-8.  [default: shipped prose]")
+@click.option("--text", type=PathOf("--text"), help="Text to predict, UTF-8.  [default: shipped prose]")
 @click.option(
     "--configs",
     default=DEFAULT_CONFIGS,
@@ -26,6 +34,9 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
     "--baselines",
     default="",
     help="Other systems' caches in the same run: kivi, hf-quanto, hf-hqq; or with bits: kivi-k4v2, hf-hqq-8.",
+)
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), help="What `calibrate` wrote: recipes with it, beside without."
 )
 @click.option("--windows", default=16, show_default=True, type=click.IntRange(1), help="Windows of text.")
 @click.option("--window", default=1024, show_default=True, type=click.IntRange(64), help="Tokens per window.")
@@ -43,6 +54,7 @@ def quality_command(
     text: Path | None,
     configs: str,
     baselines: str,
+    calibration: Path | None,
     windows: int,
     window: int,
     recent_tokens: int | None,
@@ -64,9 +76,11 @@ def quality_command(
     \b
     skv-export quality ./Qwen3-0.6B --configs K4V4,K4V2,K3V3 --text book.txt
     skv-export quality ./Qwen3-0.6B --configs 'recipes/*.toml' --baselines kivi,hf-quanto --report quality.html
+    skv-export quality ./Qwen3-0.6B --configs K3V2,K2V2 --calibration calibration.safetensors
     """
+    from skv_export.calibration.file import Calibration
     from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
-    from skv_export.checkpoints.pretrained import Placement
+    from skv_export.checkpoints.pretrained import Placement, download
     from skv_export.evaluation import candidates, comparison, needle
     from skv_export.evaluation.html_report import html
     from skv_export.evaluation.text import read_text
@@ -74,10 +88,15 @@ def quality_command(
 
     placement = Placement(device, dtype, device_map)
     base = Recipe(LayerConfig()).with_options(recent_tokens=recent_tokens, num_sink_tokens=num_sink_tokens)
-    wanted = [*candidates.parse_configs(configs, base), *candidates.parse_baselines(baselines)]
+    calibrated = None if calibration is None else Calibration.load(calibration)
+    bases = None if calibrated is None else calibrated.bases
+    wanted = [*candidates.parse_configs(configs, base, bases), *candidates.parse_baselines(baselines)]
+    candidates.check_names(wanted)
     lengths = needle.parse_lengths(needle_lengths)
-    source = resolve(checkpoint or demo_checkpoint())
     prose = read_text(text)
+    source = resolve(checkpoint or demo_checkpoint())
+    if calibrated is not None:
+        calibrated.check(download(source))
     with Progress() as shown:
 
         def progress(name: str, done: int, total: int) -> None:

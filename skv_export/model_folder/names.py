@@ -7,6 +7,8 @@ from skv_export.native.library import FILE_NAME
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 """The graph's weights, as external data."""
+CALIBRATION_FILE = "calibration.safetensors"
+"""Constants of calibrated keys, to which the graph refers; only in folders that have them."""
 SKV_CONFIG_FILE = "skv_config.json"
 GENAI_CONFIG_FILE = "genai_config.json"
 RECIPE_FILE = "recipe.toml"

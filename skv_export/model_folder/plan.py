@@ -29,6 +29,7 @@ class Plan:
         layers: Attention of each layer, as the graph will have it.
         weight_bytes: Size of the weights as the recipe wants them, tied ones once.
         context_length: Tokens that the model can attend to.
+        calibrated: Layers whose keys are calibrated.
     """
 
     source: Source
@@ -37,6 +38,7 @@ class Plan:
     layers: tuple[LayerAttention, ...]
     weight_bytes: int
     context_length: int
+    calibrated: frozenset[int] = frozenset()
 
     def cache_bytes(self, length: int) -> int:
         """Returns the bytes that the cache of one sequence of ``length`` tokens takes."""
@@ -124,9 +126,10 @@ class Plan:
             key, value = layer.layouts
             params = layer.params
             window = f", window {params.local_window_size}" if params.local_window_size else ""
+            form = f"{key.granularity}, calibrated" if i in self.calibrated else key.granularity
             text = (
                 f"K{key.bits}V{value.bits}, {params.num_heads} query heads on {params.kv_num_heads}, "
-                f"head_dim {key.head_dim}{window}, keys per {key.granularity}, values per {value.granularity}, "
+                f"head_dim {key.head_dim}{window}, keys per {form}, values per {value.granularity}, "
                 f"first {key.num_sink_tokens} and last {key.recent_tokens} tokens exact"
             )
             if rows and rows[-1][2] == text:

@@ -15,6 +15,7 @@ from skv_export import __version__
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import RECIPE_FILE, SKV_CONFIG_FILE
 from skv_export.paths import to_path
+from skv_export.spec.key_basis import can_be_calibrated
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.op import LayerAttention
 from skv_export.spec.recipe import LayerConfig, Recipe
@@ -38,6 +39,7 @@ class LayerCache:
         local_window_size: Tokens a query sees, itself included; 0 = all.
         key: Layout of the keys.
         value: Layout of the values.
+        calibrated: Whether tiles of keys have a basis of their own; ``CALIBRATION_FILE`` holds it.
     """
 
     num_attention_heads: int
@@ -45,12 +47,13 @@ class LayerCache:
     local_window_size: int
     key: CacheLayout
     value: CacheLayout
+    calibrated: bool = False
 
     @classmethod
-    def of(cls, layer: LayerAttention) -> LayerCache:
+    def of(cls, layer: LayerAttention, calibrated: bool = False) -> LayerCache:
         """Returns the cache of a layer's attention."""
         params = layer.params
-        return cls(params.num_heads, params.kv_num_heads, params.local_window_size, *layer.layouts)
+        return cls(params.num_heads, params.kv_num_heads, params.local_window_size, *layer.layouts, calibrated)
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,11 @@ def _layer_cache(values: Mapping[str, Any]) -> LayerCache:
     if heads % kv_heads:
         raise ValueError(f"{heads} attention heads on {kv_heads} key-value heads")
     window = _number(values, "local_window_size", 0, MAX_CONTEXT)
-    return LayerCache(heads, kv_heads, window, *(_layout(values[name], name, window) for name in ("key", "value")))
+    key, value = (_layout(values[name], name, window) for name in ("key", "value"))
+    calibrated = values.get("calibrated", False)
+    if type(calibrated) is not bool or (calibrated and not can_be_calibrated(key)):
+        raise ValueError(f"calibrated is {str(calibrated)[:50]}, of keys that can't be")
+    return LayerCache(heads, kv_heads, window, key, value, calibrated)
 
 
 def layout_entry(layout: CacheLayout) -> dict[str, Any]:

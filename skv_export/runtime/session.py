@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from skv_export.calibration.file import Calibration
 from skv_export.errors import SkvError
+from skv_export.model_folder.names import CALIBRATION_FILE
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import load_library
 from skv_export.paths import to_path
@@ -21,6 +23,7 @@ from skv_export.runtime.cache import Cache
 from skv_export.runtime.graph import Graph, Int64, Logits
 from skv_export.runtime.prompts import chat_prompt, load_tokenizer
 from skv_export.runtime.sampling import Sampler, Sampling
+from skv_export.spec.key_basis import KeyBasis
 
 MAX_THREADS = 1024
 Observer = Callable[[Logits, Int64], object]
@@ -105,7 +108,26 @@ class Session:
             raise SkvError(
                 "max_length", got=wanted, expected=f"1 ... {self.config.context_length}, the model's context"
             )
-        return Cache(self.onnx, self.config.layers, batch, wanted, self.execution_provider, self.library)
+        bases = lambda: self.bases  # noqa: E731
+        return Cache(self.onnx, self.config.layers, batch, wanted, self.execution_provider, self.library, bases)
+
+    @cached_property
+    def bases(self) -> Mapping[int, KeyBasis]:
+        """Constants of calibrated keys, by layer.
+
+        Raises:
+            SkvError: The folder's file of them is missing or damaged, or lacks a layer.
+        """
+        calibrated = [i for i, layer in enumerate(self.config.layers) if layer.calibrated]
+        if not calibrated:
+            return {}
+        path = self.folder / CALIBRATION_FILE
+        bases = Calibration.load(path).bases
+        for i in calibrated:
+            if i not in bases:
+                raise SkvError(f"{path}: layer {i} is missing", fix="Export the model again.")
+            bases[i].check(self.config.layers[i].key, self.config.layers[i].num_key_value_heads)
+        return {i: bases[i] for i in calibrated}
 
     def run(
         self,

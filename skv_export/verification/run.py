@@ -22,6 +22,7 @@ from skv_export.checkpoints.checkpoint import Source, demo_checkpoint, resolve
 from skv_export.errors import SkvError
 from skv_export.evaluation.text import cut_windows, read_text
 from skv_export.model_folder.skv_config import ModelConfig, describe
+from skv_export.paths import to_path
 from skv_export.provenance import versions
 from skv_export.runtime.prompts import load_tokenizer
 from skv_export.verification.op_level import OpResult, check_op
@@ -184,7 +185,7 @@ def verify(
     unknown = sorted(set(levels) - set(LEVELS))
     if unknown or not levels:
         raise SkvError("verify: level", got=", ".join(unknown) or "none", expected=", ".join(LEVELS))
-    folder = Path(folder)
+    prose, folder = read_text(text), to_path(folder, "exported folder")
     config = ModelConfig.load(folder)
     report = Report(folder, thresholds=_thresholds(thresholds, tolerance or config.dtype, levels))
     op_only = set(levels) == {"op"}
@@ -194,9 +195,7 @@ def verify(
         report = dataclasses.replace(report, op=check_op(execution_provider=execution_provider))
     if op_only:
         return report
-    work = _Levels(
-        report, config, levels, read_text(text), execution_provider, windows, window_tokens, tolerance, thresholds
-    )
+    work = _Levels(report, config, levels, prose, execution_provider, windows, window_tokens, tolerance, thresholds)
     if placement is None:
         assert graph is not None
         return work.against_graph(graph)
