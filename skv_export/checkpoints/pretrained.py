@@ -35,7 +35,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Number formats by the names that recipes and the command line use."""
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """accelerate's ways of spreading a model over GPUs, memory and disk."""
-_DOWNLOADED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+_DOWNLOADED = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md")
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
 """What transformers raises for a checkpoint that it can't read."""
 

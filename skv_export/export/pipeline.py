@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from skv_export.calibration.file import Calibration
-from skv_export.checkpoints.checkpoint import Source, resolve
+from skv_export.checkpoints.checkpoint import Checkpoint, Source, resolve
 from skv_export.checkpoints.model_config import load_config
 from skv_export.checkpoints.pretrained import DTYPES, download
 from skv_export.checkpoints.purpose import check_purpose
@@ -30,6 +30,8 @@ from skv_export.export.empty_model import EmptyModel
 from skv_export.export.supported import check_config, check_windows, context_length
 from skv_export.export.to_onnx import build, save
 from skv_export.export.weight_quantization import stored_bytes
+from skv_export.model_folder.card import licence_of
+from skv_export.model_folder.labels import label_model, label_nodes
 from skv_export.model_folder.names import TOKEN_INPUTS
 from skv_export.model_folder.output import check_target, output_folder
 from skv_export.model_folder.plan import Plan
@@ -205,6 +207,8 @@ def export_model(
             phases.start("building the graph")
             graph = _build(planned, model, weights, all_logits)
             phases.start("writing")
+            label_nodes(graph.graph)
+            label_model(graph, ours, chosen)
             save(graph, folder, phases.advance, constants)
             _write_beside(folder, planned, local, model.model.config, ours)
             before.check()
@@ -277,7 +281,9 @@ def _write_beside(folder: Path, planned: Plan, local: Source, config: PreTrained
         name: getattr(generation, name) for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
     }
     base = {"search": {name: value for name, value in given.items() if value is not None}}
-    write_configs(folder, planned.recipe, ours, int(config.hidden_size), TOKEN_INPUTS, base)
+    metadata = Checkpoint(local).gguf_metadata if local.kind == "gguf" else None
+    licence = licence_of(None if local.kind == "gguf" else local.path, metadata)
+    write_configs(folder, planned.recipe, ours, int(config.hidden_size), TOKEN_INPUTS, base, licence=licence)
 
 
 def _model_config(
