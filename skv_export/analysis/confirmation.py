@@ -12,6 +12,7 @@ from skv_export.analysis.budget import CacheBudget, Pair
 from skv_export.analysis.result import Allocation, Confirmation, HeldOut, Recommendation
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.errors import SkvError
+from skv_export.evaluation.text import read_text
 from skv_export.spec.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -27,13 +28,9 @@ def calibration_text(path: Path | str | None) -> str:
     """Returns the text to measure on: a file's, or the shipped one.
 
     Raises:
-        SkvError: No such file.
+        SkvError: No such file, one too large, or not UTF-8.
     """
-    if path is None:
-        return _shipped(CALIBRATION_TEXT)
-    if not Path(path).is_file():
-        raise SkvError(f"text {path}: no such file", fix="Pass a plain text file.")
-    return Path(path).read_text(encoding="utf-8", errors="replace")
+    return _shipped(CALIBRATION_TEXT) if path is None else read_text(path)
 
 
 def _shipped(name: str) -> str:
