@@ -7,10 +7,10 @@
 Calibrated on the shipped calibration text, judged on the shipped prose, decode style. Uniform pairs: those
 with as many bits for keys as for values or up to two more that fit, and that no other fitting pair reaches in both
 widths. Prints a Markdown table: the last column is the divergence less that of the best uniform pair of the budget,
-part by part of the windows. Below it: how many bits the measured allocations need for the loss of each other route, read
-off a straight line through their points (bits, log KL). Route `direct` measures every layer alone (`--kl`), taking
-a hundred times as long. Resumable through both state files; --first judges only so many of the windows, so that a table
-exists before all are done.
+part by part of the windows. Below it: how many bits the measured allocations need for the loss of each other route,
+read off straight lines through their points (bits, log KL). Route `direct` measures every layer alone (`--kl`), which
+takes a hundred times as long. Resumable through both state files; --first judges only so many of the windows, so that
+a table exists before all are done.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import numpy as np
 from skv_export.analysis.allocation import DEFAULT_CHOICES, allocate_bits, allocate_bits_optimal
 from skv_export.analysis.budget import CacheBudget, Pair
 from skv_export.analysis.card import room_for_cache
+from skv_export.analysis.confirmation import HeldOutText, calibration_text
 from skv_export.analysis.geometry import geometry
 from skv_export.analysis.norms import norms
 from skv_export.analysis.recommend import (
@@ -154,8 +155,9 @@ def analyze(
         batch=target.batch,
     )
     cache = _limited(cache, target, opened)
+    text = calibration_text(measure.text) if measure else ""  # one that is missing is found out before any work
     layers = _read(reader, cache.base, progress)
-    measurement = _measure(opened.source, cache, measure, progress) if measure else None
+    measurement = _measure(opened.source, text, cache, measure, progress) if measure else None
     decides = score or (MEASURE if measurement else DEFAULTS)
 
     def recommended(limited: CacheBudget) -> Recommendation:
@@ -167,8 +169,6 @@ def analyze(
         return limited, recommended(limited)
 
     if measure and decides == MEASURE and measure.confirm_windows:
-        from skv_export.analysis.confirmation import HeldOutText
-
         held_out = HeldOutText(opened.source, cache, measure, progress)
         if target.max_loss is not None:
             cache, found = within_held_out(target.max_loss, within, held_out.judge)
@@ -249,13 +249,14 @@ def _analyze_layer(weights: AttentionWeights, config: AttentionConfig, base: Lay
     return LayerAnalysis(index, q, k, v, geometry(weights, config, base), bias)
 
 
-def _measure(source: Source, cache: CacheBudget, options: MeasureOptions, progress: Progress | None) -> Measurement:
-    from skv_export.analysis.confirmation import calibration_text
+def _measure(
+    source: Source, text: str, cache: CacheBudget, options: MeasureOptions, progress: Progress | None
+) -> Measurement:
     from skv_export.analysis.measurement import measure
 
     return measure(
         source,
-        calibration_text(options.text),
+        text,
         base=cache.base,
         choices=cache.choices,
         windows=options.windows,
