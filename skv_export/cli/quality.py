@@ -38,7 +38,7 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
     help="Other systems' caches in the same run: kivi, hf-quanto, hf-hqq; or with bits: kivi-k4v2, hf-hqq-8.",
 )
 @click.option(
-    "--calibration", type=click.Path(path_type=Path), help="What `calibrate` wrote: recipes with it, beside without."
+    "--calibration", type=PathOf("--calibration"), help="What `calibrate` wrote: recipes with it, beside without."
 )
 @click.option("--windows", default=16, show_default=True, type=click.IntRange(1), help="Windows of text.")
 @click.option("--window", default=1024, show_default=True, type=click.IntRange(64), help="Tokens per window.")

@@ -268,8 +268,17 @@ def _trace(planned: Plan, model: EmptyModel, traced: Sequence[int], all_logits: 
     ids = {0: batch, 1: tokens}
     caches = [{0: batch, 2: dim.DYNAMIC}] * len(traced)
     shapes = (ids, {0: batch, 1: columns}, ids, caches, caches)
-    with torch.no_grad():
-        return torch.export.export(decoder, inputs, dynamic_shapes=shapes, strict=False)
+    try:
+        with torch.no_grad():
+            return torch.export.export(decoder, inputs, dynamic_shapes=shapes, strict=False)
+    except SkvError:
+        raise
+    except Exception as error:  # branches on data, and whatever else a model does that has no graph
+        got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise SkvError(
+            f"{planned.model_type}: can't be exported: torch.export finds no graph of its model for every length",
+            got=got,
+        ) from error
 
 
 def _write_beside(folder: Path, planned: Plan, local: Source, config: PreTrainedConfig, ours: ModelConfig) -> None:
