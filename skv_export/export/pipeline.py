@@ -6,6 +6,7 @@ layers are those that the traced graph will have. ``export_model`` reads the wei
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from skv_export.checkpoints.purpose import check_purpose
 from skv_export.checkpoints.snapshot import Snapshot
 from skv_export.errors import SkvError
 from skv_export.export import empty_model, repeat_layers
-from skv_export.export.checkpoint_weights import Weights, separate_head
+from skv_export.export.checkpoint_weights import Weights, held_quantized, separate_head
 from skv_export.export.decoder import SkvDecoder
 from skv_export.export.empty_model import EmptyModel
 from skv_export.export.supported import check_config, check_windows, context_length
@@ -40,7 +41,8 @@ from skv_export.model_folder.writer import (
 from skv_export.native.library import library_path
 from skv_export.paths import to_path
 from skv_export.progress import Progress as Shown
-from skv_export.spec.recipe import Recipe, as_recipe
+from skv_export.spec.recipe import AS_IS, Recipe, as_recipe
+from skv_export.spec.recipe import DTYPES as NUMBER_FORMATS
 
 PHASES = {"reading the configuration": 0.0, "opening the weights": 0.1, "building the graph": 0.15, "writing": 0.5}
 """Phases of an export, and the fraction of its time that has passed when each starts."""
@@ -96,13 +98,15 @@ def _plan_of(config: PreTrainedConfig, source: Source, recipe: Recipe, as_causal
             f"{config.model_type}: can't be exported: its model does not run with the op as its attention", got=got
         ) from error
     check_windows(config, [layer.params.local_window_size for layer in decoder.layers])
+    held = held_quantized(source, model.model) if recipe.weights in ("", AS_IS) else {}
     planned = Plan(
         source=source,
-        recipe=recipe,
+        recipe=dataclasses.replace(recipe, weights=AS_IS if held else recipe.weights.removeprefix(AS_IS)),
         model_type=config.model_type,
         layers=decoder.layers,
-        weight_bytes=stored_bytes(model.model, recipe),
+        weight_bytes=stored_bytes(model.model, recipe, held),
         context_length=context_length(config),
+        held=held,
     )
     return planned, model
 
@@ -188,7 +192,7 @@ class _Phases:
 
 def _build(planned: Plan, model: EmptyModel, weights: Weights, all_logits: bool) -> ir.Model:
     """Returns the graph: two traced layers of each kind, copied for the others, if possible; else all are traced."""
-    samples = repeat_layers.choose(model.model, planned.layers)
+    samples = repeat_layers.choose(model.model, planned.layers, planned.held)
     if samples is not None:
         with repeat_layers.cut(model.model, samples):
             program = _trace(planned, model, samples.traced, all_logits)
@@ -255,7 +259,7 @@ def _model_config(
         eos_token_id=ends,
         pad_token_id=ends[0] if pad is None and ends else pad,
         all_logits=all_logits,
-        weights=recipe.weights if recipe.weight_bits else "",
+        weights="" if recipe.weights in NUMBER_FORMATS else recipe.weights,
         quantize_head=recipe.quantize_head,
         quantize_embeddings=recipe.quantize_embeddings,
         source={

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from skv_export.checkpoints.block_weights import BlockMatrix
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.model_folder.genai_config import advice
 from skv_export.spec.layout import cache_bytes
 from skv_export.spec.op import LayerAttention
 from skv_export.spec.recipe import Recipe
 
+PARAMETER_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
+"""Bits of a block's scale and offset, by the ``dtype``."""
 PLAN_LENGTHS = (4096, 32768, 131072)
 """Lengths at which a plan compares the cache with an fp16 one."""
 
@@ -25,6 +30,7 @@ class Plan:
         layers: Attention of each layer, as the graph will have it.
         weight_bytes: Size of the weights as the recipe wants them, tied ones once.
         context_length: Tokens that the model can attend to.
+        held: Matrices that are stored as the checkpoint quantized them, by the parameters' names.
     """
 
     source: Source
@@ -33,6 +39,7 @@ class Plan:
     layers: tuple[LayerAttention, ...]
     weight_bytes: int
     context_length: int
+    held: Mapping[str, BlockMatrix] = field(default_factory=dict)
 
     def cache_bytes(self, length: int) -> int:
         """Returns the bytes that the cache of one sequence of ``length`` tokens takes."""
@@ -72,6 +79,13 @@ class Plan:
 
     def _weights_row(self) -> str:
         recipe = self.recipe
+        if self.held:
+            counts = Counter(matrix.format.stored(recipe.exact_products) for matrix in self.held.values())
+            kinds = ", ".join(
+                f"{count} {form.name} ({form.weight_bits(PARAMETER_BITS[recipe.dtype]):.3g} bits)"
+                for form, count in counts.most_common()
+            )
+            return f"weights: as they come: {kinds}; the rest in {recipe.dtype}, {_size(self.weight_bytes)}"
         if not recipe.weight_bits:
             return f"weights: {recipe.dtype}, {_size(self.weight_bytes)}"
         kept = [

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import onnx
 
+from skv_export.checkpoints.block_weights import CODES
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import LOGITS, MODEL_FILE, layer_of_cache
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
@@ -110,8 +111,6 @@ def _session(folder: Path, execution_provider: str, model: onnx.ModelProto, conf
 
 def quantized_weights(folder: Path) -> list[str]:
     """Returns the names of the matrices that an exported graph holds in 4 or 8 bits."""
-    from skv_export.export.weight_quantization import CODES  # loads torch, which a rewritten folder does not need
-
     names = [tensor.name for tensor in _read(folder / MODEL_FILE).graph.initializer]
     return [name.removesuffix(f".{CODES}") for name in names if name.endswith(f".{CODES}")]
 
