@@ -3,10 +3,10 @@
     python benchmarks/gguf_peers.py [FILE.gguf] [--context 128,2048,7000] [--rounds 2] [--windows 4]
 
 Needs llama-cpp-python, in this environment or in the folder SKV_LLAMA_CPP. Speed: each measurement in a process of its
-own, the candidates in turns, two threads; ours with K4V2, llama.cpp with flash attention and its cache in f16 and in
+own, the candidates in turns; ours with K4V2, llama.cpp with flash attention and its cache in f16 and in
 q4_0. Perplexity: windows of the shipped prose, each in one call, so that every candidate's attention is exact and what
-differs is the weights' arithmetic. Times by the wall clock are worth as much as the machine is idle: the table says
-how far the rounds lie apart.
+differs is the weights' arithmetic. Times by the wall clock are worth as much as the machine is idle; on a busy one,
+--threads 1 and --clock cpu count the processor time of one thread.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from skv_export.bench import model as bench
+from skv_export.bench.attention import CLOCKS
 from skv_export.checkpoints.checkpoint import demo_checkpoint
 from skv_export.evaluation.text import cut_windows, read_text
 from skv_export.runtime.prompts import load_tokenizer
@@ -45,13 +46,14 @@ def _worker(job: dict[str, Any]) -> dict[str, Any]:
     kind = {"f16": llama_cpp.GGML_TYPE_F16, "q4_0": llama_cpp.GGML_TYPE_Q4_0}[job["cache"]]
     ids = job["ids"]
     llama = llama_cpp.Llama(
-        job["path"], n_ctx=len(ids) + STEPS + 8, n_batch=512, n_threads=2, n_threads_batch=2, type_k=kind, type_v=kind,
-        flash_attn=True, logits_all=job["logits"], n_gpu_layers=0, verbose=False,
+        job["path"], n_ctx=len(ids) + STEPS + 8, n_batch=512, type_k=kind, type_v=kind, flash_attn=True,
+        n_threads=job["threads"], n_threads_batch=job["threads"], n_gpu_layers=0, logits_all=job["logits"],
+        verbose=False,
     )  # fmt: skip
     if job["logits"]:
         llama.eval(ids)
         return {"nll": nll(np.array(llama.scores[: len(ids)]), ids)}
-    run = bench._measure(lambda: llama.eval(ids), lambda: llama.eval([ids[0]]), STEPS, "wall")
+    run = bench._measure(lambda: llama.eval(ids), lambda: llama.eval([ids[0]]), STEPS, job["clock"])
     return {"prefill_seconds": run.prefill_seconds, "decode_ms": run.decode_ms, "peak_bytes": run.peak_bytes}
 
 
@@ -63,8 +65,12 @@ def nll(logits: np.ndarray, ids: list[int]) -> float:
     return float((np.log(np.exp(rows).sum(-1)) - taken).mean())
 
 
-def _llama(path: Path, cache: str, ids: list[int], logits: bool) -> dict[str, Any]:
-    job = json.dumps({"path": str(path), "cache": cache, "ids": ids, "logits": logits})
+def _llama(
+    path: Path, cache: str, ids: list[int], logits: bool, threads: int = 2, clock: str = "wall"
+) -> dict[str, Any]:
+    job = json.dumps(
+        {"path": str(path), "cache": cache, "ids": ids, "logits": logits, "threads": threads, "clock": clock}
+    )
     folder = os.environ.get("SKV_LLAMA_CPP", "")
     done = subprocess.run(
         [sys.executable, __file__, "--worker"], input=job, capture_output=True, text=True, check=True,
@@ -73,7 +79,7 @@ def _llama(path: Path, cache: str, ids: list[int], logits: bool) -> dict[str, An
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _speed(path: Path, folders: dict[str, Path], contexts: list[int], rounds: int) -> None:
+def _speed(path: Path, folders: dict[str, Path], contexts: list[int], rounds: int, threads: int, clock: str) -> None:
     tokenizer, prose = load_tokenizer(folders["as-is"]), read_text(None)
     print(
         "| context | | prompt s | ms per token, median (rounds) | peak MiB | as-is over it |\n|---|---|---|---|---|---|"
@@ -83,10 +89,10 @@ def _speed(path: Path, folders: dict[str, Path], contexts: list[int], rounds: in
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (*folders, *LLAMA)}
         for _ in range(rounds):
             for name, folder in folders.items():
-                job = {"name": "skv", "folder": str(folder), "context": context, "threads": 2, "steps": STEPS}
-                runs[name].append(vars(bench._in_a_process({**job, "clock": "wall"})))
+                job = {"name": "skv", "folder": str(folder), "context": context, "threads": threads, "steps": STEPS}
+                runs[name].append(vars(bench._in_a_process({**job, "clock": clock})))
             for name, cache in LLAMA.items():
-                runs[name].append(_llama(path, cache, ids, False))
+                runs[name].append(_llama(path, cache, ids, False, threads, clock))
         steps = {name: [median(run["decode_ms"]) for run in found] for name, found in runs.items()}
         for name, found in runs.items():
             prompt = median(run["prefill_seconds"] for run in found)
@@ -123,6 +129,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
@@ -139,7 +147,7 @@ def main() -> None:
         if given.windows:
             _quality(path, folders, given.windows, given.window)
         if contexts := [int(part) for part in given.context.split(",") if part]:
-            _speed(path, folders, contexts, given.rounds)
+            _speed(path, folders, contexts, given.rounds, given.threads, given.clock)
 
 
 if __name__ == "__main__":

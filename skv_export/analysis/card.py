@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from skv_export.analysis.budget import MAX_CONTEXT, CacheBudget, Pair
 from skv_export.checkpoints.block_weights import BlockFormat
 from skv_export.checkpoints.checkpoint import Checkpoint
-from skv_export.checkpoints.gguf_blocks import FORMATS
 from skv_export.errors import SkvError
 from skv_export.spec.recipe import AS_IS
 
@@ -69,7 +68,8 @@ def usual_weights(opened: Checkpoint, dtype: str) -> str:
 
 def _held(opened: Checkpoint, name: str) -> BlockFormat | None:
     """How a graph stores a weight as the checkpoint quantized it."""
-    return FORMATS.get(opened.entries[name].dtype) if len(opened.shape(name)) == 2 else None
+    held = opened.entries[name].blocks()
+    return None if held is None else held.format
 
 
 def _held_bits(opened: Checkpoint, name: str) -> float:

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from skv_export.errors import SkvError
 
-CODES, SCALES, ZERO_POINTS, OFFSETS = "codes", "scales", "zero_points", "offsets"
+CODES, SCALES, ZERO_POINTS, OFFSETS, COLUMNS = "codes", "scales", "zero_points", "offsets", "columns"
 HIGH, LOW = "codes.high", "codes.low"
-PARTS = (CODES, HIGH, LOW, SCALES, ZERO_POINTS, OFFSETS)
+PARTS = (CODES, HIGH, LOW, SCALES, ZERO_POINTS, OFFSETS, COLUMNS)
 """Tensors that a graph may hold of one matrix."""
+ROWS = ".rows"
+"""Ends the name of codes that are looked up, ``[N, bytes]``; in the file they are those of the products."""
 _WIDTHS = {CODES: 1, HIGH: 2, LOW: 2}
 """What the codes' bits are divided by."""
 
@@ -37,6 +39,7 @@ class BlockFormat:
         planes: Whether 8 bits are held as two times 4, ``16 * (high - 8) + (low - 8)``: MatMulNBits has no fast kernel
             for 8 bits that does not round activations. Of wide codes ``low - 8`` is 8 too little, which the offsets
             make good.
+        reordered: Whether blocks are of inputs in another order, which ``columns`` tells.
     """
 
     name: str
@@ -45,6 +48,7 @@ class BlockFormat:
     zero: str = ""
     wide: bool = False
     planes: bool = False
+    reordered: bool = False
 
     @property
     def codes(self) -> tuple[str, ...]:
@@ -54,7 +58,8 @@ class BlockFormat:
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts that the graph holds."""
-        return *self.codes, SCALES, *([self.zero] if self.zero else [])
+        more = [self.zero] if self.zero else []
+        return *self.codes, SCALES, *more, *([COLUMNS] if self.reordered else [])
 
     def stored(self, exact: bool) -> BlockFormat:
         """Returns the form for products that do not round activations, if ``exact``, or the form for those that do."""
@@ -71,6 +76,7 @@ class BlockFormat:
             SCALES: (rows, blocks),
             ZERO_POINTS: (rows, -(-blocks * self.bits // 8)),
             OFFSETS: (blocks, rows),
+            COLUMNS: (inputs,),
         }[part]
 
     def weight_bits(self, parameter_bits: int) -> float:
@@ -105,6 +111,20 @@ class BlockMatrix(ABC):
     def zeros(self, start: int, stop: int) -> NDArray[Any]:
         """Reads what ``format.zero`` says of some rows, ``[stop - start, blocks]``."""
 
+    def columns(self) -> NDArray[np.int64]:
+        """Reads the order of inputs that ``codes`` has, ``[K]``; only of reordered formats."""
+        raise NotImplementedError
+
+    def dequantized(self) -> NDArray[np.float32]:
+        """Returns the matrix, ``[N, K]``."""
+        form = self.format
+        values = self.codes(0, self.rows).astype(np.float32) - np.float32(2 ** (form.bits - 1))
+        values *= np.repeat(self.part(SCALES, 0, self.rows), form.block_size, axis=1)[:, : self.inputs]
+        if form.zero:
+            offsets = self._offsets(0, self.rows, self.scales(0, self.rows))
+            values += np.repeat(offsets, form.block_size, axis=1)[:, : self.inputs]
+        return values[:, np.argsort(self.columns())] if form.reordered else values
+
     def part(self, part: str, start: int, stop: int, *, planes: bool = False) -> NDArray[Any]:
         """Returns a part of some rows as the graph stores it; offsets are still ``[stop - start, blocks]``.
 
@@ -118,9 +138,9 @@ class BlockMatrix(ABC):
             SkvError: A scale or an offset is not a number.
         """
         if part == CODES:
-            return pack(self.codes(start, stop), self.format.bits)
+            return pack(self._whole_blocks(start, stop), self.format.bits)
         if part in (HIGH, LOW):
-            codes = self.codes(start, stop) + np.uint8(0 if self.format.wide else 8)
+            codes = self._whole_blocks(start, stop) + np.uint8(0 if self.format.wide else 8)
             return pack(codes >> 4 if part == HIGH else codes & 15, 4)
         if part == ZERO_POINTS:
             return pack(self.zeros(start, stop), self.format.bits)
@@ -129,6 +149,11 @@ class BlockMatrix(ABC):
             found = self._offsets(start, stop, found) + np.float32(8 if planes and self.format.wide else 0) * found
         check_numbers(self.name, part, found)
         return found
+
+    def _whole_blocks(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Codes whose last block is filled up; there is nothing that they are multiplied with."""
+        codes = self.codes(start, stop)
+        return np.pad(codes, ((0, 0), (0, -self.inputs % self.format.block_size)))
 
     def _offsets(self, start: int, stop: int, scales: NDArray[np.float32]) -> NDArray[np.float32]:
         """What is added to weights whose zero is taken to be in the middle."""

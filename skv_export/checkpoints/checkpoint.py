@@ -22,6 +22,7 @@ import numpy.typing as npt
 from skv_export.checkpoints.gguf import read_gguf, shard_names
 from skv_export.checkpoints.gguf_config import gguf_config
 from skv_export.checkpoints.limits import check_claims
+from skv_export.checkpoints.packed_weights import unpack_checkpoint
 from skv_export.checkpoints.tensor_files import LocalFile, RemoteFile, TensorEntry, read_header
 from skv_export.errors import SkvError
 from skv_export.paths import looks_like_path, to_path
@@ -221,7 +222,8 @@ class Checkpoint:
                 got=", ".join(missing[:3]),
                 fix="Download it again.",
             )
-        return {plain_name(name): entry for name, entry in merged.items()}
+        plain = {plain_name(name): entry for name, entry in merged.items()}
+        return unpack_checkpoint(self.config_if_any(), plain, str(self.source))
 
     def _refuse_adapter(self) -> None:
         """Refuses a folder with an adapter, alone or beside a model: transformers would add it to the weights."""

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from skv_export.checkpoints.block_weights import check_numbers
+from skv_export.checkpoints.block_weights import BlockMatrix, check_numbers
+from skv_export.checkpoints.gguf_blocks import FORMATS, GgufMatrix
 from skv_export.checkpoints.tensor_files import MAX_TENSORS, LocalFile, TensorEntry
 from skv_export.errors import SkvError
 
@@ -28,6 +29,10 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf",
 
 class GgufEntry(TensorEntry):
     """A tensor of a GGUF file; ``dtype`` is ggml's name of its block format."""
+
+    def blocks(self) -> BlockMatrix | None:
+        """As ``TensorEntry`` says; its rows are still in the file's order."""
+        return GgufMatrix(self, None, False) if self.dtype in FORMATS and len(self.shape) == 2 else None
 
     def array(self) -> npt.NDArray[Any]:
         """Returns the tensor as float32 (a copy).

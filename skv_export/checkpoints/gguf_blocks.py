@@ -98,7 +98,7 @@ def _q3_codes(blocks: Bytes) -> NDArray[Any]:
     return _bits(blocks[:, 32:96], (0, 2, 4, 6), 32) + 4 * _bits(blocks[:, :32], range(8), 32) + 4
 
 
-def _q6_codes(blocks: Bytes) -> Bytes:
+def _q6_codes(blocks: Bytes) -> NDArray[Any]:
     return (_nibbles(blocks, 0, 128, 64) | _bits(blocks[:, 128:192], (0, 2, 4, 6), 32) << 4) + np.uint8(96)
 
 

@@ -25,7 +25,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from skv_export.checkpoints.block_weights import BlockMatrix
 from skv_export.checkpoints.checkpoint import Checkpoint, Source
-from skv_export.checkpoints.gguf_blocks import FORMATS, GgufMatrix
+from skv_export.checkpoints.gguf_blocks import GgufMatrix
 from skv_export.checkpoints.gguf_config import ARCHITECTURES
 from skv_export.checkpoints.gguf_rope import FACTOR_TENSORS
 from skv_export.errors import SkvError
@@ -107,7 +107,7 @@ class GgufWeights:
     def quantized(self, name: str) -> BlockMatrix | None:
         """Returns a parameter as the file quantized it; None where a graph can't hold it so."""
         entries = [self._checkpoint.entries[stored] for stored in self._stored.get(name, ())]
-        if len(entries) != 1 or entries[0].dtype not in FORMATS or len(entries[0].shape) != 2:
+        if len(entries) != 1 or entries[0].blocks() is None:
             return None
         rows = entries[0].shape[0]
         # The rows' numbers, in two columns, show what the converter did to rows.

@@ -34,10 +34,18 @@ def load_config(source: Source) -> PreTrainedConfig:
             expected=f"one that transformers {transformers.__version__} has; code of a checkpoint's own is never run",
         )
     try:
-        return CONFIG_MAPPING[model_type].from_dict(_known_rope(_plain_floats(values)))
+        return CONFIG_MAPPING[model_type].from_dict(_known_rope(_plain_floats(_without_quantization(values))))
     except Exception as error:  # whatever the classes of some 500 architectures raise for values they don't expect
         got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise SkvError(f"{source}: transformers can't read its configuration", got=got, fix="Correct it.") from error
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a configuration of plain weights: ``packed_weights`` makes such of those that are quantized."""
+    made = {key: value for key, value in config.items() if key != "quantization_config"}
+    if isinstance(text := made.get("text_config"), Mapping):
+        made["text_config"] = _without_quantization(text)
+    return made
 
 
 def _plain_floats(value: Any) -> Any:

@@ -23,6 +23,7 @@ from skv_export.checkpoints.block_weights import BlockMatrix
 from skv_export.checkpoints.checkpoint import Checkpoint, Source
 from skv_export.checkpoints.foreign_tensors import adapter_in, left_out, unfit_tensors
 from skv_export.checkpoints.gguf_weights import GgufWeights
+from skv_export.checkpoints.packed_weights import quantization
 from skv_export.export.lazy_weights import to_torch
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
@@ -56,10 +57,15 @@ def held_quantized(source: Source, model: PreTrainedModel) -> dict[str, BlockMat
     Raises:
         SkvError: The checkpoint holds a tensor that the model has no place for.
     """
-    if source.kind != "gguf":
-        return {}
-    tensors = GgufWeights(source, model)
-    found = {name: tensors.quantized(name) for name in tensors.names()}
+    found: dict[str, BlockMatrix | None] = {}
+    if source.kind == "gguf":
+        tensors = GgufWeights(source, model)
+        found = {name: tensors.quantized(name) for name in tensors.names()}
+    elif quantization(Checkpoint(source).config):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the export itself says what is left out
+            weights = Weights(source, model)
+        found = {name: weights.quantized(name) for name in model.state_dict()}
     return {name: matrix for name, matrix in found.items() if matrix is not None}
 
 
@@ -227,7 +233,7 @@ class _SafetensorsNames:
         return to_torch(self._checkpoint.tensor(name))
 
     def quantized(self, name: str) -> BlockMatrix | None:
-        return None
+        return self._checkpoint.entries[name].blocks()
 
     def release(self, names: Iterable[str]) -> None:
         self._checkpoint.release(names)

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from skv_export.checkpoints.block_weights import OFFSETS, SCALES, BlockFormat, BlockMatrix
+from skv_export.checkpoints.block_weights import COLUMNS, OFFSETS, SCALES, BlockFormat, BlockMatrix
 from skv_export.errors import SkvError
 
 SLAB_BYTES = 32 << 20
@@ -119,6 +119,9 @@ class StoredPart:
     def slabs(self, reader: Reader) -> Iterator[torch.Tensor]:
         """As ``WeightExpr`` says."""
         matrix = reader.quantized(self.name)
+        if matrix is not None and self.part == COLUMNS:
+            yield torch.from_numpy(matrix.columns())
+            return
         if matrix is None or matrix.format.stored(exact=self.format.planes) != self.format:
             raise SkvError(f"weight {self.name}: not quantized as its layer's others", expected=self.format.name)
         step = max(1, SLAB_BYTES // matrix.inputs)

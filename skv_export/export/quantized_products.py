@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from skv_export.checkpoints.block_weights import OFFSETS, SCALES, ZERO_POINTS, BlockFormat
+from skv_export.checkpoints.block_weights import COLUMNS, OFFSETS, ROWS, SCALES, ZERO_POINTS, BlockFormat
 from skv_export.export.lazy_weights import LazyWeight, Named, StoredPart, WeightExpr
 from skv_export.export.weight_quantization import Rounded, rounded_format
 from skv_export.model_folder.names import LOGITS
@@ -105,6 +105,11 @@ class _Products:
         attributes = {"N": matrix.rows, "K": matrix.inputs, "bits": 4 if form.planes else form.bits}
         attributes |= {"block_size": form.block_size, "accuracy_level": 1 if self._recipe.exact_products else 4}
         made = []
+        rank = 2 if node.op_type == "Gemm" or x.shape is None else len(x.shape)
+        if form.reordered:
+            reordered = ir.node("Gather", [x, self._initializer(matrix, COLUMNS)], {"axis": -1})
+            self._graph.insert_before(node, [reordered])
+            x = reordered.outputs[0]
         for part in form.codes:
             last = part == form.codes[-1]
             inputs = [x, self._initializer(matrix, part), self._initializer(matrix, SCALES), zeros, None]
@@ -114,7 +119,6 @@ class _Products:
             made.append(ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT))
         self._join_planes(matrix, made)
         if form.zero == OFFSETS:
-            rank = 2 if node.op_type == "Gemm" or x.shape is None else len(x.shape)
             sums = self._block_sums(node, x, rank, form.block_size)
             product = made[-1].outputs[0]
             made.append(ir.node("MatMul", [sums, self._initializer(matrix, OFFSETS)]))
@@ -132,7 +136,7 @@ class _Products:
         """Replaces a selection of rows of a stored matrix."""
         table, ids = node.inputs
         matrix = self._matrix(table, rows=True)
-        if matrix is None or node.attributes.get_int("axis", False):
+        if matrix is None or matrix.format.reordered or node.attributes.get_int("axis", False):
             return
         form = matrix.format
         zeros = [self._initializer(matrix, ZERO_POINTS)] if form.zero == ZERO_POINTS else []
@@ -177,11 +181,12 @@ class _Products:
     def _rows(self, matrix: _Matrix, part: str) -> ir.Value:
         """Returns codes as GatherBlockQuantized takes them; in the data file they are those of MatMulNBits."""
         rows, blocks, nbytes = matrix.format.shape(part, matrix.rows, matrix.inputs)
-        return self._stored(f"{matrix.tensor.name}.{part}.rows", matrix, part, (rows, blocks * nbytes))
+        return self._stored(f"{matrix.tensor.name}.{part}{ROWS}", matrix, part, (rows, blocks * nbytes))
 
     def _stored(self, name: str, matrix: _Matrix, part: str, shape: tuple[int, ...]) -> ir.Value:
         if name not in self._graph.initializers:
-            dtype = matrix.tensor.dtype if part in (SCALES, OFFSETS) else ir.DataType.UINT8
+            float_or_int = {SCALES: matrix.tensor.dtype, OFFSETS: matrix.tensor.dtype, COLUMNS: ir.DataType.INT64}
+            dtype = float_or_int.get(part, ir.DataType.UINT8)
             stored = LazyWeight(matrix.part(part), matrix.tensor.reader, dtype, ir.Shape(shape), name)
             value = ir.Value(name=name, type=ir.TensorType(dtype), shape=stored.shape, const_value=stored)
             self._graph.register_initializer(value)
