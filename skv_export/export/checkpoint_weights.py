@@ -23,7 +23,6 @@ from skv_export.checkpoints.block_weights import BlockMatrix
 from skv_export.checkpoints.checkpoint import Checkpoint, Source
 from skv_export.checkpoints.foreign_tensors import adapter_in, left_out, unfit_tensors
 from skv_export.checkpoints.gguf_weights import GgufWeights
-from skv_export.checkpoints.packed_weights import quantization
 from skv_export.export.lazy_weights import to_torch
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
@@ -49,24 +48,6 @@ def separate_head(source: Source, config: PreTrainedConfig) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def held_quantized(source: Source, model: PreTrainedModel) -> dict[str, BlockMatrix]:
-    """Returns the matrices that a checkpoint holds quantized and a graph can store so, by the parameters' names.
-
-    Raises:
-        SkvError: The checkpoint holds a tensor that the model has no place for.
-    """
-    found: dict[str, BlockMatrix | None] = {}
-    if source.kind == "gguf":
-        tensors = GgufWeights(source, model)
-        found = {name: tensors.quantized(name) for name in tensors.names()}
-    elif quantization(Checkpoint(source).config):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the export itself says what is left out
-            weights = Weights(source, model)
-        found = {name: weights.quantized(name) for name in model.state_dict()}
-    return {name: matrix for name, matrix in found.items() if matrix is not None}
 
 
 @dataclass
@@ -144,6 +125,14 @@ class Weights:
         if held is not None and self._shapes[name] != (held.rows, held.inputs)[:: -1 if held.transposed else 1]:
             raise unfit_tensors(self.source, [name], list(self._tensors.names()))
         return held
+
+    def held(self) -> dict[str, BlockMatrix]:
+        """Returns the matrices that the checkpoint holds quantized and a graph can store so, by the parameters' names.
+
+        Of names that share a matrix, the one is given under which it is read.
+        """
+        found = {name: self.quantized(name) for name in self._shapes if self.canonical(name) == name}
+        return {name: matrix for name, matrix in found.items() if matrix is not None}
 
     def release(self) -> None:
         """Releases the memory of what was read last; tensors still referenced stay valid, and are read again."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,10 @@ from skv_export.model_folder.names import TENSORS, past_name, present_name
 from skv_export.model_folder.skv_config import LayerCache
 from skv_export.native.library import Library
 from skv_export.spec import reference
+from skv_export.spec.key_basis import KeyBasis
 from skv_export.spec.layout import Bytes, CacheLayout
+
+logger = logging.getLogger(__name__)
 
 
 class Cache:
@@ -31,6 +35,7 @@ class Cache:
         max_length: Tokens per sequence.
         device: ``cpu`` or ``cuda``.
         library: The native library.
+        bases: Gives the constants of calibrated keys, by layer; asked when tokens are taken back.
 
     Attributes:
         binding: IOBinding of the session, to which the buffers are bound.
@@ -41,7 +46,14 @@ class Cache:
     """
 
     def __init__(
-        self, onnx: Any, layers: Sequence[LayerCache], batch: int, max_length: int, device: str, library: Library
+        self,
+        onnx: Any,
+        layers: Sequence[LayerCache],
+        batch: int,
+        max_length: int,
+        device: str,
+        library: Library,
+        bases: Callable[[], Mapping[int, KeyBasis]] = dict,
     ) -> None:
         import onnxruntime as ort
 
@@ -49,7 +61,7 @@ class Cache:
         self.layers, self.batch, self.max_length = tuple(layers), batch, max_length
         self.lengths: NDArray[np.int64] = np.zeros(batch, np.int64)
         self._longest = self.lengths.copy()  # since each was empty: up to there rows are overwritten
-        self._onnx, self._device, self._library = onnx, device, library
+        self._onnx, self._device, self._library, self._bases = onnx, device, library, bases
         self._tensors: dict[tuple[int, str], tuple[CacheLayout, Any]] = {}
         for i, layer in enumerate(layers):
             for name, layout in zip(TENSORS, (layer.key, layer.value), strict=True):
@@ -57,6 +69,7 @@ class Cache:
                 buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.uint8, device)
                 self._tensors[i, name] = layout, buffer
         self.bind(self.binding)
+        logger.debug("cache of %d sequences of %d tokens: %d bytes on %s", batch, max_length, self.nbytes, device)
 
     def bind(self, binding: Any) -> None:
         """Binds the buffers, as past and present alike, to an IOBinding of the session."""
@@ -118,12 +131,14 @@ class Cache:
                     expected=f"{floor} ... {held}, or 0",
                     fix="Start the sequence again, or export with more recent_tokens.",
                 )
-        for layout, buffer in self._tensors.values():
+        bases = self._bases()
+        for (layer, name), (layout, buffer) in self._tensors.items():
+            basis = bases.get(layer) if name == "key" else None
             heads, block_bytes = buffer.shape()[1], math.prod(buffer.shape()[2:])
             for b in np.flatnonzero((new != 0) & (new != self.lengths)).tolist():
                 lengths_of_b = int(self.lengths[b]), int(self._longest[b]), int(new[b])
                 self._library.rewind(
-                    layout, buffer.data_ptr(), block_bytes, heads, b, *lengths_of_b, device=self._device
+                    layout, buffer.data_ptr(), block_bytes, heads, b, *lengths_of_b, basis=basis, device=self._device
                 )
         if self._device == "cuda":  # the next call runs on a stream of ONNX Runtime's
             self._library.synchronize()
@@ -152,7 +167,7 @@ class Cache:
             SkvError: No indices, or not of sequences.
         """
         order = self._order(indices)
-        twin = Cache(self._onnx, self.layers, len(order), self.max_length, self._device, self._library)
+        twin = Cache(self._onnx, self.layers, len(order), self.max_length, self._device, self._library, self._bases)
         twin._copy(self, order)
         return twin
 
