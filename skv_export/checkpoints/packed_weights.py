@@ -24,6 +24,8 @@ _LARGEST_BLOCK, _SMALLEST_BLOCK = 128, 16
 """Inputs that share a scale in the graph: MatMulNBits takes powers of two; groups are cut into such blocks."""
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column of each nibble of a word, lowest nibble first (AWQ's GEMM version)."""
+_OF_ACTIVATIONS = (".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".k_scale", ".v_scale")
+"""Ends of names of what activations are rounded with, which an export does not do."""
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 """The numbers of MXFP4's elements (OCP Microscaling Formats 1.0, E2M1)."""
 
@@ -99,7 +101,7 @@ def unpack_checkpoint(config: Mapping[str, Any], entries: Entries, source: str) 
         return entries
     kind, options = _kind(given, source)
     layout = _FORMATS[kind]
-    merged = dict(entries)
+    merged = {name: entry for name, entry in entries.items() if not name.endswith(_OF_ACTIVATIONS)}
     for name in entries:
         if not name.endswith(layout.suffixes[0]):
             continue
