@@ -196,7 +196,8 @@ def planner(found: Analysis, room: int) -> str:
     tokens = context_table(found.budget, found.recommendation.allocation.bits, room)
     longest = found.config.max_position_embeddings
     said = f", of which the model was made for {longest:,}" if longest else ""
-    lines = [f"\n{room / 2**30:.1f} GiB for the cache of {found.budget.batch} sequences; tokens of each{said}:"]
+    sequences = f"{found.budget.batch} sequences; tokens of each" if found.budget.batch > 1 else "one sequence; tokens"
+    lines = [f"\n{room / 2**30:.1f} GiB for the cache of {sequences}{said}:"]
     return "\n".join(lines + [f"  {name:<12} {count:>12,}" for name, count in tokens.items()])
 
 
