@@ -26,6 +26,8 @@ from skv_export.spec import reference
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig
 
+CUT = "every window starts as a text does"
+"""How text is cut; a state of windows that were cut otherwise belongs to another run."""
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done and steps in all."""
 
@@ -196,14 +198,20 @@ class Measurement:
         return {"geometry_activations": predicted, "measure": self.loss[:, k, v]}
 
     def balances(self) -> dict[str, list[float | None]]:
-        """Returns the extra bits that keys need, per layer, by the same scores; None without 4 among the widths."""
+        """Returns the extra bits that keys need, per layer, by the same scores.
+
+        None without 4 among the widths, and for a layer that loses nothing: one whose window is all in full precision.
+        """
+        nothing: list[float | None] = [None] * len(self.loss)
         if REFERENCE_BITS not in self.widths:
-            nothing: list[float | None] = [None] * len(self.loss)
             return {"geometry_activations": nothing, "measure": nothing}
         b, exact = self.widths.index(REFERENCE_BITS), len(self.widths) - 1
-        predicted = np.log2(self.geometry_k[:, b] / self.geometry_v[:, b]) / 2
-        measured = np.log2(self.output_error[:, b, exact] / self.output_error[:, exact, b]) / 2
-        return {"geometry_activations": predicted.tolist(), "measure": measured.tolist()}
+        predicted = zip(self.geometry_k[:, b], self.geometry_v[:, b], strict=True)
+        measured = zip(self.output_error[:, b, exact], self.output_error[:, exact, b], strict=True)
+        return {
+            name: [float(np.log2(k / v)) / 2 if k > 0 and v > 0 else None for k, v in errors]
+            for name, errors in (("geometry_activations", predicted), ("measure", measured))
+        }
 
 
 def measure(
@@ -238,7 +246,7 @@ def measure(
     Raises:
         SkvError: The text is too short, or ``state`` belongs to another run.
     """
-    key = [str(source), hashlib.sha256(text.encode()).hexdigest(), repr(base), list(choices), windows, window]
+    key = [CUT, str(source), hashlib.sha256(text.encode()).hexdigest(), repr(base), list(choices), windows, window]
     if placement not in (None, Placement()):
         key.append(repr(placement))
     done = FinishedSteps(state, hashlib.sha256(json.dumps(key).encode()).hexdigest(), exclusive=True)

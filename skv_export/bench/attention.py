@@ -19,6 +19,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper
 
+from skv_export.bench.noise import spread
 from skv_export.errors import SkvError
 from skv_export.native.library import library_path
 from skv_export.spec.conformance import make_basis
@@ -74,6 +75,7 @@ class Row:
         bytes: Bytes of keys and values that the step has to read.
         gb_per_s: ``bytes`` over the median.
         speedup: Median of each baseline over this one's.
+        spread: Of the times; see ``noise.spread``.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Row:
     bytes: int
     gb_per_s: float
     speedup: dict[str, float]
+    spread: float
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ def _rows(candidates: list[_Candidate], times: list[list[float]], baselines: Seq
             bytes=c.cache_bytes,
             gb_per_s=c.cache_bytes / medians[c.name] / 1e6,
             speedup={name: medians[name] / medians[c.name] for name in baselines},
+            spread=spread(taken),
         )
         for c, taken in zip(candidates, times, strict=True)
     ]

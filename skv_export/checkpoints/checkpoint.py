@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -26,10 +27,13 @@ from skv_export.checkpoints.tensor_files import LocalFile, RemoteFile, TensorEnt
 from skv_export.errors import SkvError
 from skv_export.paths import looks_like_path, to_path
 
+logger = logging.getLogger(__name__)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
+_EXPORT = "skv_config.json"
+"""The file that tells a folder that `model` wrote."""
 MAX_JSON_BYTES = 64 << 20
 MAX_SHARDS = 2048
 _COMPARED_BYTES = 1 << 20
@@ -90,6 +94,7 @@ def resolve(checkpoint: str | Path | Source, *, revision: str | None = None, val
     if validate:
         opened = Checkpoint(source)
         check_claims(opened.config_if_any(), opened.entries, str(source))
+        logger.info("%s: %s, %d tensors", source, source.kind, len(opened.entries))
     return source
 
 
@@ -136,6 +141,7 @@ def _classify_folder(path: Path) -> Source:
         return Source("gguf", path, gguf_file=ggufs[0])
     if len(ggufs) > 1:
         raise SkvError(f"{path}: several GGUF files", got=", ".join(ggufs), fix="Pass the path of one of them.")
+    refuse_exported(path)
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         raise _pickle(str(path / pickles[0]))
@@ -144,6 +150,22 @@ def _classify_folder(path: Path) -> Source:
         got=", ".join(names[:8]) or "an empty folder",
         expected=f"{SINGLE}, or {INDEX} with its shards, or one .gguf file",
         fix="Pass the folder that holds config.json and the weights.",
+    )
+
+
+def refuse_exported(folder: Path) -> None:
+    """Raises SkvError if a folder is what an export wrote; the message names what it was made from."""
+    if not (folder / _EXPORT).is_file():
+        return
+    try:
+        found = Checkpoint(Source("safetensors", folder))._json(_EXPORT).get("source")
+    except SkvError:
+        found = None
+    name = str(found.get("name") if isinstance(found, dict) else "a checkpoint")[:200]
+    raise SkvError(
+        f"{folder}: an exported folder, made from {name}",
+        expected="the checkpoint that it was made from",
+        fix=f"Pass {name}; `skv-export generate` and `skv-export verify` take this folder.",
     )
 
 

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from skv_export.checkpoints import tokenizer
+from skv_export.checkpoints.attention_patches import OWN_ATTENTION, Patches, patch_attention, restore_attention
 from skv_export.checkpoints.checkpoint import Checkpoint, Source, hub_endpoint
 from skv_export.checkpoints.foreign_tensors import adapter_in, unfit_tensors
 from skv_export.checkpoints.gguf_weights import load_gguf_model
@@ -240,15 +242,40 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.device("cpu") if hasattr(model, "_hf_hook") else model.device
 
 
-def replace_attention(model: PreTrainedModel, name: str) -> None:
+def replace_attention(model: PreTrainedModel, name: str, patches: Patches = OWN_ATTENTION) -> None:
     """Makes a model use an attention function that was registered with transformers' AttentionInterface.
 
+    Args:
+        model: Changed in place.
+        name: Of the function; one that transformers makes no mask for.
+        patches: Classes that have to be changed because they do not go through AttentionInterface.
+
     Raises:
-        SkvError: The model has an attention of its own.
+        SkvError: The model has an attention of its own that is not among ``patches``.
     """
-    model.set_attn_implementation(name)
+    if patch_attention(model, ALL_ATTENTION_FUNCTIONS[name], patches):
+        model.config._attn_implementation_internal = name
+    else:
+        with _quiet():
+            model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
-        raise SkvError(f"{model.config.model_type}: its attention can't be replaced, so its cache can't be simulated")
+        raise SkvError(
+            f"{model.config.model_type}: its attention can't be replaced: it does not go through AttentionInterface"
+        )
+
+
+@contextlib.contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """While the block runs, a model has transformers' attention instead of the one that replaced it."""
+    replaced = model.config._attn_implementation
+    if restore_attention(model):
+        model.config._attn_implementation_internal = "eager"
+    else:
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        replace_attention(model, str(replaced))
 
 
 @contextlib.contextmanager

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from skv_export.cli.options import OutputFile, placement_options, progress_options
+from skv_export.cli.options import (
+    OutputFile,
+    PathOf,
+    json_option,
+    placement_options,
+    progress_options,
+    say,
+    write_json,
+)
 from skv_export.progress import Progress
 from skv_export.spec.recipe import LayerConfig, Recipe
 
@@ -15,7 +23,7 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 
 @click.command("quality")
 @click.argument("checkpoint", required=False)
-@click.option("--text", type=click.Path(path_type=Path), help="Text to predict, UTF-8.  [default: shipped prose]")
+@click.option("--text", type=PathOf("--text"), help="Text to predict, UTF-8.  [default: shipped prose]")
 @click.option(
     "--configs",
     default=DEFAULT_CONFIGS,
@@ -44,7 +52,7 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 )
 @click.option("--state", type=OutputFile(), help="Keep finished windows here; go on from them.")
 @click.option("--report", type=OutputFile(), help="Write the table and the Pareto plot as HTML.")
-@click.option("--json", "json_file", type=OutputFile(), help="Write the figures as JSON.")
+@json_option("the figures")
 @placement_options
 @progress_options
 def quality_command(
@@ -90,11 +98,12 @@ def quality_command(
     calibrated = None if calibration is None else Calibration.load(calibration)
     bases = None if calibrated is None else calibrated.bases
     wanted = [*candidates.parse_configs(configs, base, bases), *candidates.parse_baselines(baselines)]
+    candidates.check_names(wanted)
     lengths = needle.parse_lengths(needle_lengths)
+    prose = read_text(text)
     source = resolve(checkpoint or demo_checkpoint())
     if calibrated is not None:
         calibrated.check(download(source))
-    prose = read_text(text)
     with Progress() as shown:
 
         def progress(name: str, done: int, total: int) -> None:
@@ -105,16 +114,15 @@ def quality_command(
         result = comparison.run(
             source, wanted, prose, windows=windows, window=window, state=state, progress=progress, loaded=loaded
         )
-    click.echo(result.table())
+    say(result.table(), json_file)
     retrieval = needle.run(loaded, wanted, prose, lengths=lengths) if needles else None
     if retrieval:
-        click.echo("\n" + retrieval.table())
+        say("\n" + retrieval.table(), json_file)
     free = None
     if generate is not None:
         with Progress() as shown:
             free = free_running.run(loaded, wanted, prose, generate, shown)
-        click.echo("\n" + free.table())
-    if json_file:
-        write_text(json_file, result.to_json(retrieval, free))
+        say("\n" + free.table(), json_file)
+    write_json(json_file, result.to_json(retrieval, free))
     if report:
         write_text(report, html(result, retrieval))

@@ -10,17 +10,17 @@ import hashlib
 import importlib.util
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, QuantizedCache
 
-from skv_export.checkpoints.pretrained import input_device
+from skv_export.checkpoints.pretrained import input_device, own_attention
 from skv_export.errors import SkvError, did_you_mean
-from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation, simulated_logits
+from skv_export.evaluation.decode_simulation import Simulation, simulated_logits
+from skv_export.paths import to_path
 from skv_export.spec.key_basis import KeyBasis, can_be_calibrated
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import BITS, Recipe, shipped_recipes
@@ -110,16 +110,6 @@ class TransformersCache(Candidate):
         return (held * (self.bits + 32 / _GROUP) + (context_length - held) * 16) / context_length
 
 
-@contextmanager
-def own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The model with transformers' attention instead of the simulated one."""
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(ATTENTION_NAME)
-
-
 # By name.
 
 
@@ -145,6 +135,7 @@ def parse_configs(text: str, base: Recipe, bases: Mapping[int, KeyBasis] | None 
             bits = {"k_bits": int(pair[1]), "v_bits": int(pair[2])}
             found.append((name.upper(), base.with_options(**bits)))
             continue
+        to_path(name, "--configs")
         paths = [Path(p) for p in sorted(glob.glob(name))] or [shipped_recipes().get(name, Path(name))]
         if not paths[0].is_file():
             widths = ", ".join(map(str, BITS))
@@ -160,6 +151,22 @@ def parse_configs(text: str, base: Recipe, bases: Mapping[int, KeyBasis] | None 
         if bases and any(can_be_calibrated(CacheLayout.pair(recipe.layer(i), 64)[0]) for i in bases):
             candidates.append(of_recipe(name + CALIBRATED, recipe, bases))
     return candidates
+
+
+def check_names(candidates: Sequence[Candidate]) -> None:
+    """Checks that there is something to compare, and that each has a name of its own.
+
+    Raises:
+        SkvError: There is nothing, or two have one name.
+    """
+    names = [candidate.name for candidate in candidates]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double or not names:
+        raise SkvError(
+            "--configs and --baselines",
+            got=f"{', '.join(double)} twice" if double else "nothing",
+            expected="something to compare, each once",
+        )
 
 
 def of_recipe(name: str, recipe: Recipe, bases: Mapping[int, KeyBasis] | None = None) -> Simulated:

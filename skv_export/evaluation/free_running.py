@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from skv_export.checkpoints.pretrained import input_device
-from skv_export.evaluation.candidates import Candidate, Simulated, own_attention
+from skv_export.checkpoints.pretrained import input_device, own_attention
+from skv_export.evaluation.candidates import Candidate, Simulated
 from skv_export.evaluation.decode_simulation import Simulation
 from skv_export.evaluation.text import cut_windows, token_ids
 

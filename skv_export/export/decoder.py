@@ -9,6 +9,7 @@ PyTorch what the exported graph computes in ONNX Runtime. ``SkvDecoder`` is that
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
+from skv_export.checkpoints.pretrained import replace_attention
 from skv_export.errors import SkvError
-from skv_export.export.attention_patches import patch_attention
+from skv_export.export.llama4_attention import PATCHES
 from skv_export.spec.key_basis import MATRICES, KeyBasis
 from skv_export.spec.op import ATTRIBUTE_TYPES, AttentionParams, Attributes, LayerAttention
 from skv_export.spec.recipe import LayerConfig
@@ -165,6 +167,10 @@ def _attend(
         asked["is_causal"] = False
     if dropout:
         asked["dropout"] = dropout
+    if scaling is not None and not (scaling and math.isfinite(scaling)):  # to the op, 0 is 1 / sqrt(D)
+        asked[f"scaling={scaling}"] = scaling
+    if softcap is not None and not 0 <= softcap < math.inf:
+        asked[f"softcap={softcap}"] = softcap
     if asked:
         raise SkvError(f"{name} asks for what the op does not do", got=", ".join(sorted(asked)), fix=_UNSUPPORTED)
     if key.shape[-1] != query.shape[-1] or value.shape[-1] != key.shape[-1]:
@@ -323,12 +329,7 @@ class SkvDecoder(torch.nn.Module):
                 f"{model.config.model_type}: not a language model: it has no output embedding", fix=_UNSUPPORTED
             )
         head.register_forward_pre_hook(self._select)
-        if not patch_attention(model, ATTENTION_NAME, _attend):
-            model.set_attn_implementation(ATTENTION_NAME)
-        if model.config._attn_implementation != ATTENTION_NAME:
-            raise SkvError(
-                f"{model.config.model_type}: its attention does not go through AttentionInterface", fix=_UNSUPPORTED
-            )
+        replace_attention(model, ATTENTION_NAME, PATCHES)
 
     @property
     def layers(self) -> tuple[LayerAttention, ...]:

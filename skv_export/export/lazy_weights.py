@@ -103,7 +103,7 @@ class Constant:
 
     def slabs(self, reader: Reader) -> Iterator[torch.Tensor]:
         """As ``WeightExpr`` says."""
-        yield torch.from_numpy(onnx.numpy_helper.to_array(onnx.TensorProto.FromString(self.data)))
+        yield to_torch(onnx.numpy_helper.to_array(onnx.TensorProto.FromString(self.data)))
 
     def renamed(self, rename: Callable[[str], str]) -> Constant:
         """As ``WeightExpr`` says."""

@@ -1,12 +1,13 @@
 """The export pipeline: from a checkpoint to a folder with the graph, its weights, and the files that a runtime reads.
 
-``plan`` computes what would be written from the configuration alone, by running the model with fake parameters: its
-layers are those that the traced graph will have. ``export_model`` reads the weights and writes.
+``plan`` computes what would be written without reading weights, by running the model with fake parameters: its layers
+are those that the traced graph will have. ``export_model`` reads the weights and writes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def plan(
     as_causal_lm: bool = False,
     calibration: Calibration | None = None,
 ) -> Plan:
-    """Plans an export: what it would write. Reads the configuration and no weights.
+    """Plans an export: what it would write. Reads the configuration and the files' headers, and no weights.
 
     Args:
         source: A folder with safetensors, a GGUF file, or a hub id.
@@ -128,6 +129,8 @@ def _plan_of(config: PreTrainedConfig, source: Source, recipe: Recipe, as_causal
             f"{config.model_type}: can't be exported: its model does not run with the op as its attention", got=got
         ) from error
     check_windows(config, [layer.params.local_window_size for layer in decoder.layers])
+    Weights(source, model.model)  # compares names and shapes in the files' headers, and reads no weight
+    _tokens(config, generation_config(source, config))
     planned = Plan(
         source=source,
         recipe=recipe,
@@ -193,12 +196,13 @@ def export_model(
             if constants is not None:
                 constants.check(local)
             write_tokenizer(local, folder)  # before the weights: what is wrong with it shows at once
+            ours = _model_config(planned, model.model.config, generation_config(local, model.model.config), all_logits)
             weights = Weights(local, model.model)
             phases.start("building the graph")
             graph = _build(planned, model, weights, all_logits)
             phases.start("writing")
             save(graph, folder, phases.advance, constants)
-            _write_beside(folder, planned, local, model.model.config, all_logits)
+            _write_beside(folder, planned, local, model.model.config, ours)
             before.check()
         phases.done()
     return target
@@ -260,7 +264,7 @@ def _trace(planned: Plan, model: EmptyModel, traced: Sequence[int], all_logits: 
         return torch.export.export(decoder, inputs, dynamic_shapes=shapes, strict=False)
 
 
-def _write_beside(folder: Path, planned: Plan, local: Source, config: PreTrainedConfig, all_logits: bool) -> None:
+def _write_beside(folder: Path, planned: Plan, local: Source, config: PreTrainedConfig, ours: ModelConfig) -> None:
     """Writes every file but the graph and its weights; ``local`` is the source on this disk."""
     generation = generation_config(local, config)
     generation.save_pretrained(folder)
@@ -269,7 +273,6 @@ def _write_beside(folder: Path, planned: Plan, local: Source, config: PreTrained
         name: getattr(generation, name) for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
     }
     base = {"search": {name: value for name, value in given.items() if value is not None}}
-    ours = _model_config(planned, config, generation, all_logits)
     write_configs(folder, planned.recipe, ours, int(config.hidden_size), TOKEN_INPUTS, base)
 
 
@@ -277,22 +280,15 @@ def _model_config(
     planned: Plan, config: PreTrainedConfig, generation: GenerationConfig, all_logits: bool
 ) -> ModelConfig:
     source, recipe = planned.source, planned.recipe
-
-    def token(name: str) -> Any:
-        given = getattr(generation, name, None)
-        return getattr(config, name, None) if given is None else given
-
-    eos = token("eos_token_id")
-    ends = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
-    pad = token("pad_token_id")
+    bos, ends, pad = _tokens(config, generation)
     return ModelConfig(
         model_type=planned.model_type,
         dtype=recipe.dtype,
         vocab_size=int(config.vocab_size),
         context_length=planned.context_length,
-        bos_token_id=token("bos_token_id"),
+        bos_token_id=bos[0] if bos else None,
         eos_token_id=ends,
-        pad_token_id=ends[0] if pad is None and ends else pad,
+        pad_token_id=(pad or ends or (None,))[0],
         all_logits=all_logits,
         weights=recipe.weights if recipe.weight_bits else "",
         quantize_head=recipe.quantize_head,
@@ -305,3 +301,24 @@ def _model_config(
         },
         layers=tuple(LayerCache.of(layer, i in planned.calibrated) for i, layer in enumerate(planned.layers)),
     )
+
+
+def _tokens(config: PreTrainedConfig, generation: GenerationConfig) -> list[tuple[int, ...]]:
+    """The tokens that begin, end and pad sequences; what the vocabulary does not hold is left out, and said so."""
+    made = []
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = getattr(generation, name, None)
+        given = getattr(config, name, None) if given is None else given
+        ids = given if isinstance(given, list | tuple) else [] if given is None else [given]
+        if not all(type(token) is int for token in ids):
+            raise SkvError(f"{name} of the checkpoint", got=repr(given)[:100], expected="token ids")
+        beyond = [token for token in ids if token >= config.vocab_size]
+        if beyond:
+            warnings.warn(
+                f"{name} of the checkpoint: {', '.join(str(token)[:20] for token in beyond[:4])} is no token of the "
+                f"model's {config.vocab_size:,}; left out",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        made.append(tuple(token for token in ids if 0 <= token < config.vocab_size))
+    return made

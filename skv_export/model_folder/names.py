@@ -19,6 +19,10 @@ LIBRARY_FILE = FILE_NAME
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+CHAT_TEMPLATES_FOLDER = "additional_chat_templates"
+"""Templates that a model has beside its default, ``NAME.jinja``: where transformers looks for them."""
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Names of special tokens, which templates know too."""
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +13,12 @@ from typing import Any
 
 from skv_export import __version__
 from skv_export.errors import SkvError
-from skv_export.model_folder.names import SKV_CONFIG_FILE
+from skv_export.model_folder.names import RECIPE_FILE, SKV_CONFIG_FILE
 from skv_export.paths import to_path
 from skv_export.spec.key_basis import can_be_calibrated
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.op import LayerAttention
-from skv_export.spec.recipe import LayerConfig
+from skv_export.spec.recipe import LayerConfig, Recipe
 
 FORMAT_VERSION = 1
 """Version of ``skv_config.json``."""
@@ -90,6 +92,15 @@ class ModelConfig:
     quantize_head: bool = True
     quantize_embeddings: bool = False
 
+    @property
+    def bits(self) -> str:
+        """The layers' bits in a word: ``K4V2``, or ``K4V2 (28 layers), K8V4 (2)``."""
+        counts = Counter(f"K{layer.key.bits}V{layer.value.bits}" for layer in self.layers)
+        if len(counts) == 1:
+            return next(iter(counts))
+        (first, count), *rest = counts.most_common()
+        return ", ".join([f"{first} ({count} layers)", *(f"{name} ({number})" for name, number in rest)])
+
     @classmethod
     def load(cls, folder: Path | str) -> ModelConfig:
         """Reads ``skv_config.json`` of an exported folder.
@@ -156,6 +167,24 @@ class ModelConfig:
             "logits": "all" if self.all_logits else "last",
             "padding": "right" if self.right_padded else "any",
         }
+
+
+def describe(folder: Path | str) -> dict[str, Any]:
+    """Returns what a report says of an exported model: its folder, source, bits and recipe.
+
+    Raises:
+        SkvError: It is none, or damaged.
+    """
+    folder = to_path(folder, "exported folder")
+    config, recipe = ModelConfig.load(folder), folder / RECIPE_FILE
+    options = tomllib.loads(Recipe.load(recipe).to_toml()) if recipe.is_file() else None
+    return {
+        "folder": str(folder),
+        "model_type": config.model_type,
+        "source": dict(config.source),
+        "bits": config.bits,
+        "recipe": options,
+    }
 
 
 def _layer_cache(values: Mapping[str, Any]) -> LayerCache:

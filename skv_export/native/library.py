@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import logging
 import os
 import platform
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from skv_export.spec.recipe import GRANULARITIES, RECENT_TYPES, ROTATIONS
 if TYPE_CHECKING:
     from skv_export.spec.op import AttentionParams
 
+logger = logging.getLogger(__name__)
 FILE_NAME = "libskv_ops.so"
 ENVIRONMENT = "SKV_OPS_LIBRARY"
 INSTRUCTION_SETS = ("scalar", "avx2", "avxvnni", "avx512vnni", "neon")
@@ -140,6 +142,7 @@ class Library:
                 expected=f"a build of skv_export {skv_export.__version__} for {platform.system()} {platform.machine()}",
                 fix=_FIX,
             ) from error
+        logger.info("native library %s: CPU kernels %s, CUDA %s", path, self.cpu_isa, self.cuda_build or "not built")
 
     @property
     def version(self) -> str:

@@ -23,6 +23,7 @@ import onnx_ir as ir
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import (
+    CHAT_TEMPLATES_FOLDER,
     GENAI_CONFIG_FILE,
     INPUT_IDS,
     LIBRARY_FILE,
@@ -147,7 +148,9 @@ def rewrite_model(
         for location, file in rewrite.source.weights.items():
             _share(file, folder / location, copy=copy_weights)
         for file in rewrite.source.companions:
-            shutil.copyfile(file, folder / file.name)
+            place = folder / CHAT_TEMPLATES_FOLDER if file.parent.name == CHAT_TEMPLATES_FOLDER else folder
+            place.mkdir(exist_ok=True)
+            shutil.copyfile(file, place / file.name)
         inputs = [str(value.name) for value in rewrite.source.graph.graph.inputs]
         base = rewrite.source.genai_config
         write_configs(folder, rewrite.recipe, rewrite.config, rewrite.hidden_size, inputs, base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -17,6 +18,8 @@ from skv_export.native.library import Library
 from skv_export.spec import reference
 from skv_export.spec.key_basis import MATRICES, KeyBasis
 from skv_export.spec.layout import Bytes, CacheLayout
+
+logger = logging.getLogger(__name__)
 
 
 class Cache:
@@ -66,6 +69,7 @@ class Cache:
                 buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.uint8, device)
                 self._tensors[i, name] = layout, buffer
         self.bind(self.binding)
+        logger.debug("cache of %d sequences of %d tokens: %d bytes on %s", batch, max_length, self.nbytes, device)
 
     def bind(self, binding: Any) -> None:
         """Binds the buffers, as past and present alike, to an IOBinding of the session."""

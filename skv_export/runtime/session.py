@@ -5,7 +5,7 @@ Needs numpy, onnxruntime and tokenizers; no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from skv_export.runtime.sampling import Sampler, Sampling
 from skv_export.spec.key_basis import KeyBasis
 
 MAX_THREADS = 1024
+Observer = Callable[[Logits, Int64], object]
+"""Told the logits of a step, ``[B, vocab_size]``, and the tokens that were chosen, ``[B]``."""
 
 
 class Session:
@@ -256,7 +258,9 @@ class Session:
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
         cache: Cache | None = None,
-    ) -> Iterator[Int64]:
+        present: Sequence[Sequence[int]] | None = None,
+        observe: Observer | None = None,
+    ) -> Generator[Int64, None, None]:
         """Generates token by token.
 
         Args:
@@ -267,6 +271,8 @@ class Session:
             sampling: How a token is chosen; greedy if not given.
             cache: Holds what came before; a new one of the right size if not given. The last token that is yielded
                 has not been appended to it.
+            present: Tokens of each sequence that the penalty of repetition counts; those of ``input_ids`` if not given.
+            observe: Called with the logits ``[B, vocab_size]`` of each step and the tokens ``[B]`` chosen from them.
 
         Yields:
             ``[B]``, the next token of each sequence; one that has ended gets the padding token.
@@ -282,17 +288,27 @@ class Session:
         if cache is None:
             self.check_length(int(new.sum(axis=1).max(initial=0)))
             cache = self.cache(len(ids), min(ids.shape[1] + max_new_tokens, self.config.context_length))
-        choose = Sampler(sampling or Sampling())
+        held = [row[real].tolist() for row, real in zip(ids, new, strict=True)] if present is None else present
+        choose = Sampler(sampling or Sampling(), self._marked(held))
         logits = last_logits(self._append(ids, new, None, cache), new)
         active = np.ones(len(ids), np.bool_)
         for step in range(max_new_tokens):
             tokens = np.where(active, choose(logits), self.pad_token_id)
+            if observe is not None:
+                observe(logits, tokens)
             yield tokens
             active = active & ~np.isin(tokens, self.config.eos_token_id) & (cache.lengths < cache.max_length)
             if not active.any() or step + 1 == max_new_tokens:
                 return
             # A finished sequence gets no more tokens: its column is padding.
             logits = self._append(tokens[:, None], active[:, None], None, cache)[:, 0]
+
+    def _marked(self, present: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
+        """Which tokens a sequence has, ``[B, vocab_size]``."""
+        marked = np.zeros((len(present), self.config.vocab_size), np.bool_)
+        for row, tokens in zip(marked, present, strict=True):
+            row[list(tokens)] = True
+        return marked
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 128, sampling: Sampling | None = None
@@ -334,19 +350,39 @@ class Session:
         """The folder's ``tokenizer.json``, as tokenizers' Tokenizer; see ``load_tokenizer``."""
         return load_tokenizer(self.folder)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Formats messages with the model's chat template.
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """Formats messages with the model's chat template, as transformers' ``apply_chat_template`` does.
 
         Args:
-            messages: Each with ``role`` and ``content``.
+            messages: Each with ``role`` and, as a rule, ``content``.
+            tools: JSON schemas of functions that the model may call.
+            documents: With ``title`` and ``text``, for models that answer from documents.
+            add_generation_prompt: End where the model's answer starts.
+            variables: What else the template asks for, such as ``enable_thinking=False``.
 
         Returns:
-            The prompt as text, up to where the model's answer starts.
+            The prompt as text; its special tokens are in it, so that the tokenizer is to add none.
 
         Raises:
-            SkvError: The folder has no chat template.
+            SkvError: The folder has no chat template, the template refuses the messages (its own words are in the
+                message), is faulty, or exceeds its limits.
         """
-        return chat_prompt(self.folder, messages)
+        return chat_prompt(
+            self.folder,
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            variables=variables,
+        )
 
 
 def last_logits(logits: Logits, new: NDArray[np.bool_]) -> Logits:

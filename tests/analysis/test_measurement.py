@@ -95,12 +95,12 @@ def test_theory_predicts_the_errors_of_random_activations(activations: Any) -> N
 
 
 class Tokens:
-    """A tokenizer for the tiny models: one token per character."""
+    """A tokenizer for the tiny models: one token per character, and one before a text."""
 
-    def __call__(self, text: str, return_tensors: str) -> Any:
-        import torch
+    start = 1
 
-        return type("Batch", (), {"input_ids": torch.tensor([[ord(c) % 128 for c in text]])})()
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [self.start] * add_special_tokens + [ord(c) % 128 for c in text]
 
 
 @pytest.fixture
@@ -132,9 +132,22 @@ def test_measure(arch: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
     assert (m.loss[:, -1, -1] < 1e-9).all() and (m.loss[:, 0, 0] >= m.loss[:, 2, 2]).all()
     assert (m.loss[:, 0, 0] > m.loss[:, 2, 2]).any()  # a short sliding window sees exact tokens only
     assert found.recommendation.score == "measure"
+    json.dumps(found.to_json(), allow_nan=False)  # nor does a layer that loses nothing get a balance
     assert found.recommendation.allocation.loss <= found.recommendation.uniform.loss or not found.budget.fits(
         found.recommendation.uniform.bits
     )
+
+
+def test_every_window_starts_as_the_tokenizer_starts_a_text(tiny_checkpoint: Callable[..., Path], tokens: None) -> None:
+    """A model that was trained with a first token loses its mind without it, and its losses by layer mean nothing."""
+    from skv_export.analysis.attention_capture import DecodeModel
+    from skv_export.checkpoints.checkpoint import resolve
+
+    decoder = DecodeModel(resolve(tiny_checkpoint("llama")))
+    windows = decoder.windows(TEXT, 256, 2)
+    assert [ids[0].item() for ids in windows] == [Tokens.start] * 2
+    assert windows[0][1:].tolist() == Tokens().encode(TEXT, False)[:255]
+    assert windows[1][1:].tolist() == Tokens().encode(TEXT, False)[-255:]
 
 
 def test_measurement_goes_on_where_it_stopped(

@@ -65,7 +65,7 @@ def test_one_wheel_serves_every_python_of_the_platform(wheel: Path) -> None:
 def test_it_carries_all_that_the_package_reads_and_no_sources_of_the_library(wheel: Path, names: set[str]) -> None:
     assert LIBRARY in names
     assert {n for n in names if n.startswith("skv_export/recipes/")} == {
-        f"skv_export/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.toml")
+        f"skv_export/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*.toml")
     }
     for folder in ("data", "templates"):
         kept = {f"skv_export/{folder}/{p.name}" for p in (ROOT / "skv_export" / folder).glob("*.*")}
@@ -127,6 +127,6 @@ def test_a_fresh_environment_runs_it(wheel: Path, tmp_path: Path) -> None:
     assert str(site / LIBRARY) in run(script, "doctor")
     assert run(script, "doctor", "--library-path").strip() == str(site / LIBRARY)
     assert [line.split()[0] for line in run(script, "recipes").splitlines()] == sorted(
-        path.stem for path in (ROOT / "recipes").glob("*.toml")
+        path.relative_to(ROOT / "recipes").with_suffix("").as_posix() for path in (ROOT / "recipes").rglob("*.toml")
     )
     assert "--k-bits" in run(str(python), "-m", "optimum.commands.optimum_cli", "export", "skv", "--help")

@@ -133,4 +133,4 @@ def test_weights_that_were_rounded_are_the_references_too(made: tuple[Path, Path
     recipe = RECIPE.with_options(weights="int4")
     folder = export_model(made[0], out=tmp_path / "int4", recipe=recipe, progress=lambda *_: None)
     report = _verify(made[0], folder)
-    assert report.failures == () and report.text is not None and report.text.tokens > 200, report.table()
+    assert report.failures == () and report.text is not None and report.text.tokens > 100, report.table()
