@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from skv_export.calibration.file import Calibration
-from skv_export.checkpoints.checkpoint import Source, resolve
+from skv_export.checkpoints.checkpoint import Checkpoint, Source, resolve
 from skv_export.checkpoints.model_config import load_config
 from skv_export.checkpoints.pretrained import DTYPES, download
 from skv_export.checkpoints.purpose import check_purpose
@@ -30,6 +30,8 @@ from skv_export.export.empty_model import EmptyModel
 from skv_export.export.supported import check_config, check_windows, context_length
 from skv_export.export.to_onnx import build, save
 from skv_export.export.weight_quantization import stored_bytes
+from skv_export.model_folder.card import licence_of
+from skv_export.model_folder.labels import label_model, label_nodes
 from skv_export.model_folder.names import TOKEN_INPUTS
 from skv_export.model_folder.output import check_target, output_folder
 from skv_export.model_folder.plan import Plan
@@ -58,6 +60,7 @@ def plan(
     recipe: Recipe | None = None,
     *,
     as_causal_lm: bool = False,
+    adapter: str | Path | None = None,
     calibration: Calibration | None = None,
 ) -> Plan:
     """Plans an export: what it would write. Reads the configuration and the files' headers, and no weights.
@@ -66,12 +69,13 @@ def plan(
         source: A folder with safetensors, a GGUF file, or a hub id.
         recipe: The options; the defaults if not given.
         as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
+        adapter: Folder of a LoRA adapter to merge into the weights.
         calibration: Of keys; whether it is this checkpoint's is seen when the weights are there.
 
     Raises:
         SkvError: The checkpoint, its architecture or the recipe can't be used; the message says why.
     """
-    resolved = resolve(source)
+    resolved = resolve(source, adapter=adapter)
     planned = _plan(resolved, as_recipe(recipe), as_causal_lm)[0]
     return _calibrated(planned, calibration)[0]
 
@@ -156,6 +160,7 @@ def export_model(
     force: bool = False,
     all_logits: bool = False,
     as_causal_lm: bool = False,
+    adapter: str | Path | None = None,
     calibration: Calibration | str | Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -168,6 +173,7 @@ def export_model(
         force: Replace ``out`` if it exists.
         all_logits: Return the logits of every position, for evaluation.
         as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
+        adapter: Folder of a LoRA adapter to merge into the weights.
         calibration: Of keys: what ``skv-export calibrate`` wrote for this checkpoint.
         progress: Told of each phase; a bar on standard error if not given.
 
@@ -181,7 +187,7 @@ def export_model(
     check_target(target, force=force)
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = Calibration.load(calibration)
-    chosen, resolved = as_recipe(recipe), resolve(source)
+    chosen, resolved = as_recipe(recipe), resolve(source, adapter=adapter)
     library_path()  # it goes into the folder: better none is written than one without it
     with Shown() as shown:
         phases = _Phases(progress or shown)
@@ -201,6 +207,8 @@ def export_model(
             phases.start("building the graph")
             graph = _build(planned, model, weights, all_logits)
             phases.start("writing")
+            label_nodes(graph.graph)
+            label_model(graph, ours, chosen)
             save(graph, folder, phases.advance, constants)
             _write_beside(folder, planned, local, model.model.config, ours)
             before.check()
@@ -273,7 +281,9 @@ def _write_beside(folder: Path, planned: Plan, local: Source, config: PreTrained
         name: getattr(generation, name) for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
     }
     base = {"search": {name: value for name, value in given.items() if value is not None}}
-    write_configs(folder, planned.recipe, ours, int(config.hidden_size), TOKEN_INPUTS, base)
+    metadata = Checkpoint(local).gguf_metadata if local.kind == "gguf" else None
+    licence = licence_of(None if local.kind == "gguf" else local.path, metadata)
+    write_configs(folder, planned.recipe, ours, int(config.hidden_size), TOKEN_INPUTS, base, licence=licence)
 
 
 def _model_config(
@@ -298,6 +308,7 @@ def _model_config(
             "name": source.repo_id or source.gguf_file or (source.path.resolve().name if source.path else ""),
             "revision": source.revision,
             "sha256": digest(source, config),
+            **({"adapter": source.adapter.resolve().name} if source.adapter else {}),
         },
         layers=tuple(LayerCache.of(layer, i in planned.calibrated) for i, layer in enumerate(planned.layers)),
     )
