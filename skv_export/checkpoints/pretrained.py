@@ -7,6 +7,7 @@ that is missing is an error, never a random number; code of a checkpoint's is ne
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -91,7 +92,7 @@ def download(source: Source) -> Source:
     if source.kind != "hub":
         return source
     if source.path is not None:
-        return Source("safetensors", source.path)
+        return Source("safetensors", source.path, adapter=source.adapter)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
@@ -102,7 +103,7 @@ def download(source: Source) -> Source:
         )
     except (OSError, ValueError, HTTPError) as error:
         raise SkvError(f"{source}: can't be downloaded", got=str(error)[:500], fix="Check the connection.") from error
-    return Source("safetensors", Path(folder))
+    return Source("safetensors", Path(folder), adapter=source.adapter)
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -185,7 +186,10 @@ def load_untouched(source: Source, placement: Placement | None = None) -> PreTra
     placement, source = placement or Placement(), download(source)
     if source.kind == "gguf":
         return load_model(source, placement=placement)
-    arguments: dict[str, Any] = {"dtype": placement.torch_dtype, "use_safetensors": True}
+    if source.adapter is not None and (source.adapter == source.path or not importlib.util.find_spec("peft")):
+        return load_model(source, placement=placement)
+    # Not mapped: where a mapped file becomes shorter, the process is killed.
+    arguments: dict[str, Any] = {"dtype": placement.torch_dtype, "use_safetensors": True, "disable_mmap": True}
     if placement.device_map is not None or placement.device != "cpu":
         arguments["device_map"] = placement.device_map or {"": placement.device}
     try:
@@ -195,6 +199,13 @@ def load_untouched(source: Source, placement: Placement | None = None) -> PreTra
             )
     except _FAILURES:
         return load_model(source, placement=placement)
+    if source.adapter is not None:
+        from peft import PeftModel
+
+        try:
+            model = PeftModel.from_pretrained(model, str(source.adapter)).merge_and_unload()
+        except _FAILURES as error:
+            raise SkvError(f"{source}: peft can't load the adapter", got=str(error)[:500]) from error
     model.requires_grad_(False)
     return model
 

@@ -14,7 +14,15 @@ import click
 from skv_export.analysis.card import WEIGHT_BITS
 from skv_export.analysis.recommend import SCORES
 from skv_export.cli.choice import Choice
-from skv_export.cli.options import OutputFile, json_option, placement_options, progress_options, say, write_json
+from skv_export.cli.options import (
+    OutputFile,
+    adapter_option,
+    json_option,
+    placement_options,
+    progress_options,
+    say,
+    write_json,
+)
 from skv_export.cli.target import Numbers, Pairs, target_options
 from skv_export.errors import SkvError, require_module
 from skv_export.progress import Progress
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
 
 @click.command(name="analyze")
 @click.argument("checkpoint", required=False)
+@adapter_option
 @target_options
 @placement_options
 @click.option("--weights", type=Choice(list(WEIGHT_BITS)), help="Format of weights that share --memory with the cache.")
@@ -134,7 +143,7 @@ def run(
     if measuring.get("device", "cpu") != "cpu" or measuring.get("device_map"):
         MeasureOptions(**measuring).placement()  # a device that is not there is found out before any work
     room = 0
-    opened = Checkpoint.open(checkpoint, revision=revision)
+    opened = Checkpoint.open(checkpoint, revision=revision, adapter=given.pop("adapter", None))
     if weights:
         room = room_for_cache(given["memory"], opened, weights, given["batch"]) if given["memory"] else 0
         if given["context"] is None and gpu:  # the question is how long a context fits, not which bits fill the card
@@ -183,7 +192,8 @@ def planner(found: Analysis, room: int) -> str:
     tokens = context_table(found.budget, found.recommendation.allocation.bits, room)
     longest = found.config.max_position_embeddings
     said = f", of which the model was made for {longest:,}" if longest else ""
-    lines = [f"\n{room / 2**30:.1f} GiB for the cache of {found.budget.batch} sequences; tokens of each{said}:"]
+    sequences = f"{found.budget.batch} sequences; tokens of each" if found.budget.batch > 1 else "one sequence; tokens"
+    lines = [f"\n{room / 2**30:.1f} GiB for the cache of {sequences}{said}:"]
     return "\n".join(lines + [f"  {name:<12} {count:>12,}" for name, count in tokens.items()])
 
 

@@ -20,6 +20,7 @@ from skv_export.cli.options import (
     DEBUG,
     Number,
     PathOf,
+    adapter_option,
     debug_option,
     exported_model,
     json_option,
@@ -178,6 +179,7 @@ def _resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
     "--all-logits", is_flag=True, help="Logits of every position, for evaluation; default: of the last token."
 )
 @click.option("--as-causal-lm", is_flag=True, help="Export a classifier, reward or embedding model's layers anyway.")
+@adapter_option
 @click.option("--copy-weights", is_flag=True, help="ONNX in: copy the weights instead of linking to them.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @json_option("the plan")
@@ -191,6 +193,7 @@ def model(
     force: bool,
     all_logits: bool,
     as_causal_lm: bool,
+    adapter: Path | None,
     copy_weights: bool,
     dry_run: bool,
     json_file: Path | None,
@@ -198,13 +201,15 @@ def model(
 ) -> None:
     """Export CHECKPOINT to a folder that ONNX Runtime runs with a quantized KV cache.
 
-    CHECKPOINT is a folder with safetensors, a GGUF file, or a hub id; without it, the demo model (extra `demo`). An
-    ONNX file or folder with GroupQueryAttention, or Attention with a past, is rewritten, its weights untouched.
+    CHECKPOINT is a folder with safetensors, a GGUF file, or a hub id; without it, the demo model (extra `demo`); a LoRA
+    folder whose base model is a folder here, too. An ONNX file or folder with GroupQueryAttention, or Attention with a
+    past, is rewritten, its weights untouched.
 
     \b
     skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --out qwen3
     skv-export model ./Qwen3-0.6B --recipe qwen3 --dry-run
     skv-export model ./Qwen3-0.6B --budget 3.25          # or --auto, --gpu rtx4090 --context 128k, --max-loss 0.5%
+    skv-export model ./Qwen3-0.6B --adapter ./my-lora    # merged into the weights
     skv-export model model.gguf --k-bits 8 --v-bits 4 --dtype fp16
     skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --weights int4
     skv-export model ./Qwen3-0.6B --k-bits 3 --v-bits 2 --calibration calibration.safetensors
@@ -231,19 +236,19 @@ def model(
         raise SkvError("--calibration", got="an ONNX model", fix="Export the checkpoint itself, or leave it out.")
     calibrated = None if calibration is None else Calibration.load(calibration)
     if asked:
-        resolved = _recommended(source, resolved, options, target, as_causal_lm, json_file)
+        resolved = _recommended(source, resolved, options, {**target, "adapter": adapter}, as_causal_lm, json_file)
     elif target["context"] is not None or target["measure"] is not None:
         raise SkvError("--context and --measure: nothing chooses bits", fix="Add --auto, or --budget and its like.")
-    if rewriting and (all_logits or options["dtype"] or options["weights"]):
+    if rewriting and (all_logits or options["dtype"] or options["weights"] or adapter):
         raise SkvError(
-            "--all-logits, --dtype and --weights",
+            "--all-logits, --dtype, --weights and --adapter",
             got="an ONNX model",
             fix="Leave them out: its weights stay as they are.",
         )
     if rewriting:
         plan: Any = rewrite.plan(source, resolved)
     else:
-        plan = export.plan(source, resolved, as_causal_lm=as_causal_lm, calibration=calibrated)
+        plan = export.plan(source, resolved, as_causal_lm=as_causal_lm, adapter=adapter, calibration=calibrated)
     say(plan.table(), json_file)
     if json_file:
         write_json(json_file, plan.to_dict())
@@ -259,6 +264,7 @@ def model(
             force=force,
             all_logits=all_logits,
             as_causal_lm=as_causal_lm,
+            adapter=adapter,
             calibration=calibrated,
         )
     name = shlex.quote(f"./{folder}" if str(folder).startswith("-") else str(folder))
@@ -279,6 +285,7 @@ def default_name(source: str, bits: str) -> str:
 @main.command()
 @exported_model
 @click.option("--checkpoint", help="What the folder was exported from.  [default: as recorded in it]")
+@adapter_option
 @click.option(
     "--level",
     "levels",

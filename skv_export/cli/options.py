@@ -72,6 +72,12 @@ class OutputFile(click.ParamType[Any]):
         return check_file(value)
 
 
+def adapter_option(command: _Command) -> _Command:
+    """Adds --adapter."""
+    text = "Folder of a LoRA adapter (peft) to merge into CHECKPOINT's weights."
+    return click.option("--adapter", type=PathOf("--adapter"), help=text)(command)
+
+
 class JsonFile(OutputFile):
     """An ``OutputFile``, or ``-`` for standard output."""
 

@@ -9,6 +9,7 @@ import click
 from skv_export.cli.options import (
     OutputFile,
     PathOf,
+    adapter_option,
     json_option,
     placement_options,
     progress_options,
@@ -23,6 +24,7 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 
 @click.command("quality")
 @click.argument("checkpoint", required=False)
+@adapter_option
 @click.option("--text", type=PathOf("--text"), help="Text to predict, UTF-8.  [default: shipped prose]")
 @click.option(
     "--configs",
@@ -51,6 +53,7 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 @progress_options
 def quality_command(
     checkpoint: str | None,
+    adapter: Path | None,
     text: Path | None,
     configs: str,
     baselines: str,
@@ -94,7 +97,7 @@ def quality_command(
     candidates.check_names(wanted)
     lengths = needle.parse_lengths(needle_lengths)
     prose = read_text(text)
-    source = resolve(checkpoint or demo_checkpoint())
+    source = resolve(checkpoint or demo_checkpoint(), adapter=adapter)
     if calibrated is not None:
         calibrated.check(download(source))
     with Progress() as shown:

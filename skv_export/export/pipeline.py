@@ -60,6 +60,7 @@ def plan(
     recipe: Recipe | None = None,
     *,
     as_causal_lm: bool = False,
+    adapter: str | Path | None = None,
     calibration: Calibration | None = None,
 ) -> Plan:
     """Plans an export: what it would write. Reads the configuration and the files' headers, and no weights.
@@ -68,12 +69,13 @@ def plan(
         source: A folder with safetensors, a GGUF file, or a hub id.
         recipe: The options; the defaults if not given.
         as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
+        adapter: Folder of a LoRA adapter to merge into the weights.
         calibration: Of keys; whether it is this checkpoint's is seen when the weights are there.
 
     Raises:
         SkvError: The checkpoint, its architecture or the recipe can't be used; the message says why.
     """
-    resolved = resolve(source)
+    resolved = resolve(source, adapter=adapter)
     planned = _plan(resolved, as_recipe(recipe), as_causal_lm)[0]
     return _calibrated(planned, calibration)[0]
 
@@ -158,6 +160,7 @@ def export_model(
     force: bool = False,
     all_logits: bool = False,
     as_causal_lm: bool = False,
+    adapter: str | Path | None = None,
     calibration: Calibration | str | Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -170,6 +173,7 @@ def export_model(
         force: Replace ``out`` if it exists.
         all_logits: Return the logits of every position, for evaluation.
         as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
+        adapter: Folder of a LoRA adapter to merge into the weights.
         calibration: Of keys: what ``skv-export calibrate`` wrote for this checkpoint.
         progress: Told of each phase; a bar on standard error if not given.
 
@@ -183,7 +187,7 @@ def export_model(
     check_target(target, force=force)
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = Calibration.load(calibration)
-    chosen, resolved = as_recipe(recipe), resolve(source)
+    chosen, resolved = as_recipe(recipe), resolve(source, adapter=adapter)
     library_path()  # it goes into the folder: better none is written than one without it
     with Shown() as shown:
         phases = _Phases(progress or shown)
@@ -304,6 +308,7 @@ def _model_config(
             "name": source.repo_id or source.gguf_file or (source.path.resolve().name if source.path else ""),
             "revision": source.revision,
             "sha256": digest(source, config),
+            **({"adapter": source.adapter.resolve().name} if source.adapter else {}),
         },
         layers=tuple(LayerCache.of(layer, i in planned.calibrated) for i, layer in enumerate(planned.layers)),
     )

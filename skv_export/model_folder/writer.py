@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skv_export.checkpoints import adapter
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.errors import SkvError
 from skv_export.model_folder.card import model_card
@@ -81,10 +82,16 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def digest(source: Source, config: PreTrainedConfig) -> str:
-    """SHA-256 that identifies a checkpoint: of ``config.json``, or of the first MiB (the metadata) of a GGUF file."""
+    """SHA-256 that identifies a checkpoint: of ``config.json``, or of the first MiB (the metadata) of a GGUF file.
+
+    With an adapter, of its configuration and weights as well.
+    """
     name = source.gguf_file or "config.json"
     if source.path is not None and (source.path / name).is_file():
         with (source.path / name).open("rb") as file:
-            return hashlib.sha256(file.read(1 << 20)).hexdigest()
+            found = hashlib.sha256(file.read(1 << 20))
+        for path in [source.adapter / x for x in (adapter.CONFIG, adapter.WEIGHTS)] if source.adapter else []:
+            found.update(path.read_bytes())
+        return found.hexdigest()
     text = json.dumps(config.to_diff_dict(), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -147,6 +147,7 @@ def verify(
     folder: Path | str,
     *,
     checkpoint: str | Path | None = None,
+    adapter: str | Path | None = None,
     levels: Sequence[str] = LEVELS,
     text: Path | str | None = None,
     execution_provider: str = "cpu",
@@ -165,6 +166,7 @@ def verify(
         checkpoint: What it was exported from; as recorded in the folder if not given. A folder that was rewritten from
             an ONNX graph is held against that graph, in ONNX Runtime, without PyTorch's model; the level ``text`` is
             skipped then.
+        adapter: The LoRA adapter that was merged into the checkpoint's weights, if one was.
         levels: Of ``op``, ``text``, ``graph``, ``quality``.
         text: File to take tokens from; the shipped prose if not given.
         execution_provider: ``cpu`` or ``cuda``, of the op and of the exported graph.
@@ -199,7 +201,7 @@ def verify(
     if placement is None:
         assert graph is not None
         return work.against_graph(graph)
-    return work.against_torch(_source(config, checkpoint), placement)
+    return work.against_torch(_source(config, checkpoint, adapter), placement)
 
 
 def _thresholds(
@@ -309,20 +311,30 @@ def _source_graph(config: ModelConfig, checkpoint: str | Path | None) -> Path | 
     return find_source(config, checkpoint)
 
 
-def _source(config: ModelConfig, checkpoint: str | Path | None) -> Source:
-    """The given checkpoint, or the one recorded in the folder: a hub id, or the demo's file."""
-    if checkpoint is not None:
-        return resolve(checkpoint)
+def _source(config: ModelConfig, checkpoint: str | Path | None, adapter: str | Path | None) -> Source:
+    """The given checkpoint, or the one recorded in the folder: a hub id, or the demo's file; with its adapter."""
     kind, name = (str(config.source.get(key)) for key in ("kind", "name"))
-    if kind == "hub":
-        return resolve(name, revision=config.source.get("revision"))
-    if kind == "gguf" and (demo := demo_checkpoint()).name == name:
-        return resolve(demo)
-    raise SkvError(
-        "verify: checkpoint",
-        got=f"none; the folder was made from {name}, on some disk",
-        fix="Pass its path: --checkpoint.",
-    )
+    if checkpoint is not None:
+        source = resolve(checkpoint, adapter=adapter)
+    elif kind == "hub":
+        source = resolve(name, revision=config.source.get("revision"), adapter=adapter)
+    elif kind == "gguf" and (demo := demo_checkpoint()).name == name:
+        source = resolve(demo, adapter=adapter)
+    else:
+        raise SkvError(
+            "verify: checkpoint",
+            got=f"none; the folder was made from {name}, on some disk",
+            fix="Pass its path: --checkpoint.",
+        )
+    merged = config.source.get("adapter")
+    if bool(merged) != (source.adapter is not None):
+        raise SkvError(
+            "verify: adapter",
+            got=str(source.adapter) if source.adapter else "none",
+            expected=f"{merged}, which was merged into the weights" if merged else "none: the export has none",
+            fix="Pass its folder: --adapter." if merged else "Leave it out.",
+        )
+    return source
 
 
 def _text_level(

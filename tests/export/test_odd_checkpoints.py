@@ -25,6 +25,7 @@ from skv_export.export import pipeline, supported
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.runtime.session import Session
 from skv_export.spec.recipe import Recipe
+from skv_export.verification import run
 
 EXACT = Recipe().with_options(k_bits=16, v_bits=16, num_sink_tokens=2, recent_type="float")
 
@@ -264,3 +265,31 @@ def test_a_file_that_becomes_shorter_is_an_error_and_kills_nothing(
     with pytest.raises(SkvError, match=r"chang.*model\.safetensors|model\.safetensors.*changed"):
         pipeline.export_model(folder, out=tmp_path / "out", recipe=EXACT, progress=quiet)
     assert not (tmp_path / "out").exists()
+
+
+# An adapter.
+
+
+def test_an_export_with_an_adapter_is_the_adapted_model_and_verify_knows_it(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, library: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    checkpoint = tiny_checkpoint("qwen3")
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
+    options = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj", "up_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(base, options).eval()
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    out = pipeline.export_model(
+        checkpoint, out=tmp_path / "out", recipe=EXACT, adapter=tmp_path / "adapter", progress=quiet
+    )
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = adapted(ids).logits[0, -1].numpy()
+    np.testing.assert_allclose(session_logits(out, ids), expected, atol=1e-3, rtol=0)
+    assert np.abs(expected - expected_logits(checkpoint, ids)).max() > 0.1
+    config = ModelConfig.load(out)
+    assert config.source["adapter"] == "adapter"
+    with pytest.raises(SkvError, match=r"verify: adapter; got none; expected adapter.*--adapter"):
+        run._source(config, checkpoint, None)
+    assert run._source(config, checkpoint, tmp_path / "adapter").adapter == tmp_path / "adapter"
