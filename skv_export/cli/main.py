@@ -58,6 +58,7 @@ _LAZY = {
     "chat": "skv_export.cli.chat:chat_command",
     "generate": "skv_export.cli.generate:generate_command",
     "quality": "skv_export.cli.quality:quality_command",
+    "serve": "skv_export.cli.serve:serve_command",
 }
 
 
