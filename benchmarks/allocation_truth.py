@@ -7,13 +7,17 @@
 Calibrated on the shipped calibration text, judged on the shipped prose, decode style. Uniform pairs: those
 with as many bits for keys as for values or up to two more that fit, and that no other fitting pair reaches in both
 widths. Prints a Markdown table: the last column is the divergence less that of the best uniform pair of the budget,
-part by part of the windows. Resumable through both state files; --first judges only so many of the windows, so that a
-table exists before all are done.
+part by part of the windows. Below it: how many bits the measured allocations need for the loss of each other route,
+read off straight lines through their points (bits, log KL). Route `direct` measures every layer alone (`--kl`), which
+takes a hundred times as long. Resumable through both state files; --first judges only so many of the windows, so that
+a table exists before all are done.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
@@ -54,6 +58,8 @@ def analyses_of(given: argparse.Namespace, budget: float) -> dict[str, Analysis]
     measure = MeasureOptions(
         windows=given.calibration_windows, window=given.window, state=given.measure_state, confirm_windows=0
     )
+    direct_state = given.measure_state and given.measure_state.with_name(given.measure_state.name + ".direct")
+    measuring = {"measure": measure, "direct": dataclasses.replace(measure, kl=True, state=direct_state)}
     found = {}
     for route in given.routes.split(","):
         try:
@@ -61,8 +67,8 @@ def analyses_of(given: argparse.Namespace, budget: float) -> dict[str, Analysis]
                 given.checkpoint,
                 target=Target(budget=budget, context=given.context),
                 base=LayerConfig(recent_tokens=given.recent_tokens, tile_tokens=given.tile_tokens),
-                score=route,
-                measure=measure if route == "measure" else None,
+                score="measure" if route in measuring else route,
+                measure=measuring.get(route),
             )
         except SkvError as error:
             print(f"{budget} bits, {route}: {error}", file=sys.stderr)
@@ -120,6 +126,25 @@ def main() -> None:
                 + ("" if row is uniform else f"{more:+.2g} ± {error:.1g}")
                 + " |"
             )
+    sizes = {
+        (b, n): (one.budget.effective_bits(bits), rows[bits].kld_mean)
+        for b, named in wanted.items()
+        for n, bits in named.items()
+    }
+    curve = sorted(point for (_, name), point in sizes.items() if name == "measure")
+    print()
+    for (budget, name), (bits, loss) in sizes.items():
+        needed = bits_at(loss, curve)
+        if name != "measure" and needed is not None:
+            print(f"{budget}, {name}: {bits:.2f} bits; measured allocations lose as much with {needed:.2f}")
+
+
+def bits_at(loss: float, curve: list[tuple[float, float]]) -> float | None:
+    """Bits at which a curve of (bits, KL) has this KL; None outside of it."""
+    for (few, high), (many, low) in itertools.pairwise(curve):
+        if high >= loss >= low > 0 and high > low:
+            return few + (many - few) * float(np.log(high / loss) / np.log(high / low))
+    return None
 
 
 if __name__ == "__main__":

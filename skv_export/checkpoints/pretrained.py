@@ -35,7 +35,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Number formats by the names that recipes and the command line use."""
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """accelerate's ways of spreading a model over GPUs, memory and disk."""
-_DOWNLOADED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+_DOWNLOADED = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md")
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
 """What transformers raises for a checkpoint that it can't read."""
 
@@ -226,9 +226,11 @@ class _StoredTensor:
         return list(self.entry.shape)
 
     def get_dtype(self) -> str:
-        return self.entry.dtype
+        return self.entry.dtype if self.entry.dtype in DTYPES_IN_FILES else "F32"
 
     def _whole(self) -> torch.Tensor:
+        if self.entry.dtype not in DTYPES_IN_FILES:  # quantized by another tool
+            return torch.from_numpy(self.entry.array())
         dtype = getattr(torch, np.dtype(DTYPES_IN_FILES[self.entry.dtype]).name)
         tensor = torch.empty(self.entry.shape, dtype=dtype)
         data = np.frombuffer(self.entry.file.read(self.entry.start, self.entry.stop), np.uint8)

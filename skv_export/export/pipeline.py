@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from skv_export.calibration.file import Calibration
-from skv_export.checkpoints.checkpoint import Source, resolve
+from skv_export.checkpoints.checkpoint import Checkpoint, Source, resolve
 from skv_export.checkpoints.model_config import load_config
 from skv_export.checkpoints.pretrained import DTYPES, download
 from skv_export.checkpoints.purpose import check_purpose
@@ -30,6 +30,8 @@ from skv_export.export.empty_model import EmptyModel
 from skv_export.export.supported import check_config, check_windows, context_length
 from skv_export.export.to_onnx import build, save
 from skv_export.export.weight_quantization import stored_bytes
+from skv_export.model_folder.card import licence_of
+from skv_export.model_folder.labels import label_model, label_nodes
 from skv_export.model_folder.names import TOKEN_INPUTS
 from skv_export.model_folder.output import check_target, output_folder
 from skv_export.model_folder.plan import Plan
@@ -44,7 +46,8 @@ from skv_export.native.library import library_path
 from skv_export.paths import to_path
 from skv_export.progress import Progress as Shown
 from skv_export.spec.key_basis import can_be_calibrated
-from skv_export.spec.recipe import Recipe, as_recipe
+from skv_export.spec.recipe import AS_IS, Recipe, as_recipe
+from skv_export.spec.recipe import DTYPES as NUMBER_FORMATS
 
 PHASES = {"reading the configuration": 0.0, "opening the weights": 0.1, "building the graph": 0.15, "writing": 0.5}
 """Phases of an export, and the fraction of its time that has passed when each starts."""
@@ -131,15 +134,17 @@ def _plan_of(config: PreTrainedConfig, source: Source, recipe: Recipe, as_causal
             f"{config.model_type}: can't be exported: its model does not run with the op as its attention", got=got
         ) from error
     check_windows(config, [layer.params.local_window_size for layer in decoder.layers])
-    Weights(source, model.model)  # compares names and shapes in the files' headers, and reads no weight
+    weights = Weights(source, model.model)  # compares names and shapes in the files' headers, and reads no weight
+    held = weights.held() if recipe.weights in ("", AS_IS) else {}
     _tokens(config, generation_config(source, config))
     planned = Plan(
         source=source,
-        recipe=recipe,
+        recipe=dataclasses.replace(recipe, weights=AS_IS if held else recipe.weights.removeprefix(AS_IS)),
         model_type=config.model_type,
         layers=decoder.layers,
-        weight_bytes=stored_bytes(model.model, recipe),
+        weight_bytes=stored_bytes(model.model, recipe, held),
         context_length=context_length(config),
+        held=held,
     )
     return planned, model
 
@@ -205,6 +210,8 @@ def export_model(
             phases.start("building the graph")
             graph = _build(planned, model, weights, all_logits)
             phases.start("writing")
+            label_nodes(graph.graph)
+            label_model(graph, ours, chosen)
             save(graph, folder, phases.advance, constants)
             _write_beside(folder, planned, local, model.model.config, ours)
             before.check()
@@ -235,7 +242,7 @@ class _Phases:
 
 def _build(planned: Plan, model: EmptyModel, weights: Weights, all_logits: bool) -> ir.Model:
     """Returns the graph: two traced layers of each kind, copied for the others, if possible; else all are traced."""
-    samples = repeat_layers.choose(model.model, planned.layers)
+    samples = repeat_layers.choose(model.model, planned.layers, planned.held)
     if samples is not None:
         with repeat_layers.cut(model.model, samples):
             program = _trace(planned, model, samples.traced, all_logits)
@@ -286,7 +293,9 @@ def _write_beside(folder: Path, planned: Plan, local: Source, config: PreTrained
         name: getattr(generation, name) for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
     }
     base = {"search": {name: value for name, value in given.items() if value is not None}}
-    write_configs(folder, planned.recipe, ours, int(config.hidden_size), TOKEN_INPUTS, base)
+    metadata = Checkpoint(local).gguf_metadata if local.kind == "gguf" else None
+    licence = licence_of(None if local.kind == "gguf" else local.path, metadata)
+    write_configs(folder, planned.recipe, ours, int(config.hidden_size), TOKEN_INPUTS, base, licence=licence)
 
 
 def _model_config(
@@ -303,7 +312,7 @@ def _model_config(
         eos_token_id=ends,
         pad_token_id=(pad or ends or (None,))[0],
         all_logits=all_logits,
-        weights=recipe.weights if recipe.weight_bits else "",
+        weights="" if recipe.weights in NUMBER_FORMATS else recipe.weights,
         quantize_head=recipe.quantize_head,
         quantize_embeddings=recipe.quantize_embeddings,
         source={

@@ -14,6 +14,7 @@ GENAI_CONFIG_FILE = "genai_config.json"
 RECIPE_FILE = "recipe.toml"
 MANIFEST_FILE = "skv_files.json"
 """The folder's own list of files: ``{"files": {name: size}}``, itself left out; written last."""
+CARD_FILE = "README.md"
 LIBRARY_FILE = FILE_NAME
 """onnxruntime-genai loads a custom-op library from the folder, the working directory or its own only."""
 TOKENIZER_FILE = "tokenizer.json"

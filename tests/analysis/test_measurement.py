@@ -73,11 +73,24 @@ def test_tables_are_the_errors_of_the_attention_output(activations: Any) -> None
     for (i, k), (j, v) in itertools.product(enumerate(widths), repeat=2):
         delta = (activations.output(dataclasses.replace(SMALL, k_bits=k, v_bits=v)) - exact)[:, first:]
         error = delta.double().pow(2).sum().item()
-        fisher = (delta * activations.gradient[:, first:]).sum(-1).double().pow(2).sum().item() / 2
+        nats = (delta * activations.gradient[:, first:]).sum(-1).double().pow(2).sum(0) / 2  # by query
+        fisher = (1 - (-nats).exp()).sum().item()
         # The table leaves out the product of both errors; where one is exact there is none.
         tolerance = {"rel": 1e-3} if 16 in (k, v) else {"rel": 0.25}
         assert tables.output[i][j] == pytest.approx(error, abs=1e-5, **tolerance)
         assert tables.fisher[i][j] == pytest.approx(fisher, abs=1e-5, **tolerance)
+
+
+def test_one_query_whose_gradient_explodes_counts_a_nat_and_no_more(activations: Any) -> None:
+    """Far from full precision a second-order form says nothing: divergences of single tokens stay at a few nats."""
+    from skv_export.analysis.measurement import layer_tables
+
+    calm = dataclasses.replace(activations, gradient=1e-3 * activations.gradient)
+    wild = dataclasses.replace(calm, gradient=calm.gradient.clone())
+    wild.gradient[:, -1] *= 1e9
+    quiet, loud = (np.array(layer_tables(seen, SMALL, (2, 4)).fisher) for seen in (calm, wild))
+    assert (quiet[:-1, :-1] < 0.5).all() and (quiet[:-1, :-1] > 0).all()
+    np.testing.assert_allclose((loud - quiet)[:-1, :-1], 1, atol=0.02)
 
 
 def test_theory_predicts_the_errors_of_random_activations(activations: Any) -> None:

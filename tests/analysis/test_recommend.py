@@ -276,6 +276,9 @@ def test_calibration_and_confirmation_are_different_works(tmp_path: Path) -> Non
     assert len(text) > 50_000 and "Light" in text and "Elliot" not in text and "Elliot" in read_text(None)
     with pytest.raises(SkvError, match="no such file"):
         MeasureOptions(text=tmp_path / "missing")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00text")
+    with pytest.raises(SkvError, match="not UTF-8"):
+        MeasureOptions(text=tmp_path / "binary")
 
 
 def test_the_confirmation_runs_the_allocation_and_its_rivals_once_each(

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -314,6 +315,15 @@ def test_the_command_prints_and_writes(
 def test_the_page_escapes_names() -> None:
     result = comparison.ComparisonResult("<model>", "0", 10, [row("<b>", 4, 0.01), row("c", 3, 0.02)])
     assert "<b>" not in html(result) and "&lt;model&gt;" in html(result)
+
+
+def test_bold_is_what_is_on_the_front_and_nothing_else() -> None:
+    rows = [row("worst", 2, 0.5), row("dominated", 4, 0.02), row("good", 3, 0.01), row("best", 4, 0.001)]
+    shown = html(comparison.ComparisonResult("/some/where/model", "0", 10, rows))
+    assert re.findall(r"<tr class=best><td>(\w+)", shown) == ["worst", "good", "best"]
+    assert "<td>dominated</td>" in shown and "perplexity rises by" in shown and "increase of perplexity, %" in shown
+    assert "<h1>model</h1>" in shown and "/some/where" not in shown
+    assert shown.count("<li><svg") == 4  # a legend under the losses by position
 
 
 def test_the_command_line_does_not_load_torch() -> None:
