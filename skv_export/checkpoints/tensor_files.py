@@ -241,6 +241,28 @@ def read_header(file: ByteSource) -> dict[str, TensorEntry]:
     Raises:
         SkvError: Truncated, not JSON, or an entry that contradicts itself, another one or the file's size.
     """
+    header, base = _header(file)
+    header.pop("__metadata__", None)
+    entries = {name: _entry(file, name, value, base) for name, value in header.items()}
+    _check_coverage(file, entries, base)
+    return entries
+
+
+def read_metadata(file: ByteSource) -> dict[str, str]:
+    """Reads what one safetensors file says of itself.
+
+    Raises:
+        SkvError: Truncated, not JSON, or something else than text.
+    """
+    header, _ = _header(file)
+    found = header.get("__metadata__", {})
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise _bad(file, "__metadata__", repr(found)[:100], "text by name")
+    return found
+
+
+def _header(file: ByteSource) -> tuple[dict[str, Any], int]:
+    """The table of one safetensors file, and where its tensors' bytes begin."""
     length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else -1
     if not 2 <= length <= min(MAX_HEADER_BYTES, file.size - 8):
         raise _bad(
@@ -253,10 +275,7 @@ def read_header(file: ByteSource) -> dict[str, TensorEntry]:
         raise _bad(file, "the header is not valid JSON", str(error)[:200], "a JSON object") from error
     if not isinstance(header, dict) or len(header) > MAX_TENSORS:
         raise _bad(file, "the header is no table of tensors", type(header).__name__, "a JSON object")
-    header.pop("__metadata__", None)
-    entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
-    _check_coverage(file, entries, 8 + length)
-    return entries
+    return header, 8 + length
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

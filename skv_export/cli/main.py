@@ -311,6 +311,8 @@ def verify(
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @click.option("--cuda-graph", is_flag=True, help="On a GPU: decode as one captured CUDA graph per token.")
+@click.option("--load-cache", type=click.Path(path_type=Path), help="Go on from a saved cache; PROMPT may be empty.")
+@click.option("--save-cache", type=OutputFile(), help="Save the cache at the end, with all that was generated.")
 @debug_option
 def generate(folder: str, revision: str | None, prompt: str, **options: Any) -> None:
     """Continue a prompt with the exported model, streaming; no torch involved.
@@ -321,6 +323,7 @@ def generate(folder: str, revision: str | None, prompt: str, **options: Any) -> 
     skv-export generate smollm2 --prompt "The capital of France is"
     skv-export generate org/smollm2-k4v2 --prompt "The capital of France is"
     skv-export generate smollm2 --chat --prompt "Why is the sky blue?" --temperature 0.7 --top-p 0.9
+    skv-export generate smollm2 --prompt - --save-cache book.cache < book.txt
     """
     from skv_export.model_folder import hub
     from skv_export.runtime.text import generate_text

@@ -17,6 +17,7 @@ from skv_export.errors import SkvError
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import load_library
 from skv_export.paths import to_path
+from skv_export.runtime import cache_file
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.graph import Graph, Int64, Logits
 from skv_export.runtime.prompts import chat_prompt, load_tokenizer
@@ -103,7 +104,25 @@ class Session:
             raise SkvError(
                 "max_length", got=wanted, expected=f"1 ... {self.config.context_length}, the model's context"
             )
-        return Cache(self.onnx, self.config.layers, batch, wanted, self.execution_provider, self.library)
+        return Cache(
+            self.onnx, self.config.layers, batch, wanted, self.execution_provider, self.library,
+            lambda: cache_file.model_digest(self.folder),
+        )  # fmt: skip
+
+    def load_cache(self, path: Path | str, *, room: int | None = None) -> Cache:
+        """Reads a cache that ``Cache.save`` wrote: going on with it is going on with the one that was saved.
+
+        Args:
+            path: The file.
+            room: Tokens to append at most; None = up to the model's context.
+
+        Returns:
+            The cache, with buffers of its own.
+
+        Raises:
+            SkvError: The file is damaged, or no cache of this model; or there is not so much room in its context.
+        """
+        return cache_file.load(self, path, room)
 
     def run(
         self,
@@ -154,7 +173,7 @@ class Session:
         # The graph takes lengths from the mask's sums: the shortest mask that has them says the same as the caller's.
         past = np.arange(cache.lengths.max())[None, :] < cache.lengths[:, None]
         logits = self.graph.run(cache, ids, np.concatenate([past, new], axis=1).astype(np.int64), positions)
-        cache.advance(lengths)
+        cache.advance([row[columns].tolist() for row, columns in zip(ids, new, strict=True)])
         if place is not None and self.config.all_logits and not np.array_equal(place, np.sort(place, axis=1)):
             logits = np.take_along_axis(logits, np.argsort(place, axis=1)[:, :, None], axis=1)
         return logits

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from skv_export.errors import SkvError
+from skv_export.model_folder.output import check_file
+from skv_export.runtime.cache import Cache
 from skv_export.runtime.sampling import Sampling
 from skv_export.runtime.session import Session
 
@@ -57,6 +59,8 @@ def generate_text(
     chat: bool = False,
     execution_provider: str = "cpu",
     cuda_graph: bool = False,
+    load_cache: Path | str | None = None,
+    save_cache: Path | str | None = None,
 ) -> Generation:
     """Continues a prompt.
 
@@ -72,19 +76,28 @@ def generate_text(
         chat: Put the prompt into the model's chat template.
         execution_provider: ``cpu`` or ``cuda``.
         cuda_graph: Decode as a CUDA graph; see ``Session``.
+        load_cache: A saved cache to go on from: the prompt, which may be empty, follows what it holds.
+        save_cache: Where to save the cache at the end, with all that was generated.
 
     Raises:
-        SkvError: See ``Session``; or the prompt has no token.
+        SkvError: See ``Session`` and ``Session.load_cache``; or the prompt has no token.
     """
     from tokenizers.decoders import DecodeStream
 
     session = Session(folder, execution_provider=execution_provider, cuda_graph=cuda_graph)
     text = session.chat_prompt([{"role": "user", "content": prompt}]) if chat else prompt
-    ids = session.tokenizer.encode(text, add_special_tokens=not chat).ids
+    if save_cache is not None:
+        check_file(save_cache)
+    cache = None if load_cache is None else _loaded(session, load_cache)
+    ids = session.tokenizer.encode(text, add_special_tokens=not chat and cache is None).ids if text else []
+    if cache is not None and not ids and cache.tokens[0]:  # the last token again, for its logits
+        ids = cache.tokens[0][-1:]
+        cache.rewind(len(cache.tokens[0]) - 1)
     if not ids:
         raise SkvError("prompt: no tokens", got=repr(prompt), expected="some text")
-    session.check_length(len(ids))
-    cache = session.cache(1, min(len(ids) + max_new_tokens, session.config.context_length))
+    if cache is None:
+        session.check_length(len(ids))
+        cache = session.cache(1, min(len(ids) + max_new_tokens, session.config.context_length))
     result = Generation(prompt_tokens=len(ids), cache_bytes=cache.nbytes)
     decoder = DecodeStream(skip_special_tokens=True)
     sampling = Sampling(temperature, top_k, top_p, seed)
@@ -99,8 +112,20 @@ def generate_text(
             if on_text is not None:
                 on_text(piece)
     result.decode_seconds = now - start - result.prefill_seconds
+    if save_cache is not None:
+        if cache.lengths[0] < cache.max_length:
+            session.run([result.tokens[-1:]], None, None, cache)
+        cache.save(save_cache)
     if result.tokens and result.tokens[-1] in session.config.eos_token_id:
         result.stop_reason = "eos"
     else:
         result.stop_reason = "max_new_tokens" if len(result.tokens) == max_new_tokens else "context"
     return result
+
+
+def _loaded(session: Session, path: Path | str) -> Cache:
+    """A saved cache of one sequence, with room up to the model's context."""
+    cache = session.load_cache(path)
+    if cache.batch != 1:
+        raise SkvError(f"{path}: a cache of several sequences", got=cache.batch, expected=1)
+    return cache
