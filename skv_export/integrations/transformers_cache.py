@@ -12,6 +12,8 @@ from transformers.cache_utils import Cache as TransformersCache
 
 from skv_export.errors import SkvError
 from skv_export.runtime.cache import Cache
+from skv_export.runtime.prefixes import Prefix
+from skv_export.runtime.session import Session
 
 
 def _refused(name: str, reason: str) -> Callable[..., NoReturn]:
@@ -39,6 +41,7 @@ class SkvCache(TransformersCache):
         super().__init__(layers=[])
         self.cache = cache
         self.held: NDArray[np.bool_] = np.zeros((cache.batch, 0), np.bool_)
+        self._entries: list[Prefix | None] = []
 
     def __repr__(self) -> str:
         return f"SkvCache(batch={self.cache.batch}, columns={self.columns}, max_length={self.cache.max_length})"
@@ -55,6 +58,25 @@ class SkvCache(TransformersCache):
     def append_columns(self, held: NDArray[np.bool_]) -> None:
         """Notes the columns of a call, ``[B, new columns]``: which hold tokens."""
         self.held = np.concatenate([self.held, held], axis=1)
+
+    def prefill(self, session: Session, ids: NDArray[np.int64], new: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Runs prompts in the empty cache, from what the session keeps of earlier ones.
+
+        Args:
+            session: Of the cache.
+            ids: ``[B, S]``, the prompts.
+            new: ``[B, S]``, which columns hold tokens.
+
+        Returns:
+            ``[B, vocab_size]``, the logits of each prompt's last token.
+        """
+        logits, self._entries = session.prefill(ids, new, self.cache)
+        return logits
+
+    def keep(self, session: Session) -> None:
+        """Adds what the cache holds to what the session keeps, where its sequences are those of ``prefill`` still."""
+        if session.prefixes is not None and len(self._entries) == self.cache.batch:
+            session.prefixes.keep(self.cache, self._entries)
 
     # Lengths.
 
@@ -115,6 +137,7 @@ class SkvCache(TransformersCache):
         """Forgets every token; the buffers stay."""
         self.cache.reset()
         self.held = self.held[:, :0]
+        self._entries = []
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last columns back; see ``runtime.Cache.rewind`` for how far and how exactly.
@@ -143,12 +166,14 @@ class SkvCache(TransformersCache):
         """Reorders the sequences' caches for beam search, in place; the batch keeps its size."""
         order = beam_idx.cpu().numpy()
         self.cache.reorder(order)
+        self._entries = []
         self.held = self.held[order]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these sequences, in this order, in new buffers; a boolean mask does too."""
         order = np.arange(self.cache.batch)[indices.cpu().numpy()]
         self.cache = self.cache.select(order)
+        self._entries = []
         self.held = self.held[order]
 
     def batch_repeat_interleave(self, repeats: int) -> None:

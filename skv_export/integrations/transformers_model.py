@@ -85,6 +85,7 @@ class SkvForCausalLM(GenerationMixin):
         if not 1 <= self.max_length <= context:
             raise SkvError("max_length", got=max_length, expected=f"1 ... {context}, the model's context")
         self.session, self.config, self.generation_config = session, config, generation_config
+        self._running: list[SkvCache] = []  # the cache that the call of generate under way has made
         self.device, self.dtype = torch.device("cpu"), torch.float32  # of what goes in and comes out
 
     @classmethod
@@ -96,6 +97,7 @@ class SkvForCausalLM(GenerationMixin):
         cuda_graph: bool = False,
         max_length: int | None = None,
         num_threads: int = 0,
+        prefix_bytes: int = 0,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -114,6 +116,8 @@ class SkvForCausalLM(GenerationMixin):
             cuda_graph: On a GPU, decode as a CUDA graph; see ``runtime.Session``.
             max_length: Most tokens of one sequence; the model's context length if not given.
             num_threads: Threads inside an op; 0 = ONNX Runtime's choice.
+            prefix_bytes: Memory for the beginnings of sequences that ``generate`` has run, so that a prompt that begins
+                like one of them runs only what is new; 0 = none is kept.
             revision: Branch, tag or commit of a hub id.
             token: Of the hub; the stored one if not given.
             cache_dir: Where downloads are kept; huggingface_hub's cache if not given.
@@ -138,7 +142,13 @@ class SkvForCausalLM(GenerationMixin):
         folder = hub.fetch(
             model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        session = Session(folder, execution_provider=execution_provider, cuda_graph=cuda_graph, num_threads=num_threads)
+        session = Session(
+            folder,
+            execution_provider=execution_provider,
+            cuda_graph=cuda_graph,
+            num_threads=num_threads,
+            prefix_bytes=prefix_bytes,
+        )
         _check_dtype(torch_dtype if dtype is None else dtype, session.config.dtype)
         return cls.from_session(session, max_length)
 
@@ -366,13 +376,15 @@ class SkvForCausalLM(GenerationMixin):
         if attention_mask is None and state.columns != int(state.cache.lengths.min()):
             raise SkvError("attention_mask: needed, as the sequences so far have padding", fix="Pass the whole mask.")
         mask = None if attention_mask is None else attention_mask.numpy()
-        positions = None if position_ids is None else position_ids.numpy()
-        logits = self.session.run(input_ids.numpy(), mask, positions, state.cache)
-        state.append_columns(np.ones((batch, tokens), np.bool_) if mask is None else mask[:, -tokens:] != 0)
-        if logits_to_keep == 1 and mask is not None:
-            logits = last_logits(logits, mask[:, -tokens:] != 0)[:, None]
-        elif logits_to_keep == 1:
-            logits = logits[:, -1:]
+        new = np.ones((batch, tokens), np.bool_) if mask is None else mask[:, -tokens:] != 0
+        if logits_to_keep == 1 and position_ids is None and state.columns == 0 and use_cache is not False:
+            logits = state.prefill(self.session, input_ids.numpy(), new)[:, None]
+        else:
+            positions = None if position_ids is None else position_ids.numpy()
+            logits = self.session.run(input_ids.numpy(), mask, positions, state.cache)
+            if logits_to_keep == 1:
+                logits = last_logits(logits, new)[:, None]
+        state.append_columns(new)
         result = torch.from_numpy(logits)
         loss = None
         if labels is not None:
@@ -424,6 +436,27 @@ class SkvForCausalLM(GenerationMixin):
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
         }
+
+    def generate(self, *arguments: Any, **options: Any) -> Any:
+        """Generates, as transformers' ``GenerationMixin.generate``; what ran is kept where ``prefix_bytes`` are given.
+
+        Args:
+            arguments: As transformers takes them.
+            options: The same.
+
+        Returns:
+            What transformers returns.
+
+        Raises:
+            SkvError: See ``forward``.
+        """
+        self._running.clear()
+        try:
+            return super().generate(*arguments, **options)  # type: ignore[misc]  # its self is a Protocol
+        finally:
+            for state in self._running:
+                state.keep(self.session)
+            self._running.clear()
 
     def load_custom_generate(self, *_: Any, **__: Any) -> NoReturn:
         """Not supported: code of a generation mode on the hub is not loaded.
@@ -486,6 +519,7 @@ class SkvForCausalLM(GenerationMixin):
             return False
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs["past_key_values"] = self.new_cache(batch_size * copies, max_cache_length)
+        self._running[:] = [model_kwargs["past_key_values"]]
         return False
 
     @contextmanager

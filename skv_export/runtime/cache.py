@@ -45,19 +45,19 @@ class SequenceState:
     """What a cache holds of one sequence, by itself or behind the states of what came before.
 
     Attributes:
-        tokens: The tokens held, from the first on.
+        tokens: ``[length]``, int32, the tokens held, from the first on.
         longest: Most tokens held since the sequence was empty, as ``reference.rewind`` wants it.
         tensors: By layer and name.
     """
 
-    tokens: tuple[int, ...]
+    tokens: NDArray[np.int32]
     longest: int
     tensors: Mapping[Key, TensorState]
 
     @property
     def nbytes(self) -> int:
         """Bytes that the state takes."""
-        return 4 * len(self.tokens) + sum(x.tiles.nbytes + x.rows.nbytes for x in self.tensors.values())
+        return self.tokens.nbytes + sum(x.tiles.nbytes + x.rows.nbytes for x in self.tensors.values())
 
 
 def held_tiles(layout: CacheLayout, block_bytes: int, length: int, longest: int) -> range:
@@ -277,7 +277,7 @@ class Cache:
             behind: Length of what other states hold already, from which this one continues: its tiles are left out.
         """
         tensors = {key: self.tensor_state(b, key, behind) for key in self._tensors}
-        return SequenceState(tuple(self.tokens[b]), self.longest(b), tensors)
+        return SequenceState(np.array(self.tokens[b], np.int32), self.longest(b), tensors)
 
     def restore(self, b: int, states: Sequence[SequenceState]) -> None:
         """Makes sequence ``b`` what it was when the last of ``states`` was taken; the others hold its earlier tiles.
@@ -295,7 +295,7 @@ class Cache:
             )
         for key in self._tensors:
             self.restore_tensor(b, key, [x.tensors[key] for x in states], len(state.tokens))
-        self.note_restored(b, state.tokens, state.longest)
+        self.note_restored(b, state.tokens.tolist(), state.longest)
 
     def restore_tensor(self, b: int, key: Key, states: Sequence[TensorState], length: int) -> None:
         """``restore`` for one tensor and ``length`` tokens; ``note_restored`` follows when all are done."""

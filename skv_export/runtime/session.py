@@ -20,6 +20,7 @@ from skv_export.paths import to_path
 from skv_export.runtime import cache_file
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.graph import Graph, Int64, Logits
+from skv_export.runtime.prefixes import Prefix, PrefixStore
 from skv_export.runtime.prompts import chat_prompt, load_tokenizer
 from skv_export.runtime.sampling import Sampler, Sampling
 
@@ -38,6 +39,8 @@ class Session:
         spinning: Whether idle threads busy-wait for the next op; turn it off where torch's threads share the cores.
         model: The graph as bytes, in place of ``model.onnx``; its external data is the folder's (``verify`` uses it).
         config: The configuration that goes with ``model``.
+        prefix_bytes: Memory for the beginnings of sequences that ``stream`` and ``generate`` have run, so that a prompt
+            that begins like one of them runs only what is new; 0 = none is kept.
 
     Attributes:
         folder: The folder.
@@ -47,6 +50,7 @@ class Session:
         library: The native library.
         graph: The loaded graph.
         onnx: onnxruntime's InferenceSession.
+        prefixes: The beginnings that are kept; None without ``prefix_bytes``.
 
     Raises:
         SkvError: A file is missing or damaged, or the provider or its kernels are not available.
@@ -62,6 +66,7 @@ class Session:
         spinning: bool = True,
         model: bytes | None = None,
         config: ModelConfig | None = None,
+        prefix_bytes: int = 0,
     ) -> None:
         self.folder = to_path(folder, "exported folder")
         if type(num_threads) is not int or not 0 <= num_threads <= MAX_THREADS:
@@ -71,6 +76,7 @@ class Session:
         if cuda_graph and execution_provider != "cuda":
             raise SkvError("cuda_graph", got=f"execution_provider {execution_provider}", expected="cuda")
         self.cuda_graph = cuda_graph
+        self.prefixes = None if prefix_bytes == 0 else PrefixStore(prefix_bytes)
         self.library = load_library()
         self.graph = Graph(
             self.folder,
@@ -148,15 +154,37 @@ class Session:
             SkvError: The mask does not fit the cache, or the model's context or the cache's capacity would be passed
                 (nothing is written); or ONNX Runtime fails (the cache is empty then).
         """
-        if not isinstance(cache, Cache) or not cache.belongs_to(self.onnx):
-            got = "that of another session" if isinstance(cache, Cache) else type(cache).__name__
-            raise SkvError("cache", got=got, expected="one that this session's cache() made")
         ids = np.ascontiguousarray(input_ids, np.int64)
-        self._check_ids(ids, cache.batch)
+        self._check_call(ids, cache)
         new = np.ones(ids.shape, np.bool_) if attention_mask is None else self._new_columns(ids, attention_mask, cache)
         if position_ids is not None:
             position_ids = np.broadcast_to(np.asarray(position_ids, np.int64), ids.shape)
         return self._append(ids, new, position_ids, cache)
+
+    def append(self, rows: Sequence[Sequence[int]], cache: Cache) -> Logits:
+        """Runs new tokens, as many or few for each sequence, and appends them to the cache.
+
+        Args:
+            rows: The tokens of each sequence; none for one that rests.
+            cache: As in ``run``.
+
+        Returns:
+            ``[B, vocab_size]``, the logits of each sequence's last new token; those of one that rests mean nothing.
+
+        Raises:
+            SkvError: See ``run``; or none has a token.
+        """
+        ids, mask = self._padded(rows)
+        past = np.arange(cache.lengths.max())[None, :] < cache.lengths[:, None]
+        return last_logits(self.run(ids, np.concatenate([past, mask], axis=1), None, cache), mask)
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Int64, NDArray[np.bool_]]:
+        """Rows of tokens side by side, padded on the right, and where they are: ``[B, S]`` each."""
+        width = max(map(len, rows), default=0)
+        mask = np.arange(width)[None, :] < np.array([len(row) for row in rows], np.int64)[:, None]
+        ids = np.full(mask.shape, self.pad_token_id, np.int64)
+        ids[mask] = [token for row in rows for token in row]
+        return ids, mask
 
     def _append(self, ids: Int64, new: NDArray[np.bool_], positions: Int64 | None, cache: Cache) -> Logits:
         """``run`` with what it has checked; ``new`` says which columns hold tokens, ``[B, S]``."""
@@ -214,6 +242,13 @@ class Session:
                 expected="as many for each sequence",
                 fix="Run the sequences one by one, or rewrite a model that returns all logits.",
             )
+
+    def _check_call(self, ids: Int64, cache: Cache) -> None:
+        """Checks that the cache is this session's, and the tokens."""
+        if not isinstance(cache, Cache) or not cache.belongs_to(self.onnx):
+            got = "that of another session" if isinstance(cache, Cache) else type(cache).__name__
+            raise SkvError("cache", got=got, expected="one that this session's cache() made")
+        self._check_ids(ids, cache.batch)
 
     def _check_ids(self, ids: Int64, batch: int | None) -> None:
         """Checks tokens, and that they are of ``batch`` sequences; None = of any number."""
@@ -280,16 +315,41 @@ class Session:
             self.check_length(int(new.sum(axis=1).max(initial=0)))
             cache = self.cache(len(ids), min(ids.shape[1] + max_new_tokens, self.config.context_length))
         choose = Sampler(sampling or Sampling())
-        logits = last_logits(self._append(ids, new, None, cache), new)
+        logits, entries = self.prefill(ids, new, cache)
         active = np.ones(len(ids), np.bool_)
-        for step in range(max_new_tokens):
-            tokens = np.where(active, choose(logits), self.pad_token_id)
-            yield tokens
-            active = active & ~np.isin(tokens, self.config.eos_token_id) & (cache.lengths < cache.max_length)
-            if not active.any() or step + 1 == max_new_tokens:
-                return
-            # A finished sequence gets no more tokens: its column is padding.
-            logits = self._append(tokens[:, None], active[:, None], None, cache)[:, 0]
+        try:
+            for step in range(max_new_tokens):
+                tokens = np.where(active, choose(logits), self.pad_token_id)
+                yield tokens
+                active = active & ~np.isin(tokens, self.config.eos_token_id) & (cache.lengths < cache.max_length)
+                if not active.any() or step + 1 == max_new_tokens:
+                    return
+                # A finished sequence gets no more tokens: its column is padding.
+                logits = self._append(tokens[:, None], active[:, None], None, cache)[:, 0]
+        finally:  # also where the caller has had enough
+            if self.prefixes is not None and entries:
+                self.prefixes.keep(cache, entries)
+
+    def prefill(self, ids: Int64, new: NDArray[np.bool_], cache: Cache) -> tuple[Logits, list[Prefix | None]]:
+        """Runs prompts, from what is kept of earlier ones where the cache is empty, and keeps them.
+
+        Args:
+            ids: ``[B, S]``, the prompts.
+            new: ``[B, S]``, which columns hold tokens.
+            cache: Of B sequences.
+
+        Returns:
+            ``[B, vocab_size]``, the logits of each prompt's last token; and the stored entry of each, none of them
+            where the store was not asked.
+
+        Raises:
+            SkvError: See ``run``.
+        """
+        self._check_call(ids, cache)
+        may_pad = self.config.all_logits or not self.config.right_padded or cache.batch == 1
+        if self.prefixes is None or cache.lengths.any() or not may_pad or not new.any(axis=1).all():
+            return last_logits(self._append(ids, new, None, cache), new), []
+        return self.prefixes.prefill(self, cache, [row[at].tolist() for row, at in zip(ids, new, strict=True)])
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 128, sampling: Sampling | None = None
@@ -309,11 +369,7 @@ class Session:
         """
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise SkvError("prompts: an empty one", got=[len(p) for p in prompts], expected="at least one token each")
-        width = max(map(len, prompts))
-        ids = np.full((len(prompts), width), self.pad_token_id, np.int64)
-        mask = np.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
+        ids, mask = self._padded(prompts)
         steps = np.array(list(self.stream(ids, mask, max_new_tokens=max_new_tokens, sampling=sampling)))
         return [_until(steps[:, row].tolist(), self.config.eos_token_id) for row in range(len(prompts))]
 

@@ -250,3 +250,39 @@ def test_what_users_of_transformers_pass(model: SkvForCausalLM, tmp_path: Path) 
     ):
         with pytest.raises(SkvError, match=message):
             call()
+
+
+# Prompts that begin alike.
+
+
+def test_a_second_turn_runs_only_what_is_new(tmp_path: Path) -> None:
+    folder = Tiny(SMALL).write_all(tmp_path, eos_token_id=[])
+    model = SkvForCausalLM.from_pretrained(folder, prefix_bytes=1 << 30)
+    plain, store = SkvForCausalLM.from_pretrained(folder), model.session.prefixes
+    assert store is not None and plain.session.prefixes is None
+    first = model.generate(torch.tensor([TOKENS[:90]]), max_new_tokens=20, do_sample=False)
+    assert first.equal(plain.generate(torch.tensor([TOKENS[:90]]), max_new_tokens=20, do_sample=False))
+    second = model.generate(torch.cat([first, torch.tensor([TOKENS[:9]])], dim=1), max_new_tokens=20, do_sample=False)
+    assert store.reused_tokens == 109
+    cache = plain.new_cache(1)
+    plain.generate(torch.tensor([TOKENS[:90]]), max_new_tokens=20, do_sample=False, past_key_values=cache)
+    both = torch.cat([first, torch.tensor([TOKENS[:9]])], dim=1)
+    assert second.equal(plain.generate(both, max_new_tokens=20, do_sample=False, past_key_values=cache))
+
+
+def test_what_is_kept_serves_padded_batches_sampling_and_beams(tmp_path: Path) -> None:
+    folder = Tiny(EXACT).write_all(tmp_path, eos_token_id=[])
+    model = SkvForCausalLM.from_pretrained(folder, prefix_bytes=1 << 30)
+    plain, store = SkvForCausalLM.from_pretrained(folder), model.session.prefixes
+    assert store is not None
+    model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=2, do_sample=False)
+    for options in ({"do_sample": False}, {"num_beams": 3, "do_sample": False}, {"do_sample": True, "top_k": 20}):
+        before, made = store.reused_tokens, []
+        for x in (model, plain):
+            torch.manual_seed(1)
+            made.append(x.generate(**padded("left"), max_new_tokens=15, **options))
+        assert made[0].equal(made[1]) and store.reused_tokens > before
+    ids = torch.tensor([PROMPTS[0]])
+    positions = torch.arange(30)[None] + 3
+    got, want = (x(ids, position_ids=positions).logits for x in (model, plain))  # other positions: another run
+    assert got.equal(want)
