@@ -56,7 +56,7 @@ def prefix(folder: str, tokens: int, answer: int, rounds: int) -> None:
     middle = {name: statistics.median(values) for name, values in found.items()}
     print(f"first turn, {tokens} tokens: first token after {middle['first']:.2f} s")
     print(
-        f"second turn, {len(second)} tokens: {middle['without']:.2f} s without the store, {middle['with']:.3f} s with it"
+        f"second turn, {len(second)} tokens: {middle['without']:.2f} s without a store, {middle['with']:.3f} s with it"
     )
     print(f"{middle['without'] / middle['with']:.0f}x; {kept}")
 
