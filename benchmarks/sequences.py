@@ -1,8 +1,10 @@
-"""What sequences can share: the second turn of a long chat with and without what is kept of the first.
+"""What sequences can save: the second turn of a long chat from what is kept of the first; guesses at the next tokens.
 
     python benchmarks/sequences.py prefix FOLDER [--tokens 6000] [--answer 64] [--rounds 3]
+    python benchmarks/sequences.py speculation FOLDER [--steps 200] [--guesses 8] [--rounds 3]
 
-FOLDER is an exported model. Each figure is the median of the rounds; what is compared runs in turns.
+FOLDER is an exported model. Each figure is the median of the rounds; what is compared runs in turns. Times are processor
+time of one thread, which other work on the machine disturbs least.
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ from typing import Any
 
 from skv_export import Session
 from skv_export.evaluation.text import read_text
+from skv_export.runtime.speculation import PromptLookup, Speculation
 
 PREFIX_BYTES = 1 << 30
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def first_token(session: Session, prompt: list[int]) -> float:
@@ -35,17 +38,17 @@ def first_token(session: Session, prompt: list[int]) -> float:
 
 def prefix(folder: str, tokens: int, answer: int, rounds: int) -> None:
     """Two turns of a chat; the second brings 40 new tokens."""
-    plain = Session(folder)
+    plain = Session(folder, num_threads=1)
     ids = plain.tokenizer.encode(read_text(None)).ids
     first, question = ids[:tokens], ids[tokens : tokens + 40]
     found: dict[str, list[float]] = {"first": [], "without": [], "with": []}
     for _ in range(rounds):
-        session = Session(folder, prefix_bytes=PREFIX_BYTES)
+        session = Session(folder, num_threads=1, prefix_bytes=PREFIX_BYTES)
         made: list[int] = []
-        start = time.perf_counter()
+        start = time.process_time()
         for row in session.stream([first], max_new_tokens=answer):
             if not made:
-                found["first"].append(time.perf_counter() - start)
+                found["first"].append(time.process_time() - start)
             made.append(int(row[0]))
         second = [*first, *made, *question]
         found["with"].append(first_token(session, second))
@@ -61,6 +64,39 @@ def prefix(folder: str, tokens: int, answer: int, rounds: int) -> None:
     print(f"{middle['without'] / middle['with']:.0f}x; {kept}")
 
 
+def speculation(folder: str, steps: int, guesses: int, rounds: int) -> None:
+    """Greedy decoding with and without prompt lookup: a text that is to be copied, and one that is to be gone on."""
+    plain, session = Session(folder, num_threads=1), Session(folder, num_threads=1, num_logits=guesses + 1)
+    text = " ".join(read_text(None).split())[2000:4500]
+    prompts = {
+        "copy": session.chat_prompt([{"role": "user", "content": f"Repeat this text word for word:\n\n{text}"}]),
+        "go on": text,
+    }
+    for name, prompt in prompts.items():
+        ids = session.tokenizer.encode(prompt, add_special_tokens=name != "copy").ids
+        speeds: dict[str, list[float]] = {"plain": [], "guesses": []}
+        for _ in range(rounds):
+            made: dict[str, list[int]] = {}
+            guided = Speculation(session, PromptLookup(guesses))
+            streams = {
+                "plain": (int(row[0]) for row in plain.stream([ids], max_new_tokens=steps)),
+                "guesses": guided.stream(ids, max_new_tokens=steps),
+            }
+            for kind, stream in streams.items():
+                made[kind] = [next(stream)]
+                start = time.process_time()
+                made[kind] += list(stream)
+                speeds[kind].append((len(made[kind]) - 1) / (time.process_time() - start))
+        same = next((i for i, (a, b) in enumerate(zip(*made.values(), strict=False)) if a != b), len(made["plain"]))
+        ratio = statistics.median(b / a for a, b in zip(*speeds.values(), strict=True))
+        print(
+            f"{name}: {len(ids)} + {len(made['plain'])} tokens: "
+            f"{statistics.median(speeds['plain']):.1f} tokens/s plain, "
+            f"{statistics.median(speeds['guesses']):.1f} with {guesses} guesses: {ratio:.2f}x; "
+            f"{guided.accepted} of {guided.guessed} right, {guided.calls} calls; {same} tokens alike"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -69,8 +105,13 @@ def main() -> None:
     command.add_argument("--tokens", type=int, default=6000)
     command.add_argument("--answer", type=int, default=64)
     command.add_argument("--rounds", type=int, default=3)
+    command = commands.add_parser("speculation")
+    command.add_argument("folder")
+    command.add_argument("--steps", type=int, default=200)
+    command.add_argument("--guesses", type=int, default=8)
+    command.add_argument("--rounds", type=int, default=3)
     options = vars(parser.parse_args())
-    {"prefix": prefix}[options.pop("command")](**options)
+    {"prefix": prefix, "speculation": speculation}[options.pop("command")](**options)
 
 
 if __name__ == "__main__":

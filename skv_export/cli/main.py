@@ -311,6 +311,13 @@ def verify(
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @click.option("--cuda-graph", is_flag=True, help="On a GPU: decode as one captured CUDA graph per token.")
+@click.option(
+    "--prompt-lookup", default=0, type=click.IntRange(0, 64), help="Guess so many tokens from the text so far."
+)
+@click.option("--draft", type=click.Path(path_type=Path), help="Guess with this smaller exported model.")
+@click.option(
+    "--draft-tokens", default=4, show_default=True, type=click.IntRange(1, 64), help="Tokens that it guesses."
+)
 @click.option("--load-cache", type=click.Path(path_type=Path), help="Go on from a saved cache; PROMPT may be empty.")
 @click.option("--save-cache", type=OutputFile(), help="Save the cache at the end, with all that was generated.")
 @debug_option

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache as TransformersCache
+from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -20,7 +21,7 @@ from transformers.utils import logging
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.model_config import load_config
 from skv_export.errors import SkvError
-from skv_export.integrations.transformers_cache import SkvCache
+from skv_export.integrations.transformers_cache import Candidates, SkvCache
 from skv_export.model_folder import hub
 from skv_export.model_folder.names import LIBRARY_FILE
 from skv_export.model_folder.output import output_folder
@@ -65,12 +66,13 @@ class SkvForCausalLM(GenerationMixin):
 
     main_input_name = "input_ids"
     base_model_prefix = "model"
-    _is_stateful = True  # the cache can't be handed to an assistant
+    _is_stateful = False  # its cache can be taken back
     _supported_generation_modes: ClassVar[list[GenerationMode]] = [
         GenerationMode.GREEDY_SEARCH,
         GenerationMode.SAMPLE,
         GenerationMode.BEAM_SEARCH,
         GenerationMode.BEAM_SAMPLE,
+        GenerationMode.ASSISTED_GENERATION,
     ]
 
     def __init__(
@@ -97,6 +99,7 @@ class SkvForCausalLM(GenerationMixin):
         cuda_graph: bool = False,
         max_length: int | None = None,
         num_threads: int = 0,
+        num_logits: int = 1,
         prefix_bytes: int = 0,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -116,6 +119,8 @@ class SkvForCausalLM(GenerationMixin):
             cuda_graph: On a GPU, decode as a CUDA graph; see ``runtime.Session``.
             max_length: Most tokens of one sequence; the model's context length if not given.
             num_threads: Threads inside an op; 0 = ONNX Runtime's choice.
+            num_logits: For speculative decoding (``assistant_model``, ``prompt_lookup_num_tokens``): the tokens that a
+                call can check, and one; see ``runtime.Session``.
             prefix_bytes: Memory for the beginnings of sequences that ``generate`` has run, so that a prompt that begins
                 like one of them runs only what is new; 0 = none is kept.
             revision: Branch, tag or commit of a hub id.
@@ -147,6 +152,7 @@ class SkvForCausalLM(GenerationMixin):
             execution_provider=execution_provider,
             cuda_graph=cuda_graph,
             num_threads=num_threads,
+            num_logits=num_logits,
             prefix_bytes=prefix_bytes,
         )
         _check_dtype(torch_dtype if dtype is None else dtype, session.config.dtype)
@@ -419,7 +425,7 @@ class SkvForCausalLM(GenerationMixin):
 
         Args:
             input_ids: ``[B, columns]``, all tokens so far.
-            next_sequence_length: New tokens, at the end of ``input_ids``; None = all.
+            next_sequence_length: New tokens, at the end of ``input_ids``; None = all behind the cache's.
             past_key_values: The cache of the tokens before; None = empty.
             attention_mask: ``[B, columns]``; the runtime derives positions from it.
             use_cache: As in ``forward``.
@@ -429,6 +435,8 @@ class SkvForCausalLM(GenerationMixin):
             The arguments of ``forward``.
         """
         new = input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
+        if next_sequence_length is None and isinstance(past_key_values, SkvCache):
+            new = input_ids[:, past_key_values.begins(input_ids, attention_mask) :]
         return {
             "input_ids": new,
             "attention_mask": attention_mask,
@@ -457,6 +465,17 @@ class SkvForCausalLM(GenerationMixin):
             for state in self._running:
                 state.keep(self.session)
             self._running.clear()
+
+    def _get_candidate_generator(self, *arguments: Any, **options: Any) -> CandidateGenerator:
+        """Returns transformers' generator of guesses, held to what a call can check and take back exactly."""
+        if self.session.max_drafts < 1:
+            raise SkvError(
+                "generate: speculative decoding needs the logits of several tokens",
+                got="the last token's",
+                fix="from_pretrained(folder, num_logits=16), or export with --all-logits.",
+            )
+        found = super()._get_candidate_generator(*arguments, **options)  # type: ignore[misc]  # its self is a Protocol
+        return Candidates(found, options["model_kwargs"]["past_key_values"], self.session.max_drafts)
 
     def load_custom_generate(self, *_: Any, **__: Any) -> NoReturn:
         """Not supported: code of a generation mode on the hub is not loaded.
@@ -518,7 +537,9 @@ class SkvForCausalLM(GenerationMixin):
         if given is not None or generation_config.use_cache is False:
             return False
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        model_kwargs["past_key_values"] = self.new_cache(batch_size * copies, max_cache_length)
+        # An assistant is called for a few tokens again and again, each time with the cache of the last.
+        length = None if generation_config.is_assistant else max_cache_length
+        model_kwargs["past_key_values"] = self.new_cache(batch_size * copies, length)
         self._running[:] = [model_kwargs["past_key_values"]]
         return False
 

@@ -169,6 +169,19 @@ class Cache:
         tensors = self._tensors.values()
         return max(reference.rewind_floor(x, math.prod(y.shape()[2:]), length, longest) for x, y in tensors)
 
+    def draft_room(self, b: int) -> int:
+        """How many tokens may follow the next one of sequence ``b`` in the same call as if they came one by one.
+
+        Up to there no tile is written that the next tokens should see, and all of them can be taken back exactly.
+        """
+        length, room = int(self.lengths[b]), self.max_length - int(self.lengths[b]) - 1
+        for layout, _ in self._tensors.values():
+            flush = layout.quantized_tokens(length) + layout.num_sink_tokens + layout.recent_tokens + layout.tile_tokens
+            room = min(room, flush - length - 1)
+            if layout.quantized_tokens(length + 1 + room):
+                room = min(room, layout.recent_tokens)
+        return max(room, 0)
+
     def rewind(self, lengths: int | ArrayLike) -> None:
         """Takes back tokens, so that each sequence holds ``lengths`` of them (one number, or one per sequence).
 

@@ -25,6 +25,7 @@ from skv_export.runtime.prompts import chat_prompt, load_tokenizer
 from skv_export.runtime.sampling import Sampler, Sampling
 
 MAX_THREADS = 1024
+MAX_LOGITS = 1024
 
 
 class Session:
@@ -39,6 +40,8 @@ class Session:
         spinning: Whether idle threads busy-wait for the next op; turn it off where torch's threads share the cores.
         model: The graph as bytes, in place of ``model.onnx``; its external data is the folder's (``verify`` uses it).
         config: The configuration that goes with ``model``.
+        num_logits: Last tokens of a call whose logits are returned, for speculative decoding; such a session takes no
+            padding. It needs the package onnx, unless the folder was exported with all logits.
         prefix_bytes: Memory for the beginnings of sequences that ``stream`` and ``generate`` have run, so that a prompt
             that begins like one of them runs only what is new; 0 = none is kept.
 
@@ -66,11 +69,14 @@ class Session:
         spinning: bool = True,
         model: bytes | None = None,
         config: ModelConfig | None = None,
+        num_logits: int = 1,
         prefix_bytes: int = 0,
     ) -> None:
         self.folder = to_path(folder, "exported folder")
         if type(num_threads) is not int or not 0 <= num_threads <= MAX_THREADS:
             raise SkvError("num_threads", got=num_threads, expected=f"0 ... {MAX_THREADS}; 0 = ONNX Runtime's choice")
+        if type(num_logits) is not int or not 1 <= num_logits <= MAX_LOGITS:
+            raise SkvError("num_logits", got=repr(num_logits)[:50], expected=f"1 ... {MAX_LOGITS} tokens of a call")
         self.config = config or ModelConfig.load(self.folder)
         self.execution_provider = execution_provider
         if cuda_graph and execution_provider != "cuda":
@@ -87,6 +93,7 @@ class Session:
             num_threads=num_threads,
             spinning=spinning,
             model=model,
+            num_logits=num_logits,
         )
         self.onnx = self.graph.onnx
 
@@ -193,8 +200,9 @@ class Session:
         if positions is None:
             positions = np.where(new, cache.lengths[:, None] + new.cumsum(axis=1) - 1, 0)
         place = None
-        if self.config.right_padded:
+        if self.config.right_padded or self.graph.num_logits > 1:
             self._check_last(new)
+        if self.config.right_padded:
             place = np.argsort(~new, axis=1, kind="stable")
             ids, positions = (np.take_along_axis(x, place, axis=1) for x in (ids, positions))
             new = np.take_along_axis(new, place, axis=1)
@@ -237,7 +245,7 @@ class Session:
         tokens = new.sum(axis=1)
         if not self.config.all_logits and ((tokens > 0) & (tokens < new.shape[1])).any():
             raise SkvError(
-                f"{self.folder}: it returns the logits of the last column only, so its batches can't be padded",
+                f"{self.folder}: it returns the logits of the last columns only, so its batches can't be padded",
                 got=f"{tokens.tolist()} new tokens",
                 expected="as many for each sequence",
                 fix="Run the sequences one by one, or rewrite a model that returns all logits.",
@@ -346,7 +354,8 @@ class Session:
             SkvError: See ``run``.
         """
         self._check_call(ids, cache)
-        may_pad = self.config.all_logits or not self.config.right_padded or cache.batch == 1
+        one_column = self.config.right_padded or self.graph.num_logits > 1
+        may_pad = self.config.all_logits or not one_column or cache.batch == 1
         if self.prefixes is None or cache.lengths.any() or not may_pad or not new.any(axis=1).all():
             return last_logits(self._append(ids, new, None, cache), new), []
         return self.prefixes.prefill(self, cache, [row[at].tolist() for row, at in zip(ids, new, strict=True)])
@@ -372,6 +381,11 @@ class Session:
         ids, mask = self._padded(prompts)
         steps = np.array(list(self.stream(ids, mask, max_new_tokens=max_new_tokens, sampling=sampling)))
         return [_until(steps[:, row].tolist(), self.config.eos_token_id) for row in range(len(prompts))]
+
+    @property
+    def max_drafts(self) -> int:
+        """Tokens that may follow the next one in a call, so that the logits of all are returned."""
+        return self.config.context_length if self.config.all_logits else self.graph.num_logits - 1
 
     @property
     def pad_token_id(self) -> int:
@@ -411,6 +425,7 @@ def last_logits(logits: Logits, new: NDArray[np.bool_]) -> Logits:
     """
     if logits.shape[1] == 1:
         return logits[:, 0]
+    new = new[:, -logits.shape[1] :]
     ends = np.where(new, np.arange(new.shape[1]), -1).max(axis=1)
     return logits[np.arange(len(logits)), ends]
 

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from skv_export.errors import SkvError
 from skv_export.model_folder.output import check_file
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.sampling import Sampling
 from skv_export.runtime.session import Session
+from skv_export.runtime.speculation import DraftModel, PromptLookup, Speculation
 
 
 @dataclass
@@ -26,6 +28,8 @@ class Generation:
         decode_seconds: From the first token to the last.
         cache_bytes: Bytes of the cache.
         stop_reason: ``eos`` (an end token), ``max_new_tokens``, or ``context`` (the model's context is full).
+        guessed: Tokens guessed by speculative decoding.
+        accepted: Those that were right.
     """
 
     text: str = ""
@@ -35,14 +39,17 @@ class Generation:
     decode_seconds: float = 0.0
     cache_bytes: int = 0
     stop_reason: str = ""
+    guessed: int = 0
+    accepted: int = 0
 
     def summary(self) -> str:
         """One line of figures."""
         steps = len(self.tokens) - 1
         speed = f", {steps / self.decode_seconds:.1f} tokens/s" if steps > 0 and self.decode_seconds > 0 else ""
+        guesses = f", {self.accepted} of {self.guessed} guesses right" if self.guessed else ""
         return (
-            f"{self.prompt_tokens} prompt tokens in {self.prefill_seconds:.2f} s; {len(self.tokens)} new{speed}; "
-            f"cache {self.cache_bytes / 2**20:.1f} MiB; stopped by {self.stop_reason}"
+            f"{self.prompt_tokens} prompt tokens in {self.prefill_seconds:.2f} s; {len(self.tokens)} new{speed}{guesses}"
+            f"; cache {self.cache_bytes / 2**20:.1f} MiB; stopped by {self.stop_reason}"
         )
 
 
@@ -59,6 +66,9 @@ def generate_text(
     chat: bool = False,
     execution_provider: str = "cpu",
     cuda_graph: bool = False,
+    prompt_lookup: int = 0,
+    draft: Path | str | None = None,
+    draft_tokens: int = 4,
     load_cache: Path | str | None = None,
     save_cache: Path | str | None = None,
 ) -> Generation:
@@ -76,6 +86,9 @@ def generate_text(
         chat: Put the prompt into the model's chat template.
         execution_provider: ``cpu`` or ``cuda``.
         cuda_graph: Decode as a CUDA graph; see ``Session``.
+        prompt_lookup: Tokens to guess from what the text said before, and to check in one call; 0 = none.
+        draft: A smaller exported model with the same tokens that guesses instead.
+        draft_tokens: Tokens that it guesses at most.
         load_cache: A saved cache to go on from: the prompt, which may be empty, follows what it holds.
         save_cache: Where to save the cache at the end, with all that was generated.
 
@@ -84,7 +97,12 @@ def generate_text(
     """
     from tokenizers.decoders import DecodeStream
 
-    session = Session(folder, execution_provider=execution_provider, cuda_graph=cuda_graph)
+    guesses = draft_tokens if draft is not None else prompt_lookup
+    if draft is not None and prompt_lookup:
+        raise SkvError("draft", got="prompt_lookup too", expected="one of the two")
+    session = Session(
+        folder, execution_provider=execution_provider, cuda_graph=cuda_graph, num_logits=max(guesses, 0) + 1
+    )
     text = session.chat_prompt([{"role": "user", "content": prompt}]) if chat else prompt
     if save_cache is not None:
         check_file(save_cache)
@@ -102,15 +120,27 @@ def generate_text(
     decoder = DecodeStream(skip_special_tokens=True)
     sampling = Sampling(temperature, top_k, top_p, seed)
     start = now = time.perf_counter()
-    for (token,) in session.stream([ids], max_new_tokens=max_new_tokens, sampling=sampling, cache=cache):
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "cache": cache}
+    speculation = None
+    if draft is not None:
+        smaller = Session(draft, execution_provider=execution_provider)
+        speculation = Speculation(session, DraftModel(smaller, draft_tokens, session.config.vocab_size))
+    elif prompt_lookup:
+        speculation = Speculation(session, PromptLookup(prompt_lookup))
+    tokens = (
+        speculation.stream(ids, **options) if speculation else (int(t) for (t,) in session.stream([ids], **options))
+    )
+    for token in tokens:
         now = time.perf_counter()
         result.prefill_seconds = result.prefill_seconds or now - start
-        result.tokens.append(int(token))
-        piece = decoder.step(session.tokenizer, int(token))
+        result.tokens.append(token)
+        piece = decoder.step(session.tokenizer, token)
         if piece:
             result.text += piece
             if on_text is not None:
                 on_text(piece)
+    if speculation is not None:
+        result.guessed, result.accepted = speculation.guessed, speculation.accepted
     result.decode_seconds = now - start - result.prefill_seconds
     if save_cache is not None:
         if cache.lengths[0] < cache.max_length:
