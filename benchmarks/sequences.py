@@ -1,18 +1,23 @@
-"""What sequences can save: the second turn of a long chat from what is kept of the first; guesses at the next tokens.
+"""What sequences can save: the second turn of a long chat from what is kept of the first; guesses at the next tokens;
+slots that sequences share.
 
     python benchmarks/sequences.py prefix FOLDER [--tokens 6000] [--answer 64] [--rounds 3]
     python benchmarks/sequences.py speculation FOLDER [--steps 200] [--guesses 8] [--rounds 3]
 
-FOLDER is an exported model. Each figure is the median of the rounds; what is compared runs in turns. Times are processor
-time of one thread, which other work on the machine disturbs least.
+    python benchmarks/sequences.py batch FOLDER [--slots 1,2,4,8] [--sequences 16]
+
+FOLDER is an exported model. Each figure is the median of the rounds; what is compared runs in turns. Times are
+processor time of one thread, which other work on the machine disturbs least.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from skv_export import Session
@@ -97,6 +102,39 @@ def speculation(folder: str, steps: int, guesses: int, rounds: int) -> None:
         )
 
 
+def batch(folder: str, slots: str, sequences: int, rounds: int) -> None:
+    """Prompts of 100 to 400 tokens with answers of 20 to 80, all there from the start; one by one, and in slots."""
+    session, rng = Session(folder, num_threads=1), random.Random(0)
+    ids = session.tokenizer.encode(read_text(None)).ids
+    asked = [
+        (ids[start : start + rng.randint(100, 400)], rng.randint(20, 80))
+        for start in rng.sample(range(len(ids) - 400), sequences)
+    ]
+
+    def one_by_one() -> int:
+        return sum(len(list(session.stream([prompt], max_new_tokens=steps))) for prompt, steps in asked)
+
+    def in_slots(count: int) -> int:
+        running, made = session.batch(count, max_length=512), 0
+        for prompt, steps in asked:
+            running.add(prompt, max_new_tokens=steps)
+        while running.running or running.waiting:
+            made += len(running.step())
+        return made
+
+    kinds = {"one by one": one_by_one}
+    kinds |= {f"{count} slots": partial(in_slots, count) for count in map(int, slots.split(","))}
+    speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(rounds):
+        for kind, call in kinds.items():
+            start = time.process_time()
+            speeds[kind].append(call() / (time.process_time() - start))
+    first = statistics.median(speeds["one by one"])
+    for kind, values in speeds.items():
+        speed = statistics.median(values)
+        print(f"{kind}: {speed:.1f} tokens/s, prompts included: {speed / first:.2f}x")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -110,8 +148,13 @@ def main() -> None:
     command.add_argument("--steps", type=int, default=200)
     command.add_argument("--guesses", type=int, default=8)
     command.add_argument("--rounds", type=int, default=3)
+    command = commands.add_parser("batch")
+    command.add_argument("folder")
+    command.add_argument("--slots", default="1,2,4,8")
+    command.add_argument("--sequences", type=int, default=16)
+    command.add_argument("--rounds", type=int, default=1)
     options = vars(parser.parse_args())
-    {"prefix": prefix, "speculation": speculation}[options.pop("command")](**options)
+    {"prefix": prefix, "speculation": speculation, "batch": batch}[options.pop("command")](**options)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import load_library
 from skv_export.paths import to_path
 from skv_export.runtime import cache_file
+from skv_export.runtime.batch import Batch
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.graph import Graph, Int64, Logits
 from skv_export.runtime.prefixes import Prefix, PrefixStore
@@ -121,6 +122,23 @@ class Session:
             self.onnx, self.config.layers, batch, wanted, self.execution_provider, self.library,
             lambda: cache_file.model_digest(self.folder),
         )  # fmt: skip
+
+    def batch(self, slots: int, *, max_length: int | None = None, prompt_chunk: int = 512) -> Batch:
+        """Returns a batch whose sequences come and go between steps.
+
+        Args:
+            slots: Sequences that run at the same time.
+            max_length: Tokens of a sequence, prompt included; None = the model's context.
+            prompt_chunk: Tokens of a prompt that run between two steps, at most. A prompt in pieces sees its earlier
+                pieces as the cache holds them.
+
+        Returns:
+            The batch, empty.
+
+        Raises:
+            SkvError: A number out of its range, or the caches would not fit into the memory.
+        """
+        return Batch(self, slots, max_length, prompt_chunk)
 
     def load_cache(self, path: Path | str, *, room: int | None = None) -> Cache:
         """Reads a cache that ``Cache.save`` wrote: going on with it is going on with the one that was saved.
@@ -256,9 +274,9 @@ class Session:
         if not isinstance(cache, Cache) or not cache.belongs_to(self.onnx):
             got = "that of another session" if isinstance(cache, Cache) else type(cache).__name__
             raise SkvError("cache", got=got, expected="one that this session's cache() made")
-        self._check_ids(ids, cache.batch)
+        self.check_ids(ids, cache.batch)
 
-    def _check_ids(self, ids: Int64, batch: int | None) -> None:
+    def check_ids(self, ids: Int64, batch: int | None) -> None:
         """Checks tokens, and that they are of ``batch`` sequences; None = of any number."""
         if ids.ndim != 2 or ids.shape[0] != (batch or ids.shape[0]) or ids.size == 0:
             wanted = "at least 1" if batch is None else batch
@@ -315,7 +333,7 @@ class Session:
             SkvError: See ``run``.
         """
         ids = np.asarray(input_ids, np.int64)
-        self._check_ids(ids, None if cache is None else cache.batch)
+        self.check_ids(ids, None if cache is None else cache.batch)
         new = np.ones(ids.shape, np.bool_) if attention_mask is None else np.asarray(attention_mask) != 0
         if new.shape != ids.shape:
             raise SkvError("attention_mask: shape", got=list(new.shape), expected=list(ids.shape))

@@ -48,8 +48,8 @@ class Generation:
         speed = f", {steps / self.decode_seconds:.1f} tokens/s" if steps > 0 and self.decode_seconds > 0 else ""
         guesses = f", {self.accepted} of {self.guessed} guesses right" if self.guessed else ""
         return (
-            f"{self.prompt_tokens} prompt tokens in {self.prefill_seconds:.2f} s; {len(self.tokens)} new{speed}{guesses}"
-            f"; cache {self.cache_bytes / 2**20:.1f} MiB; stopped by {self.stop_reason}"
+            f"{self.prompt_tokens} prompt tokens in {self.prefill_seconds:.2f} s; "
+            f"{len(self.tokens)} new{speed}{guesses}; cache {self.cache_bytes / 2**20:.1f} MiB; stopped by {self.stop_reason}"
         )
 
 
