@@ -49,7 +49,8 @@ class Generation:
         guesses = f", {self.accepted} of {self.guessed} guesses right" if self.guessed else ""
         return (
             f"{self.prompt_tokens} prompt tokens in {self.prefill_seconds:.2f} s; "
-            f"{len(self.tokens)} new{speed}{guesses}; cache {self.cache_bytes / 2**20:.1f} MiB; stopped by {self.stop_reason}"
+            f"{len(self.tokens)} new{speed}{guesses}; "
+            f"cache {self.cache_bytes / 2**20:.1f} MiB; stopped by {self.stop_reason}"
         )
 
 
