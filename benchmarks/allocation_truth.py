@@ -2,16 +2,22 @@
 
     python benchmarks/allocation_truth.py CHECKPOINT [--budgets 2.5,3.25,4.25] [--context 32768] [--windows 3]
         [--window 1024] [--calibration-windows 2] [--measure-state FILE] [--state FILE] [--routes defaults,measure,...]
-        [--recent-tokens 64] [--tile-tokens 64]
+        [--recent-tokens 64] [--tile-tokens 64] [--first 1]
 
 Calibrated on the shipped calibration text, judged on the shipped prose, decode style. Uniform pairs: those
 with as many bits for keys as for values or up to two more that fit, and that no other fitting pair reaches in both
-widths. Prints a Markdown table. Resumable through both state files.
+widths. Prints a Markdown table: the last column is the divergence less that of the best uniform pair of the budget,
+part by part of the windows. Below it: how many bits the measured allocations need for the loss of each other route,
+read off straight lines through their points (bits, log KL). Route `direct` measures every layer alone (`--kl`), which
+takes a hundred times as long. Resumable through both state files; --first judges only so many of the windows, so that
+a table exists before all are done.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
@@ -20,11 +26,12 @@ import torch
 
 from skv_export.analysis import pipeline
 from skv_export.analysis.budget import Pair
-from skv_export.analysis.confirmation import CONFIRMATION_TEXT
-from skv_export.analysis.pipeline import Analysis, MeasureOptions, Target
+from skv_export.analysis.pipeline import Allocation, Analysis, MeasureOptions, Target
+from skv_export.analysis.result import HeldOut
 from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
 from skv_export.errors import SkvError
 from skv_export.evaluation import candidates, comparison
+from skv_export.evaluation.text import read_text
 from skv_export.spec.recipe import LayerConfig, Recipe
 
 ROUTES = ("measure", "defaults", "spectral", "frobenius")
@@ -51,6 +58,8 @@ def analyses_of(given: argparse.Namespace, budget: float) -> dict[str, Analysis]
     measure = MeasureOptions(
         windows=given.calibration_windows, window=given.window, state=given.measure_state, confirm_windows=0
     )
+    direct_state = given.measure_state and given.measure_state.with_name(given.measure_state.name + ".direct")
+    measuring = {"measure": measure, "direct": dataclasses.replace(measure, kl=True, state=direct_state)}
     found = {}
     for route in given.routes.split(","):
         try:
@@ -58,8 +67,8 @@ def analyses_of(given: argparse.Namespace, budget: float) -> dict[str, Analysis]
                 given.checkpoint,
                 target=Target(budget=budget, context=given.context),
                 base=LayerConfig(recent_tokens=given.recent_tokens, tile_tokens=given.tile_tokens),
-                score=route,
-                measure=measure if route == "measure" else None,
+                score="measure" if route in measuring else route,
+                measure=measuring.get(route),
             )
         except SkvError as error:
             print(f"{budget} bits, {route}: {error}", file=sys.stderr)
@@ -77,6 +86,7 @@ def main() -> None:
     parser.add_argument("--tile-tokens", type=int, default=LayerConfig.tile_tokens)
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--first", type=int)
     parser.add_argument("--calibration-windows", type=int, default=2)
     parser.add_argument("--measure-state", type=Path)
     parser.add_argument("--state", type=Path)
@@ -91,24 +101,50 @@ def main() -> None:
     result = comparison.run(
         resolve(given.checkpoint),
         contenders,
-        (DATA / CONFIRMATION_TEXT).read_text(encoding="utf-8"),
+        read_text(None),
         windows=given.windows,
         window=given.window,
+        first=given.first,
         state=given.state,
         progress=lambda name, done, total: print(f"{done}/{total}", file=sys.stderr, flush=True),
     )
     rows = dict(zip(distinct, result.rows, strict=True))
     print(f"Perplexity in full precision {result.rows[0].ppl_reference:.3f}; {result.rows[0].windows} windows of "
           f"{given.window} tokens; bits at {given.context} tokens.\n")  # fmt: skip
-    print("| budget | allocation | keys, values (mean) | bits | perplexity | KL, nats |\n|---|---|---|---|---|---|")
+    print("| budget | allocation | keys, values (mean) | bits | perplexity | KL, nats | against the best uniform |")
+    print("|---|---|---|---|---|---|---|")
     for budget, named in wanted.items():
-        for name, bits in named.items():
-            row, (k, v) = rows[bits], np.mean(bits, axis=0)
+        seen = {n: HeldOut.of(Allocation(n, bits, 0.0, None), rows[bits]) for n, bits in named.items()}
+        uniform = min((row for name, row in seen.items() if name.startswith("uniform")), key=lambda row: row.kld)
+        for name, row in seen.items():
+            k, v = np.mean(row.allocation.bits, axis=0)
+            more, error = row.excess(uniform)
             print(
-                f"| {budget} | {name} | {k:.2f}, {v:.2f} | {one.budget.effective_bits(bits):.2f} | "
+                f"| {budget} | {name} | {k:.2f}, {v:.2f} | {one.budget.effective_bits(row.allocation.bits):.2f} | "
                 f"{row.ppl_change_percent:+.2f}% ± {row.ppl_stderr_percent:.2f} | "
-                f"{row.kld_mean:#.3g} ± {row.kld_stderr:#.2g} |"
+                f"{row.kld:#.3g} ± {row.kld_stderr:#.2g} | "
+                + ("" if row is uniform else f"{more:+.2g} ± {error:.1g}")
+                + " |"
             )
+    sizes = {
+        (b, n): (one.budget.effective_bits(bits), rows[bits].kld_mean)
+        for b, named in wanted.items()
+        for n, bits in named.items()
+    }
+    curve = sorted(point for (_, name), point in sizes.items() if name == "measure")
+    print()
+    for (budget, name), (bits, loss) in sizes.items():
+        needed = bits_at(loss, curve)
+        if name != "measure" and needed is not None:
+            print(f"{budget}, {name}: {bits:.2f} bits; measured allocations lose as much with {needed:.2f}")
+
+
+def bits_at(loss: float, curve: list[tuple[float, float]]) -> float | None:
+    """Bits at which a curve of (bits, KL) has this KL; None outside of it."""
+    for (few, high), (many, low) in itertools.pairwise(curve):
+        if high >= loss >= low > 0 and high > low:
+            return few + (many - few) * float(np.log(high / loss) / np.log(high / low))
+    return None
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ class GroupQueryAttention:
             providers.insert(0, ("CUDAExecutionProvider", {"user_compute_stream": stream}))
         session = ort.InferenceSession(one_node_model(node, specs), providers=providers)
         if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-            sys.exit("gpu_bench: onnxruntime's CUDA provider did not start: pip install 'skv-export[gpu]'")
+            sys.exit("gpu_bench: onnxruntime's CUDA provider did not start: pip install '.[gpu]'")
         self.tensors = {name: self.values(name, dtype, size, device) for name, (dtype, size) in specs.items()}
         self.tensors["seqlens_k"].fill_(length)
         self.tensors["output"] = torch.empty_like(self.tensors["query"])

@@ -85,7 +85,7 @@ def speculation(folder: str, steps: int, guesses: int, rounds: int) -> None:
             guided = Speculation(session, PromptLookup(guesses))
             streams = {
                 "plain": (int(row[0]) for row in plain.stream([ids], max_new_tokens=steps)),
-                "guesses": guided.stream(ids, max_new_tokens=steps),
+                "guesses": (int(row[0]) for row in guided.stream([ids], max_new_tokens=steps)),
             }
             for kind, stream in streams.items():
                 made[kind] = [next(stream)]

@@ -1,6 +1,7 @@
 """Export language models to ONNX with a KV cache quantized separately for keys and values.
 
-Public names are loaded when they are first used: ``import skv_export`` loads neither torch nor onnxruntime.
+Public names are loaded when they are first used: ``import skv_export`` loads neither torch nor onnxruntime. Once it is
+imported, ``AutoModelForCausalLM.from_pretrained`` and ``pipeline`` of transformers load exported folders.
 """
 
 from __future__ import annotations
@@ -41,3 +42,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(_PUBLIC))
+
+
+import_module("skv_export.integrations.auto_model").install()  # AutoModelForCausalLM loads exported folders

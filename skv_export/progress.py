@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Collection, Iterator
@@ -9,6 +10,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 _Item = TypeVar("_Item")
+logger = logging.getLogger(__name__)
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
@@ -32,6 +34,7 @@ class Progress:
         self._bar: Any = None
         self._phase = ""
         self._said: set[str] = set()
+        self._begun: set[str] = set()
 
     def __enter__(self) -> Progress:
         return self
@@ -41,6 +44,9 @@ class Progress:
 
     def __call__(self, phase: str, done: float = 0.0, total: float = 1.0) -> None:
         """Says that ``done`` of ``total`` of a phase is done."""
+        if phase not in self._begun:
+            self._begun.add(phase)
+            logger.info("%s", phase)
         if _quiet.get():
             return
         if not sys.stderr.isatty():

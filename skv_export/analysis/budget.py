@@ -20,6 +20,32 @@ from skv_export.spec.recipe import BITS, LayerConfig
 Pair = tuple[int, int]
 MAX_CONTEXT = 1 << 24
 DEFAULT_CONTEXT = 32768
+MAX_BATCH = 1 << 20
+
+
+def check_choices(choices: Sequence[int], pairs: Sequence[Pair] | None) -> set[int]:
+    """Returns the bit widths that are to choose from.
+
+    Raises:
+        SkvError: There are none, or one that the cache does not have.
+    """
+    widths = {b for pair in pairs for b in pair} if pairs is not None else set(choices)
+    if not widths or not widths <= set(BITS):
+        raise SkvError("bit choices", got=sorted(widths), expected=f"some of {', '.join(map(str, BITS))}")
+    return widths
+
+
+def check_count(name: str, value: object, most: int, least: int = 1) -> None:
+    """Raises SkvError unless a parameter is an integer in a range."""
+    if type(value) is not int or not least <= value <= most:
+        raise SkvError(f"--{name.replace('_', '-')}", got=repr(value)[:50], expected=f"{least} ... {most}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raises SkvError unless a parameter is a finite number above 0, or not given."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and value > 0 and math.isfinite(value)):  # type: ignore[operator,arg-type]
+        raise SkvError(f"--{name.replace('_', '-')}", got=repr(value)[:50], expected="a positive number")
 
 
 @dataclass(frozen=True)
@@ -60,14 +86,11 @@ class CacheBudget:
         Raises:
             SkvError: A bit width that the cache does not have, or a context or batch out of range.
         """
-        widths = {b for pair in pairs for b in pair} if pairs is not None else set(choices)
-        if not widths or not widths <= set(BITS):
-            raise SkvError("bit choices", got=sorted(widths), expected=f"some of {', '.join(map(str, BITS))}")
+        widths = check_choices(choices, pairs)
         longest = config.max_position_embeddings or DEFAULT_CONTEXT
         tokens = context if context is not None else min(DEFAULT_CONTEXT, longest)
-        for name, value, most in (("context", tokens, MAX_CONTEXT), ("batch", batch, 1 << 20)):
-            if not 1 <= value <= most:
-                raise SkvError(f"--{name}", got=value, expected=f"1 ... {most}")
+        check_count("context", tokens, MAX_CONTEXT)
+        check_count("batch", batch, MAX_BATCH)
         order = sorted(set(pairs)) if pairs is not None else [(k, v) for k in sorted(widths) for v in sorted(widths)]
         return cls(config, base, tuple(order), pairs is not None, tokens, batch)
 
@@ -79,9 +102,8 @@ class CacheBudget:
         """
         if budget is not None and memory is not None:
             raise SkvError("--budget and --memory", got="both", expected="one of them")
-        for name, value in (("budget", budget), ("memory", memory)):
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise SkvError(f"--{name}", got=value, expected="a positive number")
+        check_positive("budget", budget)
+        check_positive("memory", memory)
         if memory is not None:
             return replace(self, limit=memory / self.batch)
         if budget is None:

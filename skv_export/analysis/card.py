@@ -11,11 +11,13 @@ from skv_export.errors import SkvError
 
 GIB = 1 << 30
 CARDS = {
-    "t4": 16, "l4": 24, "l40s": 48, "a10": 24, "a100-40": 40, "a100-80": 80, "h100": 80, "h200": 141, "b200": 180,
-    "rtx3060": 12, "rtx3090": 24, "rtx4060": 8, "rtx4070": 12, "rtx4080": 16, "rtx4090": 24, "rtx5070": 12,
-    "rtx5080": 16, "rtx5090": 32, "rtx-a6000": 48, "rtx-6000-ada": 48, "rtx-pro-6000": 96,
+    "t4": 15360, "l4": 23034, "l40s": 46068, "a10": 23028, "a100-40": 40960, "a100-80": 81920, "h100": 81559,
+    "h200": 143771, "b200": 183359, "rtx3060": 12288, "rtx3090": 24576, "rtx4060": 8188, "rtx4070": 12282,
+    "rtx4080": 16376, "rtx4090": 24564, "rtx5070": 12227, "rtx5080": 16303, "rtx5090": 32607, "rtx-a6000": 49140,
+    "rtx-6000-ada": 49140, "rtx-pro-6000": 97887,
 }  # fmt: skip
-"""Memory in GiB by the vendor's data sheets (which say GB)."""
+"""Memory in MiB as nvidia-smi reports it: what the data sheets call GB is GiB on most cards, less what error correction
+(t4, l4, l40s, a10) and the firmware keep; the 192 GB of b200 are 10^9 bytes each."""
 WEIGHT_BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "int8": 8.5, "int4": 4.5}
 """Bits of a weight, scales of blocks of 32 included."""
 RUNTIME_BYTES = GIB // 2
@@ -26,7 +28,7 @@ _WIDE = ("embed_tokens", "token_embd", "wte.weight", "wpe.weight", "norm", "bias
 
 
 def card_memory(name: str) -> int:
-    """Returns a card's memory in bytes.
+    """Returns a card's memory in bytes, as its driver reports it.
 
     Raises:
         SkvError: Not in the table.
@@ -34,7 +36,7 @@ def card_memory(name: str) -> int:
     key = name.lower().replace(" ", "").replace("_", "-")
     if key not in CARDS:
         raise SkvError(f"--gpu {name}", expected=", ".join(CARDS), fix="For another card, give --memory.")
-    return CARDS[key] * GIB
+    return CARDS[key] << 20
 
 
 def weight_bytes(opened: Checkpoint, weights: str) -> int:
@@ -57,8 +59,9 @@ def weight_bytes(opened: Checkpoint, weights: str) -> int:
 def activation_bytes(opened: Checkpoint, batch: int) -> int:
     """Returns the bytes of float16 activations while a prompt is read, logits of the last tokens, and the runtime.
 
-    Per token and layer in work: the residual stream, queries, keys, values and output (six of ``hidden_size``) and the
-    two halves of the feed-forward layer.
+    Per token and layer in work: the residual stream, queries, keys, values and output (six of ``hidden_size``) and
+    three of the feed-forward layer's width (both halves and their product). In float32 that is what SmolLM2 was seen to
+    take on the CPU (``benchmarks/RESULTS.md``); on a GPU nothing was measured.
     """
     text = opened.config.get("text_config") or opened.config
 
@@ -67,7 +70,7 @@ def activation_bytes(opened: Checkpoint, batch: int) -> int:
 
     hidden, vocabulary = size("hidden_size", "n_embd"), size("vocab_size")
     inner = size("intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
-    return batch * (PREFILL_TOKENS * (6 * hidden + 2 * inner) * 2 + vocabulary * 4) + RUNTIME_BYTES
+    return batch * (PREFILL_TOKENS * (6 * hidden + 3 * inner) * 2 + vocabulary * 4) + RUNTIME_BYTES
 
 
 def room_for_cache(memory: int, opened: Checkpoint, weights: str, batch: int) -> int:

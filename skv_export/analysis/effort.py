@@ -83,7 +83,7 @@ def _operations(opened: Checkpoint, weights: int, options: MeasureOptions) -> fl
     forward = 2.0 * weights * tokens
     attention = 4.0 * config.num_hidden_layers * config.num_attention_heads * tokens**2 * config.head_dim
     calibration = 2 * forward + 20 * attention
-    confirmation = 4 * (forward + 2 * attention)
+    confirmation = 5 * (forward + 2 * attention)  # full precision, the allocation, and three uniform pairs at most
     return options.windows * calibration + options.confirm_windows * confirmation
 
 

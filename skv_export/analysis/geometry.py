@@ -23,12 +23,9 @@ MIDRISE_ERROR = {1: 0.5623, 2: 0.1281, 3: 0.03535, 4: 0.01019, 5: 0.002994, 6: 0
 """Relative error of a Gaussian vector under the reference's ``token`` quantizer in groups of 64, by bits."""
 RANGE_SQUARE = {32: 17.6, 64: 22.4, 128: 27.3}
 """E[(max - min)^2] of T independent N(0, 1), by T."""
-CONCENTRATION = 4.0
-"""How much more the logits of real text vary than those of isotropic inputs (7.3 against 1.8 in SmolLM2-135M, mean of
-the layers): the one constant that weights can't tell. Only the softmax's concentration depends on it."""
 MAX_LOGIT_VARIANCE = 15.0
-"""Variance of one query's logits beyond which isotropic inputs say nothing any more: where QK norm has large weights
-they give 20 to 1,000 and a softmax that one token takes whole; real logits vary by 3 to 40 (docs/theory.md)."""
+"""Variance of one query's logits beyond which isotropic inputs say nothing any more: one token would take the whole
+softmax, which it hardly does in real text (docs/theory.md)."""
 REFERENCE_BITS = 4
 """Bits at which the balance of keys and values is stated."""
 _TINY = 1e-300
@@ -84,9 +81,7 @@ def geometry(weights: AttentionWeights, config: AttentionConfig, cache: LayerCon
     group = n // n_kv
 
     variance = config.scale**2 * q.overlaps(k)
-    spread, weight2, slope = np.array(
-        [_softmax(min(CONCENTRATION * x, MAX_LOGIT_VARIANCE), config.softcap) for x in variance]
-    ).T
+    spread, weight2, slope = np.array([_softmax(min(x, MAX_LOGIT_VARIANCE), config.softcap) for x in variance]).T
     key_errors = [_key_error(k, i, config, cache) for i in range(n_kv)]
     moved = [float(_rope_mean(q.energy[i], config.rotary_dim) @ key_errors[i // group]) for i in range(n)]
     noise = config.scale**2 * slope * np.array(moved)
@@ -173,21 +168,24 @@ class _Projection:
         factor = np.broadcast_to(weight.reshape(-1, d), (heads, d)) / np.sqrt(np.maximum(energy, _TINY))
         return replace(self, factor=factor, varying=self.varying * factor**2, mean=self.mean * factor)
 
-    def matrix(self, head: int) -> Float:
-        """Returns ``[D, hidden]`` of one head, both norms' weights folded in."""
-        return np.asarray(self.raw[head] * self.gain * self.factor[head][:, None].astype(np.float32), np.float32)
+    def covariance(self, heads: slice) -> Double:
+        """``[heads, D, D]``: how the channels of these heads' outputs vary together."""
+        raw, factor = self.raw[heads], self.factor[heads]
+        grams = np.stack([(head * self.gain) @ (head * self.gain).T for head in raw]).astype(np.float64)
+        return grams * factor[:, :, None] * factor[:, None, :]
 
     def overlaps(self, keys: _Projection) -> Double:
-        """``[N]``: variance of the dot product of a query with a key, constant parts of queries included."""
-        group, d = len(self.raw) // len(keys.raw), self.raw.shape[1]
+        """``[N]``: variance of the dot product of a query with a key of another token.
+
+        ``E (q.k)^2 = tr(E[q q^T] Cov[k])``: the constant part of queries counts, that of keys moves all logits alike.
+        """
+        group = len(self.raw) // len(keys.raw)
         found = []
         for head in range(len(keys.raw)):
-            mine = range(head * group, (head + 1) * group)
-            key = keys.matrix(head)
-            queries = np.concatenate([self.matrix(i) for i in mine])
-            products = (queries @ key.T).reshape(group, d, d)
-            constant = self.mean[mine.start : mine.stop] @ key
-            found.append(np.sum(products.astype(np.float64) ** 2, (1, 2)) + np.sum(constant**2, 1))
+            mine = slice(head * group, (head + 1) * group)
+            key = keys.covariance(slice(head, head + 1))[0]
+            constant = self.mean[mine]
+            found.append(np.einsum("gij,ij->g", self.covariance(mine), key) + ((constant @ key) * constant).sum(1))
         return np.concatenate(found)
 
 

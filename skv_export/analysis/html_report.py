@@ -9,7 +9,7 @@ from pathlib import Path
 
 from skv_export.analysis.result import Allocation, Analysis
 from skv_export.errors import missing_module
-from skv_export.evaluation.charts import Chart, Line, page, svg
+from skv_export.evaluation.charts import Chart, Line, figure, model_title, page, series
 
 _CONTEXTS = [1 << i for i in range(9, 18)]
 
@@ -24,7 +24,7 @@ def charts(found: Analysis) -> list[Chart]:
         Line("values, spectral", index, [x.v.spectral for x in found.layers], "v dashed"),
     )
     balance = tuple(
-        Line(score.name, index, score.balance, f"other{i + 1}")
+        Line(score.name, index, score.balance, series(i))
         for i, score in enumerate(found.scores)
         if any(b is not None for b in score.balance)
     )
@@ -82,8 +82,8 @@ def _memory_lines(found: Analysis) -> tuple[Line, ...]:
 
     ours = [found.budget.memory(found.recommendation.allocation.bits, n) / 2**20 for n in contexts]
     return (
-        Line("fp16", contexts, plain(2), "other1"),
-        Line("int8", contexts, plain(1), "other2"),
+        Line("fp16", contexts, plain(2), "series6"),
+        Line("int8", contexts, plain(1), "series3"),
         Line("recommendation", contexts, ours, "k"),
     )
 
@@ -100,7 +100,7 @@ def html(found: Analysis) -> str:
         ("read", f"{_size(found.bytes_read)} of {_size(found.tensor_bytes)}"),
     ]
     parts = [
-        f"<h1>{escape(found.model)}</h1>",
+        f"<h1>{escape(model_title(found.model))}</h1>",
         f"<p>{len(found.layers)} layers, {found.config.num_attention_heads} heads, "
         f"{found.config.num_key_value_heads} KV heads of {found.config.head_dim}, "
         f"{escape(found.config.model_type)}</p>",
@@ -111,12 +111,12 @@ def html(found: Analysis) -> str:
         _strip(r.allocation),
         "<ul>" + "".join(f"<li>{escape(reason)}</li>" for reason in r.reasons) + "</ul>",
         _plans(found),
-        *(_figure(chart) for chart in charts(found)),
+        *(figure(chart) for chart in charts(found)),
         "<h2>What each score asks for</h2>",
         *(f"<h3>{escape(s.name)}</h3>{_strip_bits(s.bits)}{_note(s.note)}" for s in found.scores),
         _flags(found),
     ]
-    return page(f"{found.model}: key and value bits", parts)
+    return page(f"{model_title(found.model)}: key and value bits", parts)
 
 
 def _size(count: float) -> str:
@@ -136,27 +136,27 @@ def _strip(allocation: Allocation) -> str:
 
 
 def _strip_bits(bits: Sequence[tuple[int, int]]) -> str:
-    """Two rows of cells, keys and values, the darker the more bits."""
-    rows = []
-    for label, side in (("keys", 0), ("values", 1)):
-        cells = "".join(
-            f'<td class="{"kv"[side]}" style="--level:{min(pair[side], 8) / 8:.3f}" '
-            f'title="layer {i}: {label} {pair[side]} bits">{pair[side]}</td>'
-            for i, pair in enumerate(bits)
+    """A column for each layer, keys above values, the darker the more bits; a long model goes on below."""
+    layers = [
+        f"<div><span class=axis>{i if i % 5 == 0 else ''}</span>"
+        + "".join(
+            f'<span class="{name[0]}" style="--level:{min(width, 8) / 8:.3f}" title="layer {i}: {name} {width} bits">'
+            f"{width}</span>"
+            for name, width in zip(("keys", "values"), pair, strict=True)
         )
-        rows.append(f"<tr><th scope=row>{label}</th>{cells}</tr>")
-    numbers = "".join(f"<td>{i if i % 5 == 0 else ''}</td>" for i in range(len(bits)))
-    return (
-        f"<div class=scroll><table class=strip>{''.join(rows)}<tr class=axis><th>layer</th>{numbers}</tr></table></div>"
-    )
+        + "</div>"
+        for i, pair in enumerate(bits)
+    ]
+    names = "<div class=names><span class=axis>layer</span><span>keys</span><span>values</span></div>"
+    return f"<div class=strip>{names}{''.join(layers)}</div>"
 
 
 def _plans(found: Analysis) -> str:
     r = found.recommendation
     best = [("recommended", r.allocation), (f"best uniform pair: {r.uniform.name}", r.uniform)]
     rows = "".join(
-        f"<tr><td>{escape(name)}</td><td>{p.effective_bits:.2f}</td><td>{_size(found.budget.memory(p.bits))}</td>"
-        f"<td>{'' if p.loss is None else f'{p.loss:.3g}'}</td></tr>"
+        f"<tr{' class=best' if p is r.allocation else ''}><td>{escape(name)}</td><td>{p.effective_bits:.2f}</td>"
+        f"<td>{_size(found.budget.memory(p.bits))}</td><td>{'' if p.loss is None else f'{p.loss:.3g}'}</td></tr>"
         for name, p in [*best, *((p.name, p) for p in r.neighbours)]
     )
     head = "<tr><th>allocation</th><th>effective bits</th><th>memory</th><th>expected loss</th></tr>"
@@ -169,18 +169,6 @@ def _plans(found: Analysis) -> str:
 def _flags(found: Analysis) -> str:
     items = "".join(f"<li>{escape(str(flag['text']))}</li>" for flag in found.flags)
     return f"<h2>Flags</h2><ul>{items}</ul>" if items else ""
-
-
-def _figure(chart: Chart) -> str:
-    legend = "".join(
-        f'<li><svg width="22" height="8" aria-hidden="true"><line x1="0" x2="22" y1="4" y2="4" '
-        f'class="line {line.style}"/></svg>{escape(line.name)}</li>'
-        for line in chart.lines
-    )
-    return (
-        f"<figure><h2>{escape(chart.title)}</h2>{svg(chart)}<ul class=legend>{legend}</ul>"
-        f"<figcaption>{escape(chart.note)}</figcaption></figure>"
-    )
 
 
 def png(found: Analysis, path: Path) -> None:
@@ -196,8 +184,8 @@ def png(found: Analysis, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = {"k": "#2a6fdb", "v": "#d9730d", "other1": "#6b7280", "other2": "#b4881d", "other3": "#2a6fdb"}
-    colours |= {"other4": "#15857a", "other5": "#b0339b"}
+    colours = {"k": "#0072b2", "v": "#d55e00", "series1": "#0072b2", "series2": "#d55e00", "series3": "#009e73"}
+    colours |= {"series4": "#cc79a7", "series5": "#e0b400", "series6": "#000000"}
     figure, axes = plt.subplots(2, 2, figsize=(12, 7.5), layout="constrained")
     figure.suptitle(f"{found.model}: {found.recommendation.allocation.effective_bits:.2f} effective bits recommended")
     for axis, chart in zip(axes.flat, charts(found), strict=True):

@@ -26,6 +26,8 @@ from skv_export.spec import reference
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig
 
+METHOD = "windows start as a text does, a query's loss saturates"
+"""What was measured; a state of something else belongs to another run."""
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done and steps in all."""
 
@@ -36,7 +38,8 @@ class Tables:
 
     Attributes:
         output: ``[K, V]``, squared error of the attention output.
-        fisher: ``[K, V]``, half the squared change of a sampled log-probability, head by head.
+        fisher: ``[K, V]``, half the squared change of a sampled log-probability, head by head: ``x`` nats at a query
+            count ``1 - exp(-x)``, as the second-order form says nothing beyond (docs/theory.md).
         energy: Squared output.
         first_order_k: ``[K]``, squared error of the output as the theory gives it from these activations.
         first_order_v: ``[V]``.
@@ -81,7 +84,8 @@ def layer_tables(seen: LayerActivations, base: LayerConfig, choices: Sequence[in
             scores = torch.where(far, seen.scores(tensor_cache(k_layout).quantized(seen.k), rows), exact_scores)
             delta = value_parts + (seen.weights(scores, visible) @ v - exact)
         output.append(delta.pow(2).sum((1, 2, 3), dtype=torch.float64).tolist())
-        fisher.append(((delta * gradient).sum(-1).pow(2).sum((1, 2), dtype=torch.float64) / 2).tolist())
+        divergence = (delta * gradient).sum(-1).pow(2).sum(1, dtype=torch.float64) / 2
+        fisher.append((-torch.expm1(-divergence)).sum(-1).tolist())
     energy = exact.pow(2).sum(dtype=torch.float64).item()
     first_k, first_v = first_order(seen, [k for k, _ in layouts], [v for _, v in layouts], rows)
     return Tables(output, fisher, energy, first_k, first_v, exact.shape[1])
@@ -196,14 +200,20 @@ class Measurement:
         return {"geometry_activations": predicted, "measure": self.loss[:, k, v]}
 
     def balances(self) -> dict[str, list[float | None]]:
-        """Returns the extra bits that keys need, per layer, by the same scores; None without 4 among the widths."""
+        """Returns the extra bits that keys need, per layer, by the same scores.
+
+        None without 4 among the widths, and for a layer that loses nothing: one whose window is all in full precision.
+        """
+        nothing: list[float | None] = [None] * len(self.loss)
         if REFERENCE_BITS not in self.widths:
-            nothing: list[float | None] = [None] * len(self.loss)
             return {"geometry_activations": nothing, "measure": nothing}
         b, exact = self.widths.index(REFERENCE_BITS), len(self.widths) - 1
-        predicted = np.log2(self.geometry_k[:, b] / self.geometry_v[:, b]) / 2
-        measured = np.log2(self.output_error[:, b, exact] / self.output_error[:, exact, b]) / 2
-        return {"geometry_activations": predicted.tolist(), "measure": measured.tolist()}
+        predicted = zip(self.geometry_k[:, b], self.geometry_v[:, b], strict=True)
+        measured = zip(self.output_error[:, b, exact], self.output_error[:, exact, b], strict=True)
+        return {
+            name: [float(np.log2(k / v)) / 2 if k > 0 and v > 0 else None for k, v in errors]
+            for name, errors in (("geometry_activations", predicted), ("measure", measured))
+        }
 
 
 def measure(
@@ -238,7 +248,7 @@ def measure(
     Raises:
         SkvError: The text is too short, or ``state`` belongs to another run.
     """
-    key = [str(source), hashlib.sha256(text.encode()).hexdigest(), repr(base), list(choices), windows, window]
+    key = [METHOD, str(source), hashlib.sha256(text.encode()).hexdigest(), repr(base), list(choices), windows, window]
     if placement not in (None, Placement()):
         key.append(repr(placement))
     done = FinishedSteps(state, hashlib.sha256(json.dumps(key).encode()).hexdigest(), exclusive=True)

@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from skv_export.analysis.allocation import DEFAULT_CHOICES, allocate_bits, allocate_bits_optimal
-from skv_export.analysis.budget import CacheBudget, Pair
+from skv_export.analysis.budget import (
+    MAX_BATCH,
+    MAX_CONTEXT,
+    CacheBudget,
+    Pair,
+    check_choices,
+    check_count,
+    check_positive,
+)
 from skv_export.analysis.card import room_for_cache
+from skv_export.analysis.confirmation import HeldOutText
 from skv_export.analysis.geometry import geometry
 from skv_export.analysis.norms import norms
-from skv_export.analysis.recommend import DEFAULTS, MEASURE, confirmed, recommend, within_loss
+from skv_export.analysis.recommend import (
+    DEFAULTS,
+    ESTIMATE_MARGIN,
+    MEASURE,
+    SCORES,
+    confirmed,
+    divergence_of,
+    recommend,
+    within_held_out,
+    within_loss,
+)
 from skv_export.analysis.result import Allocation, Analysis, Recommendation
 from skv_export.analysis.scores import LayerAnalysis, compare, find_flags
-from skv_export.checkpoints.attention_weights import AttentionReader
+from skv_export.checkpoints.attention_weights import AttentionConfig, AttentionReader, AttentionWeights
 from skv_export.checkpoints.checkpoint import Checkpoint, Source
 from skv_export.checkpoints.purpose import check_purpose
 from skv_export.errors import SkvError
+from skv_export.evaluation.text import CALIBRATION_TEXT, read_text
 from skv_export.spec.recipe import LayerConfig
 
 if TYPE_CHECKING:
@@ -40,7 +60,6 @@ __all__ = [
 ]
 
 Progress = Callable[[str, int, int], None]
-_BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -56,6 +75,9 @@ class Target:
         batch: Sequences.
         choices: Bit widths to choose from.
         pairs: The (key, value) bits that a layer may have; all pairs of ``choices`` if not given.
+
+    Raises:
+        SkvError: A value is out of range, or several say how large the cache may be.
     """
 
     budget: float | None = None
@@ -66,6 +88,20 @@ class Target:
     batch: int = 1
     choices: Sequence[int] = DEFAULT_CHOICES
     pairs: Sequence[Pair] | None = None
+
+    def __post_init__(self) -> None:
+        limits = ("budget", "memory", "max_loss")
+        for name in limits:
+            check_positive(name, getattr(self, name))
+        given = ["--" + name.replace("_", "-") for name in limits if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise SkvError(" and ".join(given), got="both", expected="one of them")
+        if self.weights is not None and self.memory is None:
+            raise SkvError("--weights without --memory or --gpu", fix="Say how much memory holds weights and cache.")
+        if self.context is not None:
+            check_count("context", self.context, MAX_CONTEXT)
+        check_count("batch", self.batch, MAX_BATCH)
+        check_choices(self.choices, self.pairs)
 
 
 @dataclass(frozen=True)
@@ -82,6 +118,9 @@ class MeasureOptions:
         device: Where the model runs: ``cpu``, ``cuda``, ``cuda:1``.
         dtype: Its number format: ``fp32``, ``fp16``, ``bf16``.
         device_map: accelerate's, such as ``auto``, in place of ``device``.
+
+    Raises:
+        SkvError: A count is out of range, or there is no such text.
     """
 
     text: Path | str | None = None
@@ -93,6 +132,12 @@ class MeasureOptions:
     device: str = "cpu"
     dtype: str = "fp32"
     device_map: str | None = None
+
+    def __post_init__(self) -> None:
+        check_count("windows", self.windows, MAX_CONTEXT)
+        check_count("window", self.window, MAX_CONTEXT, 64)
+        check_count("confirm_windows", self.confirm_windows, MAX_CONTEXT, 0)
+        read_text(self.text, CALIBRATION_TEXT)
 
     def placement(self) -> Placement:
         """Returns device and number format, checked."""
@@ -132,7 +177,10 @@ def analyze(
     Raises:
         SkvError: See ``checkpoint.resolve``; a target outside what the choices allow; a text that is missing or short.
     """
-    target = target or Target()
+    target, decides = target or Target(), score or (MEASURE if measure else DEFAULTS)
+    if decides not in SCORES or (decides == MEASURE and measure is None):
+        usable = [name for name in SCORES if name != MEASURE or measure is not None]
+        raise SkvError(f"--score {decides}", expected=" or ".join(usable), fix="Measure, or take another score.")
     opened = Checkpoint.open(checkpoint, revision=revision)
     if not as_causal_lm:
         check_purpose(opened.config.get("model_type"), opened.config.get("architectures"))
@@ -148,16 +196,27 @@ def analyze(
     cache = _limited(cache, target, opened)
     layers = _read(reader, cache.base, progress)
     measurement = _measure(opened.source, cache, measure, progress) if measure else None
-    if target.max_loss is not None:
-        cache = replace(cache, limit=within_loss(cache, layers, target.max_loss, measurement))
-    scores = compare(layers, cache, optimal, measurement)
-    flags = find_flags(layers, scores)
-    decides = score or (MEASURE if measurement else DEFAULTS)
-    found = recommend(decides, layers, cache, scores, flags, measurement)
-    if measure and decides == MEASURE and measure.confirm_windows:
-        from skv_export.analysis.confirmation import confirm
 
-        found = confirmed(found, confirm(opened.source, cache, found, measure, progress))
+    def recommended(limited: CacheBudget) -> Recommendation:
+        scores = compare(layers, limited, optimal, measurement)
+        return recommend(decides, layers, limited, scores, find_flags(layers, scores), measurement)
+
+    def within(loss: float) -> tuple[CacheBudget, Recommendation]:
+        limited = replace(cache, limit=within_loss(cache, layers, loss, measurement))
+        return limited, recommended(limited)
+
+    if measure and decides == MEASURE and measure.confirm_windows:
+        held_out = HeldOutText(opened.source, cache, measure, progress)
+        if target.max_loss is not None:
+            cache, found = within_held_out(target.max_loss, within, held_out.judge)
+        else:
+            found = recommended(cache)
+            found = confirmed(found, held_out.judge(cache, found))
+    elif target.max_loss is not None:
+        cache, found = within(divergence_of(target.max_loss) / (ESTIMATE_MARGIN if measurement else 1.0))
+    else:
+        found = recommended(cache)
+    scores = compare(layers, cache, optimal, measurement)
     return Analysis(
         source=opened.source,
         model=_name(opened),
@@ -167,25 +226,21 @@ def analyze(
         budget=cache,
         layers=layers,
         scores=scores,
-        flags=flags,
+        flags=find_flags(layers, scores),
         recommendation=found,
         measurement=measurement,
     )
 
 
 def _limited(cache: CacheBudget, target: Target, opened: Checkpoint) -> CacheBudget:
-    given = [name for name in ("budget", "memory", "max_loss") if getattr(target, name) is not None]
-    if len(given) > 1:
-        flags = ["--" + name.replace("_", "-") for name in given]
-        raise SkvError(" and ".join(flags), got="both", expected="one of them")
     memory = target.memory
-    if target.weights is not None:
-        if memory is None:
-            raise SkvError("--weights without --memory or --gpu", fix="Say how much memory holds weights and cache.")
+    if target.weights is not None and memory is not None:
         memory = room_for_cache(memory, opened, target.weights, target.batch)
     limited = cache.limited(target.budget, memory)
     if target.max_loss is None:
         limited.check()
+    else:
+        divergence_of(target.max_loss)  # a share that is none is found out before anything runs
     return limited
 
 
@@ -197,27 +252,27 @@ def _name(opened: Checkpoint) -> str:
 
 
 def _read(reader: AttentionReader, base: LayerConfig, progress: Progress | None) -> tuple[LayerAnalysis, ...]:
-    """Reads layer by layer; one layer's projections stand in memory at a time."""
-    layers = []
-    for index in range(reader.config.num_hidden_layers):
-        layers.append(_read_layer(reader, index, base))
-        if progress:
-            progress("reading layers", index + 1, reader.config.num_hidden_layers)
+    """Reads layer by layer, the next one while one is computed; no others stand in memory."""
+    layers, count = [], reader.config.num_hidden_layers
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(reader.layer, 0)
+        for index in range(count):
+            weights = _widened(coming.result())
+            if index + 1 < count:
+                coming = ahead.submit(reader.layer, index + 1)
+            layers.append(_analyze_layer(weights, reader.config, base))
+            if progress:
+                progress("reading layers", index + 1, count)
     return tuple(layers)
 
 
-def _read_layer(reader: AttentionReader, index: int, base: LayerConfig) -> LayerAnalysis:
-    config, raw = reader.config, reader.layer(index)
+def _widened(raw: AttentionWeights) -> AttentionWeights:
+    q, k, v = (np.asarray(part, np.float32) for part in (raw.q, raw.k, raw.v))
+    return replace(raw, q=q, k=k, v=v)
 
-    def widen(part: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """float32 by blocks of rows, so that the mapped pages of the file never stand in memory all at once."""
-        wide = np.empty(part.shape, np.float32)
-        for start in range(0, len(part), _BLOCK_ROWS):
-            wide[start : start + _BLOCK_ROWS] = part[start : start + _BLOCK_ROWS]
-            reader.checkpoint.release(raw.names)
-        return wide
 
-    weights = replace(raw, q=widen(raw.q), k=widen(raw.k), v=widen(raw.v))
+def _analyze_layer(weights: AttentionWeights, config: AttentionConfig, base: LayerConfig) -> LayerAnalysis:
+    index = weights.index
     q = norms(weights.q, config.num_attention_heads, f"layer {index}: query projection")
     k = norms(weights.k, config.num_key_value_heads, f"layer {index}: key projection")
     v = norms(weights.v, config.num_key_value_heads, f"layer {index}: value projection")
@@ -226,12 +281,11 @@ def _read_layer(reader: AttentionReader, index: int, base: LayerConfig) -> Layer
 
 
 def _measure(source: Source, cache: CacheBudget, options: MeasureOptions, progress: Progress | None) -> Measurement:
-    from skv_export.analysis.confirmation import calibration_text
     from skv_export.analysis.measurement import measure
 
     return measure(
         source,
-        calibration_text(options.text),
+        read_text(options.text, CALIBRATION_TEXT),
         base=cache.base,
         choices=cache.choices,
         windows=options.windows,

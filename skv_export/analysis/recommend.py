@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ _UNITS = {
 }
 ESTIMATE_MARGIN = 2.0
 """A measured loss is an estimate from Fisher information, up to twice below the truth (docs/theory.md)."""
+LEAST_STEP, LARGEST_STEP = 1.25, 4.0
+"""By how much less is asked for, at least and at most, when an allocation lost more than was expected."""
 
 
 def recommend(
@@ -43,14 +45,11 @@ def recommend(
     flags: Sequence[Mapping[str, Any]],
     measurement: Measurement | None,
 ) -> Recommendation:
-    """Returns the recommendation of one score, within the budget.
+    """Returns the recommendation of one score of ``SCORES``, within the budget; ``measure`` takes a measurement.
 
     Raises:
-        SkvError: An unknown score, ``measure`` without a measurement, or nothing that fits.
+        SkvError: Nothing fits.
     """
-    if score not in SCORES or (score == MEASURE and measurement is None):
-        usable = [name for name in SCORES if name != MEASURE or measurement is not None]
-        raise SkvError(f"--score {score}", expected=" or ".join(usable), fix="Measure, or take another score.")
     table = _table(score, layers, cache, measurement)
 
     def allocation(name: str, bits: Sequence[Pair]) -> Allocation:
@@ -112,17 +111,12 @@ def _table(
     return tables.get(score)
 
 
-def within_loss(cache: CacheBudget, layers: Sequence[LayerAnalysis], max_loss: float, m: Measurement | None) -> float:
-    """Returns the fewest bytes of one sequence's cache at which perplexity is expected to rise by no more.
-
-    A relative rise ``x`` of perplexity is taken as a KL divergence of ``log(1 + x)`` nats per token.
+def within_loss(cache: CacheBudget, layers: Sequence[LayerAnalysis], limit: float, m: Measurement | None) -> float:
+    """Returns the fewest bytes of one sequence's cache that are expected to lose ``limit`` nats per token at most.
 
     Raises:
-        SkvError: Not positive, or beyond what the largest pair promises.
+        SkvError: The largest pair is expected to lose more.
     """
-    if not (max_loss > 0 and math.isfinite(max_loss)):
-        raise SkvError("--max-loss", got=max_loss, expected="a positive share of perplexity, such as 0.5%")
-    limit = math.log1p(max_loss)
     if m is None:
         order, count = upgrade_order(len(layers)), len(layers)
         low, high = 0.0, float(cache.costs.max(axis=1).sum())
@@ -137,35 +131,89 @@ def within_loss(cache: CacheBudget, layers: Sequence[LayerAnalysis], max_loss: f
             return bool(sum(table[i, cache.pairs.index(bits[i])] for i in range(count)) <= limit)
 
         if not enough(high):
-            raise _out_of_reach(max_loss)
+            raise _out_of_reach(limit, float(table.min(axis=1).sum()))
         while high - low > 1:
             middle = (low + high) / 2
             low, high = (low, middle) if enough(middle) else (middle, high)
         return high
-    losses = ESTIMATE_MARGIN * loss_tables(layers, cache, m)[MEASURE]
+    losses = loss_tables(layers, cache, m)[MEASURE]
     if losses.min(axis=1).sum() > limit:
-        raise _out_of_reach(max_loss)
+        raise _out_of_reach(limit, float(losses.min(axis=1).sum()))
     picks = allocate_options(cache.costs.tolist(), losses.tolist(), limit)
     return float(sum(cache.costs[i, pick] for i, pick in enumerate(picks)))
 
 
-def _out_of_reach(max_loss: float) -> SkvError:
+def divergence_of(max_loss: float) -> float:
+    """Returns the KL divergence in nats per token that a relative rise of perplexity stands for, ``log(1 + x)``.
+
+    Raises:
+        SkvError: Not positive.
+    """
+    if not (max_loss > 0 and math.isfinite(max_loss)):
+        raise SkvError("--max-loss", got=max_loss, expected="a positive share of perplexity, such as 0.5%")
+    return math.log1p(max_loss)
+
+
+def _out_of_reach(limit: float, least: float) -> SkvError:
     return SkvError(
-        "--max-loss: not within reach",
-        got=f"{100 * max_loss:g}%",
-        expected="what the largest of --choices promises",
+        f"--max-loss: no bits are expected to lose {100 * math.expm1(limit):.2g}% at most",
+        got=f"{100 * math.expm1(least):.2g}% with the largest of --choices",
         fix="Allow more loss or larger bit widths.",
     )
 
 
-def confirmed(found: Recommendation, confirmation: Confirmation) -> Recommendation:
-    """Returns the recommendation with its comparison on held-out text; the uniform pair if the allocation lost."""
-    reasons = (f"held-out prose, {confirmation.windows} windows: {confirmation.line}", *found.reasons)
-    if confirmation.won:
-        return replace(found, confirmation=confirmation, reasons=reasons)
-    lost = f"the allocation by {found.score} did not win there, so {found.uniform.name} is recommended; of the other:"
-    reasons = (reasons[0], lost, *found.reasons)
-    return replace(found, allocation=found.uniform, confirmation=confirmation, reasons=reasons)
+def confirmed(found: Recommendation, confirmation: Confirmation, max_loss: float | None = None) -> Recommendation:
+    """Returns the recommendation with its comparison on held-out text.
+
+    The allocation stays if it clearly loses less than the uniform pairs that fit; else the best of those, which is
+    simpler, takes its place, unless it is beyond ``max_loss`` and the allocation within it.
+    """
+    first, chosen = confirmation.rows[0], confirmation.winner
+    if max_loss is not None and first.loss <= max_loss < chosen.loss:
+        chosen = first
+    reasons = [f"held-out prose, {confirmation.windows} windows: {confirmation.line}"]
+    if max_loss is not None and chosen.loss <= max_loss:
+        reasons.append(
+            f"within {100 * max_loss:g}% there: perplexity {chosen.ppl_change_percent:+.2f}% ± "
+            f"{chosen.ppl_stderr_percent:.2f}, KL divergence {chosen.kld:.4f}"
+        )
+    if chosen is not first:
+        why = "lost" if first.clearly_above(chosen) else "did not clearly win"
+        reasons.append(
+            f"the allocation by {found.score} {why} there, so {chosen.label}, which is simpler, is recommended; "
+            "of the other:"
+        )
+    return replace(found, allocation=chosen.allocation, confirmation=confirmation, reasons=(*reasons, *found.reasons))
+
+
+def within_held_out(
+    max_loss: float,
+    again: Callable[[float], tuple[CacheBudget, Recommendation]],
+    judge: Callable[[CacheBudget, Recommendation], Confirmation],
+) -> tuple[CacheBudget, Recommendation]:
+    """Returns the fewest bits whose loss on held-out text is within ``max_loss``; larger ones are tried until one is.
+
+    Args:
+        max_loss: Share of perplexity.
+        again: Gives budget and recommendation for an expected divergence in nats.
+        judge: Runs them on the held-out text.
+
+    Raises:
+        SkvError: Not even the largest bits are within it.
+    """
+    promise, beyond = divergence_of(max_loss), list[str]()
+    while True:
+        cache, found = again(promise)
+        confirmation = judge(cache, found)
+        judged = confirmed(found, confirmation, max_loss)
+        chosen = next(row for row in confirmation.rows if row.allocation.bits == judged.allocation.bits)
+        if chosen.loss <= max_loss:
+            return cache, replace(judged, reasons=(*judged.reasons[:2], *beyond, *judged.reasons[2:]))
+        beyond.append(
+            f"{chosen.label} at {chosen.allocation.effective_bits:.2f} bits was expected to be, and lost "
+            f"{100 * chosen.loss:.2f}%"
+        )
+        promise /= min(max(chosen.loss / max_loss, LEAST_STEP), LARGEST_STEP)
 
 
 def _neighbours(
@@ -212,6 +260,7 @@ def _reasons(
         reasons.append(
             "from weights alone: the best uniform pair as measured on other models; left-over bytes raise layers"
         )
+        reasons += uniform_pairs.not_measured_for(cache.base)
     elif score == MEASURE and measurement is not None:
         how = "measured layer by layer" if measurement.direct else "measured"
         reasons.append(f"{how} on {measurement.tokens} tokens of text")

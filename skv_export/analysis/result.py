@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from skv_export.spec.recipe import Recipe
 
 if TYPE_CHECKING:
     from skv_export.analysis.measurement import Measurement
+    from skv_export.evaluation.comparison import CandidateResult
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Allocation:
     effective_bits: float
     loss: float | None
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers have the same bits."""
+        return len(set(self.bits)) == 1
+
     def to_json(self) -> dict[str, Any]:
         """Returns plain data."""
         return {
@@ -43,50 +50,119 @@ class Allocation:
         }
 
 
+CLEAR = 2.0
+"""A difference is clear if it is more than so many of its standard errors."""
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """What one allocation lost on text that nothing was chosen on.
 
     Attributes:
-        name: The allocation's.
-        effective_bits: At the budget's context.
+        allocation: The allocation.
+        fits: Whether it is within the budget.
         kld: Mean KL divergence from full precision, nats per token.
         kld_stderr: Its standard error over windows.
         ppl_change_percent: Of perplexity.
         ppl_stderr_percent: Its standard error.
+        kld_by_part: Mean KL divergence of equal parts of the windows, the same for all rows.
     """
 
-    name: str
-    effective_bits: float
+    allocation: Allocation
+    fits: bool
     kld: float
     kld_stderr: float
     ppl_change_percent: float
     ppl_stderr_percent: float
+    kld_by_part: tuple[float, ...]
+
+    @classmethod
+    def of(cls, allocation: Allocation, row: CandidateResult, fits: bool = True) -> HeldOut:
+        """Takes the figures from a comparison."""
+        figures = (row.kld_mean, row.kld_stderr, row.ppl_change_percent, row.ppl_stderr_percent)
+        return cls(allocation, fits, *figures, tuple(row.kld_by_part))
+
+    @property
+    def loss(self) -> float:
+        """The rise of perplexity as a share: the one seen, or the one that the divergence stands for if it is more."""
+        return max(self.ppl_change_percent / 100, math.expm1(self.kld))
+
+    @property
+    def label(self) -> str:
+        """``K4V2``, or the mean bits of an allocation by layer."""
+        if self.allocation.uniform:
+            return self.allocation.name
+        k, v = (sum(side) / len(side) for side in zip(*self.allocation.bits, strict=True))
+        return f"K {k:.1f} / V {v:.1f} {self.allocation.name}"
+
+    def excess(self, other: HeldOut) -> tuple[float, float]:
+        """Returns how much more KL divergence this has than another, and the standard error: part by part, in pairs."""
+        pairs = zip(self.kld_by_part, other.kld_by_part, strict=True)
+        differences = [mine - theirs for mine, theirs in pairs]
+        count = len(differences)
+        mean = sum(differences) / count
+        if count < 2:
+            return mean, math.inf
+        variance = sum((x - mean) ** 2 for x in differences) / (count - 1)
+        return mean, math.sqrt(variance / count)
+
+    def clearly_above(self, other: HeldOut) -> bool:
+        """Whether this loses more than another, beyond doubt."""
+        mean, error = self.excess(other)
+        return mean > CLEAR * error
+
+    def to_json(self, first: HeldOut) -> dict[str, Any]:
+        """Returns plain data; differences are from ``first``."""
+        mean, error = self.excess(first)
+        return {
+            "name": self.label,
+            "effective_bits": self.allocation.effective_bits,
+            "fits": self.fits,
+            "kld": self.kld,
+            "kld_stderr": self.kld_stderr,
+            "ppl_change_percent": self.ppl_change_percent,
+            "ppl_stderr_percent": self.ppl_stderr_percent,
+            "kld_excess": mean,
+            "kld_excess_stderr": error,
+        }
 
 
 @dataclass(frozen=True)
 class Confirmation:
-    """The measured allocation against the two nearest uniform pairs, on held-out text.
+    """The measured allocation against the nearest uniform pairs, on held-out text.
 
     Attributes:
         rows: The allocation first, then the uniform pairs.
         windows: Windows of text.
         window: Tokens in each.
-        won: Whether the allocation lost less than the best uniform pair that fits.
     """
 
     rows: tuple[HeldOut, ...]
     windows: int
     window: int
-    won: bool
+
+    @property
+    def winner(self) -> HeldOut:
+        """The allocation if it clearly loses less than every uniform pair that fits; else the best of those pairs."""
+        first = self.rows[0]
+        uniforms = [row for row in self.rows if row.fits and row.allocation.uniform]
+        if not first.allocation.uniform and all(row.clearly_above(first) for row in uniforms):
+            return first
+        return min(uniforms, key=lambda row: row.kld, default=first)
 
     @property
     def line(self) -> str:
-        """Returns the comparison in one line."""
-        return "; ".join(
-            f"{row.name}{': KL' if i == 0 else ':'} {row.kld:.4f} at {row.effective_bits:.2f} bits"
-            for i, row in enumerate(self.rows)
-        )
+        """Returns the comparison in one line, with standard errors; differences are those of pairs of text parts."""
+        first = self.rows[0]
+        said = [
+            f"{first.label}: KL {first.kld:.4f} ± {first.kld_stderr:.4f} at {first.allocation.effective_bits:.2f} bits"
+        ]
+        for row in self.rows[1:]:
+            mean, error = row.excess(first)
+            said.append(
+                f"{row.label}: {row.kld:.4f} at {row.allocation.effective_bits:.2f} bits ({mean:+.4f} ± {error:.4f})"
+            )
+        return "; ".join(said)
 
 
 @dataclass(frozen=True)
@@ -211,6 +287,8 @@ class Analysis:
                 "uniform": r.uniform.to_json(),
                 "neighbours": [p.to_json() for p in r.neighbours],
                 "reasons": list(r.reasons),
-                "confirmation": None if r.confirmation is None else [vars(row) for row in r.confirmation.rows],
+                "confirmation": None
+                if r.confirmation is None
+                else [row.to_json(r.confirmation.rows[0]) for row in r.confirmation.rows],
             },
         }

@@ -19,8 +19,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper
 
+from skv_export.bench.noise import spread
 from skv_export.errors import SkvError
 from skv_export.native.library import library_path
+from skv_export.spec.conformance import make_basis
+from skv_export.spec.key_basis import INPUTS, MATRICES
 from skv_export.spec.layout import Bytes, CacheLayout
 from skv_export.spec.op import (
     INPUT_NAMES,
@@ -72,6 +75,7 @@ class Row:
         bytes: Bytes of keys and values that the step has to read.
         gb_per_s: ``bytes`` over the median.
         speedup: Median of each baseline over this one's.
+        spread: Of the times; see ``noise.spread``.
     """
 
     name: str
@@ -81,6 +85,7 @@ class Row:
     bytes: int
     gb_per_s: float
     speedup: dict[str, float]
+    spread: float
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ def bench_attention(
     threads: int = 0,
     repetitions: int = 30,
     clock: str = "wall",
+    calibrated: bool = False,
 ) -> list[Row]:
     """Times a decode step of attention for each config and baseline.
 
@@ -109,6 +115,7 @@ def bench_attention(
         repetitions: Steps of each candidate that are timed, in turns.
         clock: ``wall``, or ``cpu`` = the processor time of all threads: with one thread, what other processes take does
             not count.
+        calibrated: Time each config a second time, with calibrated keys.
 
     Returns:
         One row per candidate, ours first.
@@ -129,6 +136,7 @@ def bench_attention(
         if name not in BASELINES:
             raise SkvError("bench: baseline", got=name, expected=", ".join(BASELINES))
     candidates = [_ours(shape, config, threads) for config in configs]
+    candidates += [_ours(shape, config, threads, calibrated=True) for config in configs if calibrated]
     candidates += [_group_query_attention(shape, name, threads) for name in baselines]
     return _rows(candidates, _in_turns(candidates, repetitions, CLOCKS[clock]), baselines)
 
@@ -157,6 +165,7 @@ def _rows(candidates: list[_Candidate], times: list[list[float]], baselines: Seq
             bytes=c.cache_bytes,
             gb_per_s=c.cache_bytes / medians[c.name] / 1e6,
             speedup={name: medians[name] / medians[c.name] for name in baselines},
+            spread=spread(taken),
         )
         for c, taken in zip(candidates, times, strict=True)
     ]
@@ -165,14 +174,23 @@ def _rows(candidates: list[_Candidate], times: list[list[float]], baselines: Seq
 # The candidates.
 
 
-def _ours(shape: AttentionShape, config: LayerConfig, threads: int) -> _Candidate:
-    """The op with a filled cache. Each step writes the same position again, so all steps cost the same."""
+def _ours(shape: AttentionShape, config: LayerConfig, threads: int, calibrated: bool = False) -> _Candidate:
+    """The op with a filled cache. Each step writes the same position again, so all steps cost the same.
+
+    What a tile's codes mean does not matter to the time: calibrated keys are read from the cache of plain ones.
+    """
     layouts = CacheLayout.pair(config, shape.head_dim)
     caches = [_filled(shape, layout, seed) for seed, layout in enumerate(layouts)]
     attention = LayerAttention(AttentionParams(shape.num_heads, shape.kv_num_heads), layouts)
-    node = attention_node(_INPUTS, attention.attributes())
+    more: dict[str, NDArray[Any]] = {}
+    if calibrated:
+        basis = make_basis(shape.kv_num_heads, shape.head_dim, layouts[0].padded_dim)
+        basis.check(layouts[0], shape.kv_num_heads)
+        more = {name: getattr(basis, field) for name, field in zip(INPUTS, MATRICES, strict=True)}
+    node = attention_node([*_INPUTS, *more], attention.attributes())
     used = shape.batch * shape.kv_num_heads * sum(layout.block_bytes(shape.context) for layout in layouts)
-    return _Candidate(f"skv-{config.name}", _step(shape, node, caches, {}, threads), used)
+    name = f"skv-{config.name}{'+cal' if calibrated else ''}"
+    return _Candidate(name, _step(shape, node, caches, more, threads), used)
 
 
 def group_query_attention(

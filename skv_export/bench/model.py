@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from skv_export.bench.attention import CLOCKS
+from skv_export.bench.noise import spread
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import GENAI_CONFIG_FILE
 from skv_export.progress import track
@@ -55,6 +56,7 @@ class ModelRow:
         tokens_per_s: 1000 / ``ms_median``.
         peak_bytes: Largest of the rounds.
         speedup: Decode, the other candidate's median over this one's; None without another.
+        spread: Of the steps' times; see ``noise.spread``.
     """
 
     name: str
@@ -66,6 +68,7 @@ class ModelRow:
     tokens_per_s: float
     peak_bytes: int
     speedup: float | None
+    spread: float
 
 
 def bench_model(
@@ -138,6 +141,7 @@ def _row(name: str, length: int, runs: Sequence[Run], medians: dict[tuple[int, s
         tokens_per_s=1e3 / median,
         peak_bytes=max(run.peak_bytes for run in runs),
         speedup=others[0] / median if others else None,
+        spread=spread(steps),
     )
 
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
+from skv_export.checkpoints import adapter as adapter_module
 from skv_export.checkpoints.gguf import read_gguf, shard_names
 from skv_export.checkpoints.gguf_config import gguf_config
 from skv_export.checkpoints.limits import check_claims
@@ -26,10 +28,12 @@ from skv_export.checkpoints.tensor_files import LocalFile, RemoteFile, TensorEnt
 from skv_export.errors import SkvError
 from skv_export.paths import looks_like_path, to_path
 
+logger = logging.getLogger(__name__)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_ADAPTER = "adapter_config.json"
+_EXPORT = "skv_config.json"
+"""The file that tells a folder that `model` wrote."""
 MAX_JSON_BYTES = 64 << 20
 MAX_SHARDS = 2048
 _COMPARED_BYTES = 1 << 20
@@ -47,6 +51,7 @@ class Source:
         repo_id: Hub id, for ``hub``.
         revision: Branch, tag or commit, for ``hub``.
         gguf_file: File name inside ``path``, for ``gguf``; the first one's, if the model is cut into several.
+        adapter: Folder of a LoRA adapter that is merged into the weights as they are read.
     """
 
     kind: str
@@ -54,6 +59,7 @@ class Source:
     repo_id: str | None = None
     revision: str | None = None
     gguf_file: str | None = None
+    adapter: Path | None = None
 
     @property
     def pretrained(self) -> str:
@@ -61,6 +67,8 @@ class Source:
         return self.repo_id or str(self.path)
 
     def __str__(self) -> str:
+        if self.adapter is not None:
+            return f"{replace(self, adapter=None)} with {self.adapter}"
         if self.kind == "hub":
             return f"{self.repo_id}@{self.revision}"
         return str(self.path / self.gguf_file) if self.path and self.gguf_file else str(self.path)
@@ -71,12 +79,20 @@ def hub_endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT") or None
 
 
-def resolve(checkpoint: str | Path | Source, *, revision: str | None = None, validate: bool = True) -> Source:
+def resolve(
+    checkpoint: str | Path | Source,
+    *,
+    revision: str | None = None,
+    adapter: str | Path | None = None,
+    validate: bool = True,
+) -> Source:
     """Says what ``checkpoint`` is, and checks the headers of its files before anything else reads them.
 
     Args:
-        checkpoint: A folder with safetensors, a ``.gguf`` file, a folder with one, or a hub id such as ``org/name``.
+        checkpoint: A folder with safetensors, a ``.gguf`` file, a folder with one, a hub id such as ``org/name``, or
+            the folder of a LoRA adapter whose base model is a folder here.
         revision: Branch, tag or commit of a hub id; ``main`` if not given.
+        adapter: Folder of a LoRA adapter, to be merged into the weights.
         validate: Whether to read and check every header (a few kilobytes per file).
 
     Raises:
@@ -87,9 +103,20 @@ def resolve(checkpoint: str | Path | Source, *, revision: str | None = None, val
     else:
         to_path(checkpoint, "checkpoint")  # what no file system holds is no hub id either
         source = _classify(str(checkpoint), revision)
+    if adapter is not None:
+        folder = to_path(adapter, "adapter")
+        adapter_module.read_config(folder)
+        if source.kind == "gguf":
+            raise SkvError(
+                f"{source}: adapters are merged into safetensors",
+                got="a GGUF file",
+                fix="Pass the safetensors checkpoint that the adapter was trained on.",
+            )
+        source = replace(source, adapter=folder)
     if validate:
         opened = Checkpoint(source)
         check_claims(opened.config_if_any(), opened.entries, str(source))
+        logger.info("%s: %s, %d tensors", source, source.kind, len(opened.entries))
     return source
 
 
@@ -129,13 +156,17 @@ def _cached(repo_id: str, revision: str) -> Path | None:
 
 def _classify_folder(path: Path) -> Source:
     names = sorted(p.name for p in path.iterdir())
-    if any(name.endswith(".safetensors") for name in names) or {INDEX, _ADAPTER} & set(names):
+    weights = [name for name in names if name.endswith(".safetensors") and name != adapter_module.WEIGHTS]
+    if adapter_module.CONFIG in names and not weights:
+        return _base_of_adapter(path)
+    if weights or INDEX in names:
         return Source("safetensors", path)
     ggufs = sorted({shard_names(name)[0] for name in names if name.lower().endswith(".gguf")})
     if len(ggufs) == 1:
         return Source("gguf", path, gguf_file=ggufs[0])
     if len(ggufs) > 1:
         raise SkvError(f"{path}: several GGUF files", got=", ".join(ggufs), fix="Pass the path of one of them.")
+    refuse_exported(path)
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         raise _pickle(str(path / pickles[0]))
@@ -144,6 +175,37 @@ def _classify_folder(path: Path) -> Source:
         got=", ".join(names[:8]) or "an empty folder",
         expected=f"{SINGLE}, or {INDEX} with its shards, or one .gguf file",
         fix="Pass the folder that holds config.json and the weights.",
+    )
+
+
+def _base_of_adapter(folder: Path) -> Source:
+    """The base model of an adapter's folder, with the adapter; the base has to be a folder here."""
+    base = adapter_module.base_of(folder)
+    if not base or not Path(base).is_dir():
+        raise SkvError(
+            f"{folder}: an adapter of {base or 'a model that it does not name'}",
+            expected="a model, or an adapter whose base model is a folder on this machine",
+            fix=f"Pass the model and the adapter: skv-export model {base or 'MODEL'} --adapter {folder}",
+        )
+    source = _classify_folder(Path(base))
+    if source.kind == "gguf" or source.adapter is not None:
+        raise SkvError(f"{folder}: an adapter of {base}", expected="a base model in safetensors")
+    return replace(source, adapter=folder)
+
+
+def refuse_exported(folder: Path) -> None:
+    """Raises SkvError if a folder is what an export wrote; the message names what it was made from."""
+    if not (folder / _EXPORT).is_file():
+        return
+    try:
+        found = Checkpoint(Source("safetensors", folder))._json(_EXPORT).get("source")
+    except SkvError:
+        found = None
+    name = str(found.get("name") if isinstance(found, dict) else "a checkpoint")[:200]
+    raise SkvError(
+        f"{folder}: an exported folder, made from {name}",
+        expected="the checkpoint that it was made from",
+        fix=f"Pass {name}; `skv-export generate` and `skv-export verify` take this folder.",
     )
 
 
@@ -173,9 +235,11 @@ class Checkpoint:
         self.bytes_read = 0
 
     @classmethod
-    def open(cls, checkpoint: str | Path | Source, *, revision: str | None = None) -> Checkpoint:
+    def open(
+        cls, checkpoint: str | Path | Source, *, revision: str | None = None, adapter: str | Path | None = None
+    ) -> Checkpoint:
         """Opens a folder, GGUF file or hub id (see ``resolve``) and checks its headers."""
-        opened = cls(resolve(checkpoint, revision=revision, validate=False))
+        opened = cls(resolve(checkpoint, revision=revision, adapter=adapter, validate=False))
         _ = opened.entries
         return opened
 
@@ -202,7 +266,8 @@ class Checkpoint:
         """Every tensor's place, by name, headers checked."""
         if self.source.kind == "gguf":
             return self._gguf[1]
-        self._refuse_adapter()
+        if self.source.adapter is None:
+            self._refuse_adapter()
         shards = self.shards()
         with ThreadPoolExecutor(8) as pool:
             tables = list(pool.map(lambda shard: read_header(self._file(shard)), shards))
@@ -221,20 +286,23 @@ class Checkpoint:
                 got=", ".join(missing[:3]),
                 fix="Download it again.",
             )
-        return {plain_name(name): entry for name, entry in merged.items()}
+        named = {plain_name(name): entry for name, entry in merged.items()}
+        if self.source.adapter is None:
+            return named
+        return adapter_module.Adapter(self.source.adapter, str(self.config.get("model_type"))).merged(named)
 
     def _refuse_adapter(self) -> None:
-        """Refuses a folder with an adapter, alone or beside a model: transformers would add it to the weights."""
-        try:
-            adapter = self._json(_ADAPTER)
-        except FileNotFoundError:
+        """Refuses a model with an adapter beside it that was not asked for: transformers would add it, peft there."""
+        folder = self.source.path
+        if folder is None or not (folder / adapter_module.CONFIG).is_file():
             return
+        adapter = adapter_module.read_config(folder)
         base = adapter.get("base_model_name_or_path") or "its base model"
         raise SkvError(
-            f"{self.source}: {_ADAPTER}: an adapter ({adapter.get('peft_type', 'of peft')}) of {base}",
-            expected="a model whose weights are whole",
-            fix="Merge it, PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload().save_pretrained(MERGED), and "
-            f"export MERGED; or remove {_ADAPTER} to export the model without it.",
+            f"{self.source}: {adapter_module.CONFIG}: an adapter ({adapter.get('peft_type', 'of peft')}) of {base}",
+            expected="a model alone, or --adapter",
+            fix=f"Pass --adapter {folder} to merge it into the weights, or remove {adapter_module.CONFIG} to export "
+            "the model without it.",
         )
 
     def revision(self) -> str:
@@ -246,8 +314,14 @@ class Checkpoint:
             return str(self.source.revision)
         assert self.source.path
         first = self.source.gguf_file or self.shards()[0]
-        with (self.source.path / first).open("rb") as file:
-            return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()} of {first}"
+        files = [self.source.path / first]
+        if self.source.adapter is not None:
+            files.append(self.source.adapter / adapter_module.WEIGHTS)
+        said = []
+        for path in files:
+            with path.open("rb") as file:
+                said.append(f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()} of {path.name}")
+        return ", ".join(said)
 
     def names(self) -> list[str]:
         """Returns the names of all tensors."""

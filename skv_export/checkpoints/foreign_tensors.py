@@ -9,7 +9,7 @@ from skv_export.checkpoints.checkpoint import Source
 from skv_export.errors import SkvError
 
 _FULL_PRECISION = "Use the full-precision checkpoint that it was made from."
-_MERGE = "Merge the adapter into its base model first (peft: merge_and_unload), and save that."
+_MERGE = "Merge the adapter into its base model (peft: merge_and_unload), or keep it in a folder of its own: --adapter."
 _KINDS: tuple[tuple[str, str, str], ...] = (
     (r"\.lora_[AB]\.|\.lora_embedding_[AB]|\.lora_magnitude", "tensors of a LoRA adapter", _MERGE),
     (r"\.g_idx$", "weights quantized by GPTQ", _FULL_PRECISION),

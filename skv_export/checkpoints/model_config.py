@@ -10,9 +10,14 @@ from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from skv_export.checkpoints.checkpoint import Checkpoint, Source
-from skv_export.errors import SkvError
+from skv_export.errors import SkvError, did_you_mean
+
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act")
+_ROPES = ("default", *ROPE_INIT_FUNCTIONS)
 
 
 def load_config(source: Source) -> PreTrainedConfig:
@@ -33,11 +38,40 @@ def load_config(source: Source) -> PreTrainedConfig:
             got=repr(model_type),
             expected=f"one that transformers {transformers.__version__} has; code of a checkpoint's own is never run",
         )
+    if not isinstance(quantization := values.get("quantization_config"), Mapping | None):
+        raise SkvError(
+            f"{source}: quantization_config in config.json", got=repr(quantization)[:100], expected="a table"
+        )
     try:
-        return CONFIG_MAPPING[model_type].from_dict(_known_rope(_plain_floats(values)))
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(_known_rope(_plain_floats(values)))
     except Exception as error:  # whatever the classes of some 500 architectures raise for values they don't expect
         got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise SkvError(f"{source}: transformers can't read its configuration", got=got, fix="Correct it.") from error
+    _check_names(config.get_text_config(), source)
+    return config
+
+
+def _check_names(config: PreTrainedConfig, source: Source) -> None:
+    """Refuses activation functions and kinds of RoPE that transformers does not have: a model would fail on them."""
+    for key in _ACTIVATIONS:
+        name = getattr(config, key, None)
+        if isinstance(name, str) and name not in ACT2FN:
+            raise SkvError(
+                f"{source}: {key}: an activation function that transformers does not have",
+                got=repr(name)[:100],
+                expected=f"one of {', '.join(sorted(ACT2FN))}",
+                fix=did_you_mean(name, ACT2FN),
+            )
+    given = getattr(config, "rope_parameters", None) or {}
+    for rope in [given, *(value for value in given.values() if isinstance(value, Mapping))]:
+        kind = rope.get("rope_type", "default")
+        if kind not in _ROPES:
+            raise SkvError(
+                f"{source}: rope_type: a kind of RoPE that transformers does not have",
+                got=repr(kind)[:100],
+                expected=f"one of {', '.join(_ROPES)}",
+                fix=did_you_mean(str(kind), _ROPES),
+            )
 
 
 def _plain_floats(value: Any) -> Any:

@@ -7,6 +7,7 @@ that is missing is an error, never a random number; code of a checkpoint's is ne
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from skv_export.checkpoints import tokenizer
+from skv_export.checkpoints.attention_patches import OWN_ATTENTION, Patches, patch_attention, restore_attention
 from skv_export.checkpoints.checkpoint import Checkpoint, Source, hub_endpoint
 from skv_export.checkpoints.foreign_tensors import adapter_in, unfit_tensors
 from skv_export.checkpoints.gguf_weights import load_gguf_model
@@ -32,7 +35,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Number formats by the names that recipes and the command line use."""
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """accelerate's ways of spreading a model over GPUs, memory and disk."""
-_DOWNLOADED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+_DOWNLOADED = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md")
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
 """What transformers raises for a checkpoint that it can't read."""
 
@@ -89,7 +92,7 @@ def download(source: Source) -> Source:
     if source.kind != "hub":
         return source
     if source.path is not None:
-        return Source("safetensors", source.path)
+        return Source("safetensors", source.path, adapter=source.adapter)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
@@ -100,7 +103,7 @@ def download(source: Source) -> Source:
         )
     except (OSError, ValueError, HTTPError) as error:
         raise SkvError(f"{source}: can't be downloaded", got=str(error)[:500], fix="Check the connection.") from error
-    return Source("safetensors", Path(folder))
+    return Source("safetensors", Path(folder), adapter=source.adapter)
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -183,7 +186,10 @@ def load_untouched(source: Source, placement: Placement | None = None) -> PreTra
     placement, source = placement or Placement(), download(source)
     if source.kind == "gguf":
         return load_model(source, placement=placement)
-    arguments: dict[str, Any] = {"dtype": placement.torch_dtype, "use_safetensors": True}
+    if source.adapter is not None and (source.adapter == source.path or not importlib.util.find_spec("peft")):
+        return load_model(source, placement=placement)
+    # Not mapped: where a mapped file becomes shorter, the process is killed.
+    arguments: dict[str, Any] = {"dtype": placement.torch_dtype, "use_safetensors": True, "disable_mmap": True}
     if placement.device_map is not None or placement.device != "cpu":
         arguments["device_map"] = placement.device_map or {"": placement.device}
     try:
@@ -193,6 +199,13 @@ def load_untouched(source: Source, placement: Placement | None = None) -> PreTra
             )
     except _FAILURES:
         return load_model(source, placement=placement)
+    if source.adapter is not None:
+        from peft import PeftModel
+
+        try:
+            model = PeftModel.from_pretrained(model, str(source.adapter)).merge_and_unload()
+        except _FAILURES as error:
+            raise SkvError(f"{source}: peft can't load the adapter", got=str(error)[:500]) from error
     model.requires_grad_(False)
     return model
 
@@ -240,15 +253,40 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.device("cpu") if hasattr(model, "_hf_hook") else model.device
 
 
-def replace_attention(model: PreTrainedModel, name: str) -> None:
+def replace_attention(model: PreTrainedModel, name: str, patches: Patches = OWN_ATTENTION) -> None:
     """Makes a model use an attention function that was registered with transformers' AttentionInterface.
 
+    Args:
+        model: Changed in place.
+        name: Of the function; one that transformers makes no mask for.
+        patches: Classes that have to be changed because they do not go through AttentionInterface.
+
     Raises:
-        SkvError: The model has an attention of its own.
+        SkvError: The model has an attention of its own that is not among ``patches``.
     """
-    model.set_attn_implementation(name)
+    if patch_attention(model, ALL_ATTENTION_FUNCTIONS[name], patches):
+        model.config._attn_implementation_internal = name
+    else:
+        with _quiet():
+            model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
-        raise SkvError(f"{model.config.model_type}: its attention can't be replaced, so its cache can't be simulated")
+        raise SkvError(
+            f"{model.config.model_type}: its attention can't be replaced: it does not go through AttentionInterface"
+        )
+
+
+@contextlib.contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """While the block runs, a model has transformers' attention instead of the one that replaced it."""
+    replaced = model.config._attn_implementation
+    if restore_attention(model):
+        model.config._attn_implementation_internal = "eager"
+    else:
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        replace_attention(model, str(replaced))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from skv_export.checkpoints import adapter
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.gguf import shard_names
 from skv_export.checkpoints.tensor_files import Stamp, stamp
@@ -35,6 +36,8 @@ class Snapshot:
         else:
             names = [path.name for path in source.path.iterdir() if path.suffix in _SUFFIXES]
         paths = [source.path / name for name in sorted(names)]
+        if source.adapter is not None:
+            paths += [source.adapter / name for name in (adapter.CONFIG, adapter.WEIGHTS)]
         return cls(source, {path.name: stamp(path.stat()) for path in paths if path.is_file()})
 
     def check(self) -> None:

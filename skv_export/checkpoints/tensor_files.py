@@ -241,7 +241,7 @@ def read_header(file: ByteSource) -> dict[str, TensorEntry]:
     Raises:
         SkvError: Truncated, not JSON, or an entry that contradicts itself, another one or the file's size.
     """
-    header, base = _header(file)
+    header, base = _parse_header(file)
     header.pop("__metadata__", None)
     entries = {name: _entry(file, name, value, base) for name, value in header.items()}
     _check_coverage(file, entries, base)
@@ -249,20 +249,19 @@ def read_header(file: ByteSource) -> dict[str, TensorEntry]:
 
 
 def read_metadata(file: ByteSource) -> dict[str, str]:
-    """Reads what one safetensors file says of itself.
+    """What the header of a safetensors file says beside its tensors: texts by name.
 
     Raises:
-        SkvError: Truncated, not JSON, or something else than text.
+        SkvError: See ``read_header``; or it is no table of texts.
     """
-    header, _ = _header(file)
-    found = header.get("__metadata__", {})
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise _bad(file, "__metadata__", repr(found)[:100], "text by name")
-    return found
+    metadata = _parse_header(file)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _bad(file, "the header's metadata", repr(metadata)[:100], "texts by name")
+    return metadata
 
 
-def _header(file: ByteSource) -> tuple[dict[str, Any], int]:
-    """The table of one safetensors file, and where its tensors' bytes begin."""
+def _parse_header(file: ByteSource) -> tuple[dict[str, Any], int]:
+    """The JSON of a header, and where the tensors' bytes begin."""
     length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else -1
     if not 2 <= length <= min(MAX_HEADER_BYTES, file.size - 8):
         raise _bad(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json as json_module
+import dataclasses
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -13,7 +14,15 @@ import click
 from skv_export.analysis.card import WEIGHT_BITS
 from skv_export.analysis.recommend import SCORES
 from skv_export.cli.choice import Choice
-from skv_export.cli.options import OutputFile, placement_options, progress_options
+from skv_export.cli.options import (
+    OutputFile,
+    adapter_option,
+    json_option,
+    placement_options,
+    progress_options,
+    say,
+    write_json,
+)
 from skv_export.cli.target import Numbers, Pairs, target_options
 from skv_export.errors import SkvError, require_module
 from skv_export.progress import Progress
@@ -27,6 +36,7 @@ if TYPE_CHECKING:
 
 @click.command(name="analyze")
 @click.argument("checkpoint", required=False)
+@adapter_option
 @target_options
 @placement_options
 @click.option("--weights", type=Choice(list(WEIGHT_BITS)), help="Format of weights that share --memory with the cache.")
@@ -49,11 +59,16 @@ if TYPE_CHECKING:
 @click.option("--kl", is_flag=True, help="Measure the logits' KL divergence layer by layer (slow), not estimate it.")
 @click.option("--report", type=OutputFile(), help="HTML page to write.")
 @click.option("--plot", type=OutputFile(), help="PNG to write (extra `plots`).")
-@click.option("--json", type=OutputFile(), help="JSON file to write.")
+@json_option("the analysis")
 @click.option("--save", type=OutputFile(), help="Recipe to write; `skv-export model --recipe FILE` takes it.")
 @progress_options
 def analyze_command(
-    checkpoint: str | None, report: Path | None, plot: Path | None, json: Path | None, save: Path | None, **options: Any
+    checkpoint: str | None,
+    report: Path | None,
+    plot: Path | None,
+    json_file: Path | None,
+    save: Path | None,
+    **options: Any,
 ) -> None:
     """Say how CHECKPOINT's cache bits should be split between keys and values, layer by layer, and why.
 
@@ -75,21 +90,22 @@ def analyze_command(
     base = {f: options.pop(f) for f in LayerConfig.__dataclass_fields__ if f in options}
     layer = LayerConfig(**{key: value for key, value in base.items() if value is not None})
     found, room = run(checkpoint or demo_checkpoint(), layer, options)
-    click.echo(summary(found))
+    say(summary(found), json_file)
     if room:
-        click.echo(planner(found, room))
+        say(planner(found, room), json_file)
     from skv_export.model_folder.output import output_file, write_text
 
-    for path, content in ((json, _json), (save, _preset), (report, _html)):
+    write_json(json_file, _json(found))
+    for path, content in ((save, _preset), (report, _html)):
         if path is not None:
             write_text(path, content(found))
-            click.echo(f"wrote {path}")
+            say(f"wrote {path}", json_file)
     if plot is not None:
         from skv_export.analysis import html_report
 
         with output_file(plot) as scratch:
             html_report.png(found, scratch)
-        click.echo(f"wrote {plot}")
+        say(f"wrote {plot}", json_file)
 
 
 MEASURE_OPTIONS = ("text", "windows", "window", "state", "kl", "device", "dtype", "device_map")
@@ -117,11 +133,17 @@ def run(
         given["memory"], weights = card_memory(gpu), weights or "fp16"
     asked = given.pop("measure")
     measuring = {name: given.pop(name) for name in MEASURE_OPTIONS if name in given}
-    measure: MeasureOptions | None = MeasureOptions(**measuring)
+    if given.get("score") == "measure":
+        if asked is False:
+            raise SkvError("--score measure", got="--no-measure too", expected="one of them")
+        asked = True
+    measure: MeasureOptions | None = MeasureOptions(**measuring)  # checks, before any work
+    sizes = {**given, "memory": None if gpu else given["memory"], "weights": None if gpu else weights}
+    Target(**{field.name: sizes[field.name] for field in dataclasses.fields(Target) if field.name in sizes})
     if measuring.get("device", "cpu") != "cpu" or measuring.get("device_map"):
         MeasureOptions(**measuring).placement()  # a device that is not there is found out before any work
     room = 0
-    opened = Checkpoint.open(checkpoint, revision=revision)
+    opened = Checkpoint.open(checkpoint, revision=revision, adapter=given.pop("adapter", None))
     if weights:
         room = room_for_cache(given["memory"], opened, weights, given["batch"]) if given["memory"] else 0
         if given["context"] is None and gpu:  # the question is how long a context fits, not which bits fill the card
@@ -170,12 +192,13 @@ def planner(found: Analysis, room: int) -> str:
     tokens = context_table(found.budget, found.recommendation.allocation.bits, room)
     longest = found.config.max_position_embeddings
     said = f", of which the model was made for {longest:,}" if longest else ""
-    lines = [f"\n{room / 2**30:.1f} GiB for the cache of {found.budget.batch} sequences; tokens of each{said}:"]
+    sequences = f"{found.budget.batch} sequences; tokens of each" if found.budget.batch > 1 else "one sequence; tokens"
+    lines = [f"\n{room / 2**30:.1f} GiB for the cache of {sequences}{said}:"]
     return "\n".join(lines + [f"  {name:<12} {count:>12,}" for name, count in tokens.items()])
 
 
 def _json(found: Analysis) -> str:
-    return json_module.dumps(found.to_json(), indent=1) + "\n"
+    return json.dumps(found.to_json(), indent=1) + "\n"
 
 
 def _html(found: Analysis) -> str:

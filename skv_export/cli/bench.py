@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,10 +11,11 @@ from typing import Any
 
 import click
 
-from skv_export.cli.options import OutputFile, progress_options
+from skv_export.cli.options import PathOf, json_option, progress_options, say, write_json
+from skv_export.provenance import versions
 from skv_export.spec.recipe import BITS, LayerConfig
 
-_JSON = click.option("--json", "json_file", type=OutputFile(), help="Write the rows as JSON.")
+_JSON = json_option("the rows")
 _THREADS = click.option(
     "--threads", default=0, show_default=True, type=click.IntRange(0), help="0 = the runtime's choice."
 )
@@ -42,6 +42,7 @@ def bench_command() -> None:
 @click.option("--k-bits", default=4, show_default=True, type=click.Choice(BITS))
 @click.option("--v-bits", default=2, show_default=True, type=click.Choice(BITS))
 @click.option("--baseline", default="ort-gqa-fp32,ort-gqa-int8,ort-gqa-int4", show_default=True, help="Commas between.")
+@click.option("--calibrated", is_flag=True, help="Also with calibrated keys.")
 @click.option("--repetitions", default=30, show_default=True, type=click.IntRange(1))
 @_THREADS
 @_CLOCK
@@ -55,6 +56,7 @@ def attention(
     threads: int,
     clock: str,
     json_file: Path | None,
+    calibrated: bool,
     **shape: int,
 ) -> None:
     """Time one decode step of one layer's attention, in turns with ONNX Runtime's own GroupQueryAttention.
@@ -62,7 +64,7 @@ def attention(
     \b
     skv-export bench attention --context 32768 --num-heads 32 --kv-num-heads 8 --head-dim 128 --threads 2
     """
-    from skv_export.bench import attention
+    from skv_export.bench import attention, noise
 
     rows = attention.bench_attention(
         attention.AttentionShape(**shape),
@@ -71,15 +73,16 @@ def attention(
         threads=threads,
         repetitions=repetitions,
         clock=clock,
+        calibrated=calibrated,
     )
-    _print(attention.format_rows(rows), rows, json_file)
+    _print(attention.format_rows(rows), rows, noise.remark(rows), json_file)
 
 
 @bench_command.command("model")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PathOf("exported folder"))
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=PathOf("--against"),
     help="A folder of onnxruntime-genai's model builder, with weights of any kind.",
 )
 @click.option("--context", default="128,2048,7000", show_default=True, help="Prompt lengths, commas between.")
@@ -96,21 +99,18 @@ def bench_model_command(folder: Path, context: str, json_file: Path | None, **op
     skv-export bench model smollm2 --against smollm2-genai --context 128,2048,7000
     skv-export bench model smollm2-int4 --against smollm2-genai-int4 --threads 1 --clock cpu
     """
-    from skv_export.bench import model
+    from skv_export.bench import model, noise
     from skv_export.errors import SkvError
 
     if not all(part.isdecimal() and int(part) > 0 for part in context.split(",")):
         raise SkvError("--context", got=repr(context), expected="lengths such as 128,2048")
     lengths = [int(part) for part in context.split(",")]
     rows = model.bench_model(folder, context=lengths, **options)
-    _print(model.format_rows(rows), rows, json_file)
+    _print(model.format_rows(rows), rows, noise.remark(rows), json_file)
 
 
-def _print(table: str, rows: Sequence[Any], json_file: Path | None) -> None:
+def _print(table: str, rows: Sequence[Any], noise: str, json_file: Path | None) -> None:
     command = "skv-export " + shlex.join(sys.argv[1:])
-    click.echo(f"{table}\n\nRepeat with: {command}")
-    if json_file:
-        from skv_export.model_folder.output import write_text
-
-        report = {"command": command, "rows": [dataclasses.asdict(row) for row in rows]}
-        write_text(json_file, json.dumps(report, indent=2) + "\n")
+    say("\n\n".join(filter(None, [table, noise, f"Repeat with: {command}"])), json_file)
+    figures = [dataclasses.asdict(row) for row in rows]
+    write_json(json_file, {"command": command, "versions": versions(), "noise": noise, "rows": figures})

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import dataclasses
 import os
 import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from skv_export import __version__
 from skv_export.errors import SkvError, install_hint
+from skv_export.provenance import package_version
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tokenizers")
 _ORT_FLOOR = (1, 24)
@@ -37,6 +39,10 @@ class Diagnosis:
         """Whether an exported model can run here."""
         return not any(check.problem and check.required for check in self.checks)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report's lines as data."""
+        return {"passed": self.passed, "checks": [dataclasses.asdict(check) for check in self.checks]}
+
     def table(self) -> str:
         """The report as text, a line per check, problems beneath the line they belong to."""
         width = max(len(check.name) for check in self.checks)
@@ -58,20 +64,13 @@ def diagnose(folder: Path | None = None) -> Diagnosis:
     Raises:
         SkvError: It is none.
     """
-    versions = {name: _version(name) for name in _PACKAGES}
+    versions = {name: package_version(name) for name in _PACKAGES}
     checks = [Check("skv-export", f"{__version__}, Python {sys.version.split()[0]}, {platform.machine()}")]
     checks += [Check(name, version) for name, version in versions.items() if version and "runtime" not in name]
     checks += [_onnxruntime(versions["onnxruntime"], versions["onnxruntime-gpu"]), *_library(), _providers(), _demo()]
     if folder is not None:
         checks += _attention(folder)
     return Diagnosis(tuple(checks))
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _onnxruntime(cpu: str, gpu: str) -> Check:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import shlex
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,9 +16,22 @@ import click
 from skv_export import __version__
 from skv_export.cli.choice import Choice
 from skv_export.cli.guard import guarded
-from skv_export.cli.options import DEBUG, OutputFile, debug_option, placement_options, progress_options
+from skv_export.cli.options import (
+    DEBUG,
+    Number,
+    PathOf,
+    adapter_option,
+    debug_option,
+    exported_model,
+    json_option,
+    placement_options,
+    progress_options,
+    say,
+    write_json,
+)
 from skv_export.cli.target import TARGET_OPTIONS, target_options
 from skv_export.errors import SkvError, did_you_mean
+from skv_export.paths import to_path
 from skv_export.spec.recipe import (
     BITS,
     DTYPES,
@@ -39,6 +53,9 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _LAZY = {
     "analyze": "skv_export.cli.analyze:analyze_command",
     "bench": "skv_export.cli.bench:bench_command",
+    "calibrate": "skv_export.cli.calibrate:calibrate_command",
+    "chat": "skv_export.cli.chat:chat_command",
+    "generate": "skv_export.cli.generate:generate_command",
     "quality": "skv_export.cli.quality:quality_command",
 }
 
@@ -60,13 +77,21 @@ class _Group(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         first = args[0]
-        if self.get_command(ctx, first) is None and (Path(first).exists() or "/" in first):
+        if self.get_command(ctx, first) is None and ("/" in first or _exists(first)):
             args = ["model", *args]
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         with guarded(lambda: bool(ctx.meta.get(DEBUG))):
             return super().invoke(ctx)
+
+
+def _exists(name: str) -> bool:
+    """Whether there is a file or folder of this name; a mistyped command need not be one that could be."""
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False
 
 
 @click.group(cls=_Group, context_settings=_CONTEXT)
@@ -133,15 +158,9 @@ def _resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
     if recipe is None:
         base = Recipe()
     else:
-        path = Path(recipe)
+        path = to_path(recipe, "recipe")
         base = Recipe.load(path if path.exists() else shipped_recipes().get(recipe, path))
     return base.with_options(**options)
-
-
-def _exported_model(command: _Command) -> _Command:
-    """Adds the argument of commands that run an exported model: a folder, or the hub id of one, with its --revision."""
-    command = click.option("--revision", help="Of a hub id: branch, tag or commit.  [default: main]")(command)
-    return click.argument("folder")(command)
 
 
 @main.command()
@@ -150,38 +169,49 @@ def _exported_model(command: _Command) -> _Command:
 @click.option("--auto", is_flag=True, help="Bits per layer as `analyze` recommends; so do the flags from --budget on.")
 @target_options
 @click.option("--device", default="cpu", show_default=True, help="Where PyTorch's model runs that is measured.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: NAME-k4v2]")
+@click.option(
+    "--calibration", type=PathOf("--calibration"), help="What `calibrate` wrote for this checkpoint: keys lose less."
+)
+@click.option("--out", type=PathOf("--out"), help="Folder to write.  [default: NAME-k4v2]")
 @click.option("--force", is_flag=True, help="Replace the folder if it exists.")
 @click.option(
     "--all-logits", is_flag=True, help="Logits of every position, for evaluation; default: of the last token."
 )
 @click.option("--as-causal-lm", is_flag=True, help="Export a classifier, reward or embedding model's layers anyway.")
+@adapter_option
 @click.option("--copy-weights", is_flag=True, help="ONNX in: copy the weights instead of linking to them.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@json_option("the plan")
 @progress_options
 def model(
     checkpoint: str | None,
     recipe: str | None,
     auto: bool,
+    calibration: Path | None,
     out: Path | None,
     force: bool,
     all_logits: bool,
     as_causal_lm: bool,
+    adapter: Path | None,
     copy_weights: bool,
     dry_run: bool,
+    json_file: Path | None,
     **options: Any,
 ) -> None:
     """Export CHECKPOINT to a folder that ONNX Runtime runs with a quantized KV cache.
 
-    CHECKPOINT is a folder with safetensors, a GGUF file, or a hub id; without it, the demo model (extra `demo`). An
-    ONNX file or folder with GroupQueryAttention, or Attention with a past, is rewritten, its weights untouched.
+    CHECKPOINT is a folder with safetensors, a GGUF file, or a hub id; without it, the demo model (extra `demo`); a LoRA
+    folder whose base model is a folder here, too. An ONNX file or folder with GroupQueryAttention, or Attention with a
+    past, is rewritten, its weights untouched.
 
     \b
     skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --out qwen3
     skv-export model ./Qwen3-0.6B --recipe qwen3 --dry-run
     skv-export model ./Qwen3-0.6B --budget 3.25          # or --auto, --gpu rtx4090 --context 128k, --max-loss 0.5%
+    skv-export model ./Qwen3-0.6B --adapter ./my-lora    # merged into the weights
     skv-export model model.gguf --k-bits 8 --v-bits 4 --dtype fp16
     skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --weights int4
+    skv-export model ./Qwen3-0.6B --k-bits 3 --v-bits 2 --calibration calibration.safetensors
     skv-export model genai-folder/model.onnx --k-bits 4 --v-bits 4
     """
     from skv_export.model_folder.output import check_target
@@ -189,47 +219,61 @@ def model(
     target = {name: options.pop(name) for name in (*TARGET_OPTIONS, "device")}
     asked = auto or any(target[name] is not None for name in ("budget", "memory", "gpu", "max_loss"))
     resolved = _resolve_recipe(recipe, options)
-    source = _checkpoint_or_demo(checkpoint)
+    source = _checkpoint_or_demo(checkpoint, json_file)
     budget = target["budget"]
     bits = resolved.default.name if not asked else "auto" if budget is None else f"{budget:g}bits"
     folder = out or Path(default_name(source, bits))
     if not dry_run:
         check_target(folder, force=force)
+    from skv_export.calibration.file import Calibration
     from skv_export.export import pipeline as export
     from skv_export.rewrite import pipeline as rewrite
     from skv_export.rewrite.source import is_onnx
 
     rewriting = is_onnx(source)
+    if rewriting and calibration is not None:
+        raise SkvError("--calibration", got="an ONNX model", fix="Export the checkpoint itself, or leave it out.")
+    calibrated = None if calibration is None else Calibration.load(calibration)
     if asked:
-        resolved = _recommended(source, resolved, options, target, as_causal_lm)
+        resolved = _recommended(source, resolved, options, {**target, "adapter": adapter}, as_causal_lm, json_file)
     elif target["context"] is not None or target["measure"] is not None:
         raise SkvError("--context and --measure: nothing chooses bits", fix="Add --auto, or --budget and its like.")
-    if rewriting and (all_logits or options["dtype"] or options["weights"]):
+    if rewriting and (all_logits or options["dtype"] or options["weights"] or adapter):
         raise SkvError(
-            "--all-logits, --dtype and --weights",
+            "--all-logits, --dtype, --weights and --adapter",
             got="an ONNX model",
             fix="Leave them out: its weights stay as they are.",
         )
     if rewriting:
         plan: Any = rewrite.plan(source, resolved)
     else:
-        plan = export.plan(source, resolved, as_causal_lm=as_causal_lm)
-    click.echo(plan.table())
+        plan = export.plan(source, resolved, as_causal_lm=as_causal_lm, adapter=adapter, calibration=calibrated)
+    say(plan.table(), json_file)
+    if json_file:
+        write_json(json_file, plan.to_dict())
     if dry_run:
         return
     if rewriting:
         folder = rewrite.rewrite_model(source, out=folder, recipe=resolved, force=force, copy_weights=copy_weights)
     else:
         folder = export.export_model(
-            source, out=folder, recipe=resolved, force=force, all_logits=all_logits, as_causal_lm=as_causal_lm
+            source,
+            out=folder,
+            recipe=resolved,
+            force=force,
+            all_logits=all_logits,
+            as_causal_lm=as_causal_lm,
+            adapter=adapter,
+            calibration=calibrated,
         )
     name = shlex.quote(f"./{folder}" if str(folder).startswith("-") else str(folder))
-    click.echo(f"\nWritten to {folder}. Next:\n  skv-export verify {name}\n  skv-export generate {name} --prompt ...")
+    written = f"\nWritten to {folder}. Next:\n  skv-export verify {name}\n  skv-export generate {name} --prompt ..."
+    say(written, json_file)
 
 
 def default_name(source: str, bits: str) -> str:
     """The folder that `model` writes without --out: the checkpoint's whole name, dots included, and its bits."""
-    path = Path(source).expanduser()
+    path = to_path(source, "checkpoint")
     if path.is_dir():
         name = path.resolve().name
     else:
@@ -238,8 +282,9 @@ def default_name(source: str, bits: str) -> str:
 
 
 @main.command()
-@_exported_model
+@exported_model
 @click.option("--checkpoint", help="What the folder was exported from.  [default: as recorded in it]")
+@adapter_option
 @click.option(
     "--level",
     "levels",
@@ -247,14 +292,14 @@ def default_name(source: str, bits: str) -> str:
     type=Choice(["op", "text", "graph", "quality"]),
     help="Only this level; may be given several times.  [default: all four]",
 )
-@click.option("--text", type=click.Path(path_type=Path), help="Text for all levels but op.  [default: shipped prose]")
-@click.option("--json", "json_file", type=OutputFile(), help="Write the report as JSON.")
+@click.option("--text", type=PathOf("--text"), help="Text for all levels but op.  [default: shipped prose]")
+@json_option("the report")
 @click.option("--windows", default=8, show_default=True, type=click.IntRange(1), help="Quality: windows of text.")
 @click.option("--window-tokens", default=1024, show_default=True, type=click.IntRange(16), help="Tokens of each.")
-@click.option("--max-ppl-increase", default=0.05, show_default=True, type=float, help="Quality: fails above it.")
-@click.option("--max-kld-mean", type=float, help="Quality: fails above it, in nats.")
-@click.option("--max-kld-p99", type=float, help="Quality: fails above it, in nats.")
-@click.option("--min-top1-agreement", type=click.FloatRange(0, 1), help="Quality: fails below it.")
+@click.option("--max-ppl-increase", default=0.05, show_default=True, type=Number(), help="Quality: fails above it.")
+@click.option("--max-kld-mean", type=Number(), help="Quality: fails above it, in nats.")
+@click.option("--max-kld-p99", type=Number(), help="Quality: fails above it, in nats.")
+@click.option("--min-top1-agreement", type=Number(0, 1), help="Quality: fails below it.")
 @click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @placement_options
 @progress_options
@@ -285,7 +330,6 @@ def verify(
     Exits with 1 when a level fails.
     """
     from skv_export.model_folder import hub
-    from skv_export.model_folder.output import write_text
     from skv_export.verification import run as runner
     from skv_export.verification.quality_level import Thresholds
 
@@ -293,59 +337,18 @@ def verify(
     levels = levels or runner.LEVELS
     local = hub.fetch(folder, revision=revision)
     report = runner.verify(local, checkpoint=checkpoint, levels=levels, thresholds=thresholds, **options)
-    click.echo(report.table())
-    if json_file:
-        write_text(json_file, report.to_json())
+    say(report.table(), json_file)
+    write_json(json_file, report.to_json())
     if not report.passed:
         sys.exit(1)
 
 
 @main.command()
-@_exported_model
-@click.option("--prompt", required=True, help="Text to continue; - reads standard input.")
-@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0 = greedy.")
-@click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0 = all.")
-@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1))
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
-@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
-@click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
-@click.option("--cuda-graph", is_flag=True, help="On a GPU: decode as one captured CUDA graph per token.")
-@click.option(
-    "--prompt-lookup", default=0, type=click.IntRange(0, 64), help="Guess so many tokens from the text so far."
-)
-@click.option("--draft", type=click.Path(path_type=Path), help="Guess with this smaller exported model.")
-@click.option(
-    "--draft-tokens", default=4, show_default=True, type=click.IntRange(1, 64), help="Tokens that it guesses."
-)
-@click.option("--load-cache", type=click.Path(path_type=Path), help="Go on from a saved cache; PROMPT may be empty.")
-@click.option("--save-cache", type=OutputFile(), help="Save the cache at the end, with all that was generated.")
-@debug_option
-def generate(folder: str, revision: str | None, prompt: str, **options: Any) -> None:
-    """Continue a prompt with the exported model, streaming; no torch involved.
-
-    FOLDER is what `skv-export model` wrote, or the hub id of one that was pushed.
-
-    \b
-    skv-export generate smollm2 --prompt "The capital of France is"
-    skv-export generate org/smollm2-k4v2 --prompt "The capital of France is"
-    skv-export generate smollm2 --chat --prompt "Why is the sky blue?" --temperature 0.7 --top-p 0.9
-    skv-export generate smollm2 --prompt - --save-cache book.cache < book.txt
-    """
-    from skv_export.model_folder import hub
-    from skv_export.runtime.text import generate_text
-
-    text = sys.stdin.read() if prompt == "-" else prompt
-    local = hub.fetch(folder, revision=revision)
-    result = generate_text(local, text, on_text=lambda piece: click.echo(piece, nl=False), **options)
-    click.echo(f"\n{result.summary()}", err=True)
-
-
-@main.command()
-@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.argument("folder", required=False, type=PathOf("exported folder"))
 @click.option("--library-path", is_flag=True, help="Print only where the native library is.")
+@json_option("the report")
 @debug_option
-def doctor(folder: Path | None, library_path: bool) -> None:
+def doctor(folder: Path | None, library_path: bool, json_file: Path | None) -> None:
     """Say what is installed, which kernels will run, what is missing and how to fix it.
 
     With FOLDER, which `skv-export model` wrote, also which kernels its layers take on a GPU.
@@ -362,29 +365,37 @@ def doctor(folder: Path | None, library_path: bool) -> None:
         click.echo(library.library_path())
         return
     report = checks.diagnose(folder)
-    click.echo(report.table())
+    say(report.table(), json_file)
+    write_json(json_file, report.to_dict())
     if not report.passed:
         sys.exit(1)
 
 
 @main.command()
 @click.argument("name", required=False)
+@json_option("the recipes, or the one")
 @debug_option
-def recipes(name: str | None) -> None:
+def recipes(name: str | None, json_file: Path | None) -> None:
     """List the recipes that ship with the package, or print one."""
     found = shipped_recipes()
-    if name is None:
-        width = max(map(len, found), default=0)
-        for key, path in sorted(found.items()):
-            click.echo(f"{key:{width}}  {Recipe.load(path).description}")
-        return
-    if name not in found:
+    if name is not None and name not in found:
         raise SkvError(f"recipe {name}: not shipped", expected=", ".join(sorted(found)), fix=did_you_mean(name, found))
-    click.echo(found[name].read_text(encoding="utf-8"), nl=False)
+    wanted = {key: Recipe.load(found[key]) for key in ([name] if name else sorted(found))}
+    width = max(map(len, wanted), default=0)
+    for key, recipe in wanted.items():
+        text = found[key].read_text(encoding="utf-8").rstrip("\n") if name else f"{key:{width}}  {recipe.description}"
+        say(text, json_file)
+    options = [{"name": key, **tomllib.loads(recipe.to_toml())} for key, recipe in wanted.items()]
+    write_json(json_file, options[0] if name else options)
 
 
 def _recommended(
-    source: str, recipe: Recipe, options: dict[str, Any], target: dict[str, Any], as_causal_lm: bool
+    source: str,
+    recipe: Recipe,
+    options: dict[str, Any],
+    target: dict[str, Any],
+    as_causal_lm: bool,
+    json_file: Path | None,
 ) -> Recipe:
     """The recipe with the bits per layer that ``analyze`` recommends, saying why."""
     if options["k_bits"] or options["v_bits"]:
@@ -393,18 +404,19 @@ def _recommended(
         )
     from skv_export.cli import analyze
 
-    weights = recipe.weights or (recipe.dtype if target["gpu"] else None)
+    on_a_card = target["gpu"] or target["memory"]  # which the weights share with the cache
+    weights = (recipe.weights or recipe.dtype) if on_a_card else None
     found, _ = analyze.run(source, recipe.default, {**target, "weights": weights}, as_causal_lm=as_causal_lm)
-    click.echo(f"{analyze.summary(found)}\n")
+    say(f"{analyze.summary(found)}\n", json_file)
     return found.to_recipe(recipe)
 
 
-def _checkpoint_or_demo(checkpoint: str | None) -> str:
+def _checkpoint_or_demo(checkpoint: str | None, json_file: Path | None = None) -> str:
     """The given checkpoint, or the demo model's GGUF file, saying so."""
     if checkpoint is not None:
         return checkpoint
     from skv_export.checkpoints.checkpoint import demo_checkpoint
 
     path = demo_checkpoint()
-    click.echo(f"No CHECKPOINT given: the demo model, {path.name}\n")
+    say(f"No CHECKPOINT given: the demo model, {path.name}\n", json_file)
     return str(path)

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import click
 
-from skv_export.cli.options import OutputFile, placement_options, progress_options
+from skv_export.cli.options import (
+    OutputFile,
+    PathOf,
+    adapter_option,
+    json_option,
+    placement_options,
+    progress_options,
+    say,
+    write_json,
+)
 from skv_export.progress import Progress
 from skv_export.spec.recipe import LayerConfig, Recipe
 
@@ -15,7 +24,8 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 
 @click.command("quality")
 @click.argument("checkpoint", required=False)
-@click.option("--text", type=click.Path(path_type=Path), help="Text to predict, UTF-8.  [default: shipped prose]")
+@adapter_option
+@click.option("--text", type=PathOf("--text"), help="Text to predict, UTF-8.  [default: shipped prose]")
 @click.option(
     "--configs",
     default=DEFAULT_CONFIGS,
@@ -27,6 +37,9 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
     default="",
     help="Other systems' caches in the same run: kivi, hf-quanto, hf-hqq; or with bits: kivi-k4v2, hf-hqq-8.",
 )
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), help="What `calibrate` wrote: recipes with it, beside without."
+)
 @click.option("--windows", default=16, show_default=True, type=click.IntRange(1), help="Windows of text.")
 @click.option("--window", default=1024, show_default=True, type=click.IntRange(64), help="Tokens per window.")
 @click.option("--recent-tokens", type=int, help="Of the bit pairs.  [default: as `model`]")
@@ -35,14 +48,16 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 @click.option("--needle-lengths", default="1024,2048", show_default=True, help="Tokens of those texts.")
 @click.option("--state", type=OutputFile(), help="Keep finished windows here; go on from them.")
 @click.option("--report", type=OutputFile(), help="Write the table and the Pareto plot as HTML.")
-@click.option("--json", "json_file", type=OutputFile(), help="Write the figures as JSON.")
+@json_option("the figures")
 @placement_options
 @progress_options
 def quality_command(
     checkpoint: str | None,
+    adapter: Path | None,
     text: Path | None,
     configs: str,
     baselines: str,
+    calibration: Path | None,
     windows: int,
     window: int,
     recent_tokens: int | None,
@@ -64,9 +79,11 @@ def quality_command(
     \b
     skv-export quality ./Qwen3-0.6B --configs K4V4,K4V2,K3V3 --text book.txt
     skv-export quality ./Qwen3-0.6B --configs 'recipes/*.toml' --baselines kivi,hf-quanto --report quality.html
+    skv-export quality ./Qwen3-0.6B --configs K3V2,K2V2 --calibration calibration.safetensors
     """
+    from skv_export.calibration.file import Calibration
     from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
-    from skv_export.checkpoints.pretrained import Placement
+    from skv_export.checkpoints.pretrained import Placement, download
     from skv_export.evaluation import candidates, comparison, needle
     from skv_export.evaluation.html_report import html
     from skv_export.evaluation.text import read_text
@@ -74,10 +91,15 @@ def quality_command(
 
     placement = Placement(device, dtype, device_map)
     base = Recipe(LayerConfig()).with_options(recent_tokens=recent_tokens, num_sink_tokens=num_sink_tokens)
-    wanted = [*candidates.parse_configs(configs, base), *candidates.parse_baselines(baselines)]
+    calibrated = None if calibration is None else Calibration.load(calibration)
+    bases = None if calibrated is None else calibrated.bases
+    wanted = [*candidates.parse_configs(configs, base, bases), *candidates.parse_baselines(baselines)]
+    candidates.check_names(wanted)
     lengths = needle.parse_lengths(needle_lengths)
-    source = resolve(checkpoint or demo_checkpoint())
     prose = read_text(text)
+    source = resolve(checkpoint or demo_checkpoint(), adapter=adapter)
+    if calibrated is not None:
+        calibrated.check(download(source))
     with Progress() as shown:
 
         def progress(name: str, done: int, total: int) -> None:
@@ -88,11 +110,10 @@ def quality_command(
         result = comparison.run(
             source, wanted, prose, windows=windows, window=window, state=state, progress=progress, loaded=loaded
         )
-    click.echo(result.table())
+    say(result.table(), json_file)
     retrieval = needle.run(loaded, wanted, prose, lengths=lengths) if needles else None
     if retrieval:
-        click.echo("\n" + retrieval.table())
-    if json_file:
-        write_text(json_file, result.to_json(retrieval))
+        say("\n" + retrieval.table(), json_file)
+    write_json(json_file, result.to_json(retrieval))
     if report:
         write_text(report, html(result, retrieval))

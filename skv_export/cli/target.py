@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import click
 
-from skv_export.cli.options import OutputFile
+from skv_export.cli.options import Number, OutputFile, PathOf
 
-PATH = click.Path(path_type=Path, dir_okay=False)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -26,7 +24,10 @@ class Size(click.ParamType[Any]):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", str(value).strip().lower())
         if match is None:
             self.fail(f"{value!r} is no size such as 32k or 2GiB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2]])
+        size = int(float(match[1]) * _UNITS[match[2]])
+        if not 0 < size < 1 << 62:
+            self.fail(f"{value!r} is no size that anything has", param, ctx)
+        return size
 
 
 class Numbers(click.ParamType[Any]):
@@ -82,7 +83,9 @@ TARGET_OPTIONS = (
 def target_options(command: Any) -> Any:
     """Adds the flags that say how large the cache may be and how it is measured, the same for `analyze` and `model`."""
     options = [
-        click.option("--budget", type=float, help="Effective bits per element.  [default: what K4V2 takes]"),
+        click.option(
+            "--budget", type=Number(0, min_open=True), help="Effective bits per element.  [default: what K4V2 takes]"
+        ),
         click.option(
             "--memory", type=Size(), help="Bytes for the caches of the whole batch; with --weights, of the whole card."
         ),
@@ -91,13 +94,13 @@ def target_options(command: Any) -> Any:
         click.option(
             "--context", type=Size(), help="Tokens at which the cache is counted.  [default: the model's, at most 32k]"
         ),
-        click.option("--batch", type=int, default=1, show_default=True, help="Sequences."),
+        click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences."),
         click.option(
             "--measure/--no-measure",
             default=None,
             help="Run the model, or not.  [default: where its weights are at hand and it takes half an hour at most]",
         ),
-        click.option("--text", type=PATH, help="Plain text to measure on.  [default: shipped prose]"),
+        click.option("--text", type=PathOf("--text"), help="Plain text to measure on.  [default: shipped prose]"),
         click.option(
             "--windows", type=click.IntRange(1), default=2, show_default=True, help="Windows of text to measure on."
         ),

@@ -10,17 +10,19 @@ import hashlib
 import importlib.util
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, QuantizedCache
 
-from skv_export.checkpoints.pretrained import input_device
+from skv_export.checkpoints.pretrained import input_device, own_attention
 from skv_export.errors import SkvError, did_you_mean
-from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation, simulated_logits
+from skv_export.evaluation.decode_simulation import Simulation, simulated_logits
+from skv_export.paths import to_path
+from skv_export.spec.key_basis import KeyBasis, can_be_calibrated
+from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import BITS, Recipe, shipped_recipes
 
 BASELINES = ("kivi", "hf-quanto", "hf-hqq")
@@ -108,36 +110,32 @@ class TransformersCache(Candidate):
         return (held * (self.bits + 32 / _GROUP) + (context_length - held) * 16) / context_length
 
 
-@contextmanager
-def own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The model with transformers' attention instead of the simulated one."""
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(ATTENTION_NAME)
-
-
 # By name.
 
 
-def parse_configs(text: str, base: Recipe) -> list[Candidate]:
+CALIBRATED = "+cal"
+"""What is put behind a recipe's name where its keys are calibrated."""
+
+
+def parse_configs(text: str, base: Recipe, bases: Mapping[int, KeyBasis] | None = None) -> list[Candidate]:
     """Reads ``--configs``: bit pairs such as ``K4V2``, recipes by file, pattern or shipped name, separated by commas.
 
     Args:
         text: What was given.
         base: The options of the bit pairs beside their bits.
+        bases: Of calibrated keys, by layer; each recipe whose keys can have them comes a second time, with them.
 
     Raises:
         SkvError: A name that is none of these.
     """
-    found: list[Candidate] = []
+    found: list[tuple[str, Recipe]] = []
     for name in filter(None, (part.strip() for part in text.split(","))):
         pair = re.fullmatch(r"K(\d+)V(\d+)", name, re.IGNORECASE)
         if pair:
             bits = {"k_bits": int(pair[1]), "v_bits": int(pair[2])}
-            found.append(of_recipe(name.upper(), base.with_options(**bits)))
+            found.append((name.upper(), base.with_options(**bits)))
             continue
+        to_path(name, "--configs")
         paths = [Path(p) for p in sorted(glob.glob(name))] or [shipped_recipes().get(name, Path(name))]
         if not paths[0].is_file():
             widths = ", ".join(map(str, BITS))
@@ -146,14 +144,44 @@ def parse_configs(text: str, base: Recipe) -> list[Candidate]:
                 expected=f"a bit pair such as K4V2 (bits: {widths}), a recipe file or pattern, or a shipped recipe",
                 fix=did_you_mean(name, shipped_recipes()) or "`skv-export recipes` lists those of the package.",
             )
-        found += [of_recipe(path.stem, Recipe.load(path)) for path in paths]
-    return found
+        found += [(path.stem, Recipe.load(path)) for path in paths]
+    candidates: list[Candidate] = []
+    for name, recipe in found:
+        candidates.append(of_recipe(name, recipe))
+        if bases and any(can_be_calibrated(CacheLayout.pair(recipe.layer(i), 64)[0]) for i in bases):
+            candidates.append(of_recipe(name + CALIBRATED, recipe, bases))
+    return candidates
 
 
-def of_recipe(name: str, recipe: Recipe) -> Simulated:
-    """Returns the candidate of a recipe; its weights' number format is ignored, everything runs in float32."""
-    key = hashlib.sha256(recipe.with_options(dtype="fp32", description="").to_toml().encode()).hexdigest()[:16]
-    return Simulated(name, key, recipe.description, Simulation.of_recipe(recipe))
+def check_names(candidates: Sequence[Candidate]) -> None:
+    """Checks that there is something to compare, and that each has a name of its own.
+
+    Raises:
+        SkvError: There is nothing, or two have one name.
+    """
+    names = [candidate.name for candidate in candidates]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double or not names:
+        raise SkvError(
+            "--configs and --baselines",
+            got=f"{', '.join(double)} twice" if double else "nothing",
+            expected="something to compare, each once",
+        )
+
+
+def of_recipe(name: str, recipe: Recipe, bases: Mapping[int, KeyBasis] | None = None) -> Simulated:
+    """Returns the candidate of a recipe; its weights' number format is ignored, everything runs in float32.
+
+    Args:
+        name: As it is shown.
+        recipe: The options.
+        bases: Of calibrated keys, by layer.
+    """
+    hashed = hashlib.sha256(recipe.with_options(dtype="fp32", description="").to_toml().encode())
+    for layer in sorted(bases or {}):
+        hashed.update(f"{layer} {bases[layer].digest}".encode())  # type: ignore[index]
+    note = recipe.description if not bases else f"{recipe.description or name}; keys calibrated"
+    return Simulated(name, hashed.hexdigest()[:16], note, Simulation.of_recipe(recipe, bases))
 
 
 def parse_baselines(text: str) -> list[Candidate]:

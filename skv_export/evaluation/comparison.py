@@ -23,9 +23,8 @@ from transformers import PreTrainedModel
 from skv_export.checkpoints.checkpoint import Checkpoint, Source
 from skv_export.checkpoints.pretrained import Placement, load_model, load_tokenizer, replace_attention
 from skv_export.checkpoints.purpose import check_purpose
-from skv_export.errors import SkvError
 from skv_export.evaluation import metrics
-from skv_export.evaluation.candidates import Candidate
+from skv_export.evaluation.candidates import Candidate, check_names
 from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation, simulated_logits
 from skv_export.evaluation.finished_steps import FinishedSteps
 from skv_export.evaluation.needle import NeedleResult
@@ -59,6 +58,7 @@ class CandidateResult:
         kld_max: Largest.
         top1_agreement: Share of positions where both models' most likely token is the same.
         ppl_change_by_position: Percent, for equal parts of the window from its start to its end.
+        kld_by_part: Mean KL divergence of those parts, window after window: what two rows are compared by in pairs.
         windows: Windows measured.
         positions: Predictions scored.
     """
@@ -76,6 +76,7 @@ class CandidateResult:
     kld_max: float
     top1_agreement: float
     ppl_change_by_position: list[float]
+    kld_by_part: list[float]
     windows: int
     positions: int
 
@@ -236,10 +237,8 @@ def run(
     Raises:
         SkvError: The text is too short, two candidates have one name, or ``state`` is no state file.
     """
+    check_names(candidates)
     names = [c.name for c in candidates]
-    double = sorted({name for name in names if names.count(name) > 1})
-    if double or not names:
-        raise SkvError("configurations", got=f"{', '.join(double) or 'nothing'}", expected="names, each once")
     model, tokenizer = loaded or load(source)
     cut = torch.from_numpy(cut_windows(tokenizer, text, windows, window))
     digest = hashlib.sha256(cut.numpy().tobytes()).hexdigest()[:16]
@@ -286,6 +285,7 @@ def _result(candidate: Candidate, windows: list[_Window]) -> CandidateResult:
         kld_max=float(divergence.max()),
         top1_agreement=float(np.mean([w.agreement for w in windows])),
         ppl_change_by_position=[100 * math.expm1(change[:, part].mean()) for part in parts],
+        kld_by_part=[float(window[part].mean()) for window in divergence for part in parts],
         windows=len(windows),
         positions=divergence.size,
     )

@@ -9,7 +9,7 @@ sums; tests hold it to the reference op.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from skv_export.checkpoints.pretrained import input_device
 from skv_export.errors import SkvError
+from skv_export.spec.key_basis import KeyBasis, can_be_calibrated
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.quantizer import decode_tile, encode_tile, rotate, to_half
 from skv_export.spec.recipe import Recipe
@@ -61,10 +62,12 @@ class LayoutCache:
         layout: Of keys or values of one layer.
         round_recent: Whether the full-precision rows are rounded to ``recent_type``, as the op does; without it, what
             differs is the tiles' doing alone.
+        basis: Of calibrated keys.
     """
 
     layout: CacheLayout
     round_recent: bool = True
+    basis: KeyBasis | None = None
 
     @property
     def num_sink_tokens(self) -> int:
@@ -84,6 +87,8 @@ class LayoutCache:
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
         """Quantizes every full tile and reads it back."""
         layout = self.layout
+        if self.basis is not None:
+            self.basis.check(layout, x.shape[0])
         rows = stored(layout, x.cpu().numpy())
         first, t = layout.num_sink_tokens, layout.tile_tokens
         tiles = max(0, (rows.shape[1] - first) // t)
@@ -91,7 +96,8 @@ class LayoutCache:
         out = rows.astype(np.float32)
         if tiles:
             content = rows[:, span].reshape(rows.shape[0], tiles, t, -1)
-            out[:, span] = decode_tile(layout, encode_tile(layout, content)).reshape(rows.shape[0], tiles * t, -1)
+            read = decode_tile(layout, encode_tile(layout, content, self.basis), self.basis)
+            out[:, span] = read.reshape(rows.shape[0], tiles * t, -1)
         return self._to_model(out, x.device)
 
     def effective_bits(self, context_length: int) -> float:
@@ -334,12 +340,18 @@ class Simulation:
         return cls(make)
 
     @classmethod
-    def of_recipe(cls, recipe: Recipe) -> Simulation:
-        """Returns the simulation of our own cache with a recipe's options."""
+    def of_recipe(cls, recipe: Recipe, bases: Mapping[int, KeyBasis] | None = None) -> Simulation:
+        """Returns the simulation of our own cache with a recipe's options.
+
+        Args:
+            recipe: The options.
+            bases: Of calibrated keys, by layer, where the recipe's form of keys can have one.
+        """
 
         def make(index: int, head_dim: int, window: int) -> tuple[TensorCache, TensorCache]:
             key, value = CacheLayout.pair(recipe.layer(index), head_dim, window)
-            return LayoutCache(key), LayoutCache(value)
+            basis = bases.get(index) if bases and can_be_calibrated(key) else None
+            return LayoutCache(key, basis=basis), LayoutCache(value)
 
         return cls(make)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from skv_export.evaluation.charts import Chart, Line, page, svg
+from skv_export.evaluation.charts import Chart, Line, figure, model_title, page, series
 from skv_export.evaluation.comparison import BITS_CONTEXT, CandidateResult, ComparisonResult, pareto
 from skv_export.evaluation.needle import DEPTHS, NeedleResult
 
@@ -20,18 +20,18 @@ def html(result: ComparisonResult, retrieval: NeedleResult | None = None) -> str
     """Returns the page."""
     first = result.rows[0]
     parts = [
-        f"<h1>{escape(result.model)}</h1>",
+        f"<h1>{escape(model_title(result.model))}</h1>",
         f"<p>What quantized caches lose: perplexity {first.ppl_reference:.3f} in full precision, {first.windows} "
         f"windows of {result.window} tokens, every token seeing the cache that decoding would have left.</p>",
         "<h2>Loss against bits</h2>",
-        scatter(result.rows),
+        f"<div class=scroll>{scatter(result.rows)}</div>",
         f"<p class=note>Bits per element at {BITS_CONTEXT} tokens: codes, scales and full-precision tokens. The line "
         "is the Pareto front: nothing measured here has fewer bits and a smaller loss.</p>",
         _table(result.rows),
         _positions(result.rows),
         _needles(retrieval) if retrieval else "",
     ]
-    return page(f"{result.model}: quality per bit", parts)
+    return page(f"{model_title(result.model)}: quality per bit", parts)
 
 
 def scatter(rows: Sequence[CandidateResult]) -> str:
@@ -46,7 +46,8 @@ def scatter(rows: Sequence[CandidateResult]) -> str:
     def y(loss: float) -> float:
         return _TOP + (high - math.log10(max(loss, _FLOOR))) / max(1, high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
-    out = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="KL divergence against effective bits">']
+    name = "KL divergence against effective bits"
+    out = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{name}">']
     for power in range(low, high + 1):
         at = y(10.0**power)
         out.append(f'<line class=grid x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
@@ -60,18 +61,60 @@ def scatter(rows: Sequence[CandidateResult]) -> str:
     front = pareto(rows)
     path = " ".join(f"{'L' if i else 'M'}{x(r.effective_bits):.1f} {y(r.kld_mean):.1f}" for i, r in enumerate(front))
     out.append(f'<path class="line k" d="{path}"/>')
-    for row in rows:
-        at_x, at_y, style = x(row.effective_bits), y(row.kld_mean), "k" if row in front else "other1"
+    points = [(x(row.effective_bits), y(row.kld_mean)) for row in rows]
+    for row, (at_x, at_y), label in zip(rows, points, place_labels([row.name for row in rows], points), strict=True):
+        style = "series1" if row in front else "series6"
         title = f"{row.name}: {row.effective_bits:.3f} bits, KL divergence {row.kld_mean:.5f}"
         out.append(f'<circle class="{style}" cx="{at_x:.1f}" cy="{at_y:.1f}" r="4" fill="none" stroke-width="2">')
         out.append(f"<title>{escape(title)}</title></circle>")
-        out.append(f'<text x="{at_x + 7:.1f}" y="{at_y - 5:.1f}">{escape(row.name)}</text>')
+        if label is not None:
+            out.append(f'<text x="{label[0]:.1f}" y="{label[1]:.1f}">{escape(row.name)}</text>')
     return "".join([*out, "</svg>"])
+
+
+_LETTER, _LINE = 6.7, 13.0
+"""Pixels of a letter and of a line, at 12 pixels a letter."""
+
+
+def place_labels(names: Sequence[str], points: Sequence[tuple[float, float]]) -> list[tuple[float, float] | None]:
+    """Returns where each point's name begins, none over another, over a point or outside; None where no place is left.
+
+    Args:
+        names: Of the points.
+        points: In pixels.
+    """
+    taken = [(px - 5, py - 5, px + 5, py + 5) for px, py in points]
+    found: list[tuple[float, float] | None] = []
+    for name, (px, py) in zip(names, points, strict=True):
+        width = _LETTER * len(name)
+        near = [(px + 8, py + 4), (px - 8 - width, py + 4), (px + 6, py - 7), (px + 6, py + 16)]
+        near += [
+            (px - 6 - width, py - 7),
+            (px - 6 - width, py + 16),
+            (px - width / 2, py - 9),
+            (px - width / 2, py + 19),
+        ]
+        place = next((at for at in near if _free(_box(at, width), taken)), None)
+        if place is not None:
+            taken.append(_box(place, width))
+        found.append(place)
+    return found
+
+
+def _box(at: tuple[float, float], width: float) -> tuple[float, float, float, float]:
+    """What a text takes: its baseline begins at ``at``."""
+    return at[0], at[1] - _LINE + 3, at[0] + width, at[1] + 3
+
+
+def _free(box: tuple[float, float, float, float], taken: Sequence[tuple[float, float, float, float]]) -> bool:
+    inside = box[0] >= _LEFT and box[2] <= _WIDTH and box[1] >= 0 and box[3] <= _HEIGHT - _BOTTOM
+    return inside and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken)
 
 
 def _table(rows: Sequence[CandidateResult]) -> str:
     front = {row.name for row in pareto(rows)}
-    head = ("configuration", "bits", "perplexity", "±", "KLD mean", "p99", "max", "top-1")
+    ordered = sorted(rows, key=lambda row: row.effective_bits)
+    head = ("configuration", "bits", "perplexity rises by", "±", "KLD mean", "p99", "max", "top-1")
     body = [
         (
             row.name + (" *" if row.name in front else ""),
@@ -83,22 +126,24 @@ def _table(rows: Sequence[CandidateResult]) -> str:
             f"{row.kld_max:.3f}",
             f"{row.top1_agreement:.2%}",
         )
-        for row in sorted(rows, key=lambda row: row.effective_bits)
+        for row in ordered
     ]
-    return f"<h2>Figures</h2>{_html_table(head, body)}<p class=note>* on the Pareto front; ± is one standard error.</p>"
+    best = [row.name in front for row in ordered]
+    note = "Bold and *: on the Pareto front; ± is one standard error; KLD is the KL divergence in nats per token."
+    return f"<h2>Figures</h2>{_html_table(head, body, best)}<p class=note>{note}</p>"
 
 
 def _positions(rows: Sequence[CandidateResult]) -> str:
     shown = sorted(rows, key=lambda row: row.effective_bits)
     buckets = len(shown[0].ppl_change_by_position)
     lines = tuple(
-        Line(row.name, range(1, buckets + 1), row.ppl_change_by_position, f"other{i % 5 + 1}")
-        for i, row in enumerate(shown)
+        Line(row.name, range(1, buckets + 1), row.ppl_change_by_position, series(i)) for i, row in enumerate(shown)
     )
-    chart = Chart("Loss by position", f"part of the window, of {buckets}", "perplexity, %", lines)
+    label = f"part of the window, of {buckets}"
+    chart = Chart("Loss by position", label, "increase of perplexity, %", lines, direct=True)
     body = [(line.name, *(f"{y:+.2f}%" for y in line.y if y is not None)) for line in lines]
     head = ("configuration", *map(str, range(1, buckets + 1)))
-    return f"<h2>{chart.title}</h2>{svg(chart)}{_html_table(head, body)}"
+    return f"{figure(chart)}{_html_table(head, body)}"
 
 
 def _needles(found: NeedleResult) -> str:
@@ -107,7 +152,12 @@ def _needles(found: NeedleResult) -> str:
     return f"<h2>Needles found, by depth</h2>{_html_table(head, body)}"
 
 
-def _html_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def _html_table(head: Sequence[str], body: Sequence[Sequence[str]], best: Sequence[bool] = ()) -> str:
+    """A table; the rows that ``best`` marks are bold."""
+    marks = [" class=best" if mark else "" for mark in best] or [""] * len(body)
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
+    rows = "".join(
+        f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for row, mark in zip(body, marks, strict=True)
+    )
     return f"<div class=scroll><table class=plans><tr>{top}</tr>{rows}</table></div>"

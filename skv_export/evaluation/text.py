@@ -10,30 +10,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skv_export.errors import SkvError
+from skv_export.paths import to_path
 
 SHIPPED_TEXT = "persuasion.txt"
+CALIBRATION_TEXT = "opticks.txt"
+"""Two different works, both shipped: the first only judges, the second is what options and constants may be fitted to.
+"""
 MAX_TEXT_BYTES = 64 << 20
 
 
-def read_text(path: Path | str | None) -> str:
-    """Reads the text to measure on; the shipped one if not given.
+def read_text(path: Path | str | None, shipped: str = SHIPPED_TEXT) -> str:
+    """Reads the text to measure on; a shipped one if not given.
 
     Raises:
-        SkvError: Missing, too large, or not UTF-8.
+        SkvError: Missing, no regular file, too large, empty, or not UTF-8.
     """
     if path is None:
-        return (resources.files("skv_export") / "data" / SHIPPED_TEXT).read_text(encoding="utf-8")
-    path = Path(path)
+        return (resources.files("skv_export") / "data" / shipped).read_text(encoding="utf-8")
+    path = to_path(path, "text")
     if not path.is_file():
-        raise SkvError(f"text {path}: no such file")
+        raise SkvError(f"text {path}: " + ("not a regular file" if path.exists() else "no such file"))
     if path.stat().st_size > MAX_TEXT_BYTES:
         raise SkvError(
             f"text {path}: too large", got=f"{path.stat().st_size} bytes", expected=f"at most {MAX_TEXT_BYTES}"
         )
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SkvError(f"text {path}: not UTF-8", got=str(error)) from error
+    if not text.strip():
+        raise SkvError(f"text {path}: nothing in it", expected="prose, a few thousand words")
+    return text
 
 
 def token_ids(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:

@@ -9,16 +9,20 @@ PyTorch what the exported graph computes in ONNX Runtime. ``SkvDecoder`` is that
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
+from skv_export.checkpoints.pretrained import replace_attention
 from skv_export.errors import SkvError
-from skv_export.export.attention_patches import patch_attention
+from skv_export.export.llama4_attention import PATCHES
+from skv_export.spec.key_basis import MATRICES, KeyBasis
 from skv_export.spec.op import ATTRIBUTE_TYPES, AttentionParams, Attributes, LayerAttention
 from skv_export.spec.recipe import LayerConfig
 from skv_export.spec.reference import quantized_kv_attention
@@ -32,7 +36,8 @@ _UNSUPPORTED = "This architecture can't be exported; the README lists those that
 
 _TENSORS = (
     "Tensor query, Tensor? key, Tensor? value, Tensor past_key, Tensor past_value, Tensor seqlens_k, "
-    "SymInt total_sequence_length, Tensor? head_sink, Tensor? query_seqlens"
+    "SymInt total_sequence_length, Tensor? head_sink, Tensor? query_seqlens, "
+    "Tensor? key_basis, Tensor? query_basis, Tensor? key_feedback"
 )
 _TYPES = {int: "int", float: "float", str: "str"}
 _SCHEMA = (
@@ -57,6 +62,7 @@ def _run_reference(
     total_sequence_length: int,
     head_sink: torch.Tensor | None,
     query_seqlens: torch.Tensor | None,
+    *basis: torch.Tensor | None,
     **attributes: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     layer = LayerAttention.from_attributes(attributes, _head_dim(query, key, attributes))
@@ -75,6 +81,7 @@ def _run_reference(
         seqlens_k.cpu().numpy(),
         head_sink=floats(head_sink),
         query_seqlens=None if query_seqlens is None else query_seqlens.cpu().numpy(),
+        key_basis=None if basis[0] is None else KeyBasis(*map(floats, basis)),
     )
     return torch.from_numpy(output).to(query), torch.from_numpy(present_key), torch.from_numpy(present_value)
 
@@ -160,6 +167,10 @@ def _attend(
         asked["is_causal"] = False
     if dropout:
         asked["dropout"] = dropout
+    if scaling is not None and not (scaling and math.isfinite(scaling)):  # to the op, 0 is 1 / sqrt(D)
+        asked[f"scaling={scaling}"] = scaling
+    if softcap is not None and not 0 <= softcap < math.inf:
+        asked[f"softcap={softcap}"] = softcap
     if asked:
         raise SkvError(f"{name} asks for what the op does not do", got=", ".join(sorted(asked)), fix=_UNSUPPORTED)
     if key.shape[-1] != query.shape[-1] or value.shape[-1] != key.shape[-1]:
@@ -202,6 +213,7 @@ class AttentionCall:
         lengths: Of this call.
         past_keys: uint8 ``[B, N_kv, rows, W]``, in the order of ``configs``.
         past_values: The same.
+        bases: Of calibrated keys, by layer.
     """
 
     is_compileable = False
@@ -212,8 +224,9 @@ class AttentionCall:
         lengths: Lengths,
         past_keys: Sequence[torch.Tensor],
         past_values: Sequence[torch.Tensor],
+        bases: Mapping[int, KeyBasis] | None = None,
     ) -> None:
-        self.configs, self.lengths = configs, lengths
+        self.configs, self.lengths, self.bases = configs, lengths, bases or {}
         self.past = dict(zip(configs, zip(past_keys, past_values, strict=True), strict=True))
         self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.layers: dict[int, LayerAttention] = {}
@@ -252,6 +265,7 @@ class AttentionCall:
             self.lengths.total_sequence_length,
             head_sink,
             self.lengths.query_seqlens,
+            *_matrices(self.bases.get(index)),
             **layer.attributes(),
         )
         self.present[index] = (present[0], present[1])
@@ -270,6 +284,13 @@ class AttentionCall:
         return 0
 
 
+def _matrices(basis: KeyBasis | None) -> list[torch.Tensor | None]:
+    """The op's last three inputs."""
+    if basis is None:
+        return [None] * len(MATRICES)
+    return [torch.from_numpy(np.array(getattr(basis, name))) for name in MATRICES]
+
+
 class _Seen:
     """What the last pass showed of the layers; an object, because torch.export puts a module's own attributes back."""
 
@@ -283,6 +304,7 @@ class SkvDecoder(torch.nn.Module):
         model: A causal language model; its attention implementation is set to the hook.
         configs: The recipe's options, layer by layer; by index for a model that holds a few of its layers only.
         all_logits: Return the logits of every token instead of the last real one of each sequence.
+        bases: Of calibrated keys, by layer.
 
     Raises:
         SkvError: The model's attention can't be replaced.
@@ -294,9 +316,10 @@ class SkvDecoder(torch.nn.Module):
         configs: Sequence[LayerConfig] | Mapping[int, LayerConfig],
         *,
         all_logits: bool = False,
+        bases: Mapping[int, KeyBasis] | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.all_logits = model, all_logits
+        self.model, self.all_logits, self.bases = model, all_logits, bases
         self.configs = dict(configs) if isinstance(configs, Mapping) else dict(enumerate(configs))
         self._seen = _Seen()
         self._keep: torch.Tensor | None = None
@@ -306,12 +329,7 @@ class SkvDecoder(torch.nn.Module):
                 f"{model.config.model_type}: not a language model: it has no output embedding", fix=_UNSUPPORTED
             )
         head.register_forward_pre_hook(self._select)
-        if not patch_attention(model, ATTENTION_NAME, _attend):
-            model.set_attn_implementation(ATTENTION_NAME)
-        if model.config._attn_implementation != ATTENTION_NAME:
-            raise SkvError(
-                f"{model.config.model_type}: its attention does not go through AttentionInterface", fix=_UNSUPPORTED
-            )
+        replace_attention(model, ATTENTION_NAME, PATCHES)
 
     @property
     def layers(self) -> tuple[LayerAttention, ...]:
@@ -351,7 +369,7 @@ class SkvDecoder(torch.nn.Module):
         packed_positions = torch.zeros_like(position_ids).scatter(1, place, position_ids)
         self._keep = place if self.all_logits else (count - 1).clamp(min=0)
         lengths = Lengths((attention_mask.sum(1) - 1).to(torch.int32), count.squeeze(1).to(torch.int32), columns)
-        call = AttentionCall(self.configs, lengths, past_keys, past_values)
+        call = AttentionCall(self.configs, lengths, past_keys, past_values, self.bases)
         with call.running():
             logits = self.model(
                 input_ids=packed_ids, position_ids=packed_positions, past_key_values=call, use_cache=True

@@ -7,6 +7,7 @@ frequencies of RoPE) are real, because they become constants of the graph.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,9 +34,17 @@ class EmptyModel:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """While the block runs, tensors that are made are fake, and no gradients are kept."""
-        with self.mode, torch.no_grad():
-            yield
+        """While the block runs, tensors that are made are fake, and no gradients are kept.
+
+        torch writes what fails in a fake tensor to its log, with a traceback, before it raises it; once is enough.
+        """
+        log = logging.getLogger("torch._subclasses.fake_tensor")
+        before, log.disabled = log.disabled, True
+        try:
+            with self.mode, torch.no_grad():
+                yield
+        finally:
+            log.disabled = before
 
 
 def build(config: PreTrainedConfig, dtype: torch.dtype) -> EmptyModel:

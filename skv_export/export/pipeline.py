@@ -1,11 +1,13 @@
 """The export pipeline: from a checkpoint to a folder with the graph, its weights, and the files that a runtime reads.
 
-``plan`` computes what would be written from the configuration alone, by running the model with fake parameters: its
-layers are those that the traced graph will have. ``export_model`` reads the weights and writes.
+``plan`` computes what would be written without reading weights, by running the model with fake parameters: its layers
+are those that the traced graph will have. ``export_model`` reads the weights and writes.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ import onnx_ir as ir
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from skv_export.checkpoints.checkpoint import Source, resolve
+from skv_export.calibration.file import Calibration
+from skv_export.checkpoints.checkpoint import Checkpoint, Source, resolve
 from skv_export.checkpoints.model_config import load_config
 from skv_export.checkpoints.pretrained import DTYPES, download
 from skv_export.checkpoints.purpose import check_purpose
@@ -27,6 +30,8 @@ from skv_export.export.empty_model import EmptyModel
 from skv_export.export.supported import check_config, check_windows, context_length
 from skv_export.export.to_onnx import build, save
 from skv_export.export.weight_quantization import stored_bytes
+from skv_export.model_folder.card import licence_of
+from skv_export.model_folder.labels import label_model, label_nodes
 from skv_export.model_folder.names import TOKEN_INPUTS
 from skv_export.model_folder.output import check_target, output_folder
 from skv_export.model_folder.plan import Plan
@@ -40,6 +45,7 @@ from skv_export.model_folder.writer import (
 from skv_export.native.library import library_path
 from skv_export.paths import to_path
 from skv_export.progress import Progress as Shown
+from skv_export.spec.key_basis import can_be_calibrated
 from skv_export.spec.recipe import Recipe, as_recipe
 
 PHASES = {"reading the configuration": 0.0, "opening the weights": 0.1, "building the graph": 0.15, "writing": 0.5}
@@ -49,19 +55,50 @@ Progress = Callable[[str, float], None]
 """Called with a phase's name and the fraction of the whole that is done."""
 
 
-def plan(source: str | Path | Source, recipe: Recipe | None = None, *, as_causal_lm: bool = False) -> Plan:
-    """Plans an export: what it would write. Reads the configuration and no weights.
+def plan(
+    source: str | Path | Source,
+    recipe: Recipe | None = None,
+    *,
+    as_causal_lm: bool = False,
+    adapter: str | Path | None = None,
+    calibration: Calibration | None = None,
+) -> Plan:
+    """Plans an export: what it would write. Reads the configuration and the files' headers, and no weights.
 
     Args:
         source: A folder with safetensors, a GGUF file, or a hub id.
         recipe: The options; the defaults if not given.
         as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
+        adapter: Folder of a LoRA adapter to merge into the weights.
+        calibration: Of keys; whether it is this checkpoint's is seen when the weights are there.
 
     Raises:
         SkvError: The checkpoint, its architecture or the recipe can't be used; the message says why.
     """
-    resolved = resolve(source)
-    return _plan(resolved, as_recipe(recipe), as_causal_lm)[0]
+    resolved = resolve(source, adapter=adapter)
+    planned = _plan(resolved, as_recipe(recipe), as_causal_lm)[0]
+    return _calibrated(planned, calibration)[0]
+
+
+def _calibrated(planned: Plan, calibration: Calibration | None) -> tuple[Plan, Calibration | None]:
+    """The plan with a calibration, and what of that its layers can have."""
+    if calibration is None:
+        return planned, None
+    bases = {}
+    for index, basis in calibration.bases.items():
+        if index >= len(planned.layers):
+            raise SkvError("calibration: layer", got=index, expected=f"one of the model's {len(planned.layers)}")
+        layer = planned.layers[index]
+        if can_be_calibrated(layer.layouts[0]):
+            basis.check(layer.layouts[0], layer.params.kv_num_heads)
+            bases[index] = basis
+    if not bases:
+        raise SkvError(
+            "calibration: the recipe has no layer for it",
+            expected="keys of fewer than 16 bits, granularity channel, rotation none",
+            fix="Leave --calibration out, or choose another recipe.",
+        )
+    return dataclasses.replace(planned, calibrated=frozenset(bases)), dataclasses.replace(calibration, bases=bases)
 
 
 def _plan(source: Source, recipe: Recipe, as_causal_lm: bool) -> tuple[Plan, EmptyModel]:
@@ -96,6 +133,8 @@ def _plan_of(config: PreTrainedConfig, source: Source, recipe: Recipe, as_causal
             f"{config.model_type}: can't be exported: its model does not run with the op as its attention", got=got
         ) from error
     check_windows(config, [layer.params.local_window_size for layer in decoder.layers])
+    Weights(source, model.model)  # compares names and shapes in the files' headers, and reads no weight
+    _tokens(config, generation_config(source, config))
     planned = Plan(
         source=source,
         recipe=recipe,
@@ -121,6 +160,8 @@ def export_model(
     force: bool = False,
     all_logits: bool = False,
     as_causal_lm: bool = False,
+    adapter: str | Path | None = None,
+    calibration: Calibration | str | Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Exports a checkpoint.
@@ -132,6 +173,8 @@ def export_model(
         force: Replace ``out`` if it exists.
         all_logits: Return the logits of every position, for evaluation.
         as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
+        adapter: Folder of a LoRA adapter to merge into the weights.
+        calibration: Of keys: what ``skv-export calibrate`` wrote for this checkpoint.
         progress: Told of each phase; a bar on standard error if not given.
 
     Returns:
@@ -142,24 +185,32 @@ def export_model(
     """
     target = to_path(out, "out")
     check_target(target, force=force)
-    chosen, resolved = as_recipe(recipe), resolve(source)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        calibration = Calibration.load(calibration)
+    chosen, resolved = as_recipe(recipe), resolve(source, adapter=adapter)
     library_path()  # it goes into the folder: better none is written than one without it
     with Shown() as shown:
         phases = _Phases(progress or shown)
         phases.start("reading the configuration")
         before = Snapshot.take(resolved)
         planned, model = _plan(resolved, chosen, as_causal_lm)
+        planned, constants = _calibrated(planned, calibration)
         with output_folder(target, planned.weight_bytes, force=force) as folder:
             phases.start("opening the weights")
             local = download(resolved)
             before = before if resolved.path else Snapshot.take(local)
+            if constants is not None:
+                constants.check(local)
             write_tokenizer(local, folder)  # before the weights: what is wrong with it shows at once
+            ours = _model_config(planned, model.model.config, generation_config(local, model.model.config), all_logits)
             weights = Weights(local, model.model)
             phases.start("building the graph")
             graph = _build(planned, model, weights, all_logits)
             phases.start("writing")
-            save(graph, folder, phases.advance)
-            _write_beside(folder, planned, local, model.model.config, all_logits)
+            label_nodes(graph.graph)
+            label_model(graph, ours, chosen)
+            save(graph, folder, phases.advance, constants)
+            _write_beside(folder, planned, local, model.model.config, ours)
             before.check()
         phases.done()
     return target
@@ -221,7 +272,7 @@ def _trace(planned: Plan, model: EmptyModel, traced: Sequence[int], all_logits: 
         return torch.export.export(decoder, inputs, dynamic_shapes=shapes, strict=False)
 
 
-def _write_beside(folder: Path, planned: Plan, local: Source, config: PreTrainedConfig, all_logits: bool) -> None:
+def _write_beside(folder: Path, planned: Plan, local: Source, config: PreTrainedConfig, ours: ModelConfig) -> None:
     """Writes every file but the graph and its weights; ``local`` is the source on this disk."""
     generation = generation_config(local, config)
     generation.save_pretrained(folder)
@@ -230,30 +281,24 @@ def _write_beside(folder: Path, planned: Plan, local: Source, config: PreTrained
         name: getattr(generation, name) for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
     }
     base = {"search": {name: value for name, value in given.items() if value is not None}}
-    ours = _model_config(planned, config, generation, all_logits)
-    write_configs(folder, planned.recipe, ours, int(config.hidden_size), TOKEN_INPUTS, base)
+    metadata = Checkpoint(local).gguf_metadata if local.kind == "gguf" else None
+    licence = licence_of(None if local.kind == "gguf" else local.path, metadata)
+    write_configs(folder, planned.recipe, ours, int(config.hidden_size), TOKEN_INPUTS, base, licence=licence)
 
 
 def _model_config(
     planned: Plan, config: PreTrainedConfig, generation: GenerationConfig, all_logits: bool
 ) -> ModelConfig:
     source, recipe = planned.source, planned.recipe
-
-    def token(name: str) -> Any:
-        given = getattr(generation, name, None)
-        return getattr(config, name, None) if given is None else given
-
-    eos = token("eos_token_id")
-    ends = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
-    pad = token("pad_token_id")
+    bos, ends, pad = _tokens(config, generation)
     return ModelConfig(
         model_type=planned.model_type,
         dtype=recipe.dtype,
         vocab_size=int(config.vocab_size),
         context_length=planned.context_length,
-        bos_token_id=token("bos_token_id"),
+        bos_token_id=bos[0] if bos else None,
         eos_token_id=ends,
-        pad_token_id=ends[0] if pad is None and ends else pad,
+        pad_token_id=(pad or ends or (None,))[0],
         all_logits=all_logits,
         weights=recipe.weights if recipe.weight_bits else "",
         quantize_head=recipe.quantize_head,
@@ -263,6 +308,28 @@ def _model_config(
             "name": source.repo_id or source.gguf_file or (source.path.resolve().name if source.path else ""),
             "revision": source.revision,
             "sha256": digest(source, config),
+            **({"adapter": source.adapter.resolve().name} if source.adapter else {}),
         },
-        layers=tuple(map(LayerCache.of, planned.layers)),
+        layers=tuple(LayerCache.of(layer, i in planned.calibrated) for i, layer in enumerate(planned.layers)),
     )
+
+
+def _tokens(config: PreTrainedConfig, generation: GenerationConfig) -> list[tuple[int, ...]]:
+    """The tokens that begin, end and pad sequences; what the vocabulary does not hold is left out, and said so."""
+    made = []
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = getattr(generation, name, None)
+        given = getattr(config, name, None) if given is None else given
+        ids = given if isinstance(given, list | tuple) else [] if given is None else [given]
+        if not all(type(token) is int for token in ids):
+            raise SkvError(f"{name} of the checkpoint", got=repr(given)[:100], expected="token ids")
+        beyond = [token for token in ids if token >= config.vocab_size]
+        if beyond:
+            warnings.warn(
+                f"{name} of the checkpoint: {', '.join(str(token)[:20] for token in beyond[:4])} is no token of the "
+                f"model's {config.vocab_size:,}; left out",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        made.append(tuple(token for token in ids if 0 <= token < config.vocab_size))
+    return made

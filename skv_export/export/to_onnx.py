@@ -16,6 +16,7 @@ import onnxscript
 import torch
 from onnxscript import opset23
 
+from skv_export.calibration.file import Calibration, entries_of
 from skv_export.errors import SkvError
 from skv_export.export.checkpoint_weights import Weights
 from skv_export.export.lazy_weights import LazyWeight, Named, write_external
@@ -25,17 +26,20 @@ from skv_export.export.weight_quantization import MICROSOFT, quantize_graph
 from skv_export.model_folder.genai_config import cache_widths
 from skv_export.model_folder.names import (
     ATTENTION_MASK,
+    CALIBRATION_FILE,
     DATA_FILE,
     LOGITS,
     MODEL_FILE,
     TENSORS,
     TOKEN_INPUTS,
+    layer_of_cache,
     past_name,
     present_name,
 )
 from skv_export.spec.op import (
     ATTRIBUTE_TYPES,
     DOMAIN,
+    INPUT_NAMES,
     INPUTS,
     OP_NAME,
     OP_VERSION,
@@ -94,15 +98,53 @@ def build(
     return model
 
 
-def save(model: ir.Model, folder: Path, progress: Progress = lambda fraction: None) -> None:
+def save(
+    model: ir.Model,
+    folder: Path,
+    progress: Progress = lambda fraction: None,
+    calibration: Calibration | None = None,
+) -> None:
     """Writes ``MODEL_FILE`` and ``DATA_FILE``; weights are read, converted and written slab by slab.
+
+    Args:
+        model: The graph.
+        folder: Where.
+        progress: Told of the fraction of the bytes that is written.
+        calibration: Written to ``CALIBRATION_FILE``; the attention of its layers gets it.
 
     Raises:
         OSError: The disk is full.
         SkvError: The checkpoint does not hold what the graph needs.
     """
     write_external(model, folder / DATA_FILE, progress)
+    if calibration is not None:
+        calibration.save(folder / CALIBRATION_FILE)
+        _add_constants(model.graph, folder / CALIBRATION_FILE)
     ir.save(model, folder / MODEL_FILE)
+
+
+def _add_constants(graph: ir.Graph, path: Path) -> None:
+    """Gives attention nodes the constants of their layers: initializers that are parts of the calibration's file."""
+    matrices = entries_of(path)
+    for node in graph:
+        if node.op_type != OP_NAME or node.domain != DOMAIN:
+            continue
+        given = dict(zip(INPUT_NAMES, node.inputs, strict=False))
+        past = given["past_key"]
+        layer = layer_of_cache(past.name) if past is not None else None
+        if layer not in matrices:
+            continue
+        for name, entry in matrices[layer].items():
+            shape, kind = ir.Shape(entry.shape), ir.DataType.FLOAT
+            place = path.name, entry.start, entry.nbytes, kind
+            tensor = ir.ExternalTensor(*place, shape=shape, name=entry.name, base_dir=path.parent)
+            value = ir.Value(name=entry.name, shape=shape, type=ir.TensorType(kind), const_value=tensor)
+            graph.register_initializer(value)
+            given[name] = value
+        inputs = in_order({name: value for name, value in given.items() if value is not None})
+        node.resize_inputs(len(inputs))
+        for i, given_input in enumerate(inputs):
+            node.replace_input_with(i, given_input)
 
 
 def _store_weights(graph: ir.Graph, weights: Weights, original: Callable[[str], str]) -> None:
@@ -189,6 +231,7 @@ def _attention(  # type: ignore[no-untyped-def]
     total_sequence_length,
     head_sink=None,
     query_seqlens=None,
+    *_none,  # the constants of calibrated keys, which ``save`` adds
     **attributes,
 ):
     given = {

@@ -28,11 +28,19 @@ class SkvExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum 
         parser.add_argument("model", help="Folder with safetensors, GGUF file, or hub id.")
         parser.add_argument("output", help="Folder to write.")
         for option in _options():
-            kind: dict[str, Any] = {"action": "store_const", "const": True} if option.is_flag else {}
-            if isinstance(option.type, click.Choice):
-                kind = {"choices": [str(choice) for choice in option.type.choices]}
             text = (option.help or "").replace("%", "%%")
-            parser.add_argument(*option.opts[:1], dest=option.name, default=None, help=text, **kind)
+            shared: dict[str, Any] = {"dest": option.name, "default": None}
+            if option.is_flag:
+                parser.add_argument(*option.opts, action="store_const", const=True, help=text, **shared)
+                if option.secondary_opts:
+                    parser.add_argument(*option.secondary_opts, action="store_const", const=False, help=text, **shared)
+            elif option.count:
+                parser.add_argument(*option.opts, action="count", help=text, **shared)
+            else:
+                kind: dict[str, Any] = {"action": "append"} if option.multiple else {}
+                if isinstance(option.type, click.Choice):
+                    kind["choices"] = [str(choice) for choice in option.type.choices]
+                parser.add_argument(*option.opts, help=text, **kind, **shared)
 
     def run(self) -> None:
         """Runs the command; errors are printed as `skv-export` prints them."""
@@ -43,9 +51,16 @@ def arguments(args: Namespace) -> list[str]:
     """The parsed arguments as `skv-export model` takes them."""
     given = [args.model, "--out", args.output]
     for option in _options():
-        value = getattr(args, str(option.name))
-        if value is not None:
-            given += [option.opts[0]] if option.is_flag else [option.opts[0], value]
+        value, flag = getattr(args, str(option.name)), option.opts[-1]
+        if value is None:
+            continue
+        if option.is_flag:
+            given.append(flag if value else option.secondary_opts[0])
+        elif option.count:
+            given += [flag] * value
+        else:
+            for each in value if option.multiple else [value]:
+                given += [flag, each]
     return given
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
@@ -21,6 +21,7 @@ from transformers.utils import logging
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.model_config import load_config
 from skv_export.errors import SkvError
+from skv_export.integrations.frozen_model import FrozenModel, check_dtype, provider_of
 from skv_export.integrations.transformers_cache import Candidates, SkvCache
 from skv_export.model_folder import hub
 from skv_export.model_folder.names import LIBRARY_FILE
@@ -32,22 +33,9 @@ from skv_export.runtime.session import Session, last_logits
 logger = logging.get_logger(__name__)
 # A pipeline looks its model's class up in this table and reports an error, yet works, when it is not there.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["skv"] = "SkvForCausalLM"
-_FIX_DEVICE = "Choose where it computes with execution_provider; leave out device."
-_FIX_DTYPE = "Choose it at the export: skv-export model --dtype."
-_FIX_TRAIN = "Change the checkpoint with transformers, and export it again."
 
 
-def _refused(name: str, reason: str, fix: str) -> Callable[..., NoReturn]:
-    """A method of transformers' models that an exported graph can't support."""
-
-    def method(self: SkvForCausalLM, *_: Any, **__: Any) -> NoReturn:
-        raise SkvError(f"SkvForCausalLM.{name}: not supported", got="a call", expected=f"none: {reason}", fix=fix)
-
-    method.__name__, method.__doc__ = name, f"Not supported: {reason}.\n\nRaises:\n    SkvError: Always."
-    return method
-
-
-class SkvForCausalLM(GenerationMixin):
+class SkvForCausalLM(FrozenModel, GenerationMixin):
     """An exported model with transformers' ``generate``: greedy, sampling, beam search, padded batches, streaming.
 
     Example::
@@ -143,7 +131,7 @@ class SkvForCausalLM(GenerationMixin):
                 expected="execution_provider, num_threads, max_length, and the hub's options",
                 fix="Leave it out; bits and number formats are chosen by the export.",
             )
-        execution_provider = _provider_of(device_map, execution_provider)
+        execution_provider = provider_of(device_map, execution_provider)
         folder = hub.fetch(
             model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
@@ -155,7 +143,7 @@ class SkvForCausalLM(GenerationMixin):
             num_logits=num_logits,
             prefix_bytes=prefix_bytes,
         )
-        _check_dtype(torch_dtype if dtype is None else dtype, session.config.dtype)
+        check_dtype(torch_dtype if dtype is None else dtype, session.config.dtype)
         return cls.from_session(session, max_length)
 
     @classmethod
@@ -250,67 +238,31 @@ class SkvForCausalLM(GenerationMixin):
             replaced={"generation_config.json": self.generation_config.to_json_string().encode()},
         )
 
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Returns how many parameters the model has, as its checkpoint's class in PyTorch counts them.
+
+        Args:
+            only_trainable: None of an exported model's is.
+            exclude_embeddings: Leave out those of embeddings.
+        """
+        if only_trainable:
+            return 0
+        with torch.device("meta"):  # no memory is taken
+            model = AutoModelForCausalLM.from_config(self.config)  # type: ignore[no-untyped-call]
+        return int(model.num_parameters(exclude_embeddings=exclude_embeddings))
+
+    def __repr__(self) -> str:
+        config, session = self.session.config, self.session
+        weights = config.weights or config.dtype or "its own"
+        return (
+            f"SkvForCausalLM({session.folder}: {config.model_type}, {len(config.layers)} layers, cache {config.bits}, "
+            f"weights {weights}, context {config.context_length:,}, on {session.execution_provider})"
+        )
+
     @property
     def name_or_path(self) -> str:
         """The folder, as transformers asks for it."""
         return str(self.session.folder)
-
-    def to(self, *targets: torch.device | torch.dtype | str | int, dtype: torch.dtype | None = None) -> SkvForCausalLM:
-        """Returns the model: inputs and outputs are float32 on the CPU, whichever provider computes.
-
-        Args:
-            targets: Devices and number formats, as in ``torch.nn.Module.to``.
-            dtype: A number format.
-
-        Raises:
-            SkvError: Another device or number format.
-        """
-        for target in (*targets, *(() if dtype is None else (dtype,))):
-            if isinstance(target, torch.dtype):
-                if target != self.dtype:
-                    raise SkvError("dtype of SkvForCausalLM", got=target, expected=self.dtype, fix=_FIX_DTYPE)
-            elif isinstance(target, int) or torch.device(target).type != "cpu":  # a number is an accelerator's
-                raise SkvError("device of SkvForCausalLM", got=target, expected="cpu", fix=_FIX_DEVICE)
-        return self
-
-    def float(self) -> SkvForCausalLM:
-        """Returns the model: inputs and outputs are float32."""
-        return self
-
-    def cpu(self) -> SkvForCausalLM:
-        """Returns the model: inputs and outputs are on the CPU."""
-        return self
-
-    def eval(self) -> SkvForCausalLM:
-        """Returns the model, which is always in evaluation mode."""
-        return self
-
-    def train(self, mode: bool = True) -> SkvForCausalLM:
-        """Returns the model.
-
-        Raises:
-            SkvError: ``mode`` is not False.
-        """
-        if mode:
-            raise SkvError("SkvForCausalLM.train: not supported", got=mode, expected=False, fix=_FIX_TRAIN)
-        return self
-
-    half = _refused("half", "the number format is the export's", _FIX_DTYPE)
-    bfloat16 = _refused("bfloat16", "the number format is the export's", _FIX_DTYPE)
-    double = _refused("double", "the number format is the export's", _FIX_DTYPE)
-    cuda = _refused("cuda", "what goes in and comes out is on the CPU", _FIX_DEVICE)
-    requires_grad_ = _refused("requires_grad_", "an exported graph can't be trained", _FIX_TRAIN)
-    gradient_checkpointing_enable = _refused(
-        "gradient_checkpointing_enable", "an exported graph can't be trained", _FIX_TRAIN
-    )
-    parameters = _refused("parameters", "the weights are the graph's", _FIX_TRAIN)
-    named_parameters = _refused("named_parameters", "the weights are the graph's", _FIX_TRAIN)
-    state_dict = _refused("state_dict", "the weights are the graph's", _FIX_TRAIN)
-    load_state_dict = _refused("load_state_dict", "the weights are the graph's", _FIX_TRAIN)
-    add_adapter = _refused("add_adapter", "the weights are the graph's", _FIX_TRAIN)
-    get_input_embeddings = _refused("get_input_embeddings", "the weights are the graph's", _FIX_TRAIN)
-    get_output_embeddings = _refused("get_output_embeddings", "the weights are the graph's", _FIX_TRAIN)
-    resize_token_embeddings = _refused("resize_token_embeddings", "the vocabulary is the graph's", _FIX_TRAIN)
 
     def can_generate(self) -> bool:
         """Returns True."""
@@ -546,28 +498,3 @@ class SkvForCausalLM(GenerationMixin):
     @contextmanager
     def _optimize_model_for_decode(self) -> Iterator[None]:
         yield
-
-
-def _provider_of(device_map: Any, execution_provider: str) -> str:
-    """The execution provider that transformers' ``device_map`` means; the one given where it says nothing.
-
-    Raises:
-        SkvError: Several devices, or one that no provider has.
-    """
-    places = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
-    if places <= {None, "auto"}:
-        return execution_provider
-    kinds = {"cuda" if isinstance(place, int) else str(place).partition(":")[0] for place in places}
-    if len(kinds) == 1 and (kind := kinds.pop()) in ("cpu", "cuda"):
-        return kind
-    raise SkvError("device_map", got=device_map, expected="auto, or one device: cpu or cuda")
-
-
-def _check_dtype(dtype: torch.dtype | str | None, exported: str) -> None:
-    """Raises SkvError if a number format is asked for that is not the export's."""
-    names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-    wanted = str(dtype).removeprefix("torch.")
-    if dtype is not None and wanted != "auto" and names.get(wanted, wanted) != exported:
-        raise SkvError(
-            "dtype", got=wanted, expected=f"{exported}, the export's", fix="Export again with --dtype, or leave it out."
-        )

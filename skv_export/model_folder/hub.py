@@ -5,6 +5,7 @@ Native code is neither fetched nor pushed: a fetched model runs with the install
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -23,13 +24,15 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from skv_export import __version__
 from skv_export.checkpoints.checkpoint import hub_endpoint
 from skv_export.errors import SkvError
-from skv_export.model_folder.names import RECIPE_FILE, SKV_CONFIG_FILE
+from skv_export.model_folder.card import licence_of, model_card
+from skv_export.model_folder.names import CARD_FILE, CHAT_TEMPLATES_FOLDER, RECIPE_FILE, SKV_CONFIG_FILE
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.paths import looks_like_path, to_path
+from skv_export.spec.recipe import Recipe
 
+logger = logging.getLogger(__name__)
 PATTERNS = ("*.json", "*.jinja", "*.toml", "*.txt", "*.onnx*", "*.data", "tokenizer.model", "README.md")
 """The files of an exported folder; external data of a rewritten model may be named in any of these ways."""
-CARD = "README.md"
 _ERRORS = (OSError, ValueError, HTTPError)
 
 
@@ -78,6 +81,7 @@ def fetch(
             local_files_only=local_files_only,
             allow_patterns=list(PATTERNS),
         )
+        logger.info("%s at %s: %s", name, commit, folder)
         return _without_links(Path(folder))
     except _ERRORS as error:
         absent = isinstance(error, EntryNotFoundError) and isinstance(error, HfHubHTTPError)
@@ -125,15 +129,14 @@ def push(
     """
     folder = Path(folder)
     config = ModelConfig.load(folder)
-    names = [path.name for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in PATTERNS)]
-    contents: dict[str, str | bytes] = {name: str(folder / name) for name in names if name != CARD}
+    contents: dict[str, str | bytes] = {name: str(folder / name) for name in _files(folder) if name != CARD_FILE}
     contents |= replaced or {}
     operations = [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
     api = _api(token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if not api.file_exists(repo_id, CARD, revision=revision):
-            operations.append(CommitOperationAdd(CARD, _card(repo_id, config).encode()))
+        if not api.file_exists(repo_id, CARD_FILE, revision=revision):
+            operations.append(CommitOperationAdd(CARD_FILE, _card(folder, repo_id, config).encode()))
         commit = api.create_commit(
             repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
@@ -155,23 +158,31 @@ def _without_links(snapshot: Path) -> Path:
 
     ONNX Runtime reads no external data from outside the model's folder, links resolved. Hard links take no space.
     """
-    files = [path for path in snapshot.iterdir() if path.is_file() and any(fnmatch(path.name, p) for p in PATTERNS)]
-    if not any(path.is_symlink() for path in files):
+    names = _files(snapshot)
+    if not any((snapshot / name).is_symlink() for name in names):
         return snapshot
     folder = snapshot.resolve().parents[1] / "skv_export" / snapshot.resolve().name
-    if folder.is_dir() and {path.name for path in folder.iterdir()} == {path.name for path in files}:
+    if folder.is_dir() and _files(folder) == names:
         return folder
     folder.parent.mkdir(exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
-        for path in files:
-            _link_or_copy(path.resolve(), made / path.name)
+        for name in names:
+            (made / name).parent.mkdir(exist_ok=True)
+            _link_or_copy((snapshot / name).resolve(), made / name)
         made.chmod(0o755)
         shutil.rmtree(folder, ignore_errors=True)
         made.rename(folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return folder
+
+
+def _files(folder: Path) -> list[str]:
+    """The names of an exported folder's files that a hub holds, chat templates in their folder included."""
+    places = [*folder.iterdir(), *(folder / CHAT_TEMPLATES_FOLDER).glob("*.jinja")]
+    found = [path for path in places if path.is_file() and any(fnmatch(path.name, p) for p in PATTERNS)]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -189,15 +200,8 @@ def _api(token: str | bool | None) -> HfApi:
     return HfApi(endpoint=hub_endpoint(), token=token, library_name="skv_export", library_version=__version__)
 
 
-def _card(repo_id: str, config: ModelConfig) -> str:
-    source = config.source
-    base = f"base_model: {source['name']}\n" if source.get("kind") == "hub" else ""
-    pairs = sorted({f"K{layer.key.bits}V{layer.value.bits}" for layer in config.layers})
-    return (
-        "---\nlibrary_name: skv_export\npipeline_tag: text-generation\ntags: [onnx, kv-cache-quantization]\n"
-        f"{base}---\n\n# {repo_id.rpartition('/')[2]}\n\n"
-        f"{source.get('name') or config.model_type}, exported by skv_export {__version__} to ONNX Runtime with a "
-        f"quantized KV cache ({', '.join(pairs)}; `{RECIPE_FILE}` has all options).\n\n"
-        "```python\nfrom skv_export import SkvForCausalLM\n"
-        f'model = SkvForCausalLM.from_pretrained("{repo_id}")\n```\n'
-    )
+def _card(folder: Path, repo_id: str, config: ModelConfig) -> str:
+    """The card of a repository: the folder's own names a folder, not a hub id."""
+    recipe = folder / RECIPE_FILE
+    evidence = Recipe.load(recipe).description if recipe.is_file() else ""
+    return model_card(config, repo_id, licence=licence_of(folder), evidence=evidence)

@@ -7,16 +7,23 @@ from skv_export.native.library import FILE_NAME
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 """The graph's weights, as external data."""
+CALIBRATION_FILE = "calibration.safetensors"
+"""Constants of calibrated keys, to which the graph refers; only in folders that have them."""
 SKV_CONFIG_FILE = "skv_config.json"
 GENAI_CONFIG_FILE = "genai_config.json"
 RECIPE_FILE = "recipe.toml"
 MANIFEST_FILE = "skv_files.json"
 """The folder's own list of files: ``{"files": {name: size}}``, itself left out; written last."""
+CARD_FILE = "README.md"
 LIBRARY_FILE = FILE_NAME
 """onnxruntime-genai loads a custom-op library from the folder, the working directory or its own only."""
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+CHAT_TEMPLATES_FOLDER = "additional_chat_templates"
+"""Templates that a model has beside its default, ``NAME.jinja``: where transformers looks for them."""
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Names of special tokens, which templates know too."""
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"

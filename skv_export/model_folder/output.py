@@ -14,6 +14,7 @@ import ctypes
 import errno
 import fcntl
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -27,6 +28,7 @@ from skv_export.model_folder.names import MANIFEST_FILE, SKV_CONFIG_FILE
 from skv_export.model_folder.skv_config import read_json
 from skv_export.paths import to_path
 
+logger = logging.getLogger(__name__)
 RESERVE_BYTES = 64 << 20
 """Room for the graph, configurations and tokenizer, on top of the weights."""
 _UNLISTED = {
@@ -70,6 +72,7 @@ def output_folder(out: Path, weight_bytes: int, *, force: bool = False) -> Itera
             _write_manifest(new)
             _sync(new)
             _publish(new, target, private / _OLD, force=force)
+            logger.info("%s: written", target)
     except OSError as error:
         inside = error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(target.parent)
         place = target if inside else error.filename

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tomllib
 from dataclasses import dataclass
+from typing import Any
 
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.model_folder.genai_config import advice
+from skv_export.provenance import versions
 from skv_export.spec.layout import cache_bytes
 from skv_export.spec.op import LayerAttention
 from skv_export.spec.recipe import Recipe
 
 PLAN_LENGTHS = (4096, 32768, 131072)
-"""Lengths at which a plan compares the cache with an fp16 one."""
+"""Lengths at which a plan compares the cache with an fp16 one, where the model's context holds them."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Plan:
         layers: Attention of each layer, as the graph will have it.
         weight_bytes: Size of the weights as the recipe wants them, tied ones once.
         context_length: Tokens that the model can attend to.
+        calibrated: Layers whose keys are calibrated.
     """
 
     source: Source
@@ -33,6 +38,7 @@ class Plan:
     layers: tuple[LayerAttention, ...]
     weight_bytes: int
     context_length: int
+    calibrated: frozenset[int] = frozenset()
 
     def cache_bytes(self, length: int) -> int:
         """Returns the bytes that the cache of one sequence of ``length`` tokens takes."""
@@ -54,6 +60,38 @@ class Plan:
             for layout in layer.layouts
         )
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Lengths to compare at: none is beyond the model's context, which is one of them if it is short."""
+        within = tuple(length for length in PLAN_LENGTHS if length <= self.context_length)
+        return within if self.context_length >= PLAN_LENGTHS[-1] else tuple(sorted({*within, self.context_length}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the plan as data."""
+        return {
+            "source": str(self.source),
+            "model_type": self.model_type,
+            "context_length": self.context_length,
+            "recipe": tomllib.loads(self.recipe.to_toml()),
+            "layers": [
+                {
+                    "num_attention_heads": layer.params.num_heads,
+                    "num_key_value_heads": layer.params.kv_num_heads,
+                    "local_window_size": layer.params.local_window_size,
+                    "key": dataclasses.asdict(layer.layouts[0]),
+                    "value": dataclasses.asdict(layer.layouts[1]),
+                }
+                for layer in self.layers
+            ],
+            "weight_bytes": self.weight_bytes,
+            "bytes_per_token": self.bytes_per_token,
+            "cache": [
+                {"tokens": n, "bytes": self.cache_bytes(n), "fp16_bytes": self.half_cache_bytes(n)}
+                for n in self.lengths
+            ],
+            "versions": versions(),
+        }
+
     def table(self) -> str:
         """Returns the plan as text."""
         lines = [
@@ -63,7 +101,7 @@ class Plan:
         ]
         lines += [f"  {row}" for row in self._layer_rows()]
         lines += ["", f"cache: {self.bytes_per_token:,.0f} bytes per token and sequence"]
-        for length in PLAN_LENGTHS:
+        for length in self.lengths:
             ours, half = self.cache_bytes(length), self.half_cache_bytes(length)
             ratio = f"{half / ours:.1f}x smaller"
             lines.append(f"  {length:>7,} tokens: {_size(ours):>9} instead of {_size(half):>9} in fp16, {ratio}")
@@ -88,9 +126,10 @@ class Plan:
             key, value = layer.layouts
             params = layer.params
             window = f", window {params.local_window_size}" if params.local_window_size else ""
+            form = f"{key.granularity}, calibrated" if i in self.calibrated else key.granularity
             text = (
                 f"K{key.bits}V{value.bits}, {params.num_heads} query heads on {params.kv_num_heads}, "
-                f"head_dim {key.head_dim}{window}, keys per {key.granularity}, values per {value.granularity}, "
+                f"head_dim {key.head_dim}{window}, keys per {form}, values per {value.granularity}, "
                 f"first {key.num_sink_tokens} and last {key.recent_tokens} tokens exact"
             )
             if rows and rows[-1][2] == text:

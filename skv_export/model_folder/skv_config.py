@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +13,12 @@ from typing import Any
 
 from skv_export import __version__
 from skv_export.errors import SkvError
-from skv_export.model_folder.names import SKV_CONFIG_FILE
+from skv_export.model_folder.names import RECIPE_FILE, SKV_CONFIG_FILE
 from skv_export.paths import to_path
+from skv_export.spec.key_basis import can_be_calibrated
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.op import LayerAttention
-from skv_export.spec.recipe import LayerConfig
+from skv_export.spec.recipe import LayerConfig, Recipe
 
 FORMAT_VERSION = 1
 """Version of ``skv_config.json``."""
@@ -36,6 +39,7 @@ class LayerCache:
         local_window_size: Tokens a query sees, itself included; 0 = all.
         key: Layout of the keys.
         value: Layout of the values.
+        calibrated: Whether tiles of keys have a basis of their own; ``CALIBRATION_FILE`` holds it.
     """
 
     num_attention_heads: int
@@ -43,12 +47,13 @@ class LayerCache:
     local_window_size: int
     key: CacheLayout
     value: CacheLayout
+    calibrated: bool = False
 
     @classmethod
-    def of(cls, layer: LayerAttention) -> LayerCache:
+    def of(cls, layer: LayerAttention, calibrated: bool = False) -> LayerCache:
         """Returns the cache of a layer's attention."""
         params = layer.params
-        return cls(params.num_heads, params.kv_num_heads, params.local_window_size, *layer.layouts)
+        return cls(params.num_heads, params.kv_num_heads, params.local_window_size, *layer.layouts, calibrated)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,15 @@ class ModelConfig:
     weights: str = ""
     quantize_head: bool = True
     quantize_embeddings: bool = False
+
+    @property
+    def bits(self) -> str:
+        """The layers' bits in a word: ``K4V2``, or ``K4V2 (28 layers), K8V4 (2)``."""
+        counts = Counter(f"K{layer.key.bits}V{layer.value.bits}" for layer in self.layers)
+        if len(counts) == 1:
+            return next(iter(counts))
+        (first, count), *rest = counts.most_common()
+        return ", ".join([f"{first} ({count} layers)", *(f"{name} ({number})" for name, number in rest)])
 
     @classmethod
     def load(cls, folder: Path | str) -> ModelConfig:
@@ -155,13 +169,35 @@ class ModelConfig:
         }
 
 
+def describe(folder: Path | str) -> dict[str, Any]:
+    """Returns what a report says of an exported model: its folder, source, bits and recipe.
+
+    Raises:
+        SkvError: It is none, or damaged.
+    """
+    folder = to_path(folder, "exported folder")
+    config, recipe = ModelConfig.load(folder), folder / RECIPE_FILE
+    options = tomllib.loads(Recipe.load(recipe).to_toml()) if recipe.is_file() else None
+    return {
+        "folder": str(folder),
+        "model_type": config.model_type,
+        "source": dict(config.source),
+        "bits": config.bits,
+        "recipe": options,
+    }
+
+
 def _layer_cache(values: Mapping[str, Any]) -> LayerCache:
     names = ("num_attention_heads", "num_key_value_heads")
     heads, kv_heads = (_number(values, name, 1, MAX_HEADS) for name in names)
     if heads % kv_heads:
         raise ValueError(f"{heads} attention heads on {kv_heads} key-value heads")
     window = _number(values, "local_window_size", 0, MAX_CONTEXT)
-    return LayerCache(heads, kv_heads, window, *(_layout(values[name], name, window) for name in ("key", "value")))
+    key, value = (_layout(values[name], name, window) for name in ("key", "value"))
+    calibrated = values.get("calibrated", False)
+    if type(calibrated) is not bool or (calibrated and not can_be_calibrated(key)):
+        raise ValueError(f"calibrated is {str(calibrated)[:50]}, of keys that can't be")
+    return LayerCache(heads, kv_heads, window, key, value, calibrated)
 
 
 def layout_entry(layout: CacheLayout) -> dict[str, Any]:

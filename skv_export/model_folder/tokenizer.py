@@ -17,9 +17,14 @@ from tokenizers import Tokenizer
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.tokenizer import TOKENIZER_FILES, load_tokenizer
 from skv_export.errors import SkvError
-from skv_export.model_folder.names import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from skv_export.model_folder.names import (
+    CHAT_TEMPLATE_FILE,
+    CHAT_TEMPLATES_FOLDER,
+    SPECIAL_TOKENS,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
 
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _PROSE = "The capital of France is Paris.\n  def f(x):\n\treturn x + 1  # naïve café, 東京, 🙂 12345\n"
 TEXTS = (
     "",
@@ -113,11 +118,11 @@ def _strip(folder: Path) -> None:
 
 
 def _write_chat(original: Any, folder: Path) -> None:
-    """Writes what a chat needs to the places that runtimes read: special tokens, and the default template."""
+    """Writes what a chat needs to the places that runtimes read: special tokens and templates."""
     path = folder / TOKENIZER_CONFIG_FILE
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     values = dict(before)
-    for name in _SPECIAL:
+    for name in SPECIAL_TOKENS:
         token = getattr(original, name, None)
         given = values.get(name)
         if token is not None and (given.get("content") if isinstance(given, dict) else given) != token:
@@ -126,6 +131,10 @@ def _write_chat(original: Any, folder: Path) -> None:
         path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     template = original.chat_template
     if isinstance(template, dict):
+        others = {name: text for name, text in template.items() if name != "default" and name.isidentifier()}
+        for name, text in others.items():  # an identifier leads to no other folder
+            (folder / CHAT_TEMPLATES_FOLDER).mkdir(exist_ok=True)
+            (folder / CHAT_TEMPLATES_FOLDER / f"{name}.jinja").write_text(text, encoding="utf-8")
         template = template.get("default")
     if template and not (folder / CHAT_TEMPLATE_FILE).is_file() and values.get("chat_template") != template:
         (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")

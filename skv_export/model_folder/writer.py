@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skv_export.checkpoints import adapter
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.errors import SkvError
+from skv_export.model_folder.card import model_card
 from skv_export.model_folder.genai_config import genai_config
 from skv_export.model_folder.names import (
+    CARD_FILE,
     GENAI_CONFIG_FILE,
     LIBRARY_FILE,
     RECIPE_FILE,
@@ -51,8 +54,10 @@ def write_configs(
     hidden_size: int,
     inputs: Sequence[str],
     genai_base: Mapping[str, Any],
+    *,
+    licence: str = "",
 ) -> None:
-    """Writes what a runtime reads beside the graph: the recipe, both configurations, and the native library.
+    """Writes what stands beside the graph: the recipe, both configurations, the card, and the native library.
 
     Args:
         folder: The folder being written.
@@ -61,10 +66,13 @@ def write_configs(
         hidden_size: Channels of the hidden state.
         inputs: Names of the graph's inputs.
         genai_base: What ``genai_config.json`` says that is not ours to say.
+        licence: The checkpoint's, if known.
     """
     (folder / RECIPE_FILE).write_text(recipe.to_toml(), encoding="utf-8")
     write_json(folder / SKV_CONFIG_FILE, config.to_dict(hidden_size))
     write_json(folder / GENAI_CONFIG_FILE, genai_config(config, hidden_size, inputs, genai_base))
+    card = model_card(config, ".", licence=licence, evidence=recipe.description)
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
     shutil.copyfile(library_path(), folder / LIBRARY_FILE)
 
 
@@ -74,10 +82,16 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def digest(source: Source, config: PreTrainedConfig) -> str:
-    """SHA-256 that identifies a checkpoint: of ``config.json``, or of the first MiB (the metadata) of a GGUF file."""
+    """SHA-256 that identifies a checkpoint: of ``config.json``, or of the first MiB (the metadata) of a GGUF file.
+
+    With an adapter, of its configuration and weights as well.
+    """
     name = source.gguf_file or "config.json"
     if source.path is not None and (source.path / name).is_file():
         with (source.path / name).open("rb") as file:
-            return hashlib.sha256(file.read(1 << 20)).hexdigest()
+            found = hashlib.sha256(file.read(1 << 20))
+        for path in [source.adapter / x for x in (adapter.CONFIG, adapter.WEIGHTS)] if source.adapter else []:
+            found.update(path.read_bytes())
+        return found.hexdigest()
     text = json.dumps(config.to_diff_dict(), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

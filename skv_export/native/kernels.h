@@ -36,11 +36,20 @@ typedef struct SkvThreads {
   int32_t num_threads;
 } SkvThreads;
 
+// The constants of calibrated keys (docs/spec.md, Calibrated keys): float matrices [kv_num_heads][D][D], D = head_dim
+// padded. All null = none.
+typedef struct SkvKeyBasis {
+  const float* key;
+  const float* query;
+  const float* feedback;
+} SkvKeyBasis;
+
 // The blocks of a batch: block (b, h) starts at data + (b * kv_num_heads + h) * block_bytes, on a 16-byte boundary.
 typedef struct SkvCache {
   SkvLayout layout;
   uint8_t* data;
   int64_t block_bytes;  // a multiple of 16
+  SkvKeyBasis basis;    // of keys; with granularity channel, no rotation, and fewer than 16 bits
 } SkvCache;
 
 // New tokens [batch][tokens][heads][head_dim] of `type`; token (b, t) starts at data + (b * tokens + t) * token_stride.
@@ -78,7 +87,7 @@ SKV_API int skv_append(const SkvAttention* call, const SkvThreads* threads);
 SKV_API int skv_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int32_t h, int64_t length,
                            int32_t type, void* out, int64_t row_stride);
 
-// The op's own view of the tiles: T rows [T][D] in float32 from one tile's bytes, in the cache's basis.
+// The op's own view of the tiles: T rows [T][D] in float32 from one tile's bytes, in the tile's basis.
 SKV_API int skv_decode_tile(const SkvLayout* layout, const uint8_t* tile, float* out);
 
 // Makes the blocks of sequence b a cache of new_length tokens (reference.rewind): at most recent_tokens back.

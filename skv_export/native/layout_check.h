@@ -32,6 +32,12 @@ inline bool can_have_parameter_bits(int32_t bits, int32_t granularity) {
   return bits == 16 || (bits == 8 && granularity == SKV_CHANNEL);
 }
 
+// Whether tiles can hold keys in a basis of their own (spec/key_basis.py: can_be_calibrated), and in words.
+inline bool can_have_basis(const SkvLayout& l) {
+  return l.is_value == 0 && l.bits != 16 && l.granularity == SKV_CHANNEL && l.rotation == SKV_ROTATION_NONE;
+}
+constexpr const char* kBasisForm = "keys of fewer than 16 bits, granularity channel, rotation none";
+
 // What is wrong with a layout.
 struct LayoutProblem {
   const char* field = nullptr;  // null: nothing

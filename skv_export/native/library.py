@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import logging
 import os
 import platform
 from functools import cache
@@ -18,12 +19,14 @@ from numpy.typing import NDArray
 
 import skv_export
 from skv_export.errors import SkvError
+from skv_export.spec.key_basis import INPUTS, MATRICES, KeyBasis
 from skv_export.spec.layout import Bytes, CacheLayout, layout_fields
 from skv_export.spec.recipe import GRANULARITIES, RECENT_TYPES, ROTATIONS
 
 if TYPE_CHECKING:
     from skv_export.spec.op import AttentionParams
 
+logger = logging.getLogger(__name__)
 FILE_NAME = "libskv_ops.so"
 ENVIRONMENT = "SKV_OPS_LIBRARY"
 INSTRUCTION_SETS = ("scalar", "avx2", "avxvnni", "avx512vnni", "neon")
@@ -52,7 +55,18 @@ class SkvLayout(ctypes.Structure):
 class SkvCache(ctypes.Structure):
     """``SkvCache`` of kernels.h: the blocks of a batch."""
 
-    _fields_ = [("layout", SkvLayout), ("data", ctypes.c_void_p), ("block_bytes", ctypes.c_int64)]
+    _fields_ = [
+        ("layout", SkvLayout),
+        ("data", ctypes.c_void_p),
+        ("block_bytes", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in INPUTS),  # SkvKeyBasis
+    ]
+
+    @classmethod
+    def of(cls, layout: CacheLayout, data: int | None, block_bytes: int, basis: KeyBasis | None = None) -> SkvCache:
+        """Returns the structure; ``basis`` must outlive it."""
+        matrices = [] if basis is None else [_address(getattr(basis, name)) for name in MATRICES]
+        return cls(SkvLayout.of(layout), data, block_bytes, *matrices)
 
 
 class SkvTokens(ctypes.Structure):
@@ -127,6 +141,7 @@ class Library:
                 expected=f"a build of skv_export {skv_export.__version__} for {platform.system()} {platform.machine()}",
                 fix=_FIX,
             ) from error
+        logger.info("native library %s: CPU kernels %s, CUDA %s", path, self.cpu_isa, self.cuda_build or "not built")
 
     @property
     def version(self) -> str:
@@ -154,6 +169,7 @@ class Library:
         longest_length: int,
         new_length: int,
         *,
+        basis: KeyBasis | None = None,
         device: str = "cpu",
     ) -> None:
         """Makes the blocks of sequence ``b`` a cache of ``new_length`` tokens (``reference.rewind``), in place.
@@ -167,12 +183,13 @@ class Library:
             length: Tokens held.
             longest_length: Most tokens held since the sequence was empty.
             new_length: Tokens to hold.
+            basis: Of calibrated keys, on a CPU.
             device: Where ``data`` is, ``cpu`` or ``cuda``; there it is done when ``synchronize`` returns.
 
         Raises:
             SkvError: Too far back, or an unusable block.
         """
-        held = SkvCache(SkvLayout.of(layout), data, block_bytes)
+        held = SkvCache.of(layout, data, block_bytes, basis)
         arguments = ctypes.byref(held), kv_num_heads, b, length, longest_length, new_length
         if device == "cuda":
             self._check("rewind", self._c.skv_cuda_rewind(*arguments, _DEFAULT_STREAM), "skv_cuda_last_error")
@@ -229,6 +246,7 @@ class Library:
         *,
         head_sink: NDArray[Any] | None = None,
         query_seqlens: NDArray[np.int32] | None = None,
+        key_basis: KeyBasis | None = None,
     ) -> tuple[NDArray[Any], Bytes, Bytes]:
         """The op on tokens that have had RoPE and QK norm; as ``reference.quantized_kv_attention``.
 
@@ -244,9 +262,11 @@ class Library:
         lengths = np.ascontiguousarray(seqlens_k, np.int32)
         new = None if query_seqlens is None else np.ascontiguousarray(query_seqlens, np.int32)
         present = [np.array(past, np.uint8, order="C") for past in (past_key, past_value)]
+        if key_basis is not None:
+            key_basis.check(layouts[0], params.kv_num_heads)
         caches = [
-            SkvCache(SkvLayout.of(layout), _address(x), x.shape[2] * x.shape[3])
-            for layout, x in zip(layouts, present, strict=True)
+            SkvCache.of(layout, _address(x), x.shape[2] * x.shape[3], basis)
+            for layout, x, basis in zip(layouts, present, (key_basis, None), strict=True)
         ]
         output = np.zeros_like(query)
         call = SkvAttention(

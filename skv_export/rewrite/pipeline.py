@@ -22,7 +22,10 @@ import onnx_ir as ir
 
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.errors import SkvError
+from skv_export.model_folder.card import licence_of
+from skv_export.model_folder.labels import label_attention, label_model
 from skv_export.model_folder.names import (
+    CHAT_TEMPLATES_FOLDER,
     GENAI_CONFIG_FILE,
     INPUT_IDS,
     LIBRARY_FILE,
@@ -143,14 +146,19 @@ def rewrite_model(
         raise SkvError(f"{target}: the source's own folder", fix="Pass another --out: the source is never changed.")
     with output_folder(target, _bytes_to_write(rewrite, target, copy_weights), force=force) as folder:
         rewrite_graph(rewrite.source.graph, rewrite.layers)
+        label_attention(rewrite.source.graph.graph)
+        label_model(rewrite.source.graph, rewrite.config, rewrite.recipe)
         onnx.save(ir.to_proto(rewrite.source.graph), folder / MODEL_FILE)
         for location, file in rewrite.source.weights.items():
             _share(file, folder / location, copy=copy_weights)
         for file in rewrite.source.companions:
-            shutil.copyfile(file, folder / file.name)
+            place = folder / CHAT_TEMPLATES_FOLDER if file.parent.name == CHAT_TEMPLATES_FOLDER else folder
+            place.mkdir(exist_ok=True)
+            shutil.copyfile(file, place / file.name)
         inputs = [str(value.name) for value in rewrite.source.graph.graph.inputs]
         base = rewrite.source.genai_config
-        write_configs(folder, rewrite.recipe, rewrite.config, rewrite.hidden_size, inputs, base)
+        licence = licence_of(rewrite.source.path.parent)
+        write_configs(folder, rewrite.recipe, rewrite.config, rewrite.hidden_size, inputs, base, licence=licence)
     return target
 
 

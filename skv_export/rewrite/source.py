@@ -16,8 +16,9 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from skv_export.checkpoints.checkpoint import refuse_exported
 from skv_export.errors import SkvError
-from skv_export.model_folder.names import GENAI_CONFIG_FILE, MODEL_FILE
+from skv_export.model_folder.names import CHAT_TEMPLATES_FOLDER, GENAI_CONFIG_FILE, MODEL_FILE
 from skv_export.model_folder.skv_config import read_json
 from skv_export.paths import to_path
 
@@ -36,6 +37,7 @@ COMPANIONS = (
     "spiece.model",
     "sentencepiece.bpe.model",
     "chat_template*",
+    f"{CHAT_TEMPLATES_FOLDER}/*.jinja",
     "preprocessor_config.json",
     "LICENSE*",
     "NOTICE*",
@@ -114,9 +116,10 @@ def find_onnx(source: Path | str) -> Path:
     """Returns the ``.onnx`` file that ``source`` names.
 
     Raises:
-        SkvError: There is none, or several and none of them is ``model.onnx``.
+        SkvError: There is none, or several and none of them is ``model.onnx``; or it is an export's.
     """
-    path = Path(source).expanduser()
+    path = to_path(source, "checkpoint")
+    refuse_exported(path if path.is_dir() else path.parent)
     if path.is_file() and path.suffix == ".onnx":
         return path.absolute()
     if not path.is_dir():

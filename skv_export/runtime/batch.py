@@ -114,7 +114,8 @@ class Batch:
             raise SkvError("max_new_tokens", got=repr(max_new_tokens)[:50], expected="at least 1")
         self._count += 1
         ids = [int(token) for token in prompt]
-        self._waiting.append(_Sequence(self._count, ids, max_new_tokens, Sampler(sampling or Sampling())))
+        choose = Sampler(sampling or Sampling(), self._session.marked([ids]))
+        self._waiting.append(_Sequence(self._count, ids, max_new_tokens, choose))
         return self._count
 
     def remove(self, sequence: int) -> bool:

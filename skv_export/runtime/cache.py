@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,13 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from skv_export.calibration.file import Calibration
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import TENSORS, past_name, present_name
 from skv_export.model_folder.skv_config import LayerCache
 from skv_export.native.library import Library
 from skv_export.spec import reference
+from skv_export.spec.key_basis import KeyBasis
 from skv_export.spec.layout import Bytes, CacheLayout
 
+logger = logging.getLogger(__name__)
 Key = tuple[int, str]
 """Names one tensor: layer, and ``key`` or ``value``."""
 
@@ -89,6 +93,7 @@ class Cache:
         max_length: Tokens per sequence.
         device: ``cpu`` or ``cuda``.
         library: The native library.
+        bases: Gives the constants of calibrated keys, by layer; asked when tokens are taken back.
         model: Says which model the cache is of, in a saved file.
 
     Attributes:
@@ -108,6 +113,7 @@ class Cache:
         max_length: int,
         device: str,
         library: Library,
+        bases: Callable[[], Mapping[int, KeyBasis]] = dict,
         model: Callable[[], str] = str,
     ) -> None:
         import onnxruntime as ort
@@ -117,7 +123,7 @@ class Cache:
         self.lengths: NDArray[np.int64] = np.zeros(batch, np.int64)
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self._longest = self.lengths.copy()  # since each was empty: up to there rows are overwritten
-        self._onnx, self._device, self._library, self.model = onnx, device, library, model
+        self._onnx, self._device, self._library, self._bases, self.model = onnx, device, library, bases, model
         self._tensors: dict[Key, tuple[CacheLayout, Any]] = {}
         for i, layer in enumerate(layers):
             for name, layout in zip(TENSORS, (layer.key, layer.value), strict=True):
@@ -125,6 +131,7 @@ class Cache:
                 buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.uint8, device)
                 self._tensors[i, name] = layout, buffer
         self.bind(self.binding)
+        logger.debug("cache of %d sequences of %d tokens: %d bytes on %s", batch, max_length, self.nbytes, device)
 
     def bind(self, binding: Any) -> None:
         """Binds the buffers, as past and present alike, to an IOBinding of the session."""
@@ -202,12 +209,14 @@ class Cache:
                     expected=f"{floor} ... {held}, or 0",
                     fix="Start the sequence again, or export with more recent_tokens.",
                 )
-        for layout, buffer in self._tensors.values():
+        bases = self._bases()
+        for (layer, name), (layout, buffer) in self._tensors.items():
+            basis = bases.get(layer) if name == "key" else None
             heads, block_bytes = buffer.shape()[1], math.prod(buffer.shape()[2:])
             for b in np.flatnonzero((new != 0) & (new != self.lengths)).tolist():
                 lengths_of_b = int(self.lengths[b]), int(self._longest[b]), int(new[b])
                 self._library.rewind(
-                    layout, buffer.data_ptr(), block_bytes, heads, b, *lengths_of_b, device=self._device
+                    layout, buffer.data_ptr(), block_bytes, heads, b, *lengths_of_b, basis=basis, device=self._device
                 )
         if self._device == "cuda":  # the next call runs on a stream of ONNX Runtime's
             self._library.synchronize()
@@ -237,7 +246,9 @@ class Cache:
             SkvError: No indices, or not of sequences.
         """
         order = self._order(indices)
-        twin = Cache(self._onnx, self.layers, len(order), self.max_length, self._device, self._library, self.model)
+        twin = Cache(
+            self._onnx, self.layers, len(order), self.max_length, self._device, self._library, self._bases, self.model
+        )
         twin._copy(self, order)
         return twin
 
@@ -360,6 +371,21 @@ class Cache:
         from skv_export.runtime import cache_file
 
         cache_file.save(self, path)
+
+
+def load_bases(path: Path, layers: Sequence[LayerCache]) -> Mapping[int, KeyBasis]:
+    """Reads the constants of the layers whose keys are calibrated, by layer; without such a layer, nothing.
+
+    Raises:
+        SkvError: The file is missing or damaged, or lacks a layer.
+    """
+    calibrated = [i for i, layer in enumerate(layers) if layer.calibrated]
+    bases = Calibration.load(path).bases if calibrated else {}
+    for i in calibrated:
+        if i not in bases:
+            raise SkvError(f"{path}: layer {i} is missing", fix="Export the model again.")
+        bases[i].check(layers[i].key, layers[i].num_key_value_heads)
+    return {i: bases[i] for i in calibrated}
 
 
 def _parts(layout: CacheLayout, block: Bytes) -> tuple[Bytes, Bytes]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from skv_export.checkpoints.tensor_files import LocalFile, TensorEntry, read_header, read_metadata
 from skv_export.errors import SkvError
-from skv_export.model_folder.names import DATA_FILE, MODEL_FILE, TENSORS
+from skv_export.model_folder.names import CALIBRATION_FILE, DATA_FILE, MODEL_FILE, TENSORS
 from skv_export.model_folder.output import output_file
 from skv_export.model_folder.skv_config import LayerCache
 from skv_export.paths import to_path
@@ -46,6 +46,8 @@ def model_digest(folder: Path) -> str:
         folder: The exported folder.
     """
     digest = hashlib.sha256((folder / MODEL_FILE).read_bytes())
+    if (folder / CALIBRATION_FILE).is_file():
+        digest.update((folder / CALIBRATION_FILE).read_bytes())
     weights = folder / DATA_FILE
     if weights.is_file():
         size = weights.stat().st_size

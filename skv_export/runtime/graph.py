@@ -6,6 +6,8 @@ One call appends new tokens to a cache. What a caller may pass is checked in ``s
 from __future__ import annotations
 
 import itertools
+import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from skv_export.runtime.last_logits import with_logits
 from skv_export.runtime.providers import brief, check_kernels, load_error, open_session, ort_errors
 from skv_export.spec.op import OP_NAME
 
+logger = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
@@ -83,6 +86,7 @@ class Graph:
             raise SkvError(f"{path}: no such file", fix="Export the model with `skv-export model`.")
         if num_logits > 1 and not config.all_logits:
             model = with_logits(path, num_logits).SerializeToString()
+        start = time.perf_counter()
         options = session_options(folder, num_threads, spinning)
         try:
             self.onnx = open_session(
@@ -92,6 +96,9 @@ class Graph:
         except ort_errors() as error:
             raise load_error(path, error) from error
         check_kernels(config, execution_provider, library)
+        taken = time.perf_counter() - start
+        logger.info("%s: %d layers of %s, loaded on %s in %.1f s", path, len(config.layers), config.bits,
+                    execution_provider, taken)  # fmt: skip
         self.inputs = _token_inputs(folder, {x.name: x.shape for x in self.onnx.get_inputs()}, config)
 
     def run(self, cache: Cache, input_ids: Int64, attention_mask: Int64, position_ids: Int64) -> Logits:

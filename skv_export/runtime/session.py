@@ -5,7 +5,7 @@ Needs numpy, onnxruntime and tokenizers; no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,23 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from skv_export.errors import SkvError
+from skv_export.model_folder.names import CALIBRATION_FILE
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import load_library
 from skv_export.paths import to_path
 from skv_export.runtime import cache_file
 from skv_export.runtime.batch import Batch
-from skv_export.runtime.cache import Cache
+from skv_export.runtime.cache import Cache, load_bases
 from skv_export.runtime.graph import Graph, Int64, Logits
 from skv_export.runtime.prefixes import Prefix, PrefixStore
 from skv_export.runtime.prompts import chat_prompt, load_tokenizer
 from skv_export.runtime.sampling import Sampler, Sampling
+from skv_export.spec.key_basis import KeyBasis
 
 MAX_THREADS = 1024
 MAX_LOGITS = 1024
+Observer = Callable[[Logits, Int64], object]
+"""Told the logits of a step, ``[B, vocab_size]``, and the tokens that were chosen, ``[B]``."""
 
 
 class Session:
@@ -120,7 +124,7 @@ class Session:
             )
         return Cache(
             self.onnx, self.config.layers, batch, wanted, self.execution_provider, self.library,
-            lambda: cache_file.model_digest(self.folder),
+            lambda: self.bases, lambda: cache_file.model_digest(self.folder),
         )  # fmt: skip
 
     def batch(self, slots: int, *, max_length: int | None = None, prompt_chunk: int = 512) -> Batch:
@@ -154,6 +158,11 @@ class Session:
             SkvError: The file is damaged, or no cache of this model; or there is not so much room in its context.
         """
         return cache_file.load(self, path, room)
+
+    @cached_property
+    def bases(self) -> Mapping[int, KeyBasis]:
+        """Constants of calibrated keys, by layer; see ``load_bases``."""
+        return load_bases(self.folder / CALIBRATION_FILE, self.config.layers)
 
     def run(
         self,
@@ -314,7 +323,9 @@ class Session:
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
         cache: Cache | None = None,
-    ) -> Iterator[Int64]:
+        present: Sequence[Sequence[int]] | None = None,
+        observe: Observer | None = None,
+    ) -> Generator[Int64, None, None]:
         """Generates token by token.
 
         Args:
@@ -325,6 +336,8 @@ class Session:
             sampling: How a token is chosen; greedy if not given.
             cache: Holds what came before; a new one of the right size if not given. The last token that is yielded
                 has not been appended to it.
+            present: Tokens of each sequence that the penalty of repetition counts; those of ``input_ids`` if not given.
+            observe: Called with the logits ``[B, vocab_size]`` of each step and the tokens ``[B]`` chosen from them.
 
         Yields:
             ``[B]``, the next token of each sequence; one that has ended gets the padding token.
@@ -340,12 +353,15 @@ class Session:
         if cache is None:
             self.check_length(int(new.sum(axis=1).max(initial=0)))
             cache = self.cache(len(ids), min(ids.shape[1] + max_new_tokens, self.config.context_length))
-        choose = Sampler(sampling or Sampling())
+        held = [row[real].tolist() for row, real in zip(ids, new, strict=True)] if present is None else present
+        choose = Sampler(sampling or Sampling(), self.marked(held))
         logits, entries = self.prefill(ids, new, cache)
         active = np.ones(len(ids), np.bool_)
         try:
             for step in range(max_new_tokens):
                 tokens = np.where(active, choose(logits), self.pad_token_id)
+                if observe is not None:
+                    observe(logits, tokens)
                 yield tokens
                 active = active & ~np.isin(tokens, self.config.eos_token_id) & (cache.lengths < cache.max_length)
                 if not active.any() or step + 1 == max_new_tokens:
@@ -377,6 +393,13 @@ class Session:
         if self.prefixes is None or cache.lengths.any() or not may_pad or not new.any(axis=1).all():
             return last_logits(self._append(ids, new, None, cache), new), []
         return self.prefixes.prefill(self, cache, [row[at].tolist() for row, at in zip(ids, new, strict=True)])
+
+    def marked(self, present: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
+        """Which tokens a sequence has, ``[B, vocab_size]``."""
+        marked = np.zeros((len(present), self.config.vocab_size), np.bool_)
+        for row, tokens in zip(marked, present, strict=True):
+            row[list(tokens)] = True
+        return marked
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 128, sampling: Sampling | None = None
@@ -419,19 +442,39 @@ class Session:
         """The folder's ``tokenizer.json``, as tokenizers' Tokenizer; see ``load_tokenizer``."""
         return load_tokenizer(self.folder)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Formats messages with the model's chat template.
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """Formats messages with the model's chat template, as transformers' ``apply_chat_template`` does.
 
         Args:
-            messages: Each with ``role`` and ``content``.
+            messages: Each with ``role`` and, as a rule, ``content``.
+            tools: JSON schemas of functions that the model may call.
+            documents: With ``title`` and ``text``, for models that answer from documents.
+            add_generation_prompt: End where the model's answer starts.
+            variables: What else the template asks for, such as ``enable_thinking=False``.
 
         Returns:
-            The prompt as text, up to where the model's answer starts.
+            The prompt as text; its special tokens are in it, so that the tokenizer is to add none.
 
         Raises:
-            SkvError: The folder has no chat template.
+            SkvError: The folder has no chat template, the template refuses the messages (its own words are in the
+                message), is faulty, or exceeds its limits.
         """
-        return chat_prompt(self.folder, messages)
+        return chat_prompt(
+            self.folder,
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            variables=variables,
+        )
 
 
 def last_logits(logits: Logits, new: NDArray[np.bool_]) -> Logits:

@@ -7,15 +7,16 @@ they are taken back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from skv_export.errors import SkvError
 from skv_export.runtime.cache import Cache
+from skv_export.runtime.graph import Int64, Logits
 from skv_export.runtime.sampling import Sampler, Sampling
-from skv_export.runtime.session import Session
+from skv_export.runtime.session import Observer, Session
 
 MAX_NGRAM = 3
 """Tokens at the end of a text that are looked for earlier in it, at most."""
@@ -126,50 +127,60 @@ class Speculation:
 
     def stream(
         self,
-        prompt: Sequence[int],
+        prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
         cache: Cache | None = None,
-    ) -> Iterator[int]:
+        present: Sequence[Sequence[int]] | None = None,
+        observe: Observer | None = None,
+    ) -> Generator[Int64, None, None]:
         """Generates token by token, as ``Session.stream`` does for one sequence.
 
         Args:
-            prompt: At least one token.
+            prompts: The prompt, ``[1, S]``.
             max_new_tokens: Tokens to generate at most.
             sampling: How a token is chosen; greedy if not given.
             cache: Of one sequence; holds what came before. When the stream ends by itself, the last token has not been
                 appended to it; when it is closed before, some may have been that were not yielded.
+            present: As in ``Session.stream``.
+            observe: As in ``Session.stream``.
 
         Yields:
-            The next token.
+            ``[1]``, the next token.
 
         Raises:
-            SkvError: See ``Session.stream``.
+            SkvError: Several sequences, or see ``Session.stream``.
         """
-        session = self.session
+        session, ids = self.session, np.asarray(prompts, np.int64)
+        session.check_ids(ids, 1)
         if cache is None:
-            session.check_length(len(prompt))
-            cache = session.cache(1, min(len(prompt) + max_new_tokens, session.config.context_length))
-        if cache.batch != 1:
-            raise SkvError("speculative decoding: sequences of the cache", got=cache.batch, expected=1)
-        choose, ends = Sampler(sampling or Sampling()), session.config.eos_token_id
-        ids = np.asarray([prompt], np.int64)
+            session.check_length(ids.shape[1])
+            cache = session.cache(1, min(ids.shape[1] + max_new_tokens, session.config.context_length))
+        sampler = Sampler(sampling or Sampling(), session.marked(ids.tolist() if present is None else present))
+
+        def choose(logits: Logits) -> int:
+            tokens = sampler(logits[None])
+            if observe is not None:
+                observe(logits[None], tokens)
+            return int(tokens[0])
+
+        ends, count = session.config.eos_token_id, 1
         logits, entries = session.prefill(ids, np.ones(ids.shape, np.bool_), cache)
         try:
-            new = [int(choose(logits)[0])]
-            count = 1
+            new = [choose(logits[0])]
             while True:
-                yield from new
+                for token in new:
+                    yield np.array([token], np.int64)
                 if new[-1] in ends or count >= max_new_tokens or cache.lengths[0] >= cache.max_length:
                     return
-                new = self._step(cache, new[-1], max_new_tokens - count, choose, ends)
+                new = self._step(cache, new[-1], max_new_tokens - count, choose)
                 count += len(new)
         finally:
             if session.prefixes is not None and entries:
                 session.prefixes.keep(cache, entries)
 
-    def _step(self, cache: Cache, token: int, wanted: int, choose: Sampler, ends: Sequence[int]) -> list[int]:
+    def _step(self, cache: Cache, token: int, wanted: int, choose: Callable[[Logits], int]) -> list[int]:
         """One call: the last token and guesses behind it. Returns the tokens that follow; all but the last are held."""
         held = int(cache.lengths[0])
         room = min(self._most, wanted - 1, cache.draft_room(0))
@@ -177,8 +188,8 @@ class Speculation:
         logits = self.session.run([[token, *guesses]], None, None, cache)[0, -1 - len(guesses) :]
         new: list[int] = []
         for row, guess in zip(logits, [*guesses, -1], strict=True):
-            new.append(int(choose(row[None])[0]))
-            if new[-1] != guess or guess in ends:
+            new.append(choose(row))
+            if new[-1] != guess or guess in self.session.config.eos_token_id:
                 break
         cache.rewind(held + len(new))
         self.calls += 1

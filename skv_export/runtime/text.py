@@ -1,39 +1,52 @@
-"""From prompt to text in one call, with figures of the run."""
+"""From prompt to text, piece by piece, with stop strings and figures of the run."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from skv_export.errors import SkvError
 from skv_export.model_folder.output import check_file
-from skv_export.runtime.cache import Cache
+from skv_export.runtime.prompt_cache import PromptCache
 from skv_export.runtime.sampling import Sampling
-from skv_export.runtime.session import Session
-from skv_export.runtime.speculation import DraftModel, PromptLookup, Speculation
+from skv_export.runtime.session import Observer, Session
+from skv_export.runtime.speculation import Drafter, DraftModel, PromptLookup, Speculation
+
+logger = logging.getLogger(__name__)
+REASONS = {
+    "eos": "the model's end token",
+    "stop": "a stop string",
+    "max_new_tokens": "the limit of new tokens",
+    "context": "the model's context, which is full",
+    "interrupted": "an interrupt",
+}
+"""Why a text ends, by the name in ``Generation.stop_reason``."""
 
 
 @dataclass
 class Generation:
-    """The result of ``generate_text``.
+    """What was generated, and what it took.
 
     Attributes:
-        text: What was generated.
+        text: What was generated, up to a stop string.
         prompt_tokens: Tokens of the prompt.
+        cached_tokens: Those of them that were in the cache already.
         tokens: Generated token ids.
         prefill_seconds: Until the first token.
         decode_seconds: From the first token to the last.
         cache_bytes: Bytes of the cache.
-        stop_reason: ``eos`` (an end token), ``max_new_tokens``, or ``context`` (the model's context is full).
+        stop_reason: A name of ``REASONS``; empty while it goes on.
         guessed: Tokens guessed by speculative decoding.
         accepted: Those that were right.
     """
 
     text: str = ""
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -42,16 +55,226 @@ class Generation:
     guessed: int = 0
     accepted: int = 0
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of decoding; None for fewer than two tokens."""
+        steps = len(self.tokens) - 1
+        return steps / self.decode_seconds if steps > 0 and self.decode_seconds > 0 else None
+
     def summary(self) -> str:
         """One line of figures."""
-        steps = len(self.tokens) - 1
-        speed = f", {steps / self.decode_seconds:.1f} tokens/s" if steps > 0 and self.decode_seconds > 0 else ""
+        speed = f", {self.tokens_per_second:.1f} tokens/s" if self.tokens_per_second else ""
+        cached = f" ({self.cached_tokens} in the cache)" if self.cached_tokens else ""
+        reason = REASONS.get(self.stop_reason, "nothing")
         guesses = f", {self.accepted} of {self.guessed} guesses right" if self.guessed else ""
         return (
-            f"{self.prompt_tokens} prompt tokens in {self.prefill_seconds:.2f} s; "
-            f"{len(self.tokens)} new{speed}{guesses}; "
-            f"cache {self.cache_bytes / 2**20:.1f} MiB; stopped by {self.stop_reason}"
+            f"{self.prompt_tokens} prompt tokens{cached} in {self.prefill_seconds:.2f} s; {len(self.tokens)} new"
+            f"{speed}{guesses}; cache {self.cache_bytes / 2**20:.1f} MiB; stopped by {reason}"
         )
+
+
+class TextStream:
+    """Iterates over the pieces of a generated text; ``generation`` holds what has come so far.
+
+    Args:
+        session: The model.
+        prompts: The cache, which may hold the beginning of the prompt.
+        prompt: The whole prompt.
+        add_special_tokens: Whether the tokenizer adds its own.
+        max_new_tokens: Tokens to generate at most.
+        sampling: How a token is chosen; greedy if not given.
+        stop: Strings that end the text, themselves left out.
+        observe: Called with each token's logits and the token; see ``Session.stream``.
+        goes_on: The prompt follows what the cache holds, and may be empty then, instead of being the whole of it.
+        drafter: Guesses the next tokens; see ``Speculation``.
+
+    Raises:
+        SkvError: The prompt has no tokens or exceeds the model's context, or an empty stop string.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        prompts: PromptCache,
+        prompt: str,
+        *,
+        add_special_tokens: bool = True,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        observe: Observer | None = None,
+        goes_on: bool = False,
+        drafter: Drafter | None = None,
+    ) -> None:
+        if isinstance(stop, str) or not all(stop):
+            raise SkvError("stop", got=repr(stop), expected="strings, none of them empty")
+        self._session, self._prompts, self._stop = session, prompts, tuple(stop)
+        new = prompts.go_on(prompt) if goes_on else prompts.begin(prompt, add_special_tokens=add_special_tokens)
+        if not new:
+            raise SkvError("prompt: no tokens", got=repr(prompt), expected="some text")
+        held = len(prompts.tokens) - len(new)
+        self.generation = Generation(
+            prompt_tokens=len(prompts.tokens), cached_tokens=held, cache_bytes=prompts.cache.nbytes
+        )
+        self._max_new_tokens = max_new_tokens
+        self._speculation = None if drafter is None else Speculation(session, drafter)
+        self._tokens = (self._speculation or session).stream(
+            [new],
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            cache=prompts.cache,
+            present=[prompts.tokens],
+            observe=observe,
+        )
+
+    def __iter__(self) -> Generator[str, None, None]:
+        """Yields each piece as it is final: one that could begin a stop string waits for what follows.
+
+        However the iteration ends, ``generation`` and the cache's tokens say what has been generated: close the
+        iterator where it is left early. An interrupt passes on.
+        """
+        result = self.generation
+        try:
+            yield from self._until_stopped()
+        except (KeyboardInterrupt, GeneratorExit):
+            result.stop_reason = "interrupted"
+            raise
+        finally:
+            self._tokens.close()
+            if self._speculation is not None:
+                result.guessed, result.accepted = self._speculation.guessed, self._speculation.accepted
+            self._prompts.extend(result.tokens, result.text)
+        if not result.stop_reason:
+            ended = result.tokens and result.tokens[-1] in self._session.config.eos_token_id
+            full = len(result.tokens) < self._max_new_tokens
+            result.stop_reason = "eos" if ended else "context" if full else "max_new_tokens"
+        logger.info("%s", result.summary())
+
+    def _until_stopped(self) -> Iterator[str]:
+        from tokenizers.decoders import DecodeStream
+
+        result, decoder, waiting = self.generation, DecodeStream(skip_special_tokens=True), ""
+        start = time.perf_counter()
+        for (token,) in self._tokens:
+            now = time.perf_counter()
+            result.prefill_seconds = result.prefill_seconds or now - start
+            result.decode_seconds = now - start - result.prefill_seconds
+            result.tokens.append(int(token))
+            waiting += decoder.step(self._session.tokenizer, int(token)) or ""
+            found = [at for at in map(waiting.find, self._stop) if at >= 0]
+            final = min(found) if found else len(waiting) - _overlap(waiting, self._stop)
+            if piece := waiting[:final]:
+                waiting = waiting[final:]
+                result.text += piece
+                yield piece
+            if found:
+                result.stop_reason = "stop"
+                return
+        if waiting:
+            result.text += waiting
+            yield waiting
+
+    def save_cache(self, path: Path | str) -> None:
+        """Saves the cache, with all that was generated so far but an end token; see ``Cache.save``.
+
+        Args:
+            path: The file.
+        """
+        self._prompts.complete()
+        self._prompts.cache.save(path)
+
+
+def _overlap(text: str, stops: Sequence[str]) -> int:
+    """Characters at the end of a text that may be the beginning of a stop string."""
+    longest = min(len(text), max(map(len, stops), default=1) - 1)
+    return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
+
+
+def start_text(
+    folder: Path | str,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    chat: bool = False,
+    system: str | None = None,
+    template_options: Mapping[str, Any] | None = None,
+    execution_provider: str = "cpu",
+    cuda_graph: bool = False,
+    prompt_lookup: int = 0,
+    draft: Path | str | None = None,
+    draft_tokens: int = 4,
+    load_cache: Path | str | None = None,
+) -> TextStream:
+    """Loads a model and begins to continue a prompt; the work is done as the result is iterated over.
+
+    Args:
+        folder: What ``skv-export model`` wrote.
+        prompt: Text to continue; with ``chat``, what the user says.
+        max_new_tokens: Tokens to generate at most.
+        temperature: 0 = greedy.
+        top_k: Only the k most likely tokens; 0 = all.
+        top_p: Only the most likely tokens that make up this probability.
+        min_p: Only tokens at least this probable, measured by the most probable one.
+        repetition_penalty: Above 1: tokens that are there already become less likely.
+        seed: Of the sampling.
+        stop: Strings that end the text, themselves left out.
+        chat: Put the prompt into the model's chat template.
+        system: What the system says before the user, with ``chat``.
+        template_options: What else the chat template asks for, such as ``{"enable_thinking": False}``.
+        execution_provider: ``cpu`` or ``cuda``.
+        cuda_graph: Decode as a CUDA graph; see ``Session``.
+        prompt_lookup: Tokens to guess from what the text said before, and to check in one call; 0 = none.
+        draft: A smaller exported model with the same tokens that guesses instead.
+        draft_tokens: Tokens that it guesses at most.
+        load_cache: A saved cache to go on from: the prompt, which may be empty, follows what it holds.
+
+    Raises:
+        SkvError: See ``Session`` and ``Session.load_cache``; or the prompt has no token.
+    """
+    if not chat and (system is not None or template_options):
+        raise SkvError("system and template_options", got="no chat", fix="They are the chat template's: add --chat.")
+    sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
+    if draft is not None and prompt_lookup:
+        raise SkvError("draft", got="prompt_lookup too", expected="one of the two")
+    guesses = prompt_lookup if draft is None else draft_tokens
+    session = Session(
+        folder, execution_provider=execution_provider, cuda_graph=cuda_graph, num_logits=max(guesses, 0) + 1
+    )
+    if chat:
+        said = [{"role": "system", "content": system}] if system is not None else []
+        messages = [*said, {"role": "user", "content": prompt}]
+        prompt = session.chat_prompt(messages, **(template_options or {}))
+    if load_cache is None:
+        length = len(session.tokenizer.encode(prompt, add_special_tokens=not chat).ids)
+        session.check_length(length)
+        room = min(length + max_new_tokens, session.config.context_length)
+        prompts = PromptCache(session, max(room, 1))
+    else:
+        prompts = PromptCache(session, cache=session.load_cache(load_cache))
+    drafter: Drafter | None = None
+    if draft is not None:
+        smaller = Session(draft, execution_provider=execution_provider)
+        drafter = DraftModel(smaller, draft_tokens, session.config.vocab_size)
+    elif prompt_lookup:
+        drafter = PromptLookup(prompt_lookup)
+    return TextStream(
+        session,
+        prompts,
+        prompt,
+        add_special_tokens=not chat,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop,
+        goes_on=load_cache is not None,
+        drafter=drafter,
+    )
 
 
 def generate_text(
@@ -59,104 +282,27 @@ def generate_text(
     prompt: str,
     *,
     on_text: Callable[[str], object] | None = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    chat: bool = False,
-    execution_provider: str = "cpu",
-    cuda_graph: bool = False,
-    prompt_lookup: int = 0,
-    draft: Path | str | None = None,
-    draft_tokens: int = 4,
-    load_cache: Path | str | None = None,
     save_cache: Path | str | None = None,
+    **options: Any,
 ) -> Generation:
-    """Continues a prompt.
+    """Continues a prompt to its end.
 
     Args:
         folder: What ``skv-export model`` wrote.
         prompt: Text to continue; with ``chat``, what the user says.
         on_text: Called with each piece of text as it comes.
-        max_new_tokens: Tokens to generate at most.
-        temperature: 0 = greedy.
-        top_k: Only the k most likely tokens; 0 = all.
-        top_p: Only the most likely tokens that make up this probability.
-        seed: Of the sampling.
-        chat: Put the prompt into the model's chat template.
-        execution_provider: ``cpu`` or ``cuda``.
-        cuda_graph: Decode as a CUDA graph; see ``Session``.
-        prompt_lookup: Tokens to guess from what the text said before, and to check in one call; 0 = none.
-        draft: A smaller exported model with the same tokens that guesses instead.
-        draft_tokens: Tokens that it guesses at most.
-        load_cache: A saved cache to go on from: the prompt, which may be empty, follows what it holds.
-        save_cache: Where to save the cache at the end, with all that was generated.
+        save_cache: Where to save the cache at the end; see ``TextStream.save_cache``.
+        options: Those of ``start_text``.
 
     Raises:
-        SkvError: See ``Session`` and ``Session.load_cache``; or the prompt has no token.
+        SkvError: See ``start_text``.
     """
-    from tokenizers.decoders import DecodeStream
-
-    guesses = draft_tokens if draft is not None else prompt_lookup
-    if draft is not None and prompt_lookup:
-        raise SkvError("draft", got="prompt_lookup too", expected="one of the two")
-    session = Session(
-        folder, execution_provider=execution_provider, cuda_graph=cuda_graph, num_logits=max(guesses, 0) + 1
-    )
-    text = session.chat_prompt([{"role": "user", "content": prompt}]) if chat else prompt
     if save_cache is not None:
         check_file(save_cache)
-    cache = None if load_cache is None else _loaded(session, load_cache)
-    ids = session.tokenizer.encode(text, add_special_tokens=not chat and cache is None).ids if text else []
-    if cache is not None and not ids and cache.tokens[0]:  # the last token again, for its logits
-        ids = cache.tokens[0][-1:]
-        cache.rewind(len(cache.tokens[0]) - 1)
-    if not ids:
-        raise SkvError("prompt: no tokens", got=repr(prompt), expected="some text")
-    if cache is None:
-        session.check_length(len(ids))
-        cache = session.cache(1, min(len(ids) + max_new_tokens, session.config.context_length))
-    result = Generation(prompt_tokens=len(ids), cache_bytes=cache.nbytes)
-    decoder = DecodeStream(skip_special_tokens=True)
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    start = now = time.perf_counter()
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "cache": cache}
-    speculation = None
-    if draft is not None:
-        smaller = Session(draft, execution_provider=execution_provider)
-        speculation = Speculation(session, DraftModel(smaller, draft_tokens, session.config.vocab_size))
-    elif prompt_lookup:
-        speculation = Speculation(session, PromptLookup(prompt_lookup))
-    tokens = (
-        speculation.stream(ids, **options) if speculation else (int(t) for (t,) in session.stream([ids], **options))
-    )
-    for token in tokens:
-        now = time.perf_counter()
-        result.prefill_seconds = result.prefill_seconds or now - start
-        result.tokens.append(token)
-        piece = decoder.step(session.tokenizer, token)
-        if piece:
-            result.text += piece
-            if on_text is not None:
-                on_text(piece)
-    if speculation is not None:
-        result.guessed, result.accepted = speculation.guessed, speculation.accepted
-    result.decode_seconds = now - start - result.prefill_seconds
+    stream = start_text(folder, prompt, **options)
+    for piece in stream:
+        if on_text is not None:
+            on_text(piece)
     if save_cache is not None:
-        if cache.lengths[0] < cache.max_length:
-            session.run([result.tokens[-1:]], None, None, cache)
-        cache.save(save_cache)
-    if result.tokens and result.tokens[-1] in session.config.eos_token_id:
-        result.stop_reason = "eos"
-    else:
-        result.stop_reason = "max_new_tokens" if len(result.tokens) == max_new_tokens else "context"
-    return result
-
-
-def _loaded(session: Session, path: Path | str) -> Cache:
-    """A saved cache of one sequence, with room up to the model's context."""
-    cache = session.load_cache(path)
-    if cache.batch != 1:
-        raise SkvError(f"{path}: a cache of several sequences", got=cache.batch, expected=1)
-    return cache
+        stream.save_cache(save_cache)
+    return stream.generation

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from skv_export.spec.key_basis import MATRICES, Float, KeyBasis
 from skv_export.spec.layout import Bytes, CacheLayout
 from skv_export.spec.op import AttentionParams
-from skv_export.spec.quantizer import Float
 from skv_export.spec.recipe import BITS, TILE_TOKENS, LayerConfig
 from skv_export.spec.reference import Int32, append, quantized_kv_attention
 
@@ -48,6 +48,7 @@ class Case:
         dtype: ``float32`` or ``float16``, of queries, keys, values and output.
         spare_tokens: Capacity beyond the total length; unwritten slots are filled with 0xFF.
         not_numbers: What is not a number: (``query``, ``key`` or ``value``; sequence; new token; column).
+        calibrated: Tiles of keys have a basis of their own.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Case:
     dtype: str = "float32"
     spare_tokens: int = 70
     not_numbers: tuple[tuple[str, int, int, int], ...] = ()
+    calibrated: bool = False
 
     @property
     def tolerance(self) -> float:
@@ -101,6 +103,21 @@ class Inputs:
     seqlens_k: Int32
     query_seqlens: Int32 | None
     head_sink: Float | None
+    key_basis: KeyBasis | None = None
+
+
+def make_basis(heads: int, head_dim: int, padded_dim: int, seed: int = 0) -> KeyBasis:
+    """A basis such as calibration gives, from random numbers: turned, stretched unevenly, and with feedback."""
+    rng = np.random.default_rng(seed)
+    matrices = np.zeros((len(MATRICES), heads, padded_dim, padded_dim))
+    matrices[:2] = np.eye(padded_dim)
+    used = slice(0, head_dim)
+    for head in range(heads):
+        turn, _ = np.linalg.qr(rng.standard_normal((head_dim, head_dim)))
+        stretch = np.exp(0.5 * rng.standard_normal(head_dim))
+        shares = rng.standard_normal((head_dim, head_dim)) * 2 / np.sqrt(head_dim)
+        matrices[:, head, used, used] = turn * stretch, turn / stretch, np.tril(shares, -1)
+    return KeyBasis(*matrices.astype(np.float32))
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -115,13 +132,14 @@ def make_inputs(case: Case) -> Inputs:
         return x.astype(dtype).astype(np.float32)
 
     max_length = max(case.total_lengths) + case.spare_tokens
+    basis = make_basis(case.kv_num_heads, d, case.layouts[0].padded_dim) if case.calibrated else None
     caches = []
-    for layout, gain in zip(case.layouts, (channels, 1.0), strict=True):
+    for layout, gain, used in zip(case.layouts, (channels, 1.0), (basis, None), strict=True):
         rows, width = layout.shape(max_length)
         cache = np.full((batch, case.kv_num_heads, rows, width), 0xFF, np.uint8)
         for b, past in enumerate(case.past_lengths):
             block = cache[b].reshape(case.kv_num_heads, -1)
-            append(layout, block, 0, tokens(case.kv_num_heads, past, gain))
+            append(layout, block, 0, tokens(case.kv_num_heads, past, gain), used)
         caches.append(cache)
 
     def flat(heads: int, gain: Any = 1.0) -> Float:
@@ -142,6 +160,7 @@ def make_inputs(case: Case) -> Inputs:
         seqlens_k=np.array(case.total_lengths, np.int32) - 1,
         query_seqlens=None if case.query_seqlens is None else np.array(case.query_seqlens, np.int32),
         head_sink=rng.standard_normal(case.num_heads).astype(np.float32) if case.head_sink else None,
+        key_basis=basis,
     )
 
 
@@ -158,6 +177,7 @@ def expected_of(case: Case, inputs: Inputs) -> Outcome:
         inputs.seqlens_k,
         head_sink=inputs.head_sink,
         query_seqlens=inputs.query_seqlens,
+        key_basis=inputs.key_basis,
     )
 
 
@@ -305,6 +325,27 @@ def token_channel_cases() -> tuple[Case, ...]:
     )
 
 
+def calibrated_cases() -> tuple[Case, ...]:
+    """Cases of the whole op with calibrated keys."""
+    small = LayerConfig(k_bits=2, num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
+    cases = [
+        *_cases_of("calibrated", small),
+        Case("calibrated, the default form", LayerConfig(), past_lengths=(300,)),
+        Case("calibrated, gqa 16", small, num_heads=16, kv_num_heads=1),
+        Case("calibrated, byte channels", dataclasses.replace(small, k_parameter_bits=8)),
+        Case("calibrated, recent in bfloat16", dataclasses.replace(small, recent_type="bfloat16")),
+        Case("calibrated, values not rotated", dataclasses.replace(small, v_rotation="none")),
+        Case("calibrated, empty cache", small, past_lengths=(0,)),
+        Case("calibrated, nothing in tiles", small, past_lengths=(60,)),
+        Case("calibrated, the call flushes the first tile", small, past_lengths=(67,)),
+        Case("calibrated, eight query tokens flush", small, new_tokens=8, past_lengths=(64,)),
+        Case("calibrated, ragged chunks", small, past_lengths=(150, 0, 67), new_tokens=8, query_seqlens=(8, 3, 1)),
+        Case("calibrated, head sink, chunk, window", small, head_sink=True, new_tokens=40, local_window_size=64),
+        Case("calibrated, float16, chunk", small, dtype="float16", new_tokens=40),
+    ]
+    return tuple(dataclasses.replace(case, calibrated=True) for case in cases if case.config.k_bits != 16)
+
+
 def not_a_number_cases() -> tuple[Case, ...]:
     """Calls with NaN inputs: NaN must appear in the outputs that depend on them, and nowhere else."""
     rotated = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
@@ -348,7 +389,7 @@ def all_layouts() -> Iterator[CacheLayout]:
 
 
 def op_cases() -> tuple[Case, ...]:
-    """Every case of the whole op."""
+    """Every case of the whole op that all providers compute; ``calibrated_cases`` are the CPU's."""
     return (*attention_cases(), *token_channel_cases(), *byte_channel_cases())
 
 

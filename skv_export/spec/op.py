@@ -66,6 +66,9 @@ INPUTS = (
     Parameter("q_norm_weight", optional=True),
     Parameter("k_norm_weight", optional=True),
     Parameter("query_seqlens", "tensor(int32)", optional=True),
+    Parameter("key_basis", "tensor(float)", optional=True),
+    Parameter("query_basis", "tensor(float)", optional=True),
+    Parameter("key_feedback", "tensor(float)", optional=True),
 )
 """In the schema's order; the op refuses ``attention_bias`` and the reserved ones, which keep places of other ops."""
 OUTPUTS = (Parameter("output"), Parameter("present_key", "tensor(uint8)"), Parameter("present_value", "tensor(uint8)"))

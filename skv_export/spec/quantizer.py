@@ -10,9 +10,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from skv_export.spec.key_basis import Float, KeyBasis
 from skv_export.spec.layout import UNIT_CHANNELS, Bytes, CacheLayout, Half
-
-Float = NDArray[np.float32]
 
 MIDRISE_STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
 """MSE-optimal step of a uniform mid-rise quantizer of N(0, 1), by bits: where the scale's fit starts."""
@@ -60,16 +59,21 @@ def _to_bfloat(x: Float) -> Float:
     return rounded
 
 
-def quantize(layout: CacheLayout, x: Float) -> tuple[Bytes, Half | Bytes, Half | Bytes | None]:
+def quantize(
+    layout: CacheLayout, x: Float, basis: KeyBasis | None = None
+) -> tuple[Bytes, Half | Bytes, Half | Bytes | None]:
     """Quantizes tiles.
 
     Args:
         layout: Bits, granularity and group size.
-        x: ``[..., T, D]``, finite, already rotated.
+        x: ``[..., T, D]``, finite, already rotated; with a basis the first axis is the heads.
+        basis: Of calibrated keys.
 
     Returns:
         codes ``[..., T, D]``, scale and offset as ``CacheLayout.pack_tile`` takes them.
     """
+    if basis is not None:
+        return _quantize_calibrated(layout, x, basis)
     if layout.granularity == "channel":
         return _quantize_channel(layout, x)
     means = None
@@ -107,18 +111,49 @@ def _stored_means(layout: CacheLayout, means: Bytes) -> Float:
 
 def _quantize_channel(layout: CacheLayout, x: Float) -> tuple[Bytes, Half | Bytes, Half | None]:
     """Asymmetric, over the tile's range per channel; codes from the stored scale and offset."""
+    scale, offset = _channel_parameters(layout, x)
+    per_channel, start = _stored_channels(layout, scale, offset)
+    return _channel_codes(layout, x, per_channel[..., None, :], start[..., None, :]), scale, offset
+
+
+def _channel_codes(layout: CacheLayout, x: Float, scale: Float, start: Float) -> Bytes:
+    """``rint((x - start) / scale)`` within the codes; the lowest for what is not a number."""
+    codes = _divide(x - start, scale)
+    codes = np.where(codes > 0, codes, np.float32(0))
+    return np.rint(np.minimum(codes, np.float32(2**layout.bits - 1))).astype(np.uint8)
+
+
+def _channel_parameters(layout: CacheLayout, x: Float) -> tuple[Half | Bytes, Half | None]:
+    """Scale and offset of each channel over the tile's tokens."""
     levels = np.float32(2**layout.bits - 1)
     low, high = x.min(axis=-2) + np.float32(0), x.max(axis=-2) + np.float32(0)  # of -0 and 0 both are 0
     if layout.bits in CHANNEL_MARGIN:
         margin = (high - low) * CHANNEL_MARGIN[layout.bits]
         low, high = low + margin, high - margin
-    scale: Half | Bytes = to_half((high - low) / levels)
-    offset: Half | None = to_half(low)
     if layout.parameter_bits == 8:
-        scale, offset = _channels_in_bytes(layout, low, high, levels), None
+        return _channels_in_bytes(layout, low, high, levels), None
+    return to_half((high - low) / levels), to_half(low)
+
+
+def _quantize_calibrated(layout: CacheLayout, keys: Float, basis: KeyBasis) -> tuple[Bytes, Half | Bytes, Half | None]:
+    """Keys ``[N_kv, ..., T, D]`` in the tile's basis, with error feedback: channels from the last to the first.
+
+    What a channel's stored number is above its true one is known before the channels ahead of it are rounded; each of
+    them is lowered by its share of it.
+    """
+    y = basis.to_tile(keys)
+    scale, offset = _channel_parameters(layout, y)
     per_channel, start = _stored_channels(layout, scale, offset)
-    codes = np.rint(_divide(x - start[..., None, :], per_channel[..., None, :]))
-    return np.clip(codes, 0, levels).astype(np.uint8), scale, offset
+    heads, dim = len(y), y.shape[-1]
+    # Channels first, so that one channel of all tokens is one array: [D, N_kv, tiles, T], and [D, N_kv, tiles, 1].
+    tokens = np.ascontiguousarray(np.moveaxis(y.reshape(heads, -1, *y.shape[-2:]), -1, 0))
+    steps, starts = (np.moveaxis(p.reshape(heads, -1, dim), -1, 0)[..., None] for p in (per_channel, start))
+    codes, added = np.empty(tokens.shape, np.uint8), np.zeros_like(tokens)
+    for j in reversed(range(dim)):
+        codes[j] = _channel_codes(layout, tokens[j] - added[j], steps[j], starts[j])
+        error = (codes[j] * steps[j] + starts[j]) - tokens[j]
+        added[:j] += basis.feedback[:, j, :j].T[:, :, None, None] * error
+    return np.moveaxis(codes, 0, -1).reshape(y.shape), scale, offset
 
 
 def _channels_in_bytes(layout: CacheLayout, low: Float, high: Float, levels: np.float32) -> Bytes:
@@ -178,17 +213,18 @@ def _divide(a: Float, b: Float) -> Float:
     return np.where(positive, a / np.where(positive, b, np.float32(1)), np.float32(0)).astype(np.float32)
 
 
-def encode_tile(layout: CacheLayout, content: NDArray[np.generic]) -> Bytes:
-    """Tiles ``[..., T, D]`` of ``recent_type`` as bytes ``[..., tile_bytes]``."""
+def encode_tile(layout: CacheLayout, content: NDArray[np.generic], basis: KeyBasis | None = None) -> Bytes:
+    """Tiles ``[..., T, D]`` of ``recent_type`` as bytes ``[..., tile_bytes]``; with a basis, heads come first."""
     if layout.bits == 16:
         rows = np.ascontiguousarray(content.astype(layout.recent_dtype))
         return rows.view(np.uint8).reshape(*content.shape[:-2], -1)
-    return layout.pack_tile(*quantize(layout, content.astype(np.float32)))
+    return layout.pack_tile(*quantize(layout, content.astype(np.float32), basis))
 
 
-def decode_tile(layout: CacheLayout, tile: Bytes) -> Float:
-    """Bytes ``[..., tile_bytes]`` as float32 tiles ``[..., T, D]``."""
+def decode_tile(layout: CacheLayout, tile: Bytes, basis: KeyBasis | None = None) -> Float:
+    """Bytes ``[..., tile_bytes]`` as float32 tiles ``[..., T, D]``, calibrated keys in the model's basis."""
     if layout.bits == 16:
         rows = np.ascontiguousarray(tile).view(layout.recent_dtype)
         return rows.reshape(*tile.shape[:-1], layout.tile_tokens, layout.padded_dim).astype(np.float32)
-    return dequantize(layout, *layout.unpack_tile(tile))
+    content = dequantize(layout, *layout.unpack_tile(tile))
+    return content if basis is None else basis.from_tile(content)

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skv_export.errors import SkvError
+from skv_export.spec.key_basis import Float, KeyBasis
 from skv_export.spec.layout import Bytes, CacheLayout
 from skv_export.spec.op import AttentionParams
-from skv_export.spec.quantizer import Float, decode_tile, encode_tile, rotate, to_half, tree_sum
+from skv_export.spec.quantizer import decode_tile, encode_tile, rotate, to_half, tree_sum
 
 Int32 = NDArray[np.int32]
 
@@ -30,7 +31,7 @@ def stored(layout: CacheLayout, x: Float) -> NDArray[np.generic]:
     return _to_recent(layout, prepare(layout, np.where(np.isfinite(x), x, np.float32(0))))
 
 
-def append(layout: CacheLayout, block: Bytes, past_length: int, x: Float) -> None:
+def append(layout: CacheLayout, block: Bytes, past_length: int, x: Float, basis: KeyBasis | None = None) -> None:
     """Appends tokens to the blocks of one sequence, in place.
 
     Args:
@@ -38,6 +39,7 @@ def append(layout: CacheLayout, block: Bytes, past_length: int, x: Float) -> Non
         block: ``[N_kv, C]``.
         past_length: Tokens held so far.
         x: ``[N_kv, S, head_dim]``.
+        basis: Of calibrated keys.
 
     Raises:
         SkvError: The total length is beyond the block's capacity; nothing is written.
@@ -55,24 +57,27 @@ def append(layout: CacheLayout, block: Bytes, past_length: int, x: Float) -> Non
         held = [rows[:, [layout.full_row(p) for p in old]]] if old.size else []
         content = np.concatenate([*held, new[:, positions[old.size :] - past_length]], axis=1)
         start = tile % tiles * layout.tile_bytes
-        block[:, start : start + layout.tile_bytes] = encode_tile(layout, content)
+        block[:, start : start + layout.tile_bytes] = encode_tile(layout, content, basis)
     for position in range(past_length, length):
         if position < sinks or position >= length - layout.ring_tokens:
             rows[:, layout.full_row(position)] = new[:, position - past_length]
     _write_rows(layout, block, rows)
 
 
-def load(layout: CacheLayout, block: Bytes, length: int) -> tuple[Float, NDArray[np.bool_]]:
+def load(
+    layout: CacheLayout, block: Bytes, length: int, basis: KeyBasis | None = None
+) -> tuple[Float, NDArray[np.bool_]]:
     """Reads a cache back.
 
     Args:
         layout: The tensor's layout.
         block: ``[N_kv, C]``.
         length: Tokens held.
+        basis: Of calibrated keys.
 
     Returns:
-        ``[N_kv, length, D]`` in float32, in the basis of the cache, and which positions are held ``[length]``: a
-        sliding window's ring forgets old tiles; there the values are 0.
+        ``[N_kv, length, D]`` in float32, in the basis of the full-precision rows, and which positions are held
+        ``[length]``: a sliding window's ring forgets old tiles; there the values are 0.
     """
     _check_capacity(layout, block.shape[-1], length)
     t, sinks = layout.tile_tokens, layout.num_sink_tokens
@@ -88,11 +93,18 @@ def load(layout: CacheLayout, block: Bytes, length: int) -> tuple[Float, NDArray
             held[span] = False
             continue
         start = tile % tiles * layout.tile_bytes
-        x[:, span] = decode_tile(layout, block[:, start : start + layout.tile_bytes])
+        x[:, span] = decode_tile(layout, block[:, start : start + layout.tile_bytes], basis)
     return x, held
 
 
-def rewind(layout: CacheLayout, block: Bytes, length: int, new_length: int, longest_length: int | None = None) -> None:
+def rewind(
+    layout: CacheLayout,
+    block: Bytes,
+    length: int,
+    new_length: int,
+    longest_length: int | None = None,
+    basis: KeyBasis | None = None,
+) -> None:
     """Makes the blocks of ``length`` tokens blocks of ``new_length`` tokens, in place.
 
     Tokens that leave a tile and whose row in the ring has been overwritten are restored from their codes; every other
@@ -105,6 +117,7 @@ def rewind(layout: CacheLayout, block: Bytes, length: int, new_length: int, long
         length: Tokens held.
         new_length: Tokens to hold.
         longest_length: Most tokens held since the blocks were empty; None = ``length``, right for a first rewind.
+        basis: Of calibrated keys.
 
     Raises:
         SkvError: ``new_length`` is above ``length``, or too far back; or ``longest_length`` is below ``length``.
@@ -124,7 +137,7 @@ def rewind(layout: CacheLayout, block: Bytes, length: int, new_length: int, long
     rows = _full_rows(layout, block)
     for tile in range(layout.quantized_tokens(new_length) // t, layout.quantized_tokens(length) // t):
         start = tile % tiles * layout.tile_bytes
-        content = decode_tile(layout, block[:, start : start + layout.tile_bytes])
+        content = decode_tile(layout, block[:, start : start + layout.tile_bytes], basis)
         for i, position in enumerate(range(sinks + tile * t, sinks + (tile + 1) * t)):
             if position < longest - layout.ring_tokens:
                 rows[:, layout.full_row(position)] = _to_recent(layout, content[:, i])
@@ -211,6 +224,7 @@ def quantized_kv_attention(
     q_norm_weight: Float | None = None,
     k_norm_weight: Float | None = None,
     query_seqlens: Int32 | None = None,
+    key_basis: KeyBasis | None = None,
 ) -> tuple[Float, Bytes, Bytes]:
     """The op ``skv::QuantizedKVAttention`` (docs/spec.md, The op).
 
@@ -230,13 +244,16 @@ def quantized_kv_attention(
         q_norm_weight: ``[head_dim]``.
         k_norm_weight: ``[head_dim]``.
         query_seqlens: ``[B]``, new tokens per sequence, at the front of its S; else min(S, total length).
+        key_basis: The inputs ``key_basis``, ``query_basis`` and ``key_feedback``.
 
     Returns:
         output ``[B, S, N*head_dim]`` (zeros where a sequence has no token), present_key, present_value (copies).
 
     Raises:
-        SkvError: A length is negative, shrinking, or beyond the capacity.
+        SkvError: A length is negative, shrinking, or beyond the capacity; or the keys can't have a basis.
     """
+    if key_basis is not None:
+        key_basis.check(layouts[0], params.kv_num_heads)
     batch, tokens = query.shape[:2]
     n, n_kv, d = params.num_heads, params.kv_num_heads, layouts[0].head_dim
     if key is None or value is None:
@@ -265,10 +282,10 @@ def quantized_kv_attention(
             positions = position_ids[b, :new] if position_ids is not None else np.arange(past, total)
             qb, kb = (_rope(x, cos_cache[positions], sin_cache[positions], params.rotary_interleaved) for x in (qb, kb))
         blocks = [p[b].reshape(n_kv, -1) for p in (present_key, present_value)]
-        out = attend(params, layouts, qb, kb, vb, (blocks[0], blocks[1]), past, head_sink)
+        out = attend(params, layouts, qb, kb, vb, (blocks[0], blocks[1]), past, head_sink, key_basis)
         output[b, :new] = out.swapaxes(0, 1).reshape(new, n * d)
-        for layout, block, x in zip(layouts, blocks, (kb, vb), strict=True):
-            append(layout, block, past, x)
+        for layout, block, x, basis in zip(layouts, blocks, (kb, vb), (key_basis, None), strict=True):
+            append(layout, block, past, x, basis)
     return output, present_key, present_value
 
 
@@ -281,6 +298,7 @@ def attend(
     blocks: tuple[Bytes, Bytes],
     past_length: int,
     head_sink: Float | None = None,
+    key_basis: KeyBasis | None = None,
 ) -> Float:
     """Attention of one sequence's new tokens to each other, exactly, and to the past through the cache; writes nothing.
 
@@ -296,13 +314,14 @@ def attend(
         blocks: Key and value blocks ``[N_kv, C]``.
         past_length: Tokens in the cache.
         head_sink: ``[N]``.
+        key_basis: Of calibrated keys.
 
     Returns:
         ``[N, S, head_dim]``.
     """
     k_layout, v_layout = layouts
     groups, tokens = params.num_heads // params.kv_num_heads, query.shape[1]
-    past_k, held = load(k_layout, blocks[0], past_length)
+    past_k, held = load(k_layout, blocks[0], past_length, key_basis)
     past_v, _ = load(v_layout, blocks[1], past_length)
     k = np.repeat(np.concatenate([past_k, prepare(k_layout, key)], axis=1), groups, axis=0)
     v = np.repeat(np.concatenate([past_v, prepare(v_layout, value)], axis=1), groups, axis=0)

@@ -147,11 +147,12 @@ class GraphResult:
 class TorchDecoder:
     """The model in PyTorch with the reference as its attention and its own cache, for one sequence."""
 
-    def __init__(self, model: PreTrainedModel, config: ModelConfig) -> None:
+    def __init__(self, model: PreTrainedModel, session: Session) -> None:
         self.length = 0
-        self.layers = config.layers
+        self.layers = session.config.layers
         self._device = input_device(model)
-        self._decoder = SkvDecoder(model, [layer_config(layer) for layer in config.layers])
+        configs = [layer_config(layer) for layer in self.layers]
+        self._decoder = SkvDecoder(model, configs, bases=session.bases)
         self._past: list[list[torch.Tensor]] = []
 
     def adopt(self, cache: Cache) -> None:
@@ -264,7 +265,7 @@ def compare_steps(
     """
     prompt, steps = step_counts(session.config.layers[0].key)
     _check_count(tokens, prompt + steps)
-    decoder, cache = TorchDecoder(model, session.config), session.cache(1, len(tokens))
+    decoder, cache = TorchDecoder(model, session), session.cache(1, len(tokens))
     track = _Track(limit, rows, len(decoder.layers))
     calls = [tokens[:prompt], *([token] for token in tokens[prompt:])]
     label = "graph, the recipe's bits" if same_cache else "graph, nothing rounded"

@@ -16,8 +16,9 @@ from skv_export.model_folder.names import MODEL_FILE, layer_of_cache
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
 from skv_export.runtime.last_logits import with_logits
 from skv_export.runtime.session import Session
+from skv_export.spec.key_basis import INPUTS
 from skv_export.spec.layout import CacheLayout
-from skv_export.spec.op import DOMAIN
+from skv_export.spec.op import DOMAIN, INPUT_NAMES, OP_NAME
 
 EXACT_BITS, EXACT_TYPE = 16, "float"
 
@@ -71,6 +72,8 @@ def unquantized(folder: Path, *, execution_provider: str = "cpu") -> Session:
     layers = tuple(_unquantized(layer) for layer in config.layers)
     model = read_with_exact_products(folder / MODEL_FILE)
     for node in model.graph.node:
+        if node.domain == DOMAIN and node.op_type == OP_NAME:
+            del node.input[INPUT_NAMES.index(INPUTS[0]) :]  # such keys have no basis
         for attribute in node.attribute if node.domain == DOMAIN else ():
             if attribute.name in ("k_bits", "v_bits"):
                 attribute.i = EXACT_BITS
@@ -87,7 +90,7 @@ def unquantized(folder: Path, *, execution_provider: str = "cpu") -> Session:
 
 def _unquantized(layer: LayerCache) -> LayerCache:
     key, value = (dataclasses.replace(x, bits=EXACT_BITS, recent_type=EXACT_TYPE) for x in (layer.key, layer.value))
-    return dataclasses.replace(layer, key=key, value=value)
+    return dataclasses.replace(layer, key=key, value=value, calibrated=False)
 
 
 def _session(folder: Path, execution_provider: str, model: onnx.ModelProto, config: ModelConfig) -> Session:

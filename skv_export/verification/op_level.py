@@ -12,7 +12,8 @@ import numpy as np
 from skv_export.native.library import Library, load_library
 from skv_export.progress import track
 from skv_export.runtime.providers import open_session
-from skv_export.spec.conformance import Case, Inputs, Outcome, expected_of, make_inputs, op_cases
+from skv_export.spec.conformance import Case, Inputs, Outcome, calibrated_cases, expected_of, make_inputs, op_cases
+from skv_export.spec.key_basis import INPUTS, MATRICES
 from skv_export.spec.op import OP_NAME, LayerAttention, attention_node, one_node_model
 
 
@@ -49,14 +50,16 @@ def check_op(
     """Runs every case through the library, directly and as ONNX Runtime's op, and compares with the reference.
 
     Args:
-        cases: ``op_cases()`` if not given.
+        cases: All that the provider computes if not given.
         library: The native library.
         execution_provider: ``cpu`` or ``cuda``; on a GPU the cases run in ONNX Runtime alone, and in float16 too, which
             takes other kernels than float32.
     """
     library = library or load_library()
     worst, worst_case, failures = 0.0, "", []
-    cases = list(op_cases() if cases is None else cases)
+    if cases is None:
+        cases = op_cases() if execution_provider != "cpu" else (*op_cases(), *calibrated_cases())
+    cases = list(cases)
     runners: dict[str, Callable[[Case, Inputs], Outcome]] = {
         "kernels": functools.partial(_kernels, library),
         "ONNX Runtime": functools.partial(_op, library, execution_provider),
@@ -98,7 +101,7 @@ def _differences(case: Case, expected: Outcome, outcome: Outcome) -> tuple[float
 def _kernels(library: Library, case: Case, i: Inputs) -> Outcome:
     return library.attention(
         case.params, case.layouts, i.query.astype(case.dtype), i.key, i.value, i.past_key, i.past_value, i.seqlens_k,
-        head_sink=i.head_sink, query_seqlens=i.query_seqlens,
+        head_sink=i.head_sink, query_seqlens=i.query_seqlens, key_basis=i.key_basis,
     )  # fmt: skip
 
 
@@ -113,6 +116,8 @@ def _op(library: Library, execution_provider: str, case: Case, i: Inputs) -> Out
         feeds["head_sink"] = i.head_sink.astype(case.dtype)
     if i.query_seqlens is not None:
         feeds["query_seqlens"] = i.query_seqlens
+    if i.key_basis is not None:
+        feeds |= {name: getattr(i.key_basis, field) for name, field in zip(INPUTS, MATRICES, strict=True)}
     options = ort.SessionOptions()
     node = attention_node(list(feeds), LayerAttention(case.params, case.layouts).attributes())
     model = one_node_model(node, {name: (x.dtype, x.shape) for name, x in feeds.items()})

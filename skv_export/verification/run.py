@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from skv_export.checkpoints.checkpoint import Source, demo_checkpoint, resolve
 from skv_export.errors import SkvError
 from skv_export.evaluation.text import cut_windows, read_text
-from skv_export.model_folder.skv_config import ModelConfig
+from skv_export.model_folder.skv_config import ModelConfig, describe
+from skv_export.paths import to_path
+from skv_export.provenance import versions
 from skv_export.runtime.prompts import load_tokenizer
 from skv_export.verification.op_level import OpResult, check_op
 
@@ -54,6 +56,7 @@ class Report:
         quality: The quality level.
         text: The text level.
         skipped: Levels that were asked for but can't be run on this folder, with the reason.
+        thresholds: Of the quality level, and the tolerance of the graph level, by name.
     """
 
     folder: Path
@@ -63,6 +66,7 @@ class Report:
     quality: QualityResult | None = None
     text: TextResult | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
+    thresholds: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -81,6 +85,12 @@ class Report:
         graph, quality = self.graph and self.graph.figures, self.quality
         return {
             "passed": self.passed,
+            "verdict": self.verdict,
+            "failures": list(self.failures),
+            "model": describe(self.folder),
+            "checkpoint": self.checkpoint,
+            "versions": versions(),
+            "thresholds": dict(self.thresholds),
             "op": self.op and not self.op.failures,
             "text": self.text and not self.text.failures,
             "graph": {
@@ -98,10 +108,28 @@ class Report:
         """``to_dict`` as JSON."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
+    @property
+    def _levels(self) -> list[tuple[str, Any]]:
+        return [(name, getattr(self, name)) for name in LEVELS]
+
+    @property
+    def verdict(self) -> str:
+        """PASS or FAIL, and what that means, in a sentence."""
+        run = [name for name, level in self._levels if level is not None]
+        failed = [name for name, level in self._levels if level is not None and level.failures]
+        against = f" what {self.checkpoint} computes" if self.checkpoint else " what the specification says"
+        levels = f"level{'s' if len(run) > 1 else ''} {', '.join(run)}"
+        if not failed:
+            return f"PASS: {self.folder} computes{against}, within the tolerances ({levels})."
+        where = f"level{'s' if len(failed) > 1 else ''} {', '.join(failed)}"
+        if failed == ["quality"]:
+            return f"FAIL: {self.folder} computes what it should, but its cache costs more quality than allowed."
+        return f"FAIL: {self.folder} does not compute{against} ({where}; what failed is listed below)."
+
     def table(self) -> str:
-        """The report as text: a line or two per level, then what failed."""
-        lines = [f"{self.folder}" + (f" against {self.checkpoint}" if self.checkpoint else "")]
-        for name, level in (("op", self.op), ("text", self.text), ("graph", self.graph), ("quality", self.quality)):
+        """The report as text: the verdict, a line or two per level, then what failed."""
+        lines = [self.verdict]
+        for name, level in self._levels:
             if name in self.skipped:
                 lines.append(f"skip  {name:7}  {self.skipped[name]}")
             if level is None:
@@ -119,6 +147,7 @@ def verify(
     folder: Path | str,
     *,
     checkpoint: str | Path | None = None,
+    adapter: str | Path | None = None,
     levels: Sequence[str] = LEVELS,
     text: Path | str | None = None,
     execution_provider: str = "cpu",
@@ -137,6 +166,7 @@ def verify(
         checkpoint: What it was exported from; as recorded in the folder if not given. A folder that was rewritten from
             an ONNX graph is held against that graph, in ONNX Runtime, without PyTorch's model; the level ``text`` is
             skipped then.
+        adapter: The LoRA adapter that was merged into the checkpoint's weights, if one was.
         levels: Of ``op``, ``text``, ``graph``, ``quality``.
         text: File to take tokens from; the shipped prose if not given.
         execution_provider: ``cpu`` or ``cuda``, of the op and of the exported graph.
@@ -157,9 +187,9 @@ def verify(
     unknown = sorted(set(levels) - set(LEVELS))
     if unknown or not levels:
         raise SkvError("verify: level", got=", ".join(unknown) or "none", expected=", ".join(LEVELS))
-    folder = Path(folder)
+    prose, folder = read_text(text), to_path(folder, "exported folder")
     config = ModelConfig.load(folder)
-    report = Report(folder)
+    report = Report(folder, thresholds=_thresholds(thresholds, tolerance or config.dtype, levels))
     op_only = set(levels) == {"op"}
     graph = None if op_only else _source_graph(config, checkpoint)
     placement = None if op_only or graph is not None else _placement(device, dtype, device_map)
@@ -167,13 +197,28 @@ def verify(
         report = dataclasses.replace(report, op=check_op(execution_provider=execution_provider))
     if op_only:
         return report
-    work = _Levels(
-        report, config, levels, read_text(text), execution_provider, windows, window_tokens, tolerance, thresholds
-    )
+    work = _Levels(report, config, levels, prose, execution_provider, windows, window_tokens, tolerance, thresholds)
     if placement is None:
         assert graph is not None
         return work.against_graph(graph)
-    return work.against_torch(_source(config, checkpoint), placement)
+    return work.against_torch(_source(config, checkpoint, adapter), placement)
+
+
+def _thresholds(
+    thresholds: Thresholds | None, tolerance: Tolerance | str, levels: Sequence[str]
+) -> dict[str, float | None]:
+    """The limits that the levels will be held to; a tolerance may be that of a number format."""
+    found: dict[str, float | None] = {}
+    if "graph" in levels:
+        from skv_export.verification.graph_level import Tolerance
+
+        held_to = Tolerance.of(tolerance) if isinstance(tolerance, str) else tolerance
+        found |= {f"graph_{name}": value for name, value in dataclasses.asdict(held_to).items()}
+    if "quality" in levels:
+        from skv_export.verification.quality_level import Thresholds
+
+        found |= dataclasses.asdict(thresholds or Thresholds())
+    return found
 
 
 @dataclass(frozen=True)
@@ -266,20 +311,30 @@ def _source_graph(config: ModelConfig, checkpoint: str | Path | None) -> Path | 
     return find_source(config, checkpoint)
 
 
-def _source(config: ModelConfig, checkpoint: str | Path | None) -> Source:
-    """The given checkpoint, or the one recorded in the folder: a hub id, or the demo's file."""
-    if checkpoint is not None:
-        return resolve(checkpoint)
+def _source(config: ModelConfig, checkpoint: str | Path | None, adapter: str | Path | None) -> Source:
+    """The given checkpoint, or the one recorded in the folder: a hub id, or the demo's file; with its adapter."""
     kind, name = (str(config.source.get(key)) for key in ("kind", "name"))
-    if kind == "hub":
-        return resolve(name, revision=config.source.get("revision"))
-    if kind == "gguf" and (demo := demo_checkpoint()).name == name:
-        return resolve(demo)
-    raise SkvError(
-        "verify: checkpoint",
-        got=f"none; the folder was made from {name}, on some disk",
-        fix="Pass its path: --checkpoint.",
-    )
+    if checkpoint is not None:
+        source = resolve(checkpoint, adapter=adapter)
+    elif kind == "hub":
+        source = resolve(name, revision=config.source.get("revision"), adapter=adapter)
+    elif kind == "gguf" and (demo := demo_checkpoint()).name == name:
+        source = resolve(demo, adapter=adapter)
+    else:
+        raise SkvError(
+            "verify: checkpoint",
+            got=f"none; the folder was made from {name}, on some disk",
+            fix="Pass its path: --checkpoint.",
+        )
+    merged = config.source.get("adapter")
+    if bool(merged) != (source.adapter is not None):
+        raise SkvError(
+            "verify: adapter",
+            got=str(source.adapter) if source.adapter else "none",
+            expected=f"{merged}, which was merged into the weights" if merged else "none: the export has none",
+            fix="Pass its folder: --adapter." if merged else "Leave it out.",
+        )
+    return source
 
 
 def _text_level(

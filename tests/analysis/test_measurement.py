@@ -73,11 +73,24 @@ def test_tables_are_the_errors_of_the_attention_output(activations: Any) -> None
     for (i, k), (j, v) in itertools.product(enumerate(widths), repeat=2):
         delta = (activations.output(dataclasses.replace(SMALL, k_bits=k, v_bits=v)) - exact)[:, first:]
         error = delta.double().pow(2).sum().item()
-        fisher = (delta * activations.gradient[:, first:]).sum(-1).double().pow(2).sum().item() / 2
+        nats = (delta * activations.gradient[:, first:]).sum(-1).double().pow(2).sum(0) / 2  # by query
+        fisher = (1 - (-nats).exp()).sum().item()
         # The table leaves out the product of both errors; where one is exact there is none.
         tolerance = {"rel": 1e-3} if 16 in (k, v) else {"rel": 0.25}
         assert tables.output[i][j] == pytest.approx(error, abs=1e-5, **tolerance)
         assert tables.fisher[i][j] == pytest.approx(fisher, abs=1e-5, **tolerance)
+
+
+def test_one_query_whose_gradient_explodes_counts_a_nat_and_no_more(activations: Any) -> None:
+    """Far from full precision a second-order form says nothing: divergences of single tokens stay at a few nats."""
+    from skv_export.analysis.measurement import layer_tables
+
+    calm = dataclasses.replace(activations, gradient=1e-3 * activations.gradient)
+    wild = dataclasses.replace(calm, gradient=calm.gradient.clone())
+    wild.gradient[:, -1] *= 1e9
+    quiet, loud = (np.array(layer_tables(seen, SMALL, (2, 4)).fisher) for seen in (calm, wild))
+    assert (quiet[:-1, :-1] < 0.5).all() and (quiet[:-1, :-1] > 0).all()
+    np.testing.assert_allclose((loud - quiet)[:-1, :-1], 1, atol=0.02)
 
 
 def test_theory_predicts_the_errors_of_random_activations(activations: Any) -> None:
@@ -95,12 +108,12 @@ def test_theory_predicts_the_errors_of_random_activations(activations: Any) -> N
 
 
 class Tokens:
-    """A tokenizer for the tiny models: one token per character."""
+    """A tokenizer for the tiny models: one token per character, and one before a text."""
 
-    def __call__(self, text: str, return_tensors: str) -> Any:
-        import torch
+    start = 1
 
-        return type("Batch", (), {"input_ids": torch.tensor([[ord(c) % 128 for c in text]])})()
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [self.start] * add_special_tokens + [ord(c) % 128 for c in text]
 
 
 @pytest.fixture
@@ -132,9 +145,22 @@ def test_measure(arch: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
     assert (m.loss[:, -1, -1] < 1e-9).all() and (m.loss[:, 0, 0] >= m.loss[:, 2, 2]).all()
     assert (m.loss[:, 0, 0] > m.loss[:, 2, 2]).any()  # a short sliding window sees exact tokens only
     assert found.recommendation.score == "measure"
+    json.dumps(found.to_json(), allow_nan=False)  # nor does a layer that loses nothing get a balance
     assert found.recommendation.allocation.loss <= found.recommendation.uniform.loss or not found.budget.fits(
         found.recommendation.uniform.bits
     )
+
+
+def test_every_window_starts_as_the_tokenizer_starts_a_text(tiny_checkpoint: Callable[..., Path], tokens: None) -> None:
+    """A model that was trained with a first token loses its mind without it, and its losses by layer mean nothing."""
+    from skv_export.analysis.attention_capture import DecodeModel
+    from skv_export.checkpoints.checkpoint import resolve
+
+    decoder = DecodeModel(resolve(tiny_checkpoint("llama")))
+    windows = decoder.windows(TEXT, 256, 2)
+    assert [ids[0].item() for ids in windows] == [Tokens.start] * 2
+    assert windows[0][1:].tolist() == Tokens().encode(TEXT, False)[:255]
+    assert windows[1][1:].tolist() == Tokens().encode(TEXT, False)[-255:]
 
 
 def test_measurement_goes_on_where_it_stopped(

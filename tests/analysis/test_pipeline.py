@@ -212,6 +212,32 @@ def test_qk_norm_makes_the_projections_scale_irrelevant() -> None:
     assert louder.k_error[8] > 2 * a.k_error[8]
 
 
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_logits_variance_is_that_of_the_product_of_queries_and_keys(normalized: bool, bias: bool) -> None:
+    rng = np.random.default_rng(1)
+    w = weights(**({"q_norm": rng.uniform(1, 2, 32).astype(np.float32), "k_norm": np.full(32, 0.7, np.float32)}
+                   if normalized else {}))  # fmt: skip
+    if bias:
+        w = dataclasses.replace(w, q_bias=w.q[:, 0], k_bias=w.k[:, 0])
+
+    def affine(matrix: Any, constant: Any, gain: Any, head: int) -> tuple[Any, Any]:
+        rows = slice(32 * head, 32 * head + 32)
+        linear = (matrix[rows] * w.norm).astype(np.float64)
+        constant = np.zeros(32) if constant is None else constant[rows].astype(np.float64)
+        factor = np.ones(32) if gain is None else gain / np.sqrt(np.mean((linear**2).sum(1) + constant**2))
+        return linear * factor[:, None], constant * factor
+
+    tokens = rng.standard_normal((2, 20_000, 64))  # a query's and a key's, independent of each other
+    found = []
+    for head in range(4):
+        (q, q0), (k, _) = affine(w.q, w.q_bias, w.q_norm, head), affine(w.k, w.k_bias, w.k_norm, head // 2)
+        queries, keys = tokens[0] @ q.T + q0, tokens[1] @ k.T
+        found.append(np.mean((queries * keys).sum(1) ** 2))
+    expected = CONFIG.scale**2 * np.mean(found)
+    assert geometry(w, CONFIG, LayerConfig()).logit_variance == pytest.approx(expected, rel=0.03)
+
+
 def test_large_qk_norm_weights_do_not_saturate_the_softmax() -> None:
     """Isotropic inputs would give logits of a variance in the hundreds, and keys whose errors move nothing."""
     loud = weights(q_norm=np.full(32, 5, np.float32), k_norm=np.full(32, 5, np.float32))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from tiny_graph import Tiny
 
-from skv_export.bench import attention, model
+from skv_export.bench import attention, model, noise
 from skv_export.bench.attention import BASELINES, AttentionShape, Row, bench_attention, format_rows
 from skv_export.cli.main import main
 from skv_export.errors import SkvError
@@ -74,7 +75,7 @@ def test_unknown_baselines_are_refused() -> None:
 
 
 def test_the_table_has_a_line_per_row() -> None:
-    rows = [Row("skv-K4V2", 2.5, 2.4, 3.0, 28_700_000, 11.48, {"ort-gqa-int8": 4.0})]
+    rows = [Row("skv-K4V2", 2.5, 2.4, 3.0, 28_700_000, 11.48, {"ort-gqa-int8": 4.0}, 0.1)]
     assert format_rows(rows).splitlines() == [
         "| name | ms | min | max | MB read | GB/s | over ort-gqa-int8 |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -105,9 +106,25 @@ def test_command_line_prints_the_rows_and_how_to_repeat_them(tmp_path: Path, mon
     assert result.exit_code == 0, result.output
     assert f"Repeat with: skv-export {arguments}" in result.output
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert set(rows[0]) == {"name", "ms_median", "ms_min", "ms_max", "bytes", "gb_per_s", "speedup"}
+    assert set(rows[0]) == {"name", "ms_median", "ms_min", "ms_max", "bytes", "gb_per_s", "speedup", "spread"}
     refused = CliRunner().invoke(main, ["bench", "model", str(tmp_path), "--context", "some"])
     assert refused.exit_code == 1 and "--context; got 'some'" in refused.output
+
+
+def test_times_too_noisy_to_read_are_said_to_be() -> None:
+    assert noise.spread([1.0, 1.0, 1.0, 1.0]) == 0 and noise.spread([1, 2, 3, 4, 5]) == pytest.approx(2 / 3)
+    calm, loud = (SimpleNamespace(name=name, spread=spread) for name, spread in (("calm", 0.1), ("loud", 0.4)))
+    assert noise.remark([calm, calm]) == ""
+    said = noise.remark([calm, loud])
+    assert said.startswith("Too noisy to read: loud.") and "40% of their median" in said
+
+
+def test_the_command_warns_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "MAX_SPREAD", -1.0)
+    arguments = "bench attention --context 300 --num-heads 4 --kv-num-heads 2 --head-dim 64 --repetitions 2 --json -"
+    result = CliRunner().invoke(main, arguments.split())
+    assert "Too noisy to read: skv-K4V2, ort-gqa-fp32" in result.stderr
+    assert json.loads(result.stdout)["noise"].startswith("Too noisy")
 
 
 def test_the_clock_is_passed_on(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from skv_export.checkpoints import tensor_files
 from skv_export.checkpoints.attention_weights import AttentionReader
 from skv_export.checkpoints.checkpoint import Checkpoint, resolve
 from skv_export.errors import SkvError
+from skv_export.rewrite.source import find_onnx
 
 
 @pytest.fixture
@@ -359,3 +360,14 @@ def test_what_looks_like_a_path_asks_no_hub(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SkvError, match="HF_HUB_OFFLINE"):
         resolve("org/name")
+
+
+@pytest.mark.parametrize(
+    ("content", "name"), [('{"source": {"name": "org/qwen3"}}', "org/qwen3"), ("[]", "a checkpoint"), ("{", "a check")]
+)
+def test_an_exported_folder_is_no_checkpoint_and_its_source_is_named(content: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "skv_config.json").write_text(content)
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    for look in (resolve, find_onnx):
+        with pytest.raises(SkvError, match=f"an exported folder, made from {name}"):
+            look(tmp_path)

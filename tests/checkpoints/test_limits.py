@@ -24,6 +24,16 @@ from skv_export.errors import SkvError
         ("vocab_size", 10**12, "as the tensors in its files have it"),
         ("num_hidden_layers", 10**6, "as the tensors in its files have it"),
         ("max_position_embeddings", 10**15, "at most 1,099,511,627,776$|at most 1,099,511,627,776[.;]"),
+        ("head_dim", 0, "at least 1"),
+        ("intermediate_size", -1, "at least 1"),
+        ("sliding_window", -1, "at least 0"),
+        ("eos_token_id", 10**30, "at most 2,147,483,647"),
+        ("eos_token_id", [2, 10**30], "at most 2,147,483,647"),
+        ("pad_token_id", -2, "at least -1"),
+        ("rms_norm_eps", float("nan"), "a finite number"),
+        ("rms_norm_eps", float("inf"), "a finite number"),
+        ("rope_theta", 0, "a finite number"),
+        ("attention_multiplier", float("nan"), "a number"),
     ],
 )
 def test_claims_are_compared_with_the_files(

@@ -89,7 +89,7 @@ def test_no_configuration(tiny_checkpoint: Callable[..., Path], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "adapter_model.safetensors", None])
-def test_adapters_are_refused_with_how_to_merge(
+def test_adapters_without_their_base_are_refused_with_how_to_merge(
     weights: str | None, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "x")
@@ -98,7 +98,7 @@ def test_adapters_are_refused_with_how_to_merge(
         (folder / "model.safetensors").unlink()
     elif weights.startswith("adapter"):
         (folder / "model.safetensors").rename(folder / weights)
-    with pytest.raises(SkvError, match=r"an adapter \(LORA\) of org/base.*merge_and_unload"):
+    with pytest.raises(SkvError, match=r"an adapter (\(LORA\) )?of org/base.*--adapter .*x"):
         resolve(folder)
 
 
@@ -149,3 +149,29 @@ def test_the_suffix_in_capitals(demo_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "MODEL.GGUF").symlink_to(demo_checkpoint)
     assert resolve(tmp_path / "MODEL.GGUF") == resolve(tmp_path)
     assert resolve(tmp_path).gguf_file == "MODEL.GGUF"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu_nope"}, "hidden_act: an activation function that transformers does not have; got 'gelu_"),
+        ({"hidden_act": "silo"}, r"silo: did you mean silu\?"),
+        (
+            {"rope_scaling": {"type": "nope", "factor": 2.0}},
+            "rope_type: a kind of RoPE that transformers does not have",
+        ),
+        ({"rope_parameters": {"rope_type": "yarm", "rope_theta": 1e4, "factor": 2.0}}, r"yarm: did you mean yarn\?"),
+        ({"quantization_config": ["gptq"]}, r"quantization_config in config\.json; got \['gptq'\]; expected a table"),
+        ({"quantization_config": "gptq"}, r"quantization_config in config\.json; got 'gptq'; expected a table"),
+    ],
+)
+def test_names_that_transformers_does_not_have_are_said(
+    changes: dict[str, Any], message: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint("qwen3"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | changes
+    if "rope_scaling" in changes:
+        del config["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SkvError, match=message):
+        load_config(resolve(folder))

@@ -7,6 +7,8 @@ import builtins
 import gc
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,21 @@ def test_a_file_that_is_cut_while_it_is_loaded_is_an_error(
     with pytest.raises(SkvError, match=r"model\.safetensors: the file was changed while it was read"):
         load_model(resolve(checkpoint))
     assert len(taken) >= 4
+
+
+def test_the_untouched_model_outlives_its_file(checkpoint: Path) -> None:
+    """In a process of its own: a mapped file that becomes shorter would kill the one that uses it."""
+    program = f"""
+import torch
+from pathlib import Path
+from skv_export.checkpoints.checkpoint import resolve
+from skv_export.checkpoints.pretrained import load_untouched
+model = load_untouched(resolve({str(checkpoint)!r}))
+(Path({str(checkpoint)!r}) / "model.safetensors").open("r+b").truncate(64)
+print(model(torch.arange(3, 40)[None]).logits.isfinite().all().item())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr[-2000:]
 
 
 class _Bomb:

@@ -145,6 +145,29 @@ def test_verify_writes_json_and_exits_with_1_on_failure(monkeypatch: pytest.Monk
     result = run("verify", str(tmp_path), "--level", "op", "--json", str(target))
     assert result.exit_code == 1 and "table" in result.output
     assert json.loads(target.read_text()) == {"passed": False}
+    result = run("verify", str(tmp_path), "--level", "op", "--json", "-")
+    assert json.loads(result.stdout) == {"passed": False} and "table" in result.stderr
+
+
+def test_doctor_and_recipes_give_json() -> None:
+    report = json.loads(run("doctor", "--json", "-").stdout)
+    assert report["passed"] and {"name", "found", "problem", "required"} == set(report["checks"][0])
+    listed = json.loads(run("recipes", "--json", "-").stdout)
+    assert {"name": "balanced", "k_bits": 4, "v_bits": 2}.items() <= next(
+        recipe for recipe in listed if recipe["name"] == "balanced"
+    ).items()
+    assert json.loads(run("recipes", "balanced", "--json", "-").stdout)["k_bits"] == 4
+    assert "k_bits" in run("recipes", "balanced", "--json", "-").stderr
+
+
+def test_a_plan_as_json(tiny_checkpoint: Any) -> None:
+    result = run("model", str(tiny_checkpoint("mistral")), "--dry-run", "--k-bits", "3", "--json", "-")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["recipe"]["k_bits"] == 3 and [layer["key"]["bits"] for layer in plan["layers"]] == [3, 3]
+    assert plan["layers"][0]["local_window_size"] == 24 and plan["context_length"] == 512
+    assert [row["tokens"] for row in plan["cache"]] == [512] and "512 tokens:" in result.stderr
+    assert "4,096 tokens" not in result.stderr
 
 
 def test_doctor_names_the_kernels_and_its_problems() -> None:

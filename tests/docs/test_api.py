@@ -39,7 +39,7 @@ def test_the_program_runs_as_it_stands(demo_export: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_the_site_builds(tmp_path: Path) -> None:
     for module in ("mkdocs", "mkdocstrings_handlers.python"):
-        pytest.importorskip(module, reason=f"{module.split('.')[0]} is not installed: pip install 'skv-export[docs]'")
+        pytest.importorskip(module, reason=f"{module.split('.')[0]} is not installed: pip install '.[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

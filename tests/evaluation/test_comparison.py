@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from click.testing import CliRunner
 
 from skv_export.checkpoints.checkpoint import resolve
+from skv_export.checkpoints.pretrained import own_attention
 from skv_export.cli.quality import quality_command
 from skv_export.errors import SkvError
 from skv_export.evaluation import candidates, comparison, needle
@@ -102,6 +104,8 @@ def test_sixteen_bits_lose_nothing_and_fewer_bits_lose_more(loaded: tuple[Any, A
         assert row.kld_mean <= row.kld_p99 * 50 and row.kld_p99 <= row.kld_max
         assert row.positions == 3 * 159 and row.windows == 3 and row.ppl_stderr_percent > 0
         assert len(row.ppl_change_by_position) == comparison.POSITION_BUCKETS
+        assert len(row.kld_by_part) == 3 * comparison.POSITION_BUCKETS
+        assert sum(row.kld_by_part) / len(row.kld_by_part) == pytest.approx(row.kld_mean, rel=0.02)  # uneven parts
     layouts = CacheLayout.pair(SMALL.with_options(k_bits=4, v_bits=4).default, 64)
     bits = sum(layout.effective_bits(comparison.BITS_CONTEXT) for layout in layouts) / 2
     assert rows[2].effective_bits == pytest.approx(bits)
@@ -183,7 +187,7 @@ def test_transformers_cache_in_calls_is_token_by_token(
     with torch.no_grad():
         got = candidate.logits(model, ids)
         cache = cache_utils.QuantizedCache(backend="hqq", config=model.config, nbits=4, axis_key=1, axis_value=1)
-        with candidates.own_attention(model):
+        with own_attention(model):
             calls = [ids[:64], *ids[64:].split(1)]
             rows = [model(c[None], past_key_values=cache, use_cache=True).logits[0] for c in calls]
         full = simulated_logits(model, ids, Simulation.full_precision())
@@ -233,7 +237,8 @@ def test_names_become_candidates(tmp_path: Path) -> None:
 
 def row(name: str, bits: float, loss: float) -> CandidateResult:
     values: dict[str, Any] = {f.name: 1.0 for f in dataclasses.fields(CandidateResult)} | {
-        "ppl_change_by_position": [0.5, 1.0]
+        "ppl_change_by_position": [0.5, 1.0],
+        "kld_by_part": [loss] * 2,
     }
     return CandidateResult(
         **{**values, "name": name, "note": "", "effective_bits": bits, "kld_mean": loss, "windows": 1}
@@ -310,6 +315,15 @@ def test_the_command_prints_and_writes(
 def test_the_page_escapes_names() -> None:
     result = comparison.ComparisonResult("<model>", "0", 10, [row("<b>", 4, 0.01), row("c", 3, 0.02)])
     assert "<b>" not in html(result) and "&lt;model&gt;" in html(result)
+
+
+def test_bold_is_what_is_on_the_front_and_nothing_else() -> None:
+    rows = [row("worst", 2, 0.5), row("dominated", 4, 0.02), row("good", 3, 0.01), row("best", 4, 0.001)]
+    shown = html(comparison.ComparisonResult("/some/where/model", "0", 10, rows))
+    assert re.findall(r"<tr class=best><td>(\w+)", shown) == ["worst", "good", "best"]
+    assert "<td>dominated</td>" in shown and "perplexity rises by" in shown and "increase of perplexity, %" in shown
+    assert "<h1>model</h1>" in shown and "/some/where" not in shown
+    assert shown.count("<li><svg") == 4  # a legend under the losses by position
 
 
 def test_the_command_line_does_not_load_torch() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -21,8 +22,10 @@ from skv_export.checkpoints.purpose import check_purpose
 from skv_export.cli.main import main
 from skv_export.errors import SkvError
 from skv_export.export import pipeline, supported
+from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.runtime.session import Session
 from skv_export.spec.recipe import Recipe
+from skv_export.verification import run
 
 EXACT = Recipe().with_options(k_bits=16, v_bits=16, num_sink_tokens=2, recent_type="float")
 
@@ -178,6 +181,53 @@ def test_a_model_with_yarn_serves_its_whole_context(tmp_path: Path, library: Pat
     np.testing.assert_allclose(session_logits(out, ids), expected_logits(folder, ids), atol=1e-3, rtol=0)
 
 
+# Tokens.
+
+
+def test_tokens_that_the_vocabulary_does_not_hold_are_left_out_and_named(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, library: Path
+) -> None:
+    changes = {"eos_token_id": [2, 50256], "bos_token_id": -1, "pad_token_id": -1}
+    folder = edited(tiny_checkpoint("qwen3"), tmp_path / "model", lambda _: None, **changes)
+    (folder / "generation_config.json").unlink()
+    with pytest.warns(RuntimeWarning, match="eos_token_id of the checkpoint: 50256 is no token of the model's 320"):
+        out = pipeline.export_model(folder, out=tmp_path / "out", recipe=EXACT, progress=quiet)
+    config = ModelConfig.load(out)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, (2,), 2)
+
+
+@pytest.mark.parametrize("content", ['{"eos_token_id": "2"}', '{"eos_token_id": [[2]]}', "[]", "{"])
+def test_a_generation_config_of_nonsense_is_found_out_by_the_plan(
+    content: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = edited(tiny_checkpoint("qwen3"), tmp_path / "model", lambda _: None)
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(SkvError, match=r"generation_config\.json|eos_token_id of the checkpoint"):
+        pipeline.plan(folder, EXACT)
+
+
+# What the files hold, compared with what the configuration says.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 3}, r"another shape.*k_proj|3.*4"),
+        ({"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}, r"missing.*layers\.2\."),
+        ({"intermediate_size": 95}, "another shape.*mlp"),
+        ({"vocab_size": 319}, r"another shape.*embed_tokens"),
+        ({"num_attention_heads": 2}, r"another shape.*q_proj"),
+    ],
+)
+def test_a_plan_compares_shapes_with_the_files(
+    changes: dict[str, Any], message: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = edited(tiny_checkpoint("qwen3"), tmp_path / "model", lambda _: None, **changes)
+    refused = CliRunner().invoke(main, ["model", str(folder), "--dry-run"])
+    assert refused.exit_code == 1
+    assert re.search(message, refused.output)
+
+
 # Files that change while they are read.
 
 
@@ -215,3 +265,31 @@ def test_a_file_that_becomes_shorter_is_an_error_and_kills_nothing(
     with pytest.raises(SkvError, match=r"chang.*model\.safetensors|model\.safetensors.*changed"):
         pipeline.export_model(folder, out=tmp_path / "out", recipe=EXACT, progress=quiet)
     assert not (tmp_path / "out").exists()
+
+
+# An adapter.
+
+
+def test_an_export_with_an_adapter_is_the_adapted_model_and_verify_knows_it(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, library: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    checkpoint = tiny_checkpoint("qwen3")
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
+    options = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj", "up_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(base, options).eval()
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    out = pipeline.export_model(
+        checkpoint, out=tmp_path / "out", recipe=EXACT, adapter=tmp_path / "adapter", progress=quiet
+    )
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = adapted(ids).logits[0, -1].numpy()
+    np.testing.assert_allclose(session_logits(out, ids), expected, atol=1e-3, rtol=0)
+    assert np.abs(expected - expected_logits(checkpoint, ids)).max() > 0.1
+    config = ModelConfig.load(out)
+    assert config.source["adapter"] == "adapter"
+    with pytest.raises(SkvError, match=r"verify: adapter; got none; expected adapter.*--adapter"):
+        run._source(config, checkpoint, None)
+    assert run._source(config, checkpoint, tmp_path / "adapter").adapter == tmp_path / "adapter"

@@ -21,10 +21,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from source_graphs import CONTEXT, DIM, HEADS, VOCAB, SourceGraph
 from tiny_graph import Tiny
 from tiny_models import make_tiny
 
+from skv_export.checkpoints.checkpoint import resolve
+from skv_export.checkpoints.pretrained import load_model
 from skv_export.cli.doctor import diagnose
 from skv_export.errors import SkvError
 from skv_export.export import pipeline
@@ -93,7 +96,9 @@ def damaged_json(good: dict[str, Any], rng: random.Random) -> tuple[Any, str]:
             if not values:
                 break
         else:
-            container[key] = copy.deepcopy(rng.choice(NASTY))
+            value = container[key]
+            near = [0, -1, 1, value - 1, value + 1, 2 * value] if type(value) in (int, float) else []
+            container[key] = copy.deepcopy(rng.choice(near if near and rng.random() < 0.5 else NASTY))
             told.append(f"{key} = {str(container[key])[:40]}")
     return values, ", ".join(told)
 
@@ -113,11 +118,20 @@ def damage_json(path: Path) -> Callable[[random.Random], str]:
     return damage
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3_text", "gpt_oss"])
-def test_config_json(arch: str, tmp_path: Path) -> None:
-    folder = make_tiny(tmp_path / "model", arch)
-    pipeline.plan(folder)
-    fuzz(damage_json(folder / "config.json"), lambda: pipeline.plan(folder))
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text", "gpt_oss", "falcon"])
+def test_a_config_json_that_the_plan_lets_through_is_one_that_transformers_runs(arch: str, tmp_path: Path) -> None:
+    folder, ids = make_tiny(tmp_path / "model", arch), torch.arange(3, 43)[None]
+
+    def plan_and_run() -> None:
+        pipeline.plan(folder)
+        try:
+            with torch.no_grad():
+                load_model(resolve(folder))(ids, use_cache=False)
+        except SkvError as error:
+            raise AssertionError(f"the plan was made, but {error}") from error
+
+    plan_and_run()
+    fuzz(damage_json(folder / "config.json"), plan_and_run)
 
 
 def test_skv_config_json(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 from tiny_models import ROOT
 
@@ -32,16 +33,54 @@ def test_optimum_lists_it() -> None:
     assert listing.returncode == 0 and "skv" in listing.stdout, listing.stderr
     options = optimum_cli("export", "skv", "--help").stdout
     for option in model.params:
-        assert option.name == "checkpoint" or option.opts[0] in (*options.split(), "--out"), option.name
+        shown = {word.strip(",") for word in options.split()}
+        assert option.name == "checkpoint" or {*option.opts, *option.secondary_opts} <= shown | {"--out"}, option.name
 
 
-def test_every_option_is_handed_on() -> None:
+OPTIONS = [option for option in model.params if isinstance(option, click.Option) and option.name != "out"]
+VALUES = {
+    "size": "32k", "share": "0.5%", "integer": "3", "float": "3.25", "integer range": "64", "text": "some", "path": "x",
+    "file": "figures.json",
+}  # fmt: skip
+"""What an option is given, by the name of its type."""
+
+
+def lines(option: click.Option) -> list[list[str]]:
+    """Every way to write an option."""
+    if option.is_flag:
+        return [[name] for name in (*option.opts, *option.secondary_opts)]
+    if option.count:
+        return [[name] * 2 for name in option.opts]
+    kind = option.type
+    values = [str(kind.choices[-1])] if isinstance(kind, click.Choice) else [VALUES[kind.name]]
+    return [[name, *values] * (2 if option.multiple else 1) for name in option.opts]
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_every_option_means_what_it_means_to_model(
+    option: click.Option, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both command lines are parsed by `model` itself: its parameters, and what its callbacks were told, are equal."""
+    monkeypatch.chdir(tmp_path)
     parser = ArgumentParser()
     SkvExportCommand.parse_args(parser)
-    given = ["llama", "out", "--k-bits", "8", "--v-rotation", "none", "--recipe", "small", "--all-logits"]
-    handed = arguments(parser.parse_args(given))
-    assert handed[:3] == ["llama", "--out", "out"]
-    assert sorted(handed[3:]) == sorted(given[2:])
+    told: list[tuple[str, object]] = []
+    for other in OPTIONS:
+        if other.callback is not None:
+            monkeypatch.setattr(other, "callback", lambda ctx, param, value: told.append((str(param.name), value)))
+    for line in lines(option):
+        found = []
+        for given in (["llama", "--out", "out", *line], arguments(parser.parse_args(["llama", "out", *line]))):
+            told.clear()
+            context = model.make_context("model", list(given))
+            found.append((context.params, sorted(told, key=str)))
+        assert found[0] == found[1]
+        assert arguments(parser.parse_args(["llama", "out", *line]))[3:], line
+
+
+def test_nothing_is_handed_on_that_was_not_given() -> None:
+    parser = ArgumentParser()
+    SkvExportCommand.parse_args(parser)
     assert arguments(parser.parse_args(["llama", "out"])) == ["llama", "--out", "out"]
 
 

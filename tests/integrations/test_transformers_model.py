@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from tiny_graph import CONTEXT, EXACT, SMALL, VOCAB, Tiny, addresses
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
+from tiny_models import write_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer, pipeline
 
 from skv_export import SkvForCausalLM
 from skv_export.errors import SkvError
@@ -338,3 +342,60 @@ def test_assisted_generation_goes_on_from_a_cache_and_samples(tmp_path: Path) ->
         made.append(model.generate(more, max_new_tokens=60, **options, **mode))
     assert made[0].equal(made[1])
     assert model.generate(text, do_sample=True, max_new_tokens=20, prompt_lookup_num_tokens=4).shape == (1, 60)
+
+
+# transformers' own ways to load a model.
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> tuple[Path, Path]:
+    """A checkpoint with a tokenizer, and its export."""
+    checkpoint = tmp_path_factory.mktemp("auto") / "checkpoint"
+    shutil.copytree(tiny_checkpoint("qwen3"), checkpoint)
+    write_tokenizer(checkpoint, 320)
+    return checkpoint, export_model(checkpoint, out=checkpoint.parent / "out", progress=lambda *_: None)
+
+
+def test_auto_model_loads_an_exported_folder_and_every_other_as_ever(exported: tuple[Path, Path]) -> None:
+    checkpoint, folder = exported
+    for given in (folder, str(folder)):
+        loaded = AutoModelForCausalLM.from_pretrained(given, dtype="auto", device_map="cpu")
+        assert isinstance(loaded, SkvForCausalLM) and loaded.session.folder == folder
+    with pytest.raises(SkvError, match="load_in_8bit: without a meaning"):
+        AutoModelForCausalLM.from_pretrained(folder, load_in_8bit=True)
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert isinstance(theirs, PreTrainedModel)
+    assert isinstance(AutoModelForCausalLM.from_config(theirs.config), PreTrainedModel)
+    assert AutoModelForCausalLM.from_pretrained.__doc__ and isinstance(AutoModelForCausalLM, type)
+
+
+def test_a_pipeline_loads_a_folder_by_its_name(exported: tuple[Path, Path]) -> None:
+    _, folder = exported
+    made = pipeline("text-generation", model=str(folder))("Anne", max_new_tokens=6, do_sample=False)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), SkvForCausalLM.from_pretrained(folder)
+    (tokens,) = model.session.generate([tokenizer("Anne")["input_ids"]], max_new_tokens=6)
+    assert made[0]["generated_text"] == "Anne" + tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("first", ["skv_export", "transformers"])
+def test_it_does_not_matter_what_is_imported_first(first: str, exported: tuple[Path, Path]) -> None:
+    second = {"skv_export": "transformers", "transformers": "skv_export"}[first]
+    code = (
+        f"import sys; import {first}, {second}; from transformers import AutoModelForCausalLM\n"
+        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(exported[1])], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "SkvForCausalLM"
+
+
+def test_parameters_are_counted_as_pytorch_counts_them(exported: tuple[Path, Path]) -> None:
+    checkpoint, folder = exported
+    ours, theirs = SkvForCausalLM.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert ours.num_parameters() == theirs.num_parameters() > 0
+    assert ours.num_parameters(exclude_embeddings=True) == theirs.num_parameters(exclude_embeddings=True)
+    assert ours.num_parameters(only_trainable=True) == 0
+
+
+def test_a_model_prints_what_it_is(exported: tuple[Path, Path]) -> None:
+    shown = repr(SkvForCausalLM.from_pretrained(exported[1]))
+    assert shown == (f"SkvForCausalLM({exported[1]}: qwen3, 2 layers, cache K4V2, weights fp32, context 512, on cpu)")

@@ -8,6 +8,7 @@ import http.server
 import json
 import logging
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -219,6 +220,16 @@ def test_the_fetched_folder_has_files_not_links(hub: Hub, folder: Path) -> None:
     assert blob.stat().st_nlink == 2  # it takes its space once
     (fetched / "recipe.toml").unlink()
     assert hub_module.fetch("me/tiny") == fetched and (fetched / "recipe.toml").is_file()
+
+
+def test_templates_in_a_folder_of_their_own_go_and_come(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "additional_chat_templates").mkdir()
+    (tmp_path / "copy" / "additional_chat_templates" / "tool_use.jinja").write_text("for tools")
+    hub_module.push(tmp_path / "copy", "me/templates", token="hf_token")
+    for _ in range(2):  # downloaded, and found there
+        fetched = hub_module.fetch("me/templates")
+        assert (fetched / "additional_chat_templates" / "tool_use.jinja").read_text() == "for tools"
 
 
 def test_a_snapshot_that_was_downloaded_otherwise_loads(

@@ -103,11 +103,14 @@ def test_chats_begin_with_a_token_of_special_tokens_map(checkpoint: Path, tmp_pa
     assert Session(out).chat_prompt([{"role": "user", "content": "Hi"}]) == expected == "<s>[user]Hi"
 
 
-def test_the_default_of_several_chat_templates(checkpoint: Path, tmp_path: Path) -> None:
-    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": TEMPLATE}]
-    configure(checkpoint, chat_template=templates)
+def test_every_one_of_several_chat_templates_is_kept(checkpoint: Path, tmp_path: Path) -> None:
+    templates = {"tool_use": "tools", "default": TEMPLATE, "../escaped": "x"}
+    configure(checkpoint, chat_template=[{"name": name, "template": text} for name, text in templates.items()])
     written(checkpoint, tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert loaded == {"default": TEMPLATE, "tool_use": "tools"}  # a name is never a way out of the folder
+    assert not list(tmp_path.rglob("*escaped*"))
 
 
 def test_a_checkpoint_without_a_tokenizer(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

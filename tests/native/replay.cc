@@ -40,6 +40,9 @@ int main(int argc, char** argv) {
       if (fread(buffers.back(), 1, sizes.back(), in) != sizes.back()) abort();
     }
     relocate(call.key_cache.data, buffers);
+    relocate(call.key_cache.basis.key, buffers);
+    relocate(call.key_cache.basis.query, buffers);
+    relocate(call.key_cache.basis.feedback, buffers);
     relocate(call.value_cache.data, buffers);
     relocate(call.query.data, buffers);
     relocate(call.key.data, buffers);

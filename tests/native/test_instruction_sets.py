@@ -21,17 +21,20 @@ from skv_export.spec.conformance import (
     Case,
     attention_cases,
     byte_channel_cases,
+    calibrated_cases,
     expected_of,
     make_inputs,
     not_a_number_cases,
     output_error,
     token_channel_cases,
 )
+from skv_export.spec.key_basis import INPUTS
 
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "skv_export" / "native"
 POINTERS = ("output", "seqlens_k", "query_seqlens", "head_sink", "not_finite")
 NESTED = (("key_cache", "data"), ("value_cache", "data"), ("query", "data"), ("key", "data"), ("value", "data"))
+NESTED += tuple(("key_cache", name) for name in INPUTS)
 EMULATED = ("K", "default", "gqa", "head", "ragged", "window", "per channel", "per token", "groups", "tile", "softcap")
 
 
@@ -141,7 +144,7 @@ def test_an_older_processor_gets_what_it_has(processor: str, isa: str, tmp_path:
     if os.uname().machine != "x86_64":
         pytest.skip("x86-64 processors: not supported by this library")
     cases = [c for c in attention_cases() if c.name in ("default", "gqa 3", "K3V5", "K8V1", "head_dim 80, padded")]
-    cases += not_a_number_cases()
+    cases += [*not_a_number_cases(), *calibrated_cases()[:3]]
     assert replay([emulator("qemu-x86_64"), "-cpu", processor], "c++", library_path(), tmp_path, cases) == isa
 
 
@@ -166,7 +169,7 @@ def test_neon_kernels_under_emulation(tmp_path: Path) -> None:
     for command in (configure, ["cmake", "--build", str(build), "--parallel", "2"]):
         subprocess.run(command, check=True, capture_output=True)
     cases = [c for c in attention_cases() if any(word in c.name for word in EMULATED) and "prompt" not in c.name]
-    cases += [*token_channel_cases()[:8], *byte_channel_cases()[:8], *not_a_number_cases()]
+    cases += [*token_channel_cases()[:8], *byte_channel_cases()[:8], *calibrated_cases()[:8], *not_a_number_cases()]
     assert len(cases) > 70
     command = [qemu, "-cpu", "max", "-L", "/usr/aarch64-linux-gnu"]
     assert replay(command, compiler, build / "libskv_ops.so", tmp_path, cases) == "neon"

@@ -15,13 +15,14 @@ import onnxruntime as ort
 import pytest
 from op_nodes import Arrays, arrays_of, assert_same, attributes_of, expected_of, run, session_of
 
-from skv_export.spec.conformance import Case, not_a_number_cases, op_cases, output_error
+from skv_export.spec.conformance import Case, calibrated_cases, make_basis, not_a_number_cases, op_cases, output_error
+from skv_export.spec.key_basis import INPUTS, MATRICES
 from skv_export.spec.recipe import LayerConfig
 
 SMALL = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
 
 
-@pytest.mark.parametrize("case", op_cases(), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [*op_cases(), *calibrated_cases()], ids=lambda c: c.name)
 def test_case_equals_the_reference(case: Case) -> None:
     arrays = arrays_of(case)
     got = run(arrays, attributes_of(case.params, case.layouts))
@@ -250,6 +251,12 @@ def add(name: str, array: np.ndarray) -> Callable[[Arrays], None]:
     return lambda arrays: arrays.update({name: array})
 
 
+def constants(*names: str, heads: int = 2, dim: int = 64) -> Callable[[Arrays], None]:
+    basis = make_basis(heads, dim, dim)
+    matrices = {name: getattr(basis, field) for name, field in zip(INPUTS, MATRICES, strict=True)}
+    return lambda arrays: arrays.update({name: matrices[name] for name in names})
+
+
 FLOATS, INT32 = np.float32, np.int32
 ROTARY = {"do_rotary": 1}
 BAD_CALLS: dict[str, tuple[Callable[[Arrays], None], dict[str, Any], str]] = {
@@ -281,6 +288,13 @@ BAD_CALLS: dict[str, tuple[Callable[[Arrays], None], dict[str, Any], str]] = {
                  "position of token 0 of sequence 0; got 200; expected 0 ... 199"),
     "position_ids": (lambda arrays: arrays.update(rotary_tables(32) | {"position_ids": np.full((2, 1), -1)}), ROTARY,
                      "position of token 0 of sequence 0; got -1; expected 0 ... 511"),
+    "one constant": (constants("key_basis"), {}, "query_basis and key_feedback; got 1 of them; expected all"),
+    "no feedback": (constants(*INPUTS[:2]), {}, "key_basis, query_basis and key_feedback; got 2 of them"),
+    "constants": (constants(*INPUTS, dim=96), {}, "key_basis: shape; got .2, 96, 96.; expected .2, 64, 64."),
+    "constants, heads": (constants(*INPUTS, heads=4), {}, "key_basis: shape; got .4, 64, 64.; expected .2, 64, 64."),
+    "constants, tokens": (constants(*INPUTS), {"k_granularity": "token"},
+                          "key_basis; got a tensor; expected nothing, or keys of fewer than 16 bits"),
+    "constants, rotated": (constants(*INPUTS), {"k_rotation": "hadamard"}, "key_basis; got a tensor; expected noth"),
     "group size": (pack, {"v_group_size": 48}, "v_group_size; got 48; expected a divisor of 64 .head_dim 64, padded"),
 }  # fmt: skip
 

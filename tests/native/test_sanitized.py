@@ -86,6 +86,13 @@ def test_kernels_under_sanitizers(library: Path) -> None:
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 
+def test_calibrated_keys_under_sanitizers(library: Path) -> None:
+    part = "(append and 80) or dequantize or golden or refused or threads or (attention and not 128 and not 256)"
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/native/test_key_basis.py", "-k", part]
+    result = run_sanitized(library, *command)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+
 def test_random_calls_under_sanitizers(library: Path) -> None:
     files = [f"tests/native/test_{name}.py" for name in ("fuzz", "rewind", "not_a_number")]
     chosen = ["-k", "fuzz or refused or attention or (K4 and recent and 16 and 70)"]

@@ -103,7 +103,7 @@ def test_a_second_process_writes_what_the_first_would_have(one: Session, tmp_pat
     second = generate_text(one.folder, "", max_new_tokens=35, load_cache=tmp_path / "cache")
     assert json.loads(first) + second.tokens == whole.tokens
     more = generate_text(one.folder, "and", max_new_tokens=5, load_cache=tmp_path / "cache")
-    assert more.prompt_tokens == 3 and len(more.tokens) == 5
+    assert (more.prompt_tokens, more.cached_tokens) == (39, 36) and len(more.tokens) == 5
 
 
 def test_the_command_saves_and_goes_on(one: Session, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_an_empty_cache_is_saved_too(one: Session, tmp_path: Path) -> None:
     one.cache(2, 90).save(tmp_path / "cache")
     loaded = one.load_cache(tmp_path / "cache", room=90)
     assert loaded.batch == 2 and loaded.max_length == 90 and loaded.lengths.tolist() == [0, 0]
-    with pytest.raises(SkvError, match="several sequences; got 2"):
+    with pytest.raises(SkvError, match="cache: sequences; got 2"):
         generate_text(one.folder, "", load_cache=tmp_path / "cache")
     one.cache().save(tmp_path / "cache")
     with pytest.raises(SkvError, match="prompt: no tokens"):

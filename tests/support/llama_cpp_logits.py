@@ -21,7 +21,7 @@ def environment() -> dict[str, str]:
     """The variables of a process that can import llama_cpp (extra ``llama-cpp``, or the folder SKV_LLAMA_CPP)."""
     folder = os.environ.get("SKV_LLAMA_CPP")
     if folder is None and importlib.util.find_spec("llama_cpp") is None:
-        pytest.skip("llama-cpp-python is not installed: pip install 'skv-export[llama-cpp]'")
+        pytest.skip("llama-cpp-python is not installed: pip install '.[llama-cpp]'")
     return {**os.environ, "PYTHONPATH": folder or ""}
 
 

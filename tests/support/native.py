@@ -22,6 +22,7 @@ import numpy as np
 from skv_export.native.library import SkvAttention, SkvCache, SkvLayout, SkvTokens, library_path
 from skv_export.spec import quantizer, reference
 from skv_export.spec.conformance import Case, Inputs, expected_of, make_inputs
+from skv_export.spec.key_basis import MATRICES, KeyBasis
 from skv_export.spec.layout import CacheLayout
 
 TYPE = {"float16": 0, "float": 1, "float32": 1, "bfloat16": 2}
@@ -168,12 +169,13 @@ class Call:
         else:
             inputs_kept = [Guarded(tensors[k]) for k in ("query", "key", "value")]
             native = [SkvTokens(g.pointer, h * d) for g, h in zip(inputs_kept, (n, n_kv, n_kv), strict=True)]
-        self.buffers = [*self.caches, self.output, self.not_finite, seqlens, *inputs_kept]
+        basis = [] if inputs.key_basis is None else [Guarded(getattr(inputs.key_basis, name)) for name in MATRICES]
+        self.buffers = [*self.caches, self.output, self.not_finite, seqlens, *inputs_kept, *basis]
         self.buffers += [g for g in (new, sink) if g is not None]
         self.call = SkvAttention(
             *(
-                SkvCache(SkvLayout.of(layout), g.pointer, g.array.shape[2] * g.array.shape[3])
-                for layout, g in zip(case.layouts, self.caches, strict=True)
+                SkvCache(SkvLayout.of(layout), g.pointer, g.array.shape[2] * g.array.shape[3], *matrices)
+                for layout, g, matrices in zip(case.layouts, self.caches, ([m.pointer for m in basis], []), strict=True)
             ),
             *native,
             output=self.output.pointer,
@@ -201,7 +203,14 @@ class Call:
             buffer.check()
 
 
-def append(layout: CacheLayout, block: np.ndarray, past: int, x: np.ndarray, chunks: Sequence[int]) -> None:
+def append(
+    layout: CacheLayout,
+    block: np.ndarray,
+    past: int,
+    x: np.ndarray,
+    chunks: Sequence[int],
+    basis: KeyBasis | None = None,
+) -> None:
     """reference.append through skv_append, in chunks, in place: ``block`` [N_kv, C], ``x`` [N_kv, S, head_dim].
 
     The other tensor's cache is a scratch copy of the same shape.
@@ -218,7 +227,8 @@ def append(layout: CacheLayout, block: np.ndarray, past: int, x: np.ndarray, chu
         done += size
         seqlens = Guarded(np.array([past + done - 1], np.int32))
         new_tokens = Guarded(np.array([size], np.int32))
-        pair = [SkvCache(SkvLayout.of(layouts[i]), caches[i].pointer, block.shape[1]) for i in order]
+        bases = [basis, None]
+        pair = [SkvCache.of(layouts[i], caches[i].pointer, block.shape[1], bases[i]) for i in order]
         tokens = SkvTokens(new.pointer, heads * d)
         call = SkvAttention(
             *pair, SkvTokens(), tokens, tokens, seqlens_k=seqlens.pointer, query_seqlens=new_tokens.pointer,
@@ -238,12 +248,13 @@ def dequantize(
     length: int,
     dtype: str = "float",
     stride: int | None = None,
+    basis: KeyBasis | None = None,
 ) -> np.ndarray:
     """skv_dequantize of ``blocks`` [B, N_kv, C]: rows [length, head_dim] as float32."""
     memory, stride = Guarded(blocks), stride or layout.head_dim
     numpy_type = {"float": np.float32, "float16": np.float16}[dtype]
     out = Guarded(np.full((length, stride), 7, numpy_type))
-    cache = SkvCache(SkvLayout.of(layout), memory.pointer, blocks.shape[2])
+    cache = SkvCache.of(layout, memory.pointer, blocks.shape[2], basis)
     check(
         library().skv_dequantize(ctypes.byref(cache), blocks.shape[1], b, h, length, TYPE[dtype], out.pointer, stride)
     )
@@ -262,11 +273,16 @@ def decode_tile(layout: CacheLayout, tile: np.ndarray) -> np.ndarray:
 
 
 def rewind(
-    layout: CacheLayout, block: np.ndarray, length: int, new_length: int, longest_length: int | None = None
+    layout: CacheLayout,
+    block: np.ndarray,
+    length: int,
+    new_length: int,
+    longest_length: int | None = None,
+    basis: KeyBasis | None = None,
 ) -> None:
     """reference.rewind through skv_rewind: ``block`` [N_kv, C], in place."""
     memory = Guarded(block)
-    cache = SkvCache(SkvLayout.of(layout), memory.pointer, block.shape[1])
+    cache = SkvCache.of(layout, memory.pointer, block.shape[1], basis)
     longest = length if longest_length is None else longest_length
     status = library().skv_rewind(ctypes.byref(cache), block.shape[0], 0, length, longest, new_length)
     memory.check()
@@ -288,13 +304,15 @@ def awkward_numbers(dim: int, seed: int) -> np.ndarray:
     return x
 
 
-def assert_append_is_the_references(layout: CacheLayout, x: np.ndarray, counts: Sequence[int]) -> None:
+def assert_append_is_the_references(
+    layout: CacheLayout, x: np.ndarray, counts: Sequence[int], basis: KeyBasis | None = None
+) -> None:
     """Appends ``x``, ``[N_kv, tokens, D]``, in calls of ``counts`` tokens: the bytes are the reference's."""
     rows, width = layout.shape(x.shape[1])
     got, want = (np.full((len(x), rows * width), 0xFF, np.uint8) for _ in range(2))
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        reference.append(layout, want, 0, x)
-    append(layout, got, 0, x, counts)
+        reference.append(layout, want, 0, x, basis)
+    append(layout, got, 0, x, counts, basis)
     assert np.array_equal(got, want), (layout, np.abs(x).max())
 
 

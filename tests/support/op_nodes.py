@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from skv_export.native.library import library_path
 from skv_export.spec.conformance import Case, make_inputs
+from skv_export.spec.key_basis import INPUTS, MATRICES, KeyBasis
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.op import OUTPUT_NAMES, AttentionParams, attention_node, one_node_model
 from skv_export.spec.reference import quantized_kv_attention
@@ -68,6 +69,9 @@ def run(arrays: Arrays, attributes: Mapping[str, Any], **options: Any) -> list[n
 def arrays_of(case: Case) -> Arrays:
     inputs = make_inputs(case)
     arrays = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
+    basis = arrays.pop("key_basis")
+    if basis is not None:
+        arrays |= {name: getattr(basis, field) for name, field in zip(INPUTS, MATRICES, strict=True)}
     floats = ("query", "key", "value", "head_sink")
     arrays = {k: v.astype(case.dtype) if k in floats else v for k, v in arrays.items() if v is not None}
     return arrays | {"total_sequence_length": np.array(max(case.total_lengths), np.int32)}
@@ -76,6 +80,8 @@ def arrays_of(case: Case) -> Arrays:
 def expected_of(params: AttentionParams, layouts: tuple[CacheLayout, CacheLayout], arrays: Arrays) -> list[np.ndarray]:
     floats = {k: v.astype(np.float32) if v.dtype == np.float16 else v for k, v in arrays.items()}
     del floats["total_sequence_length"]
+    matrices = [floats.pop(name) for name in INPUTS if name in floats]
+    floats["key_basis"] = KeyBasis(*matrices) if matrices else None
     return list(quantized_kv_attention(params, layouts, **({"key": None, "value": None} | floats)))
 
 

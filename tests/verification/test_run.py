@@ -236,25 +236,45 @@ def test_graph_level_fails_beyond_its_tolerance(
 
 
 def test_report_has_the_promised_keys(tmp_path: Path) -> None:
+    folder = Tiny().write(tmp_path / "model")
+    (folder / "recipe.toml").write_text("k_bits = 4\n")
     op = op_level.OpResult(106, 0.1, "default, kernels", ())
     graph = GraphResult(_comparison(), _comparison(), ())
-    full = run.Report(tmp_path, "model", op, graph, GOOD)
-    assert json.loads(full.to_json()) == {
-        "passed": True,
-        "op": True,
-        "text": None,
-        "graph": {"max_abs_logit_diff": 5e-4, "steps": 192, "argmax_agreement": 1.0},
-        "quality": {
-            "ppl_reference": 20.0, "ppl_exported": 20.2, "kld_mean": 0.01, "kld_p99": 0.1, "top1_agreement": 0.95,
-            "effective_bits": 4.5,
-        },
+    full = run.Report(folder, "the checkpoint", op, graph, GOOD, thresholds={"max_ppl_increase": 0.05})
+    report = json.loads(full.to_json())
+    assert report["passed"] is report["op"] is True and report["text"] is None
+    assert report["graph"] == {"max_abs_logit_diff": 5e-4, "steps": 192, "argmax_agreement": 1.0}
+    assert report["quality"] == {
+        "ppl_reference": 20.0, "ppl_exported": 20.2, "kld_mean": 0.01, "kld_p99": 0.1, "top1_agreement": 0.95,
+        "effective_bits": 4.5,
     }  # fmt: skip
+    assert report["model"]["folder"] == str(folder) and report["model"]["bits"] == "K4V2"
+    assert report["model"]["recipe"]["k_bits"] == 4 and report["model"]["source"]["name"] == "tiny"
+    assert report["checkpoint"] == "the checkpoint" and report["thresholds"] == {"max_ppl_increase": 0.05}
+    assert {"skv-export", "python", "torch", "onnxruntime"} <= set(report["versions"]) and report["failures"] == []
     failed = dataclasses.replace(full, op=dataclasses.replace(op, failures=("op, kernels, default: wrong",)))
     assert not failed.passed and json.loads(failed.to_json())["op"] is False
     assert "FAIL  op" in failed.table() and failed.table().endswith("op, kernels, default: wrong")
     assert "+1.00%" in full.table() and "FAIL" not in full.table()
-    alone = json.loads(run.Report(tmp_path, op=op).to_json())
+    alone = json.loads(run.Report(folder, op=op).to_json())
     assert alone["op"] is True and alone["graph"]["steps"] is None
+
+
+def test_a_report_begins_with_its_verdict_in_a_sentence(tmp_path: Path) -> None:
+    op = op_level.OpResult(106, 0.1, "default, kernels", ())
+    bad = dataclasses.replace(op, failures=("wrong",))
+    worse = dataclasses.replace(GOOD, failures=("perplexity",))
+    for report, first in (
+        (run.Report(tmp_path, "org/model", op, quality=GOOD), r"PASS: .* computes what org/model computes, within"),
+        (run.Report(tmp_path, op=op), r"PASS: .* computes what the specification says.*\(level op\)\."),
+        (
+            run.Report(tmp_path, "m", bad, quality=worse),
+            r"FAIL: .* does not compute what m computes \(levels op, quality",
+        ),
+        (run.Report(tmp_path, "m", op, quality=worse), r"FAIL: .*its cache costs more quality than allowed\."),
+    ):
+        assert re.fullmatch(f"{first}.*", report.table().splitlines()[0])
+        assert report.verdict == report.table().splitlines()[0]
 
 
 def test_a_level_that_does_not_exist_is_refused(tmp_path: Path) -> None:

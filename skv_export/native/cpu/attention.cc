@@ -24,6 +24,7 @@ struct Item {
   int64_t first_row, rows;  // of the query rows of this head and pass, [token][head of the group]
   int64_t first_run, runs;  // of the head's list of runs
   int64_t partial;          // offset in the partials, in floats
+  bool tiles;
 };
 
 struct Sequence {
@@ -110,7 +111,8 @@ class Attention {
   std::vector<Item> items_;
   std::vector<int64_t> first_item_;  // of each sequence and KV head, and one past the end
   int64_t partial_floats_ = 0;
-  std::unique_ptr<Floats> queries_;  // [B][N_kv][token][group][D]
+  std::unique_ptr<Floats> queries_;       // [B][N_kv][token][group][D]
+  std::unique_ptr<Floats> tile_queries_;  // the same in the basis of the tiles, where they have one
   std::unique_ptr<Floats> partials_;
 };
 
@@ -171,20 +173,20 @@ void Attention::list_items(int64_t first, int64_t count) {
       tiles.clear();
       rows.clear();
       if (tokens > 0) list_runs(b, h, first, tokens, &tiles, &rows);
-      const auto add = [&](const std::vector<Run>& runs, int64_t most) {
+      const auto add = [&](const std::vector<Run>& runs, int64_t most, bool are_tiles) {
         for (size_t start = 0; start < runs.size(); start += most) {
           const int64_t length = std::min<int64_t>(most, runs.size() - start), first_run = runs_.size();
           runs_.insert(runs_.end(), runs.begin() + start, runs.begin() + start + length);
           for (int64_t i = 0; i < blocks; i++) {
             const int64_t row = query_rows * i / blocks, end = query_rows * (i + 1) / blocks;
-            items_.push_back({b, h, row, end - row, first_run, length, partial_floats_});
+            items_.push_back({b, h, row, end - row, first_run, length, partial_floats_, are_tiles});
             partial_floats_ += (end - row) * (dim_ + 2);
           }
         }
       };
       const int64_t aim = static_cast<int64_t>(tiles.size()) * c_.kv_num_heads / kItemsPerHeads;
-      add(tiles, std::clamp(aim, kMinChunkTiles, kChunkTiles));
-      add(rows, kChunkTiles);
+      add(tiles, std::clamp(aim, kMinChunkTiles, kChunkTiles), true);
+      add(rows, kChunkTiles, false);
       first_item_.push_back(items_.size());
     }
   }
@@ -194,6 +196,8 @@ void Attention::pass(int64_t first, int64_t count) {
   list_items(first, count);
   const int64_t heads = int64_t{c_.batch} * c_.kv_num_heads;
   queries_ = std::make_unique<Floats>(heads * count * groups_ * dim_);
+  const bool turned = c_.key_cache.basis.key != nullptr;
+  if (turned) tile_queries_ = std::make_unique<Floats>(heads * count * groups_ * dim_);
   partials_ = std::make_unique<Floats>(partial_floats_);
   const bool large = count * c_.batch * c_.num_heads * dim_ > 32768;
   parallel_for(threads_, heads, large, [&](int64_t i) {
@@ -204,6 +208,10 @@ void Attention::pass(int64_t first, int64_t count) {
       prepare_row(k_, c_.type, token(c_.query, b, first + r / groups_, h * groups_ + r % groups_), row);
       for (int64_t d = 0; d < dim_; d++) row[d] *= scale_;
     }
+    if (!turned) return;
+    const int64_t first_row = i * count * groups_ * dim_;
+    unit().multiply(of_head(c_.key_cache.basis.query, k_, h), static_cast<int32_t>(dim_), queries_->get() + first_row,
+                    tokens * groups_, tile_queries_->get() + first_row);
   });
   parallel_for(threads_, items_.size(), true, [&](int64_t i) {
     const Item& item = items_[i];
@@ -213,17 +221,18 @@ void Attention::pass(int64_t first, int64_t count) {
       last[r] = sequences_[item.b].past + first + (item.first_row + r) / groups_;
       from[r] = seen_from(last[r]);
     }
-    const AttendJob job = {&key_shape_,
-                           &value_shape_,
-                           runs_.data() + item.first_run,
-                           static_cast<int32_t>(item.runs),
-                           static_cast<int32_t>(item.rows),
-                           queries_->get() + (head * count * groups_ + item.first_row) * dim_,
-                           from,
-                           last,
-                           c_.softcap,
-                           any_value_[head] != 0,
-                           partials_->get() + item.partial};
+    const AttendJob job = {
+        &key_shape_,
+        &value_shape_,
+        runs_.data() + item.first_run,
+        static_cast<int32_t>(item.runs),
+        static_cast<int32_t>(item.rows),
+        (item.tiles && turned ? tile_queries_ : queries_)->get() + (head * count * groups_ + item.first_row) * dim_,
+        from,
+        last,
+        c_.softcap,
+        any_value_[head] != 0,
+        partials_->get() + item.partial};
     unit().attend(&job);
   });
   parallel_for(threads_, heads, large, [&](int64_t i) {

@@ -47,6 +47,45 @@ bool stored_row(const SkvLayout& layout, int type, const void* source, float* ro
   return not_finite;
 }
 
+// A tile's content [T][D] in the basis of its channels, saturated (reference: KeyBasis.to_tile).
+void turn_into_tile(const float* key_basis, const TileShape& shape, const float* content, float* turned) {
+  constexpr float kMost = 65504.0f;
+  unit().multiply(key_basis, shape.dim, content, shape.tile_tokens, turned);
+  for (int i = 0; i < shape.tile_tokens * shape.dim; i++) {
+    const float low = turned[i] > -kMost ? turned[i] : -kMost;  // of what is not a number, the lower end
+    turned[i] = low < kMost ? low : kMost;
+  }
+}
+
+// Reads tiles of one head back in the model's basis (reference: decode_tile).
+class TileReader {
+ public:
+  TileReader(const SkvCache& cache, int64_t head)
+      : shape_(make_shape(cache.layout)), content_(tile_floats()), turned_(cache.basis.query ? tile_floats() : 0) {
+    if (!cache.basis.query) return;
+    const float* query_basis = of_head(cache.basis.query, cache.layout, head);
+    inverse_ = std::make_unique<Floats>(int64_t{shape_.dim} * shape_.dim);
+    for (int64_t i = 0; i < shape_.dim; i++) {
+      for (int64_t j = 0; j < shape_.dim; j++) inverse_->get()[j * shape_.dim + i] = query_basis[i * shape_.dim + j];
+    }
+  }
+
+  const TileShape& shape() const { return shape_; }
+  // Rows [T][D], which the caller may change; they stand until the next call.
+  float* content() const { return inverse_ ? turned_.get() : content_.get(); }
+  void read(const uint8_t* tile) const {
+    unit().decode_tile(&shape_, tile, content_.get());
+    if (inverse_) unit().multiply(inverse_->get(), shape_.dim, content_.get(), shape_.tile_tokens, turned_.get());
+  }
+
+ private:
+  int64_t tile_floats() const { return int64_t{shape_.tile_tokens} * shape_.dim; }
+
+  const TileShape shape_;
+  const Floats content_, turned_;
+  std::unique_ptr<Floats> inverse_;  // of the key basis: the query basis transposed
+};
+
 }  // namespace
 
 TileShape make_shape(const SkvLayout& l) {
@@ -83,10 +122,13 @@ void prepare_row(const SkvLayout& layout, int type, const void* source, float* r
   if (layout.rotation == SKV_HADAMARD) unit().rotate(row, dim, rotation_dim(layout));
 }
 
-int64_t append_scratch(const SkvLayout& layout) { return int64_t{layout.tile_tokens} * padded_dim(layout); }
+int64_t append_scratch(const SkvCache& cache) {
+  const int64_t tile = int64_t{cache.layout.tile_tokens} * padded_dim(cache.layout);
+  return cache.basis.key ? 2 * tile : tile;
+}
 
-bool append_head(const SkvCache& cache, uint8_t* data, int64_t past, int64_t added, int type, const void* tokens,
-                 int64_t stride, float* scratch) {
+bool append_head(const SkvCache& cache, uint8_t* data, int64_t head, int64_t past, int64_t added, int type,
+                 const void* tokens, int64_t stride, float* scratch) {
   const SkvLayout& l = cache.layout;
   const TileShape shape = make_shape(l);
   const Block block(cache, data);
@@ -108,7 +150,13 @@ bool append_head(const SkvCache& cache, uint8_t* data, int64_t past, int64_t add
       unit().store_row(l.recent_type, row, rounded, shape.dim);
       unit().load_row(l.recent_type, rounded, row, shape.dim);
     }
-    unit().encode_tile(&shape, scratch, block.tile(tile));
+    const float* content = scratch;
+    if (cache.basis.key) {
+      float* turned = scratch + int64_t{l.tile_tokens} * dim;
+      turn_into_tile(of_head(cache.basis.key, l, head), shape, scratch, turned);
+      content = turned;
+    }
+    unit().encode_tile(&shape, of_head(cache.basis.feedback, l, head), content, block.tile(tile));
   }
   for (int64_t position = past; position < length; position++) {
     if (position >= l.num_sink_tokens && position < length - ring_tokens(l)) continue;
@@ -127,7 +175,7 @@ int append_call(const SkvAttention& c, const SkvThreads* threads) {
     flushes |= quantized_tokens(c.key_cache.layout, total) != quantized_tokens(c.key_cache.layout, past);
   }
   const int64_t workers = std::min(jobs, 4 * num_threads(threads));
-  const int64_t scratch_floats = append_scratch(c.key_cache.layout);
+  const int64_t scratch_floats = append_scratch(c.key_cache);
   const Floats scratch(workers * scratch_floats);
   std::atomic<bool> not_finite{false};
   parallel_for(threads, workers, flushes || int64_t{c.tokens} * jobs > 256, [&](int64_t worker) {
@@ -138,7 +186,7 @@ int append_call(const SkvAttention& c, const SkvThreads* threads) {
       const SkvTokens& tokens = job % 2 ? c.value : c.key;
       const int64_t at = b * c.tokens * tokens.token_stride + h * cache.layout.head_dim;
       const bool bad =
-          append_head(cache, block_of(cache, c.kv_num_heads, b, h), total_tokens(c, b) - added, added, c.type,
+          append_head(cache, block_of(cache, c.kv_num_heads, b, h), h, total_tokens(c, b) - added, added, c.type,
                       element(tokens.data, c.type, at), tokens.token_stride, scratch.get() + worker * scratch_floats);
       if (bad) not_finite.store(true, std::memory_order_relaxed);
     }
@@ -158,11 +206,13 @@ int check_position(const SkvCache* cache, const char* function, int32_t kv_num_h
 }
 
 // Rows of one block in the model's basis.
-void dequantize(const SkvCache& cache, uint8_t* data, int64_t length, int type, void* out, int64_t stride) {
+void dequantize(const SkvCache& cache, uint8_t* data, int64_t head, int64_t length, int type, void* out,
+                int64_t stride) {
   const SkvLayout& l = cache.layout;
-  const TileShape shape = make_shape(l);
   const Block block(cache, data);
-  const Floats content(int64_t{l.tile_tokens} * shape.dim);
+  const TileReader reader(cache, head);
+  const TileShape& shape = reader.shape();
+  float* content = reader.content();
   const auto write = [&](int64_t position, float* row) {
     if (l.rotation == SKV_HADAMARD) unit().rotate(row, shape.dim, shape.rotation_dim);
     unit().store_row(type, row, const_cast<void*>(element(out, type, position * stride)), l.head_dim);
@@ -171,16 +221,16 @@ void dequantize(const SkvCache& cache, uint8_t* data, int64_t length, int type, 
   for (int64_t tile = 0; tile < tiles; tile++) {
     const bool held = tile >= tiles - block.tiles();
     if (held)
-      unit().decode_tile(&shape, block.tile(tile), content.get());
+      reader.read(block.tile(tile));
     else
-      std::fill(content.get(), content.get() + int64_t{l.tile_tokens} * shape.dim, 0.0f);
-    for (int64_t t = 0; t < l.tile_tokens; t++) write(sinks + tile * l.tile_tokens + t, content.get() + t * shape.dim);
+      std::fill(content, content + int64_t{l.tile_tokens} * shape.dim, 0.0f);
+    for (int64_t t = 0; t < l.tile_tokens; t++) write(sinks + tile * l.tile_tokens + t, content + t * shape.dim);
   }
   for (int64_t position = 0; position < length; position++) {
     if (position == sinks) position += tiles * l.tile_tokens;
     if (position >= length) break;
-    unit().load_row(l.recent_type, block.row(position), content.get(), shape.dim);
-    write(position, content.get());
+    unit().load_row(l.recent_type, block.row(position), content, shape.dim);
+    write(position, content);
   }
 }
 
@@ -216,7 +266,7 @@ extern "C" int skv_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32
                 out, static_cast<long long>(row_stride), cache->layout.head_dim);
   }
   try {
-    dequantize(*cache, block_of(*cache, kv_num_heads, b, h), length, type, out, row_stride);
+    dequantize(*cache, block_of(*cache, kv_num_heads, b, h), h, length, type, out, row_stride);
     return SKV_OK;
   } catch (const std::bad_alloc&) {
     return fail(SKV_RUNTIME_ERROR, "skv_dequantize: out of memory");
@@ -249,20 +299,20 @@ extern "C" int skv_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b
                 static_cast<long long>(length), static_cast<long long>(new_length), static_cast<long long>(floor),
                 static_cast<long long>(length), l.recent_tokens);
   }
-  const TileShape shape = make_shape(l);
   const int64_t first = quantized_tokens(l, new_length) / l.tile_tokens,
                 last = quantized_tokens(l, length) / l.tile_tokens;
   if (first == last) return SKV_OK;
   try {
-    const Floats content(int64_t{l.tile_tokens} * shape.dim);
     for (int64_t h = 0; h < kv_num_heads; h++) {
+      const TileReader reader(*cache, h);
       const Block block(*cache, block_of(*cache, kv_num_heads, b, h));
       for (int64_t tile = first; tile < last; tile++) {
-        unit().decode_tile(&shape, block.tile(tile), content.get());
+        reader.read(block.tile(tile));
         for (int64_t t = 0; t < l.tile_tokens; t++) {
           const int64_t position = l.num_sink_tokens + tile * l.tile_tokens + t;
           if (position >= longest_length - ring_tokens(l)) continue;  // its row has not been overwritten
-          unit().store_row(l.recent_type, content.get() + t * shape.dim, block.row(position), shape.dim);
+          unit().store_row(l.recent_type, reader.content() + t * reader.shape().dim, block.row(position),
+                           reader.shape().dim);
         }
       }
     }

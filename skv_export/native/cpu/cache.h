@@ -18,18 +18,23 @@ TileShape make_shape(const SkvLayout& layout);
 void prepare_row(const SkvLayout& layout, int type, const void* source, float* row);
 
 // Memory of one worker of append_head, in floats.
-int64_t append_scratch(const SkvLayout& layout);
+int64_t append_scratch(const SkvCache& cache);
 
-// Appends `added` tokens to one block (reference: append). `tokens` points to the head's first token, `stride` elements
-// of `type` apart. Returns whether numbers were not finite (stored as 0).
-bool append_head(const SkvCache& cache, uint8_t* block, int64_t past, int64_t added, int type, const void* tokens,
-                 int64_t stride, float* scratch);
+// Appends `added` tokens to the block of KV head `head` (reference: append). `tokens` points to the head's first token,
+// `stride` elements of `type` apart. Returns whether numbers were not finite (stored as 0).
+bool append_head(const SkvCache& cache, uint8_t* block, int64_t head, int64_t past, int64_t added, int type,
+                 const void* tokens, int64_t stride, float* scratch);
 
 // Appends a checked call's keys and values. Throws std::bad_alloc before anything is written.
 int append_call(const SkvAttention& call, const SkvThreads* threads);
 
 inline const void* element(const void* data, int type, int64_t index) {
   return static_cast<const uint8_t*>(data) + index * type_bytes(type);
+}
+
+// One of the matrices of calibrated keys for KV head h; null where there is none.
+inline const float* of_head(const float* matrices, const SkvLayout& layout, int64_t h) {
+  return matrices ? matrices + h * padded_dim(layout) * padded_dim(layout) : nullptr;
 }
 
 inline uint8_t* block_of(const SkvCache& cache, int64_t kv_num_heads, int64_t b, int64_t h) {

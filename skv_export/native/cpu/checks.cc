@@ -92,8 +92,25 @@ int check_layout(const SkvLayout& l, const char* tensor) {
               static_cast<long long>(problem.got), problem.expected);
 }
 
+namespace {
+
+int check_basis(const SkvCache& cache, const char* tensor) {
+  const SkvKeyBasis& basis = cache.basis;
+  if (!basis.key && !basis.query && !basis.feedback) return SKV_OK;
+  if (!basis.key || !basis.query || !basis.feedback) {
+    return fail(SKV_INVALID_ARGUMENT, "%s cache: basis; got some matrices; expected all three or none", tensor);
+  }
+  if (can_have_basis(cache.layout)) return SKV_OK;
+  return fail(SKV_INVALID_ARGUMENT, "%s cache: basis; got %d bits, granularity %s, rotation %s; expected %s", tensor,
+              cache.layout.bits, kGranularities[cache.layout.granularity], kRotations[cache.layout.rotation],
+              kBasisForm);
+}
+
+}  // namespace
+
 int check_cache(const SkvCache& cache, const char* tensor) {
   if (int status = check_layout(cache.layout, tensor)) return status;
+  if (int status = check_basis(cache, tensor)) return status;
   if (cache.data == nullptr) {
     return fail(SKV_INVALID_ARGUMENT, "%s cache: data; got null; expected a pointer", tensor);
   }

@@ -51,7 +51,7 @@ struct AttendJob {
   const Run* runs;
   int32_t num_runs;
   int32_t rows;
-  const float* queries;  // [rows][D], in the cache's basis, scaled, finite
+  const float* queries;  // [rows][D], in the runs' basis, scaled, finite
   const int64_t* first;  // [rows], first position that the row sees
   const int64_t* last;   // [rows], last position that the row sees
   float softcap;         // 0 = none
@@ -65,10 +65,14 @@ struct AttendJob {
 struct Unit {
   const char* name;
   void (*attend)(const AttendJob* job);
-  // One tile's bytes from content [T][D], finite, of row_type's precision.
-  void (*encode_tile)(const TileShape* shape, const float* content, uint8_t* tile);
+  // One tile's bytes from content [T][D], finite, of row_type's precision; of calibrated keys in the tile's basis, with
+  // the head's feedback [D][D].
+  void (*encode_tile)(const TileShape* shape, const float* feedback, const float* content, uint8_t* tile);
   // Content [T][D] from one tile's bytes.
   void (*decode_tile)(const TileShape* shape, const uint8_t* tile, float* content);
+  // Rows [count][n] times a matrix [n][n], each product and sum rounded, in the order of the row; n is a multiple
+  // of 32.
+  void (*multiply)(const float* matrix, int32_t n, const float* rows, int64_t count, float* products);
   // Normalized Walsh-Hadamard transform of each block of a row [n], in place.
   void (*rotate)(float* row, int32_t n, int32_t block);
   // n numbers of an SkvType to float, and back: to nearest even, float16 saturates.

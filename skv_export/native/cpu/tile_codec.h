@@ -77,6 +77,46 @@ void transpose_out(const float* strip, int dim, float* rows) {
   }
 }
 
+// A part of a strip's tokens that fits a register.
+#if defined(__AVX512F__)
+typedef float Lanes __attribute__((vector_size(64)));
+#elif defined(__AVX__)
+typedef float Lanes __attribute__((vector_size(32)));
+#else
+typedef float Lanes __attribute__((vector_size(16)));
+#endif
+
+// So many rows times a matrix [n][n], so many registers of channels at a time.
+template <int kRows, int kVectors>
+void multiply_rows(const float* matrix, int n, const float* rows, float* products) {
+  constexpr int kLanes = sizeof(Lanes) / sizeof(float);
+  for (int i = 0; i < n; i += kVectors * kLanes) {
+    Lanes sums[kRows][kVectors] = {};
+    for (int j = 0; j < n; j++) {
+      Lanes factors[kVectors];
+      memcpy(factors, matrix + static_cast<int64_t>(j) * n + i, sizeof(factors));
+      for (int r = 0; r < kRows; r++) {
+        for (int v = 0; v < kVectors; v++) sums[r][v] += factors[v] * rows[r * n + j];
+      }
+    }
+    for (int r = 0; r < kRows; r++) memcpy(products + r * n + i, sums[r], sizeof(sums[r]));
+  }
+}
+
+// Rows [count][n] times a matrix [n][n], n a multiple of 32; each sum in the order of the row's numbers (reference:
+// _products).
+void multiply(const float* matrix, int32_t n, const float* rows, int64_t count, float* products) {
+  const auto step = [&](auto function, int64_t done) {
+    function(matrix, n, rows, products);
+    rows += done * n;
+    products += done * n;
+    count -= done;
+  };
+  while (count >= 8) step(multiply_rows<8, 1>, 8);
+  if (count >= 4) step(multiply_rows<4, 2>, 4);
+  while (count > 0) step(multiply_rows<1, 2>, 1);
+}
+
 // Sum over `count` channels [count][kStrip] as a halving tree, count rounded up to a power of two by zeros; overwrites
 // x.
 void tree_sum(float* x, int count, float* sum) {
@@ -328,7 +368,43 @@ void encode_means(const TileShape& s, const float* content, uint8_t* tile, float
   store16(tile + s.means + s.dim, 0, stored_unit);
 }
 
-void encode_tile(const TileShape* shape, const float* content, uint8_t* tile) {
+// Codes of a strip [D][kStrip] in its tile's basis, channels from the last to the first; each is lowered by its share
+// of what those after it were rounded up (reference: _quantize_calibrated). `shift` holds a strip.
+//
+// Channels go in blocks: within one each takes its shares at once, those before it take them block by block.
+void quantize_with_feedback(const TileShape& s, const float* feedback, const float* strip, const float* scale,
+                            const float* offset, uint8_t* codes, float* shift) {
+  constexpr int kBlock = 4;
+  const float levels = static_cast<float>((1 << s.bits) - 1);
+  memset(shift, 0, sizeof(float) * s.dim * kStrip);
+  for (int first = s.dim - kBlock; first >= 0; first -= kBlock) {
+    float error[kBlock][kStrip];
+    const float* shares[kBlock];
+    for (int b = kBlock - 1; b >= 0; b--) {
+      const int j = first + b;
+      shares[b] = feedback + static_cast<int64_t>(j) * s.dim;
+      for (int t = 0; t < kStrip; t++) {
+        const float x = strip[j * kStrip + t];
+        const float code = round_clip(divide((x - shift[j * kStrip + t]) - offset[j], scale[j]), levels);
+        codes[j * kStrip + t] = static_cast<uint8_t>(code);
+        error[b][t] = (code * scale[j] + offset[j]) - x;
+      }
+      for (int d = first; d < j; d++) {
+        for (int t = 0; t < kStrip; t++) shift[d * kStrip + t] += shares[b][d] * error[b][t];
+      }
+    }
+    for (int d = 0; d < first; d++) {
+      float* to = shift + d * kStrip;
+      for (int t = 0; t < kStrip; t++) {
+        float sum = to[t];
+        for (int b = kBlock - 1; b >= 0; b--) sum += shares[b][d] * error[b][t];
+        to[t] = sum;
+      }
+    }
+  }
+}
+
+void encode_tile(const TileShape* shape, const float* feedback, const float* content, uint8_t* tile) {
   const TileShape& s = *shape;
   if (s.bits == 16) {
     store_row(s.row_type, content, tile, s.tile_tokens * s.dim);
@@ -345,7 +421,9 @@ void encode_tile(const TileShape* shape, const float* content, uint8_t* tile) {
   }
   for (int first = 0; first < s.tile_tokens; first += kStrip) {
     transpose_in(content + static_cast<int64_t>(first) * s.dim, s.dim, strip);
-    if (s.channel) {
+    if (feedback) {
+      quantize_with_feedback(s, feedback, strip, scale, offset, codes, work);
+    } else if (s.channel) {
       for (int d = 0; d < s.dim; d++) {
         for (int t = 0; t < kStrip; t++) {
           const float x = divide(strip[d * kStrip + t] - offset[d], scale[d]);

@@ -56,6 +56,9 @@ int check_cache(const SkvCache& c) {
   }
   if (capacity(c.layout, c.block_bytes) >= (1 << 30))
     return wrong("cache: capacity", c.block_bytes, "below 2^30 tokens");
+  if (c.basis.key || c.basis.query || c.basis.feedback) {
+    return fail(SKV_NOT_SUPPORTED, "%s cache: basis; got calibrated keys; expected none on CUDA", tensor);
+  }
   if (!c.data) return fail(SKV_INVALID_ARGUMENT, "%s cache: data; got null; expected a device pointer", tensor);
   if (reinterpret_cast<uintptr_t>(c.data) % 16)
     return wrong("cache: address", int64_t(uintptr_t(c.data)), "16-byte aligned");

@@ -143,11 +143,12 @@ class CpuKernel : public Kernel {
   static SkvAttention describe(OrtKernelContext* context, const Call& call, void* output) {
     const auto cache = [&](Output index, const Tensor& past, const SkvLayout& layout) {
       const Tensor present = output_tensor(context, index, past.shape, past.rank);
-      return SkvCache{layout, static_cast<uint8_t*>(present.data), past.shape[2] * past.shape[3]};
+      return SkvCache{layout, static_cast<uint8_t*>(present.data), past.shape[2] * past.shape[3], {}};
     };
     const NewTokens tokens = tokens_in_place(call);
     SkvAttention attention{};
     attention.key_cache = cache(kPresentKey, call.past_key, call.attributes.key_layout);
+    attention.key_cache.basis = call.basis;
     attention.value_cache = cache(kPresentValue, call.past_value, call.attributes.value_layout);
     attention.query = tokens.query;
     attention.key = tokens.key;

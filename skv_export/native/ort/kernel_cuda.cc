@@ -78,12 +78,13 @@ class CudaKernel : public Kernel {
   SkvAttention describe(OrtKernelContext* context, const Call& call) const {
     const auto cache = [&](Output index, const Tensor& past, const SkvLayout& layout) {
       const Tensor present = output_tensor(context, index, past.shape, past.rank);
-      return SkvCache{layout, static_cast<uint8_t*>(present.data), past.shape[2] * past.shape[3]};
+      return SkvCache{layout, static_cast<uint8_t*>(present.data), past.shape[2] * past.shape[3], {}};
     };
     const int64_t output_shape[] = {call.batch, call.tokens, call.hidden_size()};
     SkvAttention attention{};
     attention.output = output_tensor(context, kOutput, output_shape, 3).data;
     attention.key_cache = cache(kPresentKey, call.past_key, call.attributes.key_layout);
+    attention.key_cache.basis = call.basis;
     attention.value_cache = cache(kPresentValue, call.past_value, call.attributes.value_layout);
     attention.type = kernel_type(type_);
     set_tokens(call, attention);

@@ -3,6 +3,8 @@
 
 #include <climits>
 
+#include "layout_check.h"
+
 namespace skv::ort {
 namespace {
 
@@ -24,6 +26,9 @@ constexpr const char* kInputNames[kNumInputs] = {
     "q_norm_weight",
     "k_norm_weight",
     "query_seqlens",
+    "key_basis",
+    "query_basis",
+    "key_feedback",
 };
 constexpr int64_t kAny = -1;
 
@@ -90,6 +95,25 @@ int32_t dimension(int64_t size, const char* what) {
   return static_cast<int32_t>(size);
 }
 
+// The constants of calibrated keys: all three or none.
+SkvKeyBasis read_basis(const Inputs& inputs, const Attributes& attributes) {
+  constexpr Input kMatrices[] = {kKeyBasis, kQueryBasis, kKeyFeedback};
+  const SkvLayout& layout = attributes.key_layout;
+  const float* data[3] = {};
+  int given = 0;
+  for (int i = 0; i < 3; ++i) {
+    const Tensor matrix = inputs.optional(kMatrices[i], ElementType::kFloat);
+    if (!matrix) continue;
+    if (!can_have_basis(layout)) fail(kInputNames[kMatrices[i]], "a tensor", std::string("nothing, or ") + kBasisForm);
+    expect_shape(matrix, kMatrices[i], {attributes.kv_num_heads, padded_dim(layout), padded_dim(layout)});
+    data[i] = matrix.as<float>();
+    ++given;
+  }
+  if (given % 3 != 0)
+    fail("key_basis, query_basis and key_feedback", std::to_string(given) + " of them", "all or none");
+  return {data[0], data[1], data[2]};
+}
+
 }  // namespace
 
 Call::Call(OrtKernelContext* context, const Attributes& node_attributes, ElementType node_type)
@@ -148,6 +172,7 @@ Call::Call(OrtKernelContext* context, const Attributes& node_attributes, Element
   if (q_norm_weight) expect_shape(q_norm_weight, kQNormWeight, {head_dim});
   k_norm_weight = inputs.optional(kKNormWeight, type);
   if (k_norm_weight) expect_shape(k_norm_weight, kKNormWeight, {head_dim});
+  basis = read_basis(inputs, attributes);
 }
 
 namespace {
@@ -165,6 +190,10 @@ ElementType input_type(const CustomOp* op, size_t index) {
       return ElementType::kInt32;
     case kPositionIds:
       return ElementType::kInt64;
+    case kKeyBasis:
+    case kQueryBasis:
+    case kKeyFeedback:
+      return ElementType::kFloat;
     case kReserved12:
     case kReserved13:
       return ElementType::kUndefined;  // any, so that a call can refuse it by name

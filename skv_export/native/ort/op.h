@@ -25,6 +25,9 @@ enum Input : size_t {
   kQNormWeight,
   kKNormWeight,
   kQuerySeqlens,
+  kKeyBasis,
+  kQueryBasis,
+  kKeyFeedback,
   kNumInputs,
 };
 enum Output : size_t { kOutput, kPresentKey, kPresentValue, kNumOutputs };
@@ -57,6 +60,7 @@ struct Call {
   bool packed;  // query holds keys and values too
   Tensor query, key, value, past_key, past_value, seqlens_k, total_sequence_length;
   Tensor cos_cache, sin_cache, position_ids, head_sink, q_norm_weight, k_norm_weight, query_seqlens;
+  SkvKeyBasis basis;  // of the keys; its pointers are of the device that computes
 
   Call(OrtKernelContext* context, const Attributes& node_attributes, ElementType node_type);
 

@@ -1,7 +1,7 @@
-"""Attention of models that can't be exported as transformers computes it.
+"""Attention of models that compute it themselves instead of through transformers' AttentionInterface.
 
-They compute it themselves instead of through AttentionInterface, or turn RoPE as complex numbers, which ONNX has not.
 One row for each class, by name: what replaces its own computation by a call of a function of AttentionInterface's kind.
+The export and the simulation of caches replace the same attention, each by a function of its own.
 """
 
 from __future__ import annotations
@@ -12,26 +12,38 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from skv_export.errors import SkvError
+
 Attend = Callable[..., tuple[torch.Tensor, None]]
 """As transformers' attention functions: ``[B, N, S, D]`` and twice ``[B, N_kv, S, D]`` to ``[B, S, N, D]``, None."""
+Patches = Mapping[str, Callable[[Any, Attend], None]]
+_REPLACED = ("_attn", "forward")
+"""Methods that patches put beside a module's own, as attributes of the module."""
 
 
-def patch_attention(model: PreTrainedModel, name: str, attend: Attend) -> bool:
-    """Makes a model whose attention is in ``_PATCHES`` call ``attend``.
+def patch_attention(model: PreTrainedModel, attend: Attend, patches: Patches) -> bool:
+    """Makes the modules of a model whose classes are in ``patches`` call ``attend``.
 
     Args:
         model: Changed in place, each attention module by itself.
-        name: The implementation's name in ``model.config``; one that transformers makes no mask for.
         attend: Called for each layer; the module that it gets has ``layer_idx``.
+        patches: ``OWN_ATTENTION``, or the same with further classes.
 
     Returns:
-        Whether the model has such attention; if not, it is as it was.
+        Whether the model has such modules; if not, it is as it was.
     """
-    found = [module for module in model.modules() if type(module).__name__ in _PATCHES]
+    found = [module for module in model.modules() if type(module).__name__ in patches]
     for module in found:
-        _PATCHES[type(module).__name__](module, attend)
-    if found:
-        model.config._attn_implementation_internal = name
+        patches[type(module).__name__](module, attend)
+    return bool(found)
+
+
+def restore_attention(model: PreTrainedModel) -> bool:
+    """Gives the modules of a model that ``OWN_ATTENTION`` patched their own attention back; whether there were any."""
+    found = [module for module in model.modules() if type(module).__name__ in OWN_ATTENTION]
+    for module in found:
+        for name in _REPLACED:
+            vars(module).pop(name, None)
     return bool(found)
 
 
@@ -66,14 +78,18 @@ def _patch_falcon(module: Any, attend: Attend) -> None:
         hidden_states: torch.Tensor,
         *,
         attention_mask: torch.Tensor | None,
-        layer_past: Any,
+        layer_past: Any = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        alibi: torch.Tensor | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
+        if alibi is not None:
+            raise SkvError("falcon: positions are biases on the scores (ALiBi)", expected="a model with RoPE")
         fused = module.query_key_value(hidden_states).unflatten(-1, (-1, module.head_dim))
         query, key, value = (x.transpose(1, 2) for x in _split_falcon(module, fused))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)  # type: ignore[no-untyped-call]
-        key, value = layer_past.update(key, value, module.layer_idx)
+        if layer_past is not None:
+            key, value = layer_past.update(key, value, module.layer_idx)
         output, _weights = attend(module, query, key, value, attention_mask, scaling=module.head_dim**-0.5)
         return module.dense(output.flatten(2)), None
 
@@ -91,53 +107,10 @@ def _split_falcon(module: Any, fused: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return per_head[..., :-2, :].flatten(2, 3), per_head[..., -2, :], per_head[..., -1, :]
 
 
-def _patch_llama4_rope(module: Any, _: Attend) -> None:
-    """Replaces RoPE's complex numbers by cosines and sines, ``[2, B, S, 1, D / 2]``."""
-
-    def forward(x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        angles = (position_ids[..., None].float() * module.inv_freq).unsqueeze(2)
-        return torch.stack((angles.cos(), angles.sin())) * module.attention_scaling
-
-    module.forward = forward
-
-
-def _patch_llama4(module: Any, attend: Attend) -> None:
-    """Replaces ``forward`` by the same with real numbers; queries that are scaled by their positions are refused."""
-
-    def forward(
-        hidden_states: torch.Tensor,
-        position_embeddings: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Any,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        query, key, value = (
-            project(hidden_states).unflatten(-1, (-1, module.head_dim))
-            for project in (module.q_proj, module.k_proj, module.v_proj)
-        )
-        if module.use_rope:
-            query, key = (_turn_pairs(x, *position_embeddings) for x in (query, key))
-            if hasattr(module, "qk_norm"):
-                query, key = module.qk_norm(query), module.qk_norm(key)
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        key, value = past_key_values.update(key, value, module.layer_idx)
-        output, _weights = attend(module, query, key, value, attention_mask, scaling=module.scaling)
-        return module.o_proj(output.flatten(2)), None
-
-    module.forward = forward
-
-
-def _turn_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE on neighbouring channels of ``x [B, S, heads, D]``."""
-    even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
-
-
-_PATCHES: Mapping[str, Callable[[Any, Attend], None]] = {
+OWN_ATTENTION: Patches = {
     "CodeGenAttention": _patch_gptj,
     "FalconAttention": _patch_falcon,
     "GPTJAttention": _patch_gptj,
     "GPTNeoSelfAttention": _patch_gpt_neo,
-    "Llama4TextAttention": _patch_llama4,
-    "Llama4TextRotaryEmbedding": _patch_llama4_rope,
 }
+"""Class -> what makes a module of it call another function."""

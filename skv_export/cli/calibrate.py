@@ -1,0 +1,58 @@
+"""The command `skv-export calibrate`: parses, calls, prints; torch is imported only when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from skv_export.cli.options import OutputFile, placement_options, progress_options
+from skv_export.progress import Progress
+
+
+@click.command("calibrate")
+@click.argument("checkpoint", required=False)
+@click.option("--text", type=click.Path(path_type=Path), help="Text to read, UTF-8.  [default: shipped, on optics]")
+@click.option("--windows", default=16, show_default=True, type=click.IntRange(1), help="Windows of text.")
+@click.option("--window", default=1024, show_default=True, type=click.IntRange(128), help="Tokens per window.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--out", default="calibration.safetensors", show_default=True, type=OutputFile(), help="File to write.")
+@placement_options
+@progress_options
+def calibrate_command(
+    checkpoint: str | None,
+    text: Path | None,
+    windows: int,
+    window: int,
+    revision: str | None,
+    out: Path,
+    device: str,
+    dtype: str,
+    device_map: str | None,
+) -> None:
+    """Measure how CHECKPOINT's queries read its keys, so that keys of few bits lose less.
+
+    The model reads some text, forward passes only; per layer a basis for keys follows in which every channel matters
+    alike. `quality` shows what it is worth, on other text. CHECKPOINT is a folder with safetensors, a GGUF file, or a
+    hub id; without it, the demo model.
+
+    \b
+    skv-export calibrate ./Qwen3-0.6B --out qwen3.safetensors
+    skv-export quality ./Qwen3-0.6B --configs K3V2,K2V2 --calibration qwen3.safetensors
+    """
+    from skv_export.calibration.moments import calibrate
+    from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
+    from skv_export.checkpoints.pretrained import Placement
+    from skv_export.evaluation.text import CALIBRATION_TEXT, read_text
+
+    placement = Placement(device, dtype, device_map)
+    source = resolve(checkpoint or demo_checkpoint(), revision=revision)
+    prose = read_text(text, CALIBRATION_TEXT)
+    with Progress() as shown:
+        found = calibrate(source, prose, windows=windows, window=window, placement=placement, progress=shown)
+    found.save(out)
+    heads = sorted({basis.key.shape[0] for basis in found.bases.values()})
+    click.echo(
+        f"{source}: {len(found.bases)} layers of {' or '.join(map(str, heads))} KV heads, measured on "
+        f"{found.about['tokens']} tokens\nwrote {out}"
+    )
