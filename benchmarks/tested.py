@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import sys
 import tempfile
+import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,7 +260,9 @@ def _quiet(phase: str, fraction: float) -> None:
 def _line(error: BaseException) -> str:
     """The reason in one line of a table."""
     text = re.sub(r"^\S+: can't be exported: ", "", str(error))
-    text = re.sub(r"; expected a decoder such as .*$", "", text, flags=re.DOTALL)
+    text = re.sub(
+        r"(; expected a decoder such as |\. This architecture can't be exported).*$", "", text, flags=re.DOTALL
+    )
     text = re.sub(r"\s+", " ", text).replace("|", "/").strip()
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
@@ -282,17 +285,18 @@ class Job:
 
     def __init__(self, name: str, call: Callable[..., Row], *arguments: Any) -> None:
         self._name = name
-        self._answer, there = multiprocessing.Pipe(duplex=False)
+        self.answer, there = multiprocessing.Pipe(duplex=False)
         context = multiprocessing.get_context("fork")
         self._child = context.Process(target=_guarded, args=(there, call, arguments))
         self._child.start()
+        self.deadline = time.monotonic() + TIMEOUT
         there.close()
 
     def row(self) -> Row:
         """Waits, and returns the line, or what became of it."""
         try:
-            answered = self._answer.poll(TIMEOUT)
-            return self._answer.recv() if answered else Row(self._name, f"**no answer** in {TIMEOUT} s")
+            answered = self.answer.poll(max(0.0, self.deadline - time.monotonic()))
+            return self.answer.recv() if answered else Row(self._name, f"**no answer** in {TIMEOUT} s")
         except EOFError:
             return Row(self._name, "**crashed**")
         finally:
@@ -325,15 +329,23 @@ def file_kinds() -> Iterator[tuple[Any, ...]]:
 
 def _run_all(calls: Iterable[tuple[Any, ...]]) -> list[Row]:
     """Runs a call on each core at a time; the lines come in the calls' order."""
-    rows: list[Row] = []
-    waiting: deque[Job] = deque()
-    for call in [*calls, *[None] * (os.cpu_count() or 1)]:
-        if len(waiting) == os.cpu_count() or (call is None and waiting):
-            rows.append(waiting.popleft().row())
-            print(rows[-1].markdown(), flush=True)
-        if call is not None:
-            waiting.append(Job(*call))
-    return rows
+    rows: dict[int, Row] = {}
+    running: dict[int, Job] = {}
+
+    def finish(most: int) -> None:
+        while len(running) > most:
+            patience = min(job.deadline for job in running.values()) - time.monotonic()
+            ready = multiprocessing.connection.wait([job.answer for job in running.values()], max(0.0, patience))
+            for i, job in list(running.items()):
+                if job.answer in ready or job.deadline < time.monotonic():
+                    rows[i] = running.pop(i).row()
+                    print(rows[i].markdown(), flush=True)
+
+    for i, call in enumerate(calls):
+        finish((os.cpu_count() or 1) - 1)
+        running[i] = Job(*call)
+    finish(0)
+    return [rows[i] for i in sorted(rows)]
 
 
 def _bfloat16(folder: Path) -> Row:

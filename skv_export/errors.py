@@ -14,6 +14,9 @@ EXTRAS = {
     "matplotlib": "plots",
     "onnxruntime": "cpu",
     "optimum": "optimum",
+    "fastapi": "serve",
+    "prometheus_client": "serve",
+    "uvicorn": "serve",
 }
 """Python module -> the extra that installs it; what else is needed comes with the package itself."""
 

@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 
 from skv_export.analysis.budget import MAX_CONTEXT, CacheBudget, Pair
+from skv_export.checkpoints.block_weights import BlockFormat
 from skv_export.checkpoints.checkpoint import Checkpoint
 from skv_export.errors import SkvError
+from skv_export.spec.recipe import AS_IS
 
 GIB = 1 << 30
 CARDS = {
@@ -40,13 +42,18 @@ def card_memory(name: str) -> int:
 
 
 def weight_bytes(opened: Checkpoint, weights: str) -> int:
-    """Returns the bytes of a checkpoint's weights in a number format; embeddings and norms of int8 and int4 in 16 bits.
+    """Returns the bytes of a checkpoint's weights in a number format.
+
+    Embeddings and norms of int8 and int4 are in 16 bits, as is what the checkpoint itself does not hold quantized, or
+    not in a form that a graph can hold.
 
     Raises:
         SkvError: An unknown format.
     """
+    if weights == AS_IS:
+        return round(sum(math.prod(opened.shape(name)) * _held_bits(opened, name) for name in opened.names()) / 8)
     if weights not in WEIGHT_BITS:
-        raise SkvError(f"--weights {weights}", expected=", ".join(WEIGHT_BITS))
+        raise SkvError(f"--weights {weights}", expected=", ".join([AS_IS, *WEIGHT_BITS]))
     narrow = WEIGHT_BITS[weights]
     wide = max(16.0, narrow)
     bits = sum(
@@ -54,6 +61,22 @@ def weight_bytes(opened: Checkpoint, weights: str) -> int:
         for name in opened.names()
     )
     return round(bits / 8)
+
+
+def usual_weights(opened: Checkpoint, dtype: str) -> str:
+    """Returns the number format that an export gives the weights if not asked: as they are, or else ``dtype``."""
+    return AS_IS if any(_held(opened, name) for name in opened.names()) else dtype
+
+
+def _held(opened: Checkpoint, name: str) -> BlockFormat | None:
+    """How a graph stores a weight as the checkpoint quantized it."""
+    held = opened.entries[name].blocks()
+    return None if held is None else held.format
+
+
+def _held_bits(opened: Checkpoint, name: str) -> float:
+    form = _held(opened, name)
+    return 16.0 if form is None else form.stored(exact=True).weight_bits(16)
 
 
 def activation_bytes(opened: Checkpoint, batch: int) -> int:

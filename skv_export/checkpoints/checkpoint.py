@@ -24,6 +24,7 @@ from skv_export.checkpoints import adapter as adapter_module
 from skv_export.checkpoints.gguf import read_gguf, shard_names
 from skv_export.checkpoints.gguf_config import gguf_config
 from skv_export.checkpoints.limits import check_claims
+from skv_export.checkpoints.packed_weights import PackedEntry, unpack_checkpoint
 from skv_export.checkpoints.tensor_files import LocalFile, RemoteFile, TensorEntry, read_header
 from skv_export.errors import SkvError
 from skv_export.paths import looks_like_path, to_path
@@ -286,9 +287,17 @@ class Checkpoint:
                 got=", ".join(missing[:3]),
                 fix="Download it again.",
             )
-        named = {plain_name(name): entry for name, entry in merged.items()}
+        plain = {plain_name(name): entry for name, entry in merged.items()}
+        named = unpack_checkpoint(self.config_if_any(), plain, str(self.source))
         if self.source.adapter is None:
             return named
+        if packed := [name for name, entry in named.items() if isinstance(entry, PackedEntry)]:
+            raise SkvError(
+                f"{self.source}: an adapter on quantized weights: adding it would round them again",
+                got=", ".join(packed[:3]),
+                expected="a base model in float weights",
+                fix="Pass the full-precision checkpoint that the base was made from.",
+            )
         return adapter_module.Adapter(self.source.adapter, str(self.config.get("model_type"))).merged(named)
 
     def _refuse_adapter(self) -> None:
@@ -350,6 +359,8 @@ class Checkpoint:
         first, second = self._entry(name), self._entry(other)
         if (first.dtype, first.shape) != (second.dtype, second.shape):
             return False
+        if isinstance(first, PackedEntry):
+            return bool((first.array() == second.array()).all())
         for start in range(0, first.nbytes, _COMPARED_BYTES):
             stop = min(start + _COMPARED_BYTES, first.nbytes)
             a, b = (entry.file.read(entry.start + start, entry.start + stop) for entry in (first, second))

@@ -9,16 +9,17 @@ from skv_export.checkpoints.checkpoint import Source
 from skv_export.errors import SkvError
 
 _FULL_PRECISION = "Use the full-precision checkpoint that it was made from."
+_UNSAID = "config.json must say how, in quantization_config; else use the full-precision checkpoint."
 _MERGE = "Merge the adapter into its base model (peft: merge_and_unload), or keep it in a folder of its own: --adapter."
 _KINDS: tuple[tuple[str, str, str], ...] = (
     (r"\.lora_[AB]\.|\.lora_embedding_[AB]|\.lora_magnitude", "tensors of a LoRA adapter", _MERGE),
-    (r"\.g_idx$", "weights quantized by GPTQ", _FULL_PRECISION),
-    (r"\.qweight$", "weights quantized by AWQ or GPTQ", _FULL_PRECISION),
+    (r"\.g_idx$", "weights quantized by GPTQ", _UNSAID),
+    (r"\.qweight$", "weights quantized by AWQ or GPTQ", _UNSAID),
     (r"\.(absmax|quant_map|quant_state\.[\w.]+|SCB)$", "weights quantized by bitsandbytes", _FULL_PRECISION),
     (
         r"\.(weight_packed|weight_scale|weight_scale_inv|weight_zero_point)$",
         "weights stored quantized",
-        _FULL_PRECISION,
+        _UNSAID,
     ),
     (r"\.(W_q|scales|biases)$", "weights quantized by HQQ or MLX", _FULL_PRECISION),
 )

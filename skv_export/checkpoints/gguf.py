@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from skv_export.checkpoints.block_weights import BlockMatrix, check_numbers
+from skv_export.checkpoints.gguf_blocks import FORMATS, GgufMatrix
 from skv_export.checkpoints.tensor_files import MAX_TENSORS, LocalFile, TensorEntry
 from skv_export.errors import SkvError
 
@@ -28,8 +30,16 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf",
 class GgufEntry(TensorEntry):
     """A tensor of a GGUF file; ``dtype`` is ggml's name of its block format."""
 
+    def blocks(self) -> BlockMatrix | None:
+        """As ``TensorEntry`` says; its rows are still in the file's order."""
+        return GgufMatrix(self, None, False) if self.dtype in FORMATS and len(self.shape) == 2 else None
+
     def array(self) -> npt.NDArray[Any]:
-        """Returns the tensor as float32 (a copy)."""
+        """Returns the tensor as float32 (a copy).
+
+        Raises:
+            SkvError: Its format is one that the package ``gguf`` can't decode, or a number in it is none.
+        """
         from gguf import GGMLQuantizationType, quants
 
         kind = GGMLQuantizationType[self.dtype]
@@ -38,7 +48,17 @@ class GgufEntry(TensorEntry):
         if plain is not None:
             return data.view(plain).astype(np.float32).reshape(self.shape)
         rows = data.reshape(math.prod(self.shape[:-1]), -1)
-        return np.asarray(quants.dequantize(rows, kind), np.float32).reshape(self.shape)
+        try:
+            decoded = np.asarray(quants.dequantize(rows, kind), np.float32)
+        except NotImplementedError as error:
+            raise SkvError(
+                f"tensor {self.name!r}: its blocks are of a format that can't be decoded",
+                got=self.dtype,
+                expected="a format that llama.cpp writes weights in, such as Q4_K or Q8_0",
+                fix="Quantize the model again, or use the safetensors checkpoint.",
+            ) from error
+        check_numbers(self.name, "weights", decoded)
+        return decoded.reshape(self.shape)
 
 
 def shard_names(name: str) -> list[str]:

@@ -6,7 +6,7 @@ tensor processors. What transformers' own loader ignores is an error here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,9 @@ from transformers.modeling_gguf_pytorch_utils import (
     get_gguf_hf_weights_map,
 )
 
+from skv_export.checkpoints.block_weights import BlockMatrix
 from skv_export.checkpoints.checkpoint import Checkpoint, Source
+from skv_export.checkpoints.gguf_blocks import GgufMatrix
 from skv_export.checkpoints.gguf_config import ARCHITECTURES
 from skv_export.checkpoints.gguf_rope import FACTOR_TENSORS
 from skv_export.errors import SkvError
@@ -89,15 +91,33 @@ class GgufWeights:
 
     def read(self, name: str) -> torch.Tensor:
         """Reads a parameter; stacked experts' gate and up projections are two tensors of the file."""
+        return self._undone(name, self._checkpoint.tensor)
+
+    def _undone(self, name: str, tensor: Callable[[str], NDArray[Any]]) -> torch.Tensor:
+        """Returns a parameter made of the file's tensors: what the converter did to them is undone."""
         parameters: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
         for stored in self._stored[name]:
-            array: NDArray[Any] = self._checkpoint.tensor(stored)
             made = self._processor.process(
-                array, stored, tensor_key_mapping=self._mapping, parsed_parameters=parameters
+                tensor(stored), stored, tensor_key_mapping=self._mapping, parsed_parameters=parameters
             )
         if name in parameters["tensors"]:
             return parameters["tensors"][name]
         return torch.from_numpy(np.ascontiguousarray(made.weights))
+
+    def quantized(self, name: str) -> BlockMatrix | None:
+        """Returns a parameter as the file quantized it; None where a graph can't hold it so."""
+        entries = [self._checkpoint.entries[stored] for stored in self._stored.get(name, ())]
+        if len(entries) != 1 or entries[0].blocks() is None:
+            return None
+        rows = entries[0].shape[0]
+        # The rows' numbers, in two columns, show what the converter did to rows.
+        numbers = np.arange(rows, dtype=np.float64).repeat(2).reshape(rows, 2)
+        made = self._undone(name, lambda _: numbers).numpy()
+        transposed = made.shape == (2, rows)
+        order = (made[0] if transposed else made[:, 0]).astype(np.int64)
+        if not np.array_equal(np.sort(order), numbers[:, 0]):
+            return None
+        return GgufMatrix(entries[0], None if np.array_equal(order, numbers[:, 0]) else order, transposed)
 
     def release(self, names: Iterable[str]) -> None:
         """Nothing is kept: dequantizing copies."""

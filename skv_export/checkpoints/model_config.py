@@ -43,7 +43,8 @@ def load_config(source: Source) -> PreTrainedConfig:
             f"{source}: quantization_config in config.json", got=repr(quantization)[:100], expected="a table"
         )
     try:
-        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(_known_rope(_plain_floats(values)))
+        plain = _without_quantization(_plain_floats(values))
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(_known_rope(plain))
     except Exception as error:  # whatever the classes of some 500 architectures raise for values they don't expect
         got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise SkvError(f"{source}: transformers can't read its configuration", got=got, fix="Correct it.") from error
@@ -72,6 +73,14 @@ def _check_names(config: PreTrainedConfig, source: Source) -> None:
                 expected=f"one of {', '.join(_ROPES)}",
                 fix=did_you_mean(str(kind), _ROPES),
             )
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a configuration of plain weights: ``packed_weights`` makes such of those that are quantized."""
+    made = {key: value for key, value in config.items() if key != "quantization_config"}
+    if isinstance(text := made.get("text_config"), Mapping):
+        made["text_config"] = _without_quantization(text)
+    return made
 
 
 def _plain_floats(value: Any) -> Any:

@@ -226,9 +226,11 @@ class _StoredTensor:
         return list(self.entry.shape)
 
     def get_dtype(self) -> str:
-        return self.entry.dtype
+        return self.entry.dtype if self.entry.dtype in DTYPES_IN_FILES else "F32"
 
     def _whole(self) -> torch.Tensor:
+        if self.entry.dtype not in DTYPES_IN_FILES:  # quantized by another tool
+            return torch.from_numpy(self.entry.array())
         dtype = getattr(torch, np.dtype(DTYPES_IN_FILES[self.entry.dtype]).name)
         tensor = torch.empty(self.entry.shape, dtype=dtype)
         data = np.frombuffer(self.entry.file.read(self.entry.start, self.entry.stop), np.uint8)

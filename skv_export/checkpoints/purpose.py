@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from skv_export.errors import SkvError
 
-LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "WithLMHead", "GenerationDecoder")
 """What the class names of language models end with."""
 
 

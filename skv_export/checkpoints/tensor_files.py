@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from skv_export.checkpoints.block_weights import BlockMatrix
 from skv_export.errors import SkvError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -229,6 +230,10 @@ class TensorEntry:
     def nbytes(self) -> int:
         """Bytes in the file."""
         return self.stop - self.start
+
+    def blocks(self) -> BlockMatrix | None:
+        """Returns the tensor as its checkpoint quantized it, if it did and a graph can hold it so."""
+        return None
 
     def array(self) -> npt.NDArray[Any]:
         """Returns the tensor, read-only."""

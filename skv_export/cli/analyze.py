@@ -26,7 +26,7 @@ from skv_export.cli.options import (
 from skv_export.cli.target import Numbers, Pairs, target_options
 from skv_export.errors import SkvError, require_module
 from skv_export.progress import Progress
-from skv_export.spec.recipe import GRANULARITIES, ROTATIONS, TILE_TOKENS, LayerConfig
+from skv_export.spec.recipe import AS_IS, GRANULARITIES, ROTATIONS, TILE_TOKENS, LayerConfig
 
 if TYPE_CHECKING:
     from skv_export.analysis.pipeline import MeasureOptions
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 @adapter_option
 @target_options
 @placement_options
-@click.option("--weights", type=Choice(list(WEIGHT_BITS)), help="Format of weights that share --memory with the cache.")
+@click.option(
+    "--weights", type=Choice([AS_IS, *WEIGHT_BITS]), help="Format of weights that share --memory with the cache."
+)
 @click.option(
     "--choices", type=Numbers(), default="1,2,3,4,5,6,8", show_default=True, help="Bit widths to choose from."
 )
@@ -120,7 +122,7 @@ def run(
     Returns:
         The analysis, and the bytes that a card has left for the cache (0 where no card was named).
     """
-    from skv_export.analysis.card import card_memory, room_for_cache
+    from skv_export.analysis.card import card_memory, room_for_cache, usual_weights
     from skv_export.analysis.pipeline import MeasureOptions, Target, analyze
     from skv_export.checkpoints.checkpoint import Checkpoint
 
@@ -130,7 +132,7 @@ def run(
     if gpu:
         if given["memory"] is not None:
             raise SkvError("--gpu and --memory", got="both", expected="one of them")
-        given["memory"], weights = card_memory(gpu), weights or "fp16"
+        given["memory"] = card_memory(gpu)
     asked = given.pop("measure")
     measuring = {name: given.pop(name) for name in MEASURE_OPTIONS if name in given}
     if given.get("score") == "measure":
@@ -144,6 +146,8 @@ def run(
         MeasureOptions(**measuring).placement()  # a device that is not there is found out before any work
     room = 0
     opened = Checkpoint.open(checkpoint, revision=revision, adapter=given.pop("adapter", None))
+    if gpu:
+        weights = weights or usual_weights(opened, "fp16")
     if weights:
         room = room_for_cache(given["memory"], opened, weights, given["batch"]) if given["memory"] else 0
         if given["context"] is None and gpu:  # the question is how long a context fits, not which bits fill the card

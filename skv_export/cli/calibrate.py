@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
-from skv_export.cli.options import OutputFile, placement_options, progress_options
+from skv_export.cli.options import OutputFile, PathOf, adapter_option, placement_options, progress_options
 from skv_export.progress import Progress
 
 
 @click.command("calibrate")
 @click.argument("checkpoint", required=False)
-@click.option("--text", type=click.Path(path_type=Path), help="Text to read, UTF-8.  [default: shipped, on optics]")
+@adapter_option
+@click.option("--text", type=PathOf("--text"), help="Text to read, UTF-8.  [default: shipped, on optics]")
 @click.option("--windows", default=16, show_default=True, type=click.IntRange(1), help="Windows of text.")
 @click.option("--window", default=1024, show_default=True, type=click.IntRange(128), help="Tokens per window.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
@@ -21,6 +22,7 @@ from skv_export.progress import Progress
 @progress_options
 def calibrate_command(
     checkpoint: str | None,
+    adapter: Path | None,
     text: Path | None,
     windows: int,
     window: int,
@@ -46,8 +48,8 @@ def calibrate_command(
     from skv_export.evaluation.text import CALIBRATION_TEXT, read_text
 
     placement = Placement(device, dtype, device_map)
-    source = resolve(checkpoint or demo_checkpoint(), revision=revision)
     prose = read_text(text, CALIBRATION_TEXT)
+    source = resolve(checkpoint or demo_checkpoint(), revision=revision, adapter=adapter)
     with Progress() as shown:
         found = calibrate(source, prose, windows=windows, window=window, placement=placement, progress=shown)
     found.save(out)

@@ -33,6 +33,7 @@ from skv_export.cli.target import TARGET_OPTIONS, target_options
 from skv_export.errors import SkvError, did_you_mean
 from skv_export.paths import to_path
 from skv_export.spec.recipe import (
+    ACCURACY_LEVELS,
     BITS,
     DTYPES,
     GRANULARITIES,
@@ -57,6 +58,7 @@ _LAZY = {
     "chat": "skv_export.cli.chat:chat_command",
     "generate": "skv_export.cli.generate:generate_command",
     "quality": "skv_export.cli.quality:quality_command",
+    "serve": "skv_export.cli.serve:serve_command",
 }
 
 
@@ -128,7 +130,14 @@ _RECIPE_OPTIONS: dict[str, tuple[Any, str]] = {
     "tile_tokens": (TILE_TOKENS, "Tokens quantized together."),
     "recent_type": (RECENT_TYPES, "Number format of the tokens kept in full precision."),
     "dtype": (DTYPES, "Number format of activations, and of weights that are not quantized."),
-    "weights": (WEIGHTS, "Number format of weights; int8 and int4 in blocks of 32, the rest as --dtype."),
+    "weights": (
+        WEIGHTS,
+        "Number format of weights; as-is: as the checkpoint quantized them; int8 and int4 in blocks of 32.",
+    ),
+    "accuracy_level": (
+        ACCURACY_LEVELS,
+        "Products with quantized weights: 4 rounds activations to int8, 1 does not; 0 = 1 for as-is, else 4.",
+    ),
 }
 _SWITCHES = {
     "quantize_head": "Whether --weights int8 or int4 includes the output embedding.",
@@ -138,7 +147,12 @@ _SWITCHES = {
 
 def _recipe_options(command: _Command) -> _Command:
     """Adds --recipe and one flag per recipe key; the defaults shown are the recipe's."""
-    defaults = {**dataclasses.asdict(LayerConfig()), "dtype": Recipe().dtype, "weights": "as --dtype"}
+    defaults = {
+        **dataclasses.asdict(LayerConfig()),
+        "dtype": Recipe().dtype,
+        "weights": "as-is if quantized, else --dtype",
+        "accuracy_level": Recipe().accuracy_level,
+    }
     for key, text in reversed(_SWITCHES.items()):
         names = "--{0}/--no-{0}".format(key.replace("_", "-"))
         help_text = f"{text}  [default: {'yes' if getattr(Recipe(), key) else 'no'}]"
@@ -402,10 +416,12 @@ def _recommended(
         raise SkvError(
             "--budget and --auto", got="--k-bits or --v-bits too", fix="Give one or the other: the budget chooses bits."
         )
+    from skv_export.analysis.card import usual_weights
+    from skv_export.checkpoints.checkpoint import Checkpoint
     from skv_export.cli import analyze
 
     on_a_card = target["gpu"] or target["memory"]  # which the weights share with the cache
-    weights = (recipe.weights or recipe.dtype) if on_a_card else None
+    weights = (recipe.weights or usual_weights(Checkpoint.open(source), recipe.dtype)) if on_a_card else None
     found, _ = analyze.run(source, recipe.default, {**target, "weights": weights}, as_causal_lm=as_causal_lm)
     say(f"{analyze.summary(found)}\n", json_file)
     return found.to_recipe(recipe)

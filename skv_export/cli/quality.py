@@ -38,7 +38,7 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
     help="Other systems' caches in the same run: kivi, hf-quanto, hf-hqq; or with bits: kivi-k4v2, hf-hqq-8.",
 )
 @click.option(
-    "--calibration", type=click.Path(path_type=Path), help="What `calibrate` wrote: recipes with it, beside without."
+    "--calibration", type=PathOf("--calibration"), help="What `calibrate` wrote: recipes with it, beside without."
 )
 @click.option("--windows", default=16, show_default=True, type=click.IntRange(1), help="Windows of text.")
 @click.option("--window", default=1024, show_default=True, type=click.IntRange(64), help="Tokens per window.")
@@ -46,6 +46,12 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 @click.option("--num-sink-tokens", type=int, help="Of the bit pairs.  [default: as `model`]")
 @click.option("--needles", is_flag=True, help="Also retrieve numbers hidden in long texts, by depth.")
 @click.option("--needle-lengths", default="1024,2048", show_default=True, help="Tokens of those texts.")
+@click.option(
+    "--generate",
+    metavar="N",
+    type=click.IntRange(1),
+    help="Also continue N prompts greedily, and ask N questions of each of four small tasks.",
+)
 @click.option("--state", type=OutputFile(), help="Keep finished windows here; go on from them.")
 @click.option("--report", type=OutputFile(), help="Write the table and the Pareto plot as HTML.")
 @json_option("the figures")
@@ -64,6 +70,7 @@ def quality_command(
     num_sink_tokens: int | None,
     needles: bool,
     needle_lengths: str,
+    generate: int | None,
     state: Path | None,
     report: Path | None,
     json_file: Path | None,
@@ -84,7 +91,7 @@ def quality_command(
     from skv_export.calibration.file import Calibration
     from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
     from skv_export.checkpoints.pretrained import Placement, download
-    from skv_export.evaluation import candidates, comparison, needle
+    from skv_export.evaluation import candidates, comparison, free_running, needle
     from skv_export.evaluation.html_report import html
     from skv_export.evaluation.text import read_text
     from skv_export.model_folder.output import write_text
@@ -114,6 +121,11 @@ def quality_command(
     retrieval = needle.run(loaded, wanted, prose, lengths=lengths) if needles else None
     if retrieval:
         say("\n" + retrieval.table(), json_file)
-    write_json(json_file, result.to_json(retrieval))
+    free = None
+    if generate is not None:
+        with Progress() as shown:
+            free = free_running.run(loaded, wanted, prose, generate, shown)
+        say("\n" + free.table(), json_file)
+    write_json(json_file, result.to_json(retrieval, free))
     if report:
         write_text(report, html(result, retrieval))

@@ -27,6 +27,7 @@ from skv_export.evaluation import metrics
 from skv_export.evaluation.candidates import Candidate, check_names
 from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation, simulated_logits
 from skv_export.evaluation.finished_steps import FinishedSteps
+from skv_export.evaluation.free_running import FreeResult
 from skv_export.evaluation.needle import NeedleResult
 from skv_export.evaluation.text import cut_windows
 
@@ -97,7 +98,7 @@ class ComparisonResult:
     window: int
     rows: list[CandidateResult]
 
-    def to_json(self, retrieval: NeedleResult | None = None) -> str:
+    def to_json(self, retrieval: NeedleResult | None = None, free: FreeResult | None = None) -> str:
         """Everything, as JSON."""
         content: dict[str, Any] = {
             "model": self.model,
@@ -108,6 +109,8 @@ class ComparisonResult:
         }
         if retrieval:
             content["needles"] = [vars(row) for row in retrieval.rows]
+        if free:
+            content["generate"] = [vars(row) for row in free.rows]
         return json.dumps(content, indent=1) + "\n"
 
     def table(self) -> str:

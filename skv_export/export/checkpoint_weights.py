@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from skv_export.checkpoints.block_weights import BlockMatrix
 from skv_export.checkpoints.checkpoint import Checkpoint, Source
 from skv_export.checkpoints.foreign_tensors import adapter_in, left_out, unfit_tensors
 from skv_export.checkpoints.gguf_weights import GgufWeights
@@ -115,6 +116,24 @@ class Weights:
             raise unfit_tensors(self.source, [name], list(self._tensors.names()))
         return tensor
 
+    def quantized(self, name: str) -> BlockMatrix | None:
+        """Returns a weight as the checkpoint holds it quantized; None where it does not, or not in a graph's terms."""
+        group = self._groups.get(self.canonical(name))
+        if group is None or not isinstance(group.transform, WeightRenaming) or len(group.members) != 1:
+            return None
+        held = self._tensors.quantized(group.members[0][0])
+        if held is not None and self._shapes[name] != (held.rows, held.inputs)[:: -1 if held.transposed else 1]:
+            raise unfit_tensors(self.source, [name], list(self._tensors.names()))
+        return held
+
+    def held(self) -> dict[str, BlockMatrix]:
+        """Returns the matrices that the checkpoint holds quantized and a graph can store so, by the parameters' names.
+
+        Of names that share a matrix, the one is given under which it is read.
+        """
+        found = {name: self.quantized(name) for name in self._shapes if self.canonical(name) == name}
+        return {name: matrix for name, matrix in found.items() if matrix is not None}
+
     def release(self) -> None:
         """Releases the memory of what was read last; tensors still referenced stay valid, and are read again."""
         self._tensors.release(self._members)
@@ -201,6 +220,9 @@ class _SafetensorsNames:
 
     def read(self, name: str) -> torch.Tensor:
         return to_torch(self._checkpoint.tensor(name))
+
+    def quantized(self, name: str) -> BlockMatrix | None:
+        return self._checkpoint.entries[name].blocks()
 
     def release(self, names: Iterable[str]) -> None:
         self._checkpoint.release(names)

@@ -6,6 +6,7 @@ another layer of the same kind.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import warnings
@@ -21,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
+from skv_export.checkpoints.block_weights import COLUMNS, OFFSETS, SCALES, BlockFormat, BlockMatrix
 from skv_export.errors import SkvError
 
 SLAB_BYTES = 32 << 20
@@ -44,6 +46,9 @@ class Reader(Protocol):
 
     def tensor(self, name: str) -> torch.Tensor:
         """Reads a tensor."""
+
+    def quantized(self, name: str) -> BlockMatrix | None:
+        """Returns a tensor as the checkpoint holds it quantized, if it does."""
 
     def release(self) -> None:
         """Releases what was read last; tensors that are still referenced stay valid and are read again if needed."""
@@ -93,6 +98,46 @@ class Named:
     def renamed(self, rename: Callable[[str], str]) -> Named:
         """As ``WeightExpr`` says."""
         return Named(rename(self.name), self.dtype, self.transposed)
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """One part of a matrix that the checkpoint holds quantized.
+
+    Attributes:
+        name: The model's name of the matrix.
+        format: How the graph stores it.
+        part: One of ``block_weights.PARTS``.
+        dtype: The number format of scales and offsets.
+    """
+
+    name: str
+    format: BlockFormat
+    part: str
+    dtype: ir.DataType
+
+    def slabs(self, reader: Reader) -> Iterator[torch.Tensor]:
+        """As ``WeightExpr`` says."""
+        matrix = reader.quantized(self.name)
+        if matrix is not None and self.part == COLUMNS:
+            yield torch.from_numpy(matrix.columns())
+            return
+        if matrix is None or matrix.format.stored(exact=self.format.planes) != self.format:
+            raise SkvError(f"weight {self.name}: not quantized as its layer's others", expected=self.format.name)
+        step = max(1, SLAB_BYTES // matrix.inputs)
+        slabs = (
+            torch.from_numpy(matrix.part(self.part, start, min(start + step, matrix.rows), planes=self.format.planes))
+            for start in range(0, matrix.rows, step)
+        )
+        kept = TORCH_TYPES[self.dtype] if self.part in (SCALES, OFFSETS) else torch.uint8
+        if self.part == OFFSETS:  # a 32nd of the matrix, or less
+            yield torch.cat(list(slabs)).T.to(kept).contiguous()
+        else:
+            yield from (slab.to(kept) for slab in slabs)
+
+    def renamed(self, rename: Callable[[str], str]) -> StoredPart:
+        """As ``WeightExpr`` says."""
+        return dataclasses.replace(self, name=rename(self.name))
 
 
 @dataclass(frozen=True)
@@ -228,6 +273,7 @@ def write_external(model: ir.Model, path: Path, progress: Callable[[float], None
         SkvError: The checkpoint does not hold what the graph needs.
     """
     places: list[tuple[ir.Value, ir.TensorProtocol, int]] = []
+    first: dict[object, int] = {}
     end = 0
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -236,18 +282,26 @@ def write_external(model: ir.Model, path: Path, progress: Callable[[float], None
             if isinstance(tensor, LazyWeight):
                 value.const_value = ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
             continue
+        key = (tensor.form, tensor.dtype) if isinstance(tensor, LazyWeight) else value
+        if key in first:  # the same bytes in another shape
+            places.append((value, tensor, first[key]))
+            continue
         alignment = _PAGE_BYTES if tensor.nbytes >= _PAGED_BYTES else 64
         start = math.ceil(end / alignment) * alignment
         places.append((value, tensor, start))
+        first[key] = start
         end = start + tensor.nbytes
     with path.open("wb") as file:
         if end:
             os.posix_fallocate(file.fileno(), 0, end)
+        written: set[int] = set()
         for value, tensor, start in places:
             file.seek(start)
-            for piece in tensor.pieces() if isinstance(tensor, LazyWeight) else (tensor.tobytes(),):
+            pieces = tensor.pieces() if isinstance(tensor, LazyWeight) else (tensor.tobytes(),)
+            for piece in pieces if start not in written else ():
                 file.write(piece)
                 progress(file.tell() / end)
+            written.add(start)
             place = (path.name, start, tensor.nbytes, tensor.dtype)
             shape = ir.Shape(tensor.shape.numpy())
             value.const_value = ir.ExternalTensor(*place, shape=shape, name=str(value.name), base_dir=path.parent)

@@ -46,7 +46,8 @@ from skv_export.native.library import library_path
 from skv_export.paths import to_path
 from skv_export.progress import Progress as Shown
 from skv_export.spec.key_basis import can_be_calibrated
-from skv_export.spec.recipe import Recipe, as_recipe
+from skv_export.spec.recipe import AS_IS, Recipe, as_recipe
+from skv_export.spec.recipe import DTYPES as NUMBER_FORMATS
 
 PHASES = {"reading the configuration": 0.0, "opening the weights": 0.1, "building the graph": 0.15, "writing": 0.5}
 """Phases of an export, and the fraction of its time that has passed when each starts."""
@@ -133,15 +134,17 @@ def _plan_of(config: PreTrainedConfig, source: Source, recipe: Recipe, as_causal
             f"{config.model_type}: can't be exported: its model does not run with the op as its attention", got=got
         ) from error
     check_windows(config, [layer.params.local_window_size for layer in decoder.layers])
-    Weights(source, model.model)  # compares names and shapes in the files' headers, and reads no weight
+    weights = Weights(source, model.model)  # compares names and shapes in the files' headers, and reads no weight
+    held = weights.held() if recipe.weights in ("", AS_IS) else {}
     _tokens(config, generation_config(source, config))
     planned = Plan(
         source=source,
-        recipe=recipe,
+        recipe=dataclasses.replace(recipe, weights=AS_IS if held else recipe.weights.removeprefix(AS_IS)),
         model_type=config.model_type,
         layers=decoder.layers,
-        weight_bytes=stored_bytes(model.model, recipe),
+        weight_bytes=stored_bytes(model.model, recipe, held),
         context_length=context_length(config),
+        held=held,
     )
     return planned, model
 
@@ -239,7 +242,7 @@ class _Phases:
 
 def _build(planned: Plan, model: EmptyModel, weights: Weights, all_logits: bool) -> ir.Model:
     """Returns the graph: two traced layers of each kind, copied for the others, if possible; else all are traced."""
-    samples = repeat_layers.choose(model.model, planned.layers)
+    samples = repeat_layers.choose(model.model, planned.layers, planned.held)
     if samples is not None:
         with repeat_layers.cut(model.model, samples):
             program = _trace(planned, model, samples.traced, all_logits)
@@ -268,8 +271,17 @@ def _trace(planned: Plan, model: EmptyModel, traced: Sequence[int], all_logits: 
     ids = {0: batch, 1: tokens}
     caches = [{0: batch, 2: dim.DYNAMIC}] * len(traced)
     shapes = (ids, {0: batch, 1: columns}, ids, caches, caches)
-    with torch.no_grad():
-        return torch.export.export(decoder, inputs, dynamic_shapes=shapes, strict=False)
+    try:
+        with torch.no_grad():
+            return torch.export.export(decoder, inputs, dynamic_shapes=shapes, strict=False)
+    except SkvError:
+        raise
+    except Exception as error:  # branches on data, and whatever else a model does that has no graph
+        got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise SkvError(
+            f"{planned.model_type}: can't be exported: torch.export finds no graph of its model for every length",
+            got=got,
+        ) from error
 
 
 def _write_beside(folder: Path, planned: Plan, local: Source, config: PreTrainedConfig, ours: ModelConfig) -> None:
@@ -300,7 +312,7 @@ def _model_config(
         eos_token_id=ends,
         pad_token_id=(pad or ends or (None,))[0],
         all_logits=all_logits,
-        weights=recipe.weights if recipe.weight_bits else "",
+        weights="" if recipe.weights in NUMBER_FORMATS else recipe.weights,
         quantize_head=recipe.quantize_head,
         quantize_embeddings=recipe.quantize_embeddings,
         source={

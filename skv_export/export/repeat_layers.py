@@ -8,7 +8,7 @@ else differs, or the model is not a stack of layers, it is traced whole.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
+from skv_export.checkpoints.block_weights import BlockMatrix
 from skv_export.export.lazy_weights import LazyWeight
 from skv_export.model_folder.names import TENSORS, layer_of_cache, past_name, present_name
 from skv_export.spec.op import DOMAIN, LayerAttention
@@ -62,8 +63,16 @@ class Samples:
             yield same[0], same[-1]
 
 
-def choose(model: PreTrainedModel, layers: Sequence[LayerAttention]) -> Samples | None:
-    """Returns which layers to trace; None if all of them."""
+def choose(
+    model: PreTrainedModel, layers: Sequence[LayerAttention], held: Mapping[str, BlockMatrix] | None = None
+) -> Samples | None:
+    """Returns which layers to trace; None if all of them.
+
+    Args:
+        model: The model.
+        layers: Attention of each layer.
+        held: Matrices that are stored as the checkpoint quantized them: layers of other formats are of another kind.
+    """
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -72,9 +81,19 @@ def choose(model: PreTrainedModel, layers: Sequence[LayerAttention]) -> Samples 
     if len(lists) != 1:
         return None
     path, stack = lists[0]
+    held = held or {}
     lists_of_config = _per_layer(model.config, len(layers))
     signatures = [
-        (layer, _signature(module), tuple(repr(values[i]) for values in lists_of_config.values()))
+        (
+            layer,
+            _signature(module),
+            tuple(repr(values[i]) for values in lists_of_config.values()),
+            tuple(
+                (name, held[whole].format)
+                for name, _ in module.named_parameters()
+                if (whole := f"{path}.{i}.{name}") in held
+            ),
+        )
         for i, (layer, module) in enumerate(zip(layers, stack, strict=True))
     ]
     numbers = {signature: i for i, signature in reversed(list(enumerate(signatures)))}

@@ -60,8 +60,6 @@ def _reasons(config: PreTrainedConfig) -> Iterator[str]:
         yield "queries are scaled by their positions (attn_temperature_tuning)"
     if has("alibi") or config.model_type in _ALIBI_MODELS:
         yield "positions are biases on the scores (ALiBi)"
-    if has("quantization_config") and not _is_gguf(config):
-        yield "the checkpoint's weights are quantized: use the full-precision checkpoint"
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         yield "transformers has no causal language model of this type"
     if any("dynamic" in str(rope.get("rope_type")) for rope in _ropes(config)):
@@ -73,12 +71,6 @@ def _is_set(config: PreTrainedConfig, name: str) -> bool:
         return bool(getattr(config, name, None))
     except RuntimeError:  # transformers': the value differs from layer to layer
         return True
-
-
-def _is_gguf(config: PreTrainedConfig) -> bool:
-    given: Any = config.quantization_config
-    method = given.get("quant_method") if isinstance(given, Mapping) else getattr(given, "quant_method", "")
-    return str(getattr(method, "value", method)) == "gguf"
 
 
 def _ropes(config: PreTrainedConfig) -> list[Mapping[str, Any]]:

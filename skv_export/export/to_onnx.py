@@ -21,8 +21,8 @@ from skv_export.errors import SkvError
 from skv_export.export.checkpoint_weights import Weights
 from skv_export.export.lazy_weights import LazyWeight, Named, write_external
 from skv_export.export.passes.simplify import simplify
+from skv_export.export.quantized_products import MICROSOFT, quantize_graph
 from skv_export.export.repeat_layers import BOUNDARY, Samples, repeat
-from skv_export.export.weight_quantization import MICROSOFT, quantize_graph
 from skv_export.model_folder.genai_config import cache_widths
 from skv_export.model_folder.names import (
     ATTENTION_MASK,
@@ -93,7 +93,7 @@ def build(
     if count != len(layers):
         raise SkvError("graph: attention nodes", got=count, expected=f"one in each of {len(layers)} layers")
     _name(model.graph, layers)
-    if recipe.weight_bits:
+    if any(node.domain == MICROSOFT for node in model.graph):
         model.opset_imports[MICROSOFT] = 1
     return model
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from skv_export.checkpoints.block_weights import BlockMatrix
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.model_folder.genai_config import advice
 from skv_export.provenance import versions
@@ -14,6 +17,8 @@ from skv_export.spec.layout import cache_bytes
 from skv_export.spec.op import LayerAttention
 from skv_export.spec.recipe import Recipe
 
+PARAMETER_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
+"""Bits of a block's scale and offset, by the ``dtype``."""
 PLAN_LENGTHS = (4096, 32768, 131072)
 """Lengths at which a plan compares the cache with an fp16 one, where the model's context holds them."""
 
@@ -30,6 +35,7 @@ class Plan:
         weight_bytes: Size of the weights as the recipe wants them, tied ones once.
         context_length: Tokens that the model can attend to.
         calibrated: Layers whose keys are calibrated.
+        held: Matrices that are stored as the checkpoint quantized them, by the parameters' names.
     """
 
     source: Source
@@ -39,6 +45,7 @@ class Plan:
     weight_bytes: int
     context_length: int
     calibrated: frozenset[int] = frozenset()
+    held: Mapping[str, BlockMatrix] = field(default_factory=dict)
 
     def cache_bytes(self, length: int) -> int:
         """Returns the bytes that the cache of one sequence of ``length`` tokens takes."""
@@ -110,6 +117,13 @@ class Plan:
 
     def _weights_row(self) -> str:
         recipe = self.recipe
+        if self.held:
+            counts = Counter(matrix.format.stored(recipe.exact_products) for matrix in self.held.values())
+            kinds = ", ".join(
+                f"{count} {form.name} ({form.weight_bits(PARAMETER_BITS[recipe.dtype]):.3g} bits)"
+                for form, count in counts.most_common()
+            )
+            return f"weights: as they come: {kinds}; the rest in {recipe.dtype}, {_size(self.weight_bytes)}"
         if not recipe.weight_bits:
             return f"weights: {recipe.dtype}, {_size(self.weight_bytes)}"
         kept = [

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import platform
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,7 @@ class SkvCache(ctypes.Structure):
     @classmethod
     def of(cls, layout: CacheLayout, data: int | None, block_bytes: int, basis: KeyBasis | None = None) -> SkvCache:
         """Returns the structure; ``basis`` must outlive it."""
-        matrices = [] if basis is None else [_address(getattr(basis, name)) for name in MATRICES]
+        matrices = () if basis is None else addresses_of(basis)
         return cls(SkvLayout.of(layout), data, block_bytes, *matrices)
 
 
@@ -169,7 +170,7 @@ class Library:
         longest_length: int,
         new_length: int,
         *,
-        basis: KeyBasis | None = None,
+        basis: Sequence[int] = (),
         device: str = "cpu",
     ) -> None:
         """Makes the blocks of sequence ``b`` a cache of ``new_length`` tokens (``reference.rewind``), in place.
@@ -183,13 +184,13 @@ class Library:
             length: Tokens held.
             longest_length: Most tokens held since the sequence was empty.
             new_length: Tokens to hold.
-            basis: Of calibrated keys, on a CPU.
-            device: Where ``data`` is, ``cpu`` or ``cuda``; there it is done when ``synchronize`` returns.
+            basis: Of calibrated keys: the addresses of ``KeyBasis``' matrices, in its order.
+            device: Where both are, ``cpu`` or ``cuda``; there it is done when ``synchronize`` returns.
 
         Raises:
             SkvError: Too far back, or an unusable block.
         """
-        held = SkvCache.of(layout, data, block_bytes, basis)
+        held = SkvCache(SkvLayout.of(layout), data, block_bytes, *basis)
         arguments = ctypes.byref(held), kv_num_heads, b, length, longest_length, new_length
         if device == "cuda":
             self._check("rewind", self._c.skv_cuda_rewind(*arguments, _DEFAULT_STREAM), "skv_cuda_last_error")
@@ -324,6 +325,11 @@ def load_library(path: Path | None = None) -> Library:
 @cache
 def _load(path: Path) -> Library:
     return Library(path)
+
+
+def addresses_of(basis: KeyBasis) -> tuple[int, ...]:
+    """Addresses of a basis' matrices, which must be in C order."""
+    return tuple(getattr(basis, name).ctypes.data for name in MATRICES)
 
 
 def _address(array: NDArray[Any] | None) -> int | None:

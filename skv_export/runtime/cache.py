@@ -21,7 +21,7 @@ from skv_export.model_folder.names import TENSORS, past_name, present_name
 from skv_export.model_folder.skv_config import LayerCache
 from skv_export.native.library import Library
 from skv_export.spec import reference
-from skv_export.spec.key_basis import KeyBasis
+from skv_export.spec.key_basis import MATRICES, KeyBasis
 from skv_export.spec.layout import Bytes, CacheLayout
 
 logger = logging.getLogger(__name__)
@@ -149,6 +149,16 @@ class Cache:
         return sum(math.prod(buffer.shape()) for _, buffer in self._tensors.values())
 
     @cached_property
+    def _constants(self) -> dict[int, list[Any]]:
+        """Constants of calibrated keys, by layer, where the buffers are."""
+        import onnxruntime as ort
+
+        return {
+            layer: [ort.OrtValue.ortvalue_from_numpy(getattr(basis, name), self._device) for name in MATRICES]
+            for layer, basis in self._bases().items()
+        }
+
+    @cached_property
     def capacity(self) -> int | None:
         """Tokens that a sequence can hold; None = any number (every layer has a sliding window)."""
         sizes = (layout.capacity(math.prod(b.shape()[2:])) for layout, b in self._tensors.values())
@@ -209,9 +219,8 @@ class Cache:
                     expected=f"{floor} ... {held}, or 0",
                     fix="Start the sequence again, or export with more recent_tokens.",
                 )
-        bases = self._bases()
         for (layer, name), (layout, buffer) in self._tensors.items():
-            basis = bases.get(layer) if name == "key" else None
+            basis = [x.data_ptr() for x in self._constants.get(layer, ())] if name == "key" else []
             heads, block_bytes = buffer.shape()[1], math.prod(buffer.shape()[2:])
             for b in np.flatnonzero((new != 0) & (new != self.lengths)).tolist():
                 lengths_of_b = int(self.lengths[b]), int(self._longest[b]), int(new[b])

@@ -389,8 +389,8 @@ def all_layouts() -> Iterator[CacheLayout]:
 
 
 def op_cases() -> tuple[Case, ...]:
-    """Every case of the whole op that all providers compute; ``calibrated_cases`` are the CPU's."""
-    return (*attention_cases(), *token_channel_cases(), *byte_channel_cases())
+    """Every case of the whole op."""
+    return (*attention_cases(), *token_channel_cases(), *byte_channel_cases(), *calibrated_cases())
 
 
 def _cases_of(name: str, config: LayerConfig) -> Iterator[Case]:

@@ -43,6 +43,7 @@ class KeyBasis:
 
     def __post_init__(self) -> None:
         for name in MATRICES:
+            object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name)))
             matrix: Float = getattr(self, name)
             what = f"key basis: {name}"
             if matrix.dtype != np.float32 or matrix.ndim != 3 or matrix.shape[1] != matrix.shape[2]:

@@ -25,7 +25,11 @@ TILE_TOKENS = (32, 64, 128)
 RECENT_TYPES = ("float16", "float", "bfloat16")
 DTYPES = ("fp32", "fp16", "bf16")
 WEIGHT_BITS = {"int8": 8, "int4": 4}
-WEIGHTS = (*DTYPES, *WEIGHT_BITS)
+AS_IS = "as-is"
+"""Weights as the checkpoint holds them: what it quantized keeps its codes, the rest is of the ``dtype``."""
+WEIGHTS = (AS_IS, *DTYPES, *WEIGHT_BITS)
+ACCURACY_LEVELS = (0, 1, 4)
+"""MatMulNBits' inner number format: float32 (1), int8, which rounds activations in blocks (4), or the usual one (0)."""
 MAX_HEAD_DIM = 1024
 GROUP_MULTIPLE = 32
 """Group sizes are multiples of it."""
@@ -45,6 +49,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "recent_type": RECENT_TYPES,
     "dtype": DTYPES,
     "weights": WEIGHTS,
+    "accuracy_level": ACCURACY_LEVELS,
 }
 _RANGES: dict[str, tuple[int, int]] = {
     "k_group_size": (0, MAX_HEAD_DIM),
@@ -107,7 +112,7 @@ PER_LAYER_KEYS = tuple(f.name for f in dataclasses.fields(LayerConfig) if f.name
 """Keys that a ``[[layers]]`` table may set; sinks, recent tokens and tiles are one for the whole model."""
 
 
-_WEIGHT_KEYS = ("weights", *_SWITCHES)
+_WEIGHT_KEYS = ("weights", "accuracy_level", *_SWITCHES)
 _MODEL_KEYS = ("dtype", *_WEIGHT_KEYS, "description")
 
 
@@ -127,7 +132,10 @@ class Recipe:
         default: The options of every layer that no override names.
         overrides: Per-layer differences; where two name a layer, the later one wins.
         dtype: Number format of activations, and of weights that are not quantized: ``fp32``, ``fp16`` or ``bf16``.
-        weights: Number format of weights: ``int8``, ``int4``, or the same as ``dtype``, which "" stands for.
+        weights: Number format of weights: ``as-is``, ``int8``, ``int4``, or the same as ``dtype``; "" stands for
+            ``as-is`` where the checkpoint holds quantized weights, else for ``dtype``.
+        accuracy_level: MatMulNBits' own option for products with quantized weights: 4 rounds activations to 8 bits in
+            blocks, 1 does not round them; 0 = 1 for weights as they come, 4 for ``int8`` and ``int4``.
         quantize_head: Whether the output embedding is among the weights in int8 or int4.
         quantize_embeddings: Whether the input embedding is.
         description: One line on what the recipe is for.
@@ -137,6 +145,7 @@ class Recipe:
     overrides: tuple[LayerOverride, ...] = ()
     dtype: str = "fp32"
     weights: str = ""
+    accuracy_level: int = 0
     quantize_head: bool = True
     quantize_embeddings: bool = False
     description: str = ""
@@ -151,7 +160,7 @@ class Recipe:
                 expected="one number format for both, or weights in int8 or int4",
                 fix="Leave weights out: they are of the dtype then.",
             )
-        for name in _SWITCHES:
+        for name in ("accuracy_level", *_SWITCHES):
             _check(name, getattr(self, name))
         for override in self.overrides:
             self._apply(override)
@@ -163,6 +172,11 @@ class Recipe:
     def weight_bits(self) -> int:
         """Bits of a quantized weight; 0 where weights are numbers of ``dtype``."""
         return WEIGHT_BITS.get(self.weights, 0)
+
+    @property
+    def exact_products(self) -> bool:
+        """Whether products with quantized weights do not round activations."""
+        return self.accuracy_level == 1 or (self.accuracy_level == 0 and not self.weight_bits)
 
     def layer(self, index: int) -> LayerConfig:
         """Returns the options that hold for layer ``index``."""
@@ -204,7 +218,7 @@ class Recipe:
             LayerOverride(o.index, tuple(item for item in o.values if item[0] not in given)) for o in self.overrides
         )
         if "dtype" in own and self.weights in DTYPES:
-            own.setdefault("weights", "")
+            own.setdefault("weights", own["dtype"])
         default = dataclasses.replace(self.default, **given)
         return dataclasses.replace(self, default=default, overrides=tuple(o for o in overrides if o.values), **own)
 
@@ -287,8 +301,8 @@ class Recipe:
         """Returns the resolved recipe as TOML; ``Recipe.load`` of it gives an equal recipe."""
         lines = [f"description = {_toml(self.description)}"] if self.description else []
         lines.append(f"dtype = {_toml(self.dtype)}")
-        if self.weight_bits:
-            lines += [f"{key} = {_toml(getattr(self, key))}" for key in _WEIGHT_KEYS]
+        keys = _WEIGHT_KEYS if self.weight_bits else _WEIGHT_KEYS[:2] if self.weights == AS_IS else _WEIGHT_KEYS[:1]
+        lines += [f"{key} = {_toml(getattr(self, key))}" for key in keys if self.weights]
         lines += [f"{f.name} = {_toml(getattr(self.default, f.name))}" for f in dataclasses.fields(LayerConfig)]
         for override in self.overrides:
             lines += ["", "[[layers]]", f"index = {_toml(list(override.index))}"]

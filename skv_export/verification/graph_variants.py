@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 
+from skv_export.checkpoints.block_weights import CODES, ROWS
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import MODEL_FILE, layer_of_cache
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
@@ -100,10 +101,9 @@ def _session(folder: Path, execution_provider: str, model: onnx.ModelProto, conf
 
 def quantized_weights(folder: Path) -> list[str]:
     """Returns the names of the matrices that an exported graph holds in 4 or 8 bits."""
-    from skv_export.export.weight_quantization import CODES  # loads torch, which a rewritten folder does not need
-
     names = [tensor.name for tensor in _read(folder / MODEL_FILE).graph.initializer]
-    return [name.removesuffix(f".{CODES}") for name in names if name.endswith(f".{CODES}")]
+    stems = [name.removesuffix(ROWS) for name in names]  # an embedding's codes, by rows
+    return list(dict.fromkeys(stem.removesuffix(f".{CODES}") for stem in stems if stem.endswith(f".{CODES}")))
 
 
 def _read(path: Path) -> onnx.ModelProto:

@@ -12,7 +12,7 @@ import numpy as np
 from skv_export.native.library import Library, load_library
 from skv_export.progress import track
 from skv_export.runtime.providers import open_session
-from skv_export.spec.conformance import Case, Inputs, Outcome, calibrated_cases, expected_of, make_inputs, op_cases
+from skv_export.spec.conformance import Case, Inputs, Outcome, expected_of, make_inputs, op_cases
 from skv_export.spec.key_basis import INPUTS, MATRICES
 from skv_export.spec.op import OP_NAME, LayerAttention, attention_node, one_node_model
 
@@ -50,16 +50,14 @@ def check_op(
     """Runs every case through the library, directly and as ONNX Runtime's op, and compares with the reference.
 
     Args:
-        cases: All that the provider computes if not given.
+        cases: ``op_cases()`` if not given.
         library: The native library.
         execution_provider: ``cpu`` or ``cuda``; on a GPU the cases run in ONNX Runtime alone, and in float16 too, which
             takes other kernels than float32.
     """
     library = library or load_library()
     worst, worst_case, failures = 0.0, "", []
-    if cases is None:
-        cases = op_cases() if execution_provider != "cpu" else (*op_cases(), *calibrated_cases())
-    cases = list(cases)
+    cases = list(op_cases() if cases is None else cases)
     runners: dict[str, Callable[[Case, Inputs], Outcome]] = {
         "kernels": functools.partial(_kernels, library),
         "ONNX Runtime": functools.partial(_op, library, execution_provider),

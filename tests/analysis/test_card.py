@@ -9,7 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from gguf_files import write_gguf
 from safetensors.numpy import load_file
+from tiny_models import tiny_config
+from transformers import AutoModelForCausalLM
 
 from skv_export.analysis import card, pipeline
 from skv_export.analysis.pipeline import Target
@@ -30,6 +34,18 @@ def test_weights_are_counted_by_format(tiny_checkpoint: Callable[..., Path]) -> 
     assert card.weight_bytes(opened, "int4") == round(2 * wide + (total - wide) * 4.5 / 8)
     with pytest.raises(SkvError, match="--weights int3"):
         card.weight_bytes(opened, "int3")
+
+
+def test_weights_as_they_are_take_what_the_file_holds(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", num_hidden_layers=1))
+    file = write_gguf(tmp_path / "m.gguf", "llama", model, quantize=lambda n: "Q4_0" if "ffn" in n else None)
+    opened = Checkpoint.open(file)
+    codes = 3 * 64 * 96
+    plain = sum(int(np.prod(opened.shape(name))) for name in opened.names()) - codes
+    assert card.weight_bytes(opened, "as-is") == round(plain * 2 + codes * (4 + 16 / 32) / 8)
+    assert card.usual_weights(opened, "bf16") == "as-is"
+    assert card.usual_weights(Checkpoint.open(tiny_checkpoint("llama")), "bf16") == "bf16"
 
 
 def test_a_card_too_small_says_what_takes_the_room(tiny_checkpoint: Callable[..., Path]) -> None:

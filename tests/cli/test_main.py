@@ -28,7 +28,8 @@ def test_help_answers_without_torch_transformers_or_onnxruntime() -> None:
         "import sys\n"
         "from click.testing import CliRunner\n"
         "from skv_export.cli.main import main\n"
-        "for command in [[], ['model'], ['verify'], ['generate'], ['doctor'], ['recipes'], ['analyze']]:\n"
+        "commands = [['model'], ['verify'], ['generate'], ['doctor'], ['recipes'], ['analyze'], ['calibrate']]\n"
+        "for command in [[], *commands]:\n"
         "    result = CliRunner().invoke(main, [*command, '--help'])\n"
         "    assert result.exit_code == 0, (command, result.output)\n"
         "heavy = {'torch', 'transformers', 'onnxruntime', 'onnx'} & set(sys.modules)\n"
@@ -39,7 +40,7 @@ def test_help_answers_without_torch_transformers_or_onnxruntime() -> None:
 
 def test_every_command_is_listed() -> None:
     listing = run("--help").output
-    for command in ("model", "verify", "generate", "doctor", "recipes", "analyze"):
+    for command in ("model", "verify", "generate", "doctor", "recipes", "analyze", "calibrate"):
         assert f"\n  {command} " in listing
 
 

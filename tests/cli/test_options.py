@@ -34,7 +34,7 @@ def is_number(kind: Any) -> bool:
 def numbers() -> Iterator[Any]:
     for path, command in commands(main):
         for option in command.params:
-            if isinstance(option, click.Option) and is_number(option.type):
+            if isinstance(option, click.Option) and is_number(option.type) and not option.count:
                 integer = isinstance(option.type, click.types.IntParamType)
                 for value in ("-1", "1.5", "x", "") if integer else ("nan", "inf", "x", ""):
                     yield pytest.param(path, option.opts[0], value, id=f"{' '.join(path)} {option.opts[0]}={value}")
@@ -80,6 +80,8 @@ def test_numbers_out_of_range_are_refused_by_name_first(path: tuple[str, ...], o
         (("model",), ["--recipe", NUL], "recipe: a null character"),
         (("model",), ["--out", NUL], "--out: a null character"),
         (("model",), ["--out", LONG, "--dry-run"], "--out: too long"),
+        (("calibrate",), ["--text", "absent.txt"], "text absent.txt: no such file"),
+        (("calibrate",), ["--text", NUL], "--text: a null character"),
         (("verify",), ["--text", NUL], "--text: a null character"),
         (("bench", "model"), ["--against", LONG], "--against: too long"),
     ],
@@ -89,9 +91,11 @@ def test_values_that_make_no_sense_are_refused_first(path: tuple[str, ...], argu
 
 
 @pytest.mark.parametrize("name", [NUL, LONG, "~nobody-of-this-name/x"])
-@pytest.mark.parametrize("path", [("model",), ("quality",), ("analyze",), ("verify",), ("generate",), ("doctor",)])
-def test_names_that_no_file_has_are_refused(path: tuple[str, ...], name: str) -> None:
-    said = run(path, name)
+@pytest.mark.parametrize(
+    "command", ["model", "quality", "analyze", "calibrate", "verify", "generate", "chat", "doctor", "bench model"]
+)
+def test_names_that_no_file_has_are_refused(command: str, name: str) -> None:
+    said = run(tuple(command.split()), name)
     assert any(reason in said for reason in ("null character", "too long", "no such user"))
 
 

@@ -37,6 +37,9 @@ NAMES = (
     "byte channels, both",
     "token_channel, both",
     "token_channel, chunk over three tiles",
+    "calibrated, both",
+    "calibrated, the default form",
+    "calibrated, chunk over three tiles",
 )
 LONG = Case(
     "three slabs for every warp of a block",
@@ -64,6 +67,7 @@ SHORT = (
     "ragged batch",
     "keys per token, rotated",
     "token_channel, chunk over three tiles",
+    "calibrated, the default form",
 )
 
 

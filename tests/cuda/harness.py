@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from skv_export.native.library import SkvAttention, SkvCache, SkvCudaContext, SkvLayout, SkvTokens
 from skv_export.spec.conformance import Case, Inputs, expected_of, make_inputs, output_error
+from skv_export.spec.key_basis import MATRICES, KeyBasis
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.quantizer import rotate
 from skv_export.spec.recipe import LayerConfig
@@ -150,11 +151,14 @@ class Library:
             arrays["query_seqlens"] = inputs.query_seqlens
         if inputs.head_sink is not None:
             arrays["head_sink"] = typed(inputs.head_sink)
+        if inputs.key_basis is not None:
+            arrays |= {f"{name} basis": getattr(inputs.key_basis, name) for name in MATRICES}
         buffers = {name: put(array) for name, array in arrays.items()}
         at = {name: address(buffer) for name, buffer in buffers.items()}
+        basis = [] if inputs.key_basis is None else [at[f"{name} basis"] for name in MATRICES]
         caches = [
-            SkvCache(SkvLayout.of(layout), at[name], int(np.prod(arrays[name].shape[2:])))
-            for layout, name in zip(case.layouts, ("past_key", "past_value"), strict=True)
+            SkvCache(SkvLayout.of(layout), at[name], int(np.prod(arrays[name].shape[2:])), *matrices)
+            for layout, name, matrices in zip(case.layouts, ("past_key", "past_value"), (basis, []), strict=True)
         ]
         batch, tokens = inputs.query.shape[:2]
         hidden = [case.num_heads * case.head_dim, *[case.kv_num_heads * case.head_dim] * 2]
@@ -190,11 +194,13 @@ class Library:
         self.check(self.lib.skv_cuda_decode_tile(ctypes.byref(SkvLayout.of(layout)), *pointers, None))
         return self.memory.get(out)
 
-    def dequantize(self, layout: CacheLayout, block: Array, head: int, length: int) -> Array:
+    def dequantize(
+        self, layout: CacheLayout, block: Array, head: int, length: int, basis: KeyBasis | None = None
+    ) -> Array:
         """``[length, head_dim]`` of one head of blocks ``[N_kv, C]``."""
         held = self.memory.put(block)
         out = self.memory.put(np.full((length, layout.head_dim + 3), 7, np.float32))
-        cache = SkvCache(SkvLayout.of(layout), self.memory.address(held), block.shape[1])
+        cache, _kept = self.cache(layout, held, block.shape[1], basis)
         self.check(
             self.lib.skv_cuda_dequantize(
                 ctypes.byref(cache), block.shape[0], 0, head, ctypes.c_int64(length), TYPES["float"],
@@ -205,12 +211,26 @@ class Library:
         assert (rows[:, layout.head_dim :] == 7).all()
         return rows[:, : layout.head_dim]
 
+    def cache(
+        self, layout: CacheLayout, held: Any, block_bytes: int, basis: KeyBasis | None
+    ) -> tuple[SkvCache, list[Any]]:
+        """Describes blocks in memory, and returns what must stay there meanwhile."""
+        kept = [] if basis is None else [self.memory.put(getattr(basis, name)) for name in MATRICES]
+        matrices = [self.memory.address(buffer) for buffer in kept]
+        return SkvCache(SkvLayout.of(layout), self.memory.address(held), block_bytes, *matrices), kept
+
     def rewind(
-        self, layout: CacheLayout, block: Array, length: int, new_length: int, longest_length: int | None = None
+        self,
+        layout: CacheLayout,
+        block: Array,
+        length: int,
+        new_length: int,
+        longest_length: int | None = None,
+        basis: KeyBasis | None = None,
     ) -> Array:
         """Blocks ``[N_kv, C]`` of one sequence, taken back."""
         held = self.memory.put(block)
-        cache = SkvCache(SkvLayout.of(layout), self.memory.address(held), block.shape[1])
+        cache, _kept = self.cache(layout, held, block.shape[1], basis)
         longest = length if longest_length is None else longest_length
         lengths = (ctypes.c_int64(length), ctypes.c_int64(longest), ctypes.c_int64(new_length))
         self.check(self.lib.skv_cuda_rewind(ctypes.byref(cache), block.shape[0], 0, *lengths, None))

@@ -129,4 +129,29 @@ MUTATIONS = (
         "      p.add_values(x);",
         "thread",
     ),
+    Mutation(
+        "exact rows read with the queries of the tiles",
+        "decode_mma.cuh",
+        "prepare_queries<S>(a, a.query, b, head, queries);",
+        "",
+    ),
+    Mutation(
+        "calibrated tiles read with plain queries",
+        "decode_simple.cu",
+        "load_queries(in_tiles ? a.tile_query : a.query)",
+        "load_queries(a.query)",
+    ),
+    Mutation(
+        "errors not shared with the channels of other registers",
+        "append.cu",
+        "if (i < e || lane < l) shift[i]",
+        "if (i == e && lane < l) shift[i]",
+    ),
+    Mutation(
+        "queries overwritten while other warps read them",
+        "decode_mma.cuh",
+        "    __syncthreads();\n    prepare_queries<S>(a, a.query",
+        "    prepare_queries<S>(a, a.query",
+        "thread",
+    ),
 )

@@ -20,6 +20,7 @@ from skv_export.model_folder.skv_config import LayerCache
 from skv_export.native.library import load_library
 from skv_export.runtime.cache import Cache
 from skv_export.spec.conformance import Case, make_inputs, op_cases
+from skv_export.spec.key_basis import INPUTS, MATRICES, KeyBasis
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig
 from skv_export.spec.reference import append, load, quantized_kv_attention, rewind
@@ -36,6 +37,8 @@ NAMES = (
     "byte channels, both",
     "token_channel, both",
     "token_channel, ragged batch",
+    "calibrated, both",
+    "calibrated, chunk over three tiles",
     *(PROMPTS := ("chunk over three tiles", "ragged prompts", "sliding window, prompt", "prompt in one call")),
 )
 GQA = "GroupQueryAttention of ONNX Runtime"
@@ -48,6 +51,8 @@ def arrays_of(case: Case) -> dict[str, np.ndarray]:
     for name in ("head_sink", "query_seqlens"):
         if getattr(inputs, name) is not None:
             arrays[name] = getattr(inputs, name)
+    if inputs.key_basis is not None:
+        arrays |= {name: getattr(inputs.key_basis, field) for name, field in zip(INPUTS, MATRICES, strict=True)}
     typed = ("query", "key", "value", "head_sink")
     return {name: x.astype(case.dtype) if name in typed else x for name, x in arrays.items()}
 
@@ -59,6 +64,8 @@ def run(
     outputs = session_of(arrays, attributes_of(params, case.layouts)).run(None, arrays)
     floats = {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in arrays.items()}
     del floats["total_sequence_length"]
+    if INPUTS[0] in floats:
+        floats["key_basis"] = KeyBasis(*(floats.pop(name) for name in INPUTS))  # type: ignore[assignment]
     return outputs, quantized_kv_attention(params, case.layouts, **floats)  # type: ignore[arg-type]
 
 

@@ -25,7 +25,8 @@ from harness import (
     difference,
 )
 
-from skv_export.spec.conformance import Case, all_layouts, make_inputs, not_a_number_cases, op_cases
+from skv_export.native.library import SkvCache
+from skv_export.spec.conformance import Case, all_layouts, make_basis, make_inputs, not_a_number_cases, op_cases
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.quantizer import decode_tile, rotate
 from skv_export.spec.recipe import LayerConfig
@@ -133,6 +134,35 @@ def test_many_columns_take_several_blocks(kernels: Library) -> None:
     for tokens in (1, 8):
         case = Case(f"columns {tokens}", LayerConfig(), 64, 16, 1, (200,), tokens, dtype="float16")
         assert check(case, kernels, AUTO).startswith("decode_mma")
+
+
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_calibrated_keys_are_read_back_and_rewound_in_the_models_basis(head_dim: int, kernels: Library) -> None:
+    config = LayerConfig(k_bits=3, num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
+    layout = CacheLayout.pair(config, head_dim)[0]
+    basis = make_basis(2, head_dim, layout.padded_dim)
+    rows, width = layout.shape(200)
+    block = np.full((2, rows * width), 0xFF, np.uint8)
+    keys = np.random.default_rng(0).standard_normal((2, 200, head_dim)).astype(np.float32)
+    append(layout, block, 0, keys, basis)
+    want, _ = load(layout, block, 200, basis)
+    for head in range(2):
+        got = kernels.dequantize(layout, block, head, 200, basis)
+        assert np.array_equal(got, want[head, :, :head_dim])
+    rewound = kernels.rewind(layout, block, 200, 171, basis=basis)
+    rewind(layout, block, 200, 171, basis=basis)
+    assert np.array_equal(rewound, block)
+
+
+def test_some_of_the_constants_are_refused(kernels: Library) -> None:
+    case = next(case for case in CASES if case.name == "calibrated, both")
+    _, call, context = kernels.prepare(case, make_inputs(case))
+    call.key_cache.key_feedback = None
+    status = kernels.lib.skv_cuda_attention(ctypes.byref(call), ctypes.byref(context))
+    assert status == INVALID_ARGUMENT and b"basis; got some matrices" in kernels.lib.skv_cuda_last_error()
+    values = SkvCache.of(case.layouts[1], 256, 1 << 16, make_basis(2, 64, 64))
+    status = kernels.lib.skv_cuda_rewind(ctypes.byref(values), 2, 0, *3 * [ctypes.c_int64(0)], None)
+    assert status == INVALID_ARGUMENT and b"value cache: basis; got 2 bits" in kernels.lib.skv_cuda_last_error()
 
 
 LAYOUTS = list(itertools.islice(all_layouts(), 0, None, 7))

@@ -29,5 +29,18 @@ def test_programs_run_as_they_stand(program: str, demo_export: Path, tmp_path: P
     assert "Paris" in result.stdout
 
 
-def test_the_image_installs_the_gpu_extra() -> None:
-    assert '"$(echo /wheels/*.whl)[gpu]"' in DOCKERFILE
+def test_the_image_installs_the_extras_of_a_server() -> None:
+    assert '"$(echo /wheels/*.whl)[gpu,serve]"' in DOCKERFILE
+
+
+def test_the_image_is_pinned_small_and_not_roots() -> None:
+    tools = re.findall(r'"([\w-]+)>=[\d.]+(,<\d+)?"', DOCKERFILE)
+    assert len(tools) > 8 and all(upper for _, upper in tools)
+    images = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
+    assert all(re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\w+", image) for image in images)
+    served = DOCKERFILE.rpartition("\nFROM")[2]
+    assert re.search(r"^USER skv$", served, re.MULTILINE) and served.index("USER") < served.index("ENTRYPOINT")
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    kept = {line[1:] for line in lines if line.startswith("!")}
+    assert "*" in lines and all((ROOT / name).exists() for name in kept)
+    assert {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "recipes", "skv_export", "packaging"} <= kept

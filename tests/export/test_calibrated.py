@@ -118,6 +118,17 @@ def test_verification_without_rounding_drops_the_constants(made: dict[str, Path]
     assert not session.bases and not any(layer.calibrated for layer in session.config.layers)
 
 
+def test_a_twin_that_is_made_in_memory_finds_the_constants(made: dict[str, Path]) -> None:
+    """The quality level's: all logits, from a graph in memory that refers to the folder's files."""
+    tokens = (np.arange(90) * 37 % 300).tolist()
+    rows = []
+    for session in (Session(made["llama"]), graph_variants.all_logits(made["llama"])):
+        cache = session.cache(1, 200)
+        session.run([tokens[:80]], None, None, cache)
+        rows.append(session.run([tokens[80:]], None, None, cache)[0, -1])
+    assert np.allclose(rows[0], rows[1], atol=1e-5)
+
+
 def test_the_plan_says_which_layers_are_calibrated(tiny_checkpoint: Callable[..., Path]) -> None:
     source = tiny_checkpoint("gemma3_text")
     table = plan(source, SMALL, calibration=calibration_of(source, (1, 2), 2, 64)).table()

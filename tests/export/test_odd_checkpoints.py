@@ -15,8 +15,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_config
+from tiny_models import save_random, small_config, tiny_config
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from skv_export.checkpoints.purpose import check_purpose
 from skv_export.cli.main import main
@@ -79,6 +80,8 @@ def test_what_is_no_language_model_is_exported_only_when_asked(kind: Any, tmp_pa
 
 
 def test_language_models_by_all_their_names() -> None:
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        check_purpose("llama", [name] if isinstance(name, str) else list(name))
     for names in (None, [], ["LlamaForCausalLM"], ["GPT2LMHeadModel"], ["Gemma3ForConditionalGeneration"]):
         check_purpose("llama", names)
 
@@ -293,3 +296,13 @@ def test_an_export_with_an_adapter_is_the_adapted_model_and_verify_knows_it(
     with pytest.raises(SkvError, match=r"verify: adapter; got none; expected adapter.*--adapter"):
         run._source(config, checkpoint, None)
     assert run._source(config, checkpoint, tmp_path / "adapter").adapter == tmp_path / "adapter"
+
+
+# A model without a graph.
+
+
+def test_a_model_that_torch_export_finds_no_graph_of_is_refused(tmp_path: Path, library: Path) -> None:
+    folder = save_random(tmp_path / "model", small_config("aria_text"))
+    with pytest.raises(SkvError, match=r"aria_text: can't be exported: torch\.export finds no graph of its model"):
+        pipeline.export_model(folder, out=tmp_path / "out", recipe=EXACT, progress=quiet)
+    assert not (tmp_path / "out").exists()

@@ -73,9 +73,11 @@ def test_export_computes_with_the_rounded_weights(
     checkpoint = Source("safetensors", tiny_checkpoint(arch))
     recipe = EXACT.with_options(weights=weights, **options)
     out = pipeline.export_model(checkpoint, out=tmp_path / "out", recipe=recipe, progress=lambda *_: None)
-    written = onnx.load(out / "model.onnx").graph.initializer
+    written = onnx.load(out / "model.onnx", load_external_data=False).graph.initializer
+    places = [{entry.key: entry.value for entry in tensor.external_data} for tensor in written]
+    stored = {place["offset"]: int(place["length"]) for place in places if place}  # a tied one's codes: once
     assert pipeline.plan(checkpoint, recipe).weight_bytes == pytest.approx(
-        sum(len(tensor.raw_data) for tensor in written), rel=0.02
+        sum(stored.values()) + sum(len(tensor.raw_data) for tensor in written), rel=0.02
     )
     config = ModelConfig.load(out)
     assert config.weights == weights and Recipe.load(out / "recipe.toml") == recipe
@@ -111,7 +113,7 @@ def test_what_is_quantized(tiny_checkpoint: Callable[..., Path], tmp_path: Path,
 
 def test_weights_and_dtype_agree_or_are_refused() -> None:
     assert Recipe().with_options(weights="fp16").dtype == "fp16"
-    assert Recipe().with_options(weights="fp16").with_options(dtype="bf16").weights == ""
+    assert Recipe().with_options(weights="fp16").with_options(dtype="bf16").weights == "bf16"
     half = Recipe.from_dict({"weights": "int4", "dtype": "fp16", "quantize_head": False})
     assert (half.weight_bits, half.dtype, half.quantize_head) == (4, "fp16", False)
     with pytest.raises(SkvError, match="weights fp16 with dtype fp32"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ def write_gguf(
     tensors: Mapping[str, np.ndarray] | None = None,
     *,
     tokenizer: Mapping[str, Any] | None = None,
+    quantize: Callable[[str], str | None] = lambda name: None,
 ) -> Path:
     """Writes a transformers model as a GGUF file.
 
@@ -31,6 +32,7 @@ def write_gguf(
         keys: Metadata of the architecture's beside the usual ones; None leaves out one of those.
         tensors: Tensors beside the model's.
         tokenizer: What a small tokenizer has otherwise than usual (model, pre, merges); None: the file has none.
+        quantize: ggml's name of the format of a matrix, by the matrix's name in the file; None: float32.
     """
     import gguf
 
@@ -68,7 +70,13 @@ def write_gguf(
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         for stored, array in _converted(arch, table, config, name, tensor.float().numpy()):
-            writer.add_tensor(stored, np.ascontiguousarray(array, np.float32))
+            kind = quantize(stored) if array.ndim > 1 else None
+            if kind is None:
+                writer.add_tensor(stored, np.ascontiguousarray(array, np.float32))
+            else:
+                seed = sum(stored.encode())
+                blocks = quantized(np.ascontiguousarray(array, np.float32), kind, np.random.default_rng(seed))
+                writer.add_tensor(stored, blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
     for name, array in (tensors or {}).items():
         writer.add_tensor(name, np.asarray(array, np.float32))
     writer.write_header_to_file()
@@ -76,6 +84,39 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+HALVES = {
+    "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
+"""Where a block's float16 numbers are, if not in its first two bytes."""
+
+
+def random_blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator, size: float = 1.0) -> np.ndarray:
+    """Returns blocks of random bytes whose scales are of about ``size``, negative ones too: ``[..., row bytes]``."""
+    import gguf
+
+    elements, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // elements, nbytes), np.uint8)
+    if kind == "MXFP4":
+        blocks[..., 0] = np.clip(127 + np.log2(size) + rng.integers(-2, 3, blocks.shape[:-1]), 0, 254)
+    else:
+        for start in HALVES.get(kind, (0,)):
+            scales = size * rng.uniform(0.5, 1.5, blocks.shape[:-1]) * rng.choice([-1, 1], blocks.shape[:-1])
+            blocks[..., start : start + 2] = scales.astype(np.float16)[..., None].view(np.uint8)
+    return blocks.reshape(*shape[:-1], -1)
+
+
+def quantized(array: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
+    """Returns a tensor in one of ggml's formats; where the package gguf can't quantize, other weights as large."""
+    from gguf import GGMLQuantizationType, quants
+
+    try:
+        return quants.quantize(array, GGMLQuantizationType[kind])
+    except NotImplementedError:
+        blocks = random_blocks(kind, array.shape, rng)
+        size = array.std() / quants.dequantize(blocks, GGMLQuantizationType[kind]).std()
+        return random_blocks(kind, array.shape, rng, float(size))
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

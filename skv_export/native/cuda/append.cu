@@ -39,12 +39,14 @@ struct Target {
 #pragma unroll
     for (int e = 0; e < E; e++) x[e] = rounded_to(cache.layout.recent_type, x[e]);
   }
+  // A token as its tile takes it.
   SKV_DEVICE void content(int position, float (&x)[E]) const {
     if (position < sequence.past) {
       load_row(cache, block, position, x);
     } else {
       stored(position, x);
     }
+    if (cache.basis.key) to_tile(x, cache, head);
   }
 };
 
@@ -120,6 +122,41 @@ SKV_DEVICE void store_channel(const Cache& c, uint8_t* parameters, int d, float 
   if (d < (c.parameter_bytes - 2 * c.dim) / 2 - 2 * groups) units[2 * groups + d] = 0;
 }
 
+// Codes of calibrated keys, channels from the last to the first; each is lowered by its share of what those after it
+// were rounded up: reference._quantize_calibrated.
+template <int E>
+SKV_DEVICE void encode_with_feedback(const Target<E>& target, Shared<E>& shared, uint8_t* tile, int first,
+                                     float levels) {
+  const Cache& c = target.cache;
+  const int lane = threadIdx.x % 32;
+  const float* feedback = of_head(c.basis.feedback, c, target.head);
+  float scale[E], offset[E];
+#pragma unroll
+  for (int e = 0; e < E; e++) {
+    const ChannelParameters channel(c, tile + c.code_bytes, lane + 32 * e);
+    scale[e] = channel.scale;
+    offset[e] = channel.offset;
+  }
+  encode_codes<E>(target, shared, tile, first, [&](const float (&x)[E], int, float (&codes)[E]) {
+    float shift[E] = {};
+#pragma unroll
+    for (int e = E - 1; e >= 0; e--) {
+      for (int l = 31; l >= 0; l--) {  // channel l + 32 e is lane l's
+        const float quotient = divide(__fsub_rn(__fsub_rn(x[e], shift[e]), offset[e]), scale[e]);
+        const float code = rintf(clamp(quotient, 0.f, levels));
+        if (lane == l) codes[e] = code;
+        const float own = __fsub_rn(__fadd_rn(__fmul_rn(code, scale[e]), offset[e]), x[e]);
+        const float error = __shfl_sync(kWarp, own, l);
+        const float* shares = feedback + (l + 32 * e) * c.dim + lane;
+#pragma unroll
+        for (int i = 0; i <= e; i++) {
+          if (i < e || lane < l) shift[i] = __fadd_rn(shift[i], __fmul_rn(shares[32 * i], error));
+        }
+      }
+    }
+  });
+}
+
 template <int E>
 SKV_DEVICE void encode_per_channel(const Target<E>& target, Shared<E>& shared, uint8_t* tile, int first) {
   const Cache& c = target.cache;
@@ -163,6 +200,7 @@ SKV_DEVICE void encode_per_channel(const Target<E>& target, Shared<E>& shared, u
     store_channel(c, parameters, d, lowest, highest, levels);
   }
   __syncthreads();
+  if (c.basis.feedback) return encode_with_feedback(target, shared, tile, first, levels);
   encode_codes<E>(target, shared, tile, first, [&](const float (&x)[E], int, float (&codes)[E]) {
 #pragma unroll
     for (int e = 0; e < E; e++) {

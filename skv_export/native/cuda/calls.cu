@@ -56,8 +56,13 @@ int check_cache(const SkvCache& c) {
   }
   if (capacity(c.layout, c.block_bytes) >= (1 << 30))
     return wrong("cache: capacity", c.block_bytes, "below 2^30 tokens");
-  if (c.basis.key || c.basis.query || c.basis.feedback) {
-    return fail(SKV_NOT_SUPPORTED, "%s cache: basis; got calibrated keys; expected none on CUDA", tensor);
+  const bool any = c.basis.key || c.basis.query || c.basis.feedback;
+  if (any && !(c.basis.key && c.basis.query && c.basis.feedback)) {
+    return fail(SKV_INVALID_ARGUMENT, "%s cache: basis; got some matrices; expected all three or none", tensor);
+  }
+  if (any && !can_have_basis(c.layout)) {
+    return fail(SKV_INVALID_ARGUMENT, "%s cache: basis; got %d bits, granularity %s, rotation %s; expected %s", tensor,
+                c.layout.bits, kGranularities[c.layout.granularity], kRotations[c.layout.rotation], kBasisForm);
   }
   if (!c.data) return fail(SKV_INVALID_ARGUMENT, "%s cache: data; got null; expected a device pointer", tensor);
   if (reinterpret_cast<uintptr_t>(c.data) % 16)
@@ -143,7 +148,7 @@ Attention describe(const SkvAttention& call, const SkvCudaContext& context) {
 struct Plan {
   int path;
   const MmaInstance* mma;
-  int64_t partial_bytes, rows_bytes, scratch_bytes;
+  int64_t partial_bytes, peak_bytes, query_bytes, rows_bytes, scratch_bytes;
 };
 
 // Splits of the context, from shapes alone: four blocks per multiprocessor, and no more than there are pieces of work.
@@ -215,7 +220,11 @@ Plan plan(Attention& a, const SkvCudaContext& context) {
   a.splits = splits_for(a, context.multiprocessors, p.mma ? p.mma->columns : 4);
   const int64_t rows = int64_t{a.batch} * a.kv_num_heads * a.splits * a.columns;
   p.partial_bytes = aligned(rows * a.key.dim * sizeof(float));
-  p.scratch_bytes = p.partial_bytes + aligned(rows * sizeof(float2));
+  p.peak_bytes = aligned(rows * sizeof(float2));
+  if (a.key.basis.query) {
+    p.query_bytes = aligned(int64_t{a.batch} * a.lengths.tokens * a.num_heads * a.key.dim * sizeof(float));
+  }
+  p.scratch_bytes = p.partial_bytes + p.peak_bytes + p.query_bytes;
   return p;
 }
 
@@ -239,6 +248,11 @@ int attend(Attention& a, const Plan& p, const SkvCudaContext& context) {
   }
   a.partial = reinterpret_cast<float*>(scratch);
   a.peaks = reinterpret_cast<float2*>(scratch + p.partial_bytes);
+  if (p.query_bytes) {
+    float* rows = reinterpret_cast<float*>(scratch + p.partial_bytes + p.peak_bytes);
+    if (const int status = finished(turn_queries(a, rows, context.stream), "turn_queries")) return status;
+    a.tile_query = {rows, int64_t{a.num_heads} * a.key.dim, SKV_FLOAT, a.key.dim};
+  }
   if (p.mma) {
     const dim3 grid(a.splits, a.batch * a.kv_num_heads, (a.columns + p.mma->columns - 1) / p.mma->columns);
     const cudaError_t error = launch(p.mma->kernel, grid, p.mma->threads, p.mma->shared_bytes, context.stream, a);
@@ -352,8 +366,7 @@ int skv_cuda_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, 
   if (length == 0) return SKV_OK;
   if (!out) return fail(SKV_INVALID_ARGUMENT, "out; got null; expected a device pointer");
   const Rows rows{out, 0, row_stride, type, cache->layout.head_dim};
-  return finished(dequantize(make_cache(*cache), rows, int64_t{b} * kv_num_heads + h, int32_t(length), stream),
-                  "dequantize");
+  return finished(dequantize(make_cache(*cache), rows, b, kv_num_heads, h, int32_t(length), stream), "dequantize");
 }
 
 int skv_cuda_decode_tile(const SkvLayout* layout, const uint8_t* tile, float* out, void* stream) {

@@ -131,13 +131,13 @@ struct Slabs {
 
 // Queries to shared memory: rotated, channels in the order of the key's codes.
 template <class S>
-SKV_DEVICE void prepare_queries(const Attention& a, int b, int head, half* to) {
+SKV_DEVICE void prepare_queries(const Attention& a, const Tokens& queries, int b, int head, half* to) {
   const int lane = threadIdx.x % 32;
   for (int i = threadIdx.x / 32; i < S::kColumns; i += S::kWarpCount) {
     const int column = blockIdx.z * S::kColumns + i;
     float x[S::E] = {};
     if (column < a.columns) {
-      load_token(a.query, int64_t{b} * a.lengths.tokens + column / a.group(), head * a.group() + column % a.group(), x);
+      load_token(queries, int64_t{b} * a.lengths.tokens + column / a.group(), head * a.group() + column % a.group(), x);
       rotate(x, a.key);
     }
 #pragma unroll
@@ -227,7 +227,8 @@ __global__ void __launch_bounds__(S::kThreadCount, S::kMinBlocks) decode_mma_ker
     }
     return;
   }
-  prepare_queries<S>(a, b, head, reinterpret_cast<half*>(shared));
+  half* queries = reinterpret_cast<half*>(shared);
+  prepare_queries<S>(a, a.tile_query.data ? a.tile_query : a.query, b, head, queries);
   if (work.end > work.tile_pieces)
     prepare_new_rows<S>(a, work.s, b, head, reinterpret_cast<half*>(shared + S::kNewRows));
   __syncthreads();
@@ -250,6 +251,11 @@ __global__ void __launch_bounds__(S::kThreadCount, S::kMinBlocks) decode_mma_ker
       position += kSlab;
     }
     position += (S::kWarpCount - 1) * a.key.layout.tile_tokens;
+  }
+  if (a.tile_query.data && work.end > work.tile_pieces) {  // the exact rows are in the model's basis
+    __syncthreads();
+    prepare_queries<S>(a, a.query, b, head, queries);
+    __syncthreads();
   }
   for (int piece = from + tiles * S::kWarpCount; piece < work.end; piece += S::kWarpCount) {
     warp.exact_piece(block_of(a.key, blockIdx.y), block_of(a.value, blockIdx.y), (piece - work.tile_pieces) * kSlab);

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kColumns = 4;  // queries that a block attends for: the token is read once for all
 
-// The key or value at a position, in the basis of the cache.
+// The key or value at a position, in the basis of the cache, or of its tile.
 template <int E>
 SKV_DEVICE bool load_any(const Attention& a, bool is_value, const Sequence& s, int64_t b, int head, int position,
                          float (&x)[E]) {
@@ -33,17 +33,23 @@ __global__ void __launch_bounds__(kThreads) decode_simple_kernel(Attention a) {
   const int b = blockIdx.y / a.kv_num_heads, head = blockIdx.y % a.kv_num_heads, first = blockIdx.z * kColumns;
   const Sequence s = sequence(a.lengths, b, a.key, a.value);
   float q[kColumns][E], o[kColumns][E], peak[kColumns], sum[kColumns];
+  const auto load_queries = [&](const Tokens& queries) {
+#pragma unroll
+    for (int i = 0; i < kColumns; i++) {
+      const int column = first + i < a.columns ? first + i : a.columns - 1;
+      load_token(queries, int64_t{b} * a.lengths.tokens + column / a.group(), head * a.group() + column % a.group(),
+                 q[i]);
+      rotate(q[i], a.key);
+#pragma unroll
+      for (int e = 0; e < E; e++) q[i][e] *= a.scale;
+    }
+  };
+  load_queries(a.query);
+  bool in_tiles = false;  // whether q is in the basis of the tiles
 #pragma unroll
   for (int i = 0; i < kColumns; i++) {
-    const int column = first + i < a.columns ? first + i : a.columns - 1;
-    load_token(a.query, int64_t{b} * a.lengths.tokens + column / a.group(), head * a.group() + column % a.group(),
-               q[i]);
-    rotate(q[i], a.key);
 #pragma unroll
-    for (int e = 0; e < E; e++) {
-      q[i][e] *= a.scale;
-      o[i][e] = 0;
-    }
+    for (int e = 0; e < E; e++) o[i][e] = 0;
     peak[i] = -INFINITY;
     sum[i] = 0;
   }
@@ -54,6 +60,10 @@ __global__ void __launch_bounds__(kThreads) decode_simple_kernel(Attention a) {
     float k[E], v[E];
     if (!load_any(a, false, s, b, head, position, k)) continue;
     load_any(a, true, s, b, head, position, v);
+    if (a.tile_query.data && in_tiles != (position < s.past && is_in_tile(a.key, s.past, position))) {
+      in_tiles = !in_tiles;
+      load_queries(in_tiles ? a.tile_query : a.query);
+    }
 #pragma unroll
     for (int i = 0; i < kColumns; i++) {
       const int at = s.past + (first + i) / a.group();  // the query's own position

@@ -18,11 +18,12 @@ SKV_DEVICE void write(const Rows& rows, int64_t sequence_and_head, int position,
 // Grid: groups of kWarps positions.
 template <int E>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(Cache c, Rows rows, int64_t sequence_and_head, int length) {
+    dequantize_kernel(Cache c, Rows rows, int64_t sequence_and_head, int head, int length) {
   const uint8_t* block = block_of(c, sequence_and_head);
   for (int position = blockIdx.x * kWarps + threadIdx.x / 32; position < length; position += gridDim.x * kWarps) {
     float x[E];
     load_position(c, block, length, position, x);
+    if (c.basis.query && is_in_tile(c, length, position)) from_tile(x, c, head);
     rotate(x, c);
     write(rows, 0, position, x);
   }
@@ -42,6 +43,7 @@ __global__ void __launch_bounds__(kThreads)
     float x[E];
     if (position < s.past) {
       load_position(c, block, s.past, position, x);
+      if (c.basis.query && is_in_tile(c, s.past, position)) from_tile(x, c, head);
       rotate(x, c);
     } else {
       load_token(is_value ? a.new_value : a.new_key, int64_t{b} * a.lengths.tokens + position - s.past, head, x);
@@ -116,6 +118,7 @@ __global__ void __launch_bounds__(kThreads) rewind_kernel(Cache c, int64_t first
     const int tile = (position - sinks) / tokens;
     float x[E];
     decode_token(c, block + tile_start(c, tile), (position - sinks) % tokens, x);
+    if (c.basis.query) from_tile(x, c, blockIdx.y);
     uint8_t* row = block + row_start(c, position);
 #pragma unroll
     for (int e = 0; e < E; e++) store(row, lane + 32 * e, c.layout.recent_type, x[e]);
@@ -129,10 +132,11 @@ unsigned groups_of_warps(int64_t tokens) {
 
 }  // namespace
 
-cudaError_t dequantize(const Cache& cache, const Rows& rows, int64_t sequence_and_head, int32_t length, void* stream) {
+cudaError_t dequantize(const Cache& cache, const Rows& rows, int64_t sequence, int32_t kv_num_heads, int32_t head,
+                       int32_t length, void* stream) {
   return with_channels(cache, [&](auto channels) {
     return launch(dequantize_kernel<decltype(channels)::value>, dim3(groups_of_warps(length)), kThreads, 0, stream,
-                  cache, rows, sequence_and_head, length);
+                  cache, rows, sequence * kv_num_heads + head, head, length);
   });
 }
 
@@ -162,7 +166,7 @@ cudaError_t clear_padding(const Attention& a, void* stream) {
 }
 
 cudaError_t decode_tile(const SkvLayout& layout, const uint8_t* tile, float* out, void* stream) {
-  const Cache cache = make_cache({layout, nullptr, full_bytes(layout) + tile_bytes(layout)});
+  const Cache cache = make_cache({layout, nullptr, full_bytes(layout) + tile_bytes(layout), {}});
   return with_channels(cache, [&](auto channels) {
     return launch(decode_tile_kernel<decltype(channels)::value>, dim3(layout.tile_tokens / kWarps), kThreads, 0, stream,
                   cache, tile, out);

@@ -26,6 +26,7 @@ struct Cache {
   int32_t ring, groups;
   int32_t rotation_dim;  // 0 = not rotated
   float rotation_scale;
+  SkvKeyBasis basis;
 };
 
 inline Cache make_cache(const SkvCache& c) {
@@ -47,6 +48,7 @@ inline Cache make_cache(const SkvCache& c) {
   r.groups = num_groups(l);
   r.rotation_dim = l.rotation == SKV_HADAMARD ? rotation_dim(l) : 0;
   r.rotation_scale = float(1.0 / std::sqrt(double(rotation_dim(l))));
+  r.basis = c.basis;
   return r;
 }
 
@@ -173,6 +175,41 @@ SKV_DEVICE bool load_not_numbers(const Tokens& values, int64_t token, int head, 
   return true;
 }
 
+// A row times a matrix [32 E][32 E] whose elements stand so far apart by the row's and by the product's channel: sums
+// in the order of the row's channels (reference: _products). Whole warps.
+template <int E>
+SKV_DEVICE void multiply(float (&x)[E], const float* matrix, int by_row, int by_product) {
+  const int lane = threadIdx.x % 32;
+  float product[E] = {};
+#pragma unroll
+  for (int from = 0; from < E; from++) {
+    for (int l = 0; l < 32; l++) {
+      const float factor = __shfl_sync(kWarp, x[from], l);
+      const float* row = matrix + (32 * from + l) * by_row;
+#pragma unroll
+      for (int e = 0; e < E; e++) {
+        product[e] = __fadd_rn(product[e], __fmul_rn(row[(lane + 32 * e) * by_product], factor));
+      }
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < E; e++) x[e] = product[e];
+}
+SKV_DEVICE const float* of_head(const float* matrices, const Cache& c, int head) {
+  return matrices + int64_t{head} * c.dim * c.dim;
+}
+// A key in the basis of its tile, saturated, and back.
+template <int E>
+SKV_DEVICE void to_tile(float (&x)[E], const Cache& c, int head) {
+  multiply(x, of_head(c.basis.key, c, head), c.dim, 1);
+#pragma unroll
+  for (int e = 0; e < E; e++) x[e] = fminf(fmaxf(x[e], -65504.f), 65504.f);  // of what is not a number, the lower end
+}
+template <int E>
+SKV_DEVICE void from_tile(float (&x)[E], const Cache& c, int head) {
+  multiply(x, of_head(c.basis.query, c, head), 1, c.dim);
+}
+
 // A channel's scale and offset over a tile, from the tile's parameters.
 struct ChannelParameters {
   float scale, offset;
@@ -238,12 +275,16 @@ SKV_DEVICE void load_row(const Cache& c, const uint8_t* block, int position, flo
   for (int e = 0; e < E; e++) x[e] = load(row, lane + 32 * e, c.layout.recent_type);
 }
 
-// The token at a position of a cache of `length` tokens; false, and zeros, where a sliding window's ring has forgotten
-// it.
+SKV_DEVICE bool is_in_tile(const Cache& c, int length, int position) {
+  const int sinks = c.layout.num_sink_tokens;
+  return position >= sinks && position < sinks + quantized(c.layout, length);
+}
+// The token at a position of a cache of `length` tokens, in the tile's basis where it is in one; false, and zeros,
+// where a sliding window's ring has forgotten it.
 template <int E>
 SKV_DEVICE bool load_position(const Cache& c, const uint8_t* block, int length, int position, float (&x)[E]) {
   const int sinks = c.layout.num_sink_tokens, in_tiles = quantized(c.layout, length);
-  if (position < sinks || position >= sinks + in_tiles) {
+  if (!is_in_tile(c, length, position)) {
     load_row(c, block, position, x);
     return true;
   }

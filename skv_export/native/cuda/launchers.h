@@ -10,6 +10,7 @@ constexpr int kMaxDecodeTokens = 8;  // of a sequence, that decode_mma takes
 struct Attention {
   Cache key, value;
   Tokens query, new_key, new_value;
+  Tokens tile_query;  // queries in the basis of the tiles; data = null: tiles have none of their own
   Lengths lengths;
   int32_t batch, num_heads, kv_num_heads;
   int32_t columns;  // rows of queries per KV head: tokens * num_heads / kv_num_heads; column = token * group + head
@@ -30,6 +31,9 @@ struct Attention {
 cudaError_t prepare(const SkvCudaPreparation& preparation, float* rows, void* stream);
 // `count` of its numbers in the type of the model.
 cudaError_t narrow(const float* from, void* to, int32_t type, int64_t count, void* stream);
+
+// Queries in the basis of calibrated keys' tiles: rows [batch * tokens][num_heads][D], for tile_query.
+cudaError_t turn_queries(const Attention& attention, float* rows, void* stream);
 
 cudaError_t append(const Attention& attention, int32_t* not_finite, void* stream);
 
@@ -59,7 +63,8 @@ struct Rows {
   int32_t type;
   int32_t channels;  // head_dim, or the padded number
 };
-cudaError_t dequantize(const Cache& cache, const Rows& rows, int64_t sequence_and_head, int32_t length, void* stream);
+cudaError_t dequantize(const Cache& cache, const Rows& rows, int64_t sequence, int32_t kv_num_heads, int32_t head,
+                       int32_t length, void* stream);
 // The past of `count` sequences from `first` on, and behind it the new tokens as they are; the rows begin with the
 // first. `zero_not_numbers`: new values that are not numbers become 0.
 cudaError_t dequantize_all(const Attention& attention, const Rows& keys, const Rows& values, int32_t first,

@@ -63,6 +63,19 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(SkvCudaPreparation p,
   for (int d = lane; d < p.head_dim; d += 32) to[d] = row[d];
 }
 
+// Grid: tokens of all sequences, groups of kWarps query heads.
+template <int E>
+__global__ void __launch_bounds__(kThreads) turn_queries_kernel(Attention a, float* out) {
+  const int lane = threadIdx.x % 32, head = blockIdx.y * kWarps + threadIdx.x / 32;
+  if (head >= a.num_heads) return;
+  float x[E];
+  load_token(a.query, blockIdx.x, head, x);
+  multiply(x, of_head(a.key.basis.query, a.key, head / a.group()), a.key.dim, 1);
+  float* to = out + (int64_t{blockIdx.x} * a.num_heads + head) * a.key.dim;
+#pragma unroll
+  for (int e = 0; e < E; e++) to[lane + 32 * e] = x[e];
+}
+
 // Grid: pieces of the numbers.
 __global__ void __launch_bounds__(kThreads) narrow_kernel(const float* from, void* to, int32_t type, int64_t count) {
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count; i += int64_t{gridDim.x} * kThreads) {
@@ -78,6 +91,13 @@ cudaError_t narrow(const float* from, void* to, int32_t type, int64_t count, voi
   const int64_t blocks = (count + kThreads - 1) / kThreads;
   return launch(narrow_kernel, dim3(unsigned(blocks < 4096 ? blocks : 4096)), kThreads, 0, stream, from, to, type,
                 count);
+}
+
+cudaError_t turn_queries(const Attention& a, float* rows, void* stream) {
+  const dim3 grid(a.batch * a.lengths.tokens, (a.num_heads + kWarps - 1) / kWarps);
+  return with_channels(a.key, [&](auto channels) {
+    return launch(turn_queries_kernel<decltype(channels)::value>, grid, kThreads, 0, stream, a, rows);
+  });
 }
 
 cudaError_t prepare(const SkvCudaPreparation& p, float* rows, void* stream) {

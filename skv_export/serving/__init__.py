@@ -1,0 +1,1 @@
+"""An exported model behind the HTTP endpoints that OpenAI's clients know."""
