@@ -13,6 +13,8 @@ import click
 from skv_export.cli.guard import INTERRUPTED
 from skv_export.cli.options import (
     STDOUT,
+    OutputFile,
+    PathOf,
     debug_option,
     exported_model,
     json_option,
@@ -26,6 +28,13 @@ from skv_export.cli.options import (
 @click.option("--prompt", required=True, help="Text to continue; - reads standard input.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @sampling_options
+@click.option(
+    "--prompt-lookup", default=0, type=click.IntRange(0, 64), help="Guess so many tokens from the text so far."
+)
+@click.option("--draft", type=PathOf("draft model"), help="Guess with this smaller exported model.")
+@click.option("--draft-tokens", default=4, show_default=True, type=click.IntRange(1, 64), help="Tokens it guesses.")
+@click.option("--load-cache", type=PathOf("saved cache"), help="Go on from a saved cache; PROMPT may be empty.")
+@click.option("--save-cache", type=OutputFile(), help="Save the cache at the end, with all that was generated.")
 @json_option("text and figures")
 @debug_option
 def generate_command(
@@ -33,6 +42,7 @@ def generate_command(
     revision: str | None,
     prompt: str,
     template_options: tuple[tuple[str, Any], ...],
+    save_cache: Path | None,
     json_file: Path | None,
     **options: Any,
 ) -> None:
@@ -45,6 +55,7 @@ def generate_command(
     skv-export generate demo-model --prompt "The capital of France is"
     skv-export generate org/smollm2-k4v2 --prompt "The capital of France is"
     skv-export generate demo-model --chat --prompt "Why is the sky blue?" --temperature 0.7 --top-p 0.9
+    skv-export generate demo-model --prompt - --save-cache book.cache < book.txt
     skv-export generate demo-model --prompt "One, two," --stop ten --stop "\\n" --json -
     """
     from skv_export.model_folder import hub
@@ -62,6 +73,8 @@ def generate_command(
                 click.echo(piece, nl=False, err=json_file == STDOUT)
         except KeyboardInterrupt:
             code = INTERRUPTED
+    if save_cache is not None:
+        stream.save_cache(save_cache)
     click.echo(f"\n{result.summary()}", err=True)
     figures = {**dataclasses.asdict(result), "tokens_per_second": result.tokens_per_second}
     write_json(json_file, {"prompt": text, **figures, "model": describe(local), "versions": versions()})

@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import Cache as TransformersCache
+from transformers.generation.candidate_generator import CandidateGenerator
 
 from skv_export.errors import SkvError
 from skv_export.runtime.cache import Cache
+from skv_export.runtime.prefixes import Prefix
+from skv_export.runtime.session import Session
 
 
 def _refused(name: str, reason: str) -> Callable[..., NoReturn]:
@@ -39,6 +42,7 @@ class SkvCache(TransformersCache):
         super().__init__(layers=[])
         self.cache = cache
         self.held: NDArray[np.bool_] = np.zeros((cache.batch, 0), np.bool_)
+        self._entries: list[Prefix | None] = []
 
     def __repr__(self) -> str:
         return f"SkvCache(batch={self.cache.batch}, columns={self.columns}, max_length={self.cache.max_length})"
@@ -52,9 +56,39 @@ class SkvCache(TransformersCache):
         """Columns of the attention mask so far."""
         return self.held.shape[1]
 
+    def begins(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> int:
+        """Returns how many of the columns that ``generate`` was given are the cache's: all that it has, or none.
+
+        Args:
+            input_ids: ``[B, columns]``, all tokens so far or the new ones only.
+            attention_mask: Of all tokens so far; transformers leaves out one without padding.
+        """
+        if attention_mask is not None:
+            return self.columns if attention_mask.shape[1] == input_ids.shape[1] else 0
+        return self.columns if input_ids[:, : self.columns].tolist() == self.cache.tokens else 0
+
     def append_columns(self, held: NDArray[np.bool_]) -> None:
         """Notes the columns of a call, ``[B, new columns]``: which hold tokens."""
         self.held = np.concatenate([self.held, held], axis=1)
+
+    def prefill(self, session: Session, ids: NDArray[np.int64], new: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Runs prompts in the empty cache, from what the session keeps of earlier ones.
+
+        Args:
+            session: Of the cache.
+            ids: ``[B, S]``, the prompts.
+            new: ``[B, S]``, which columns hold tokens.
+
+        Returns:
+            ``[B, vocab_size]``, the logits of each prompt's last token.
+        """
+        logits, self._entries = session.prefill(ids, new, self.cache)
+        return logits
+
+    def keep(self, session: Session) -> None:
+        """Adds what the cache holds to what the session keeps, where its sequences are those of ``prefill`` still."""
+        if session.prefixes is not None and len(self._entries) == self.cache.batch:
+            session.prefixes.keep(self.cache, self._entries)
 
     # Lengths.
 
@@ -115,6 +149,7 @@ class SkvCache(TransformersCache):
         """Forgets every token; the buffers stay."""
         self.cache.reset()
         self.held = self.held[:, :0]
+        self._entries = []
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last columns back; see ``runtime.Cache.rewind`` for how far and how exactly.
@@ -143,12 +178,14 @@ class SkvCache(TransformersCache):
         """Reorders the sequences' caches for beam search, in place; the batch keeps its size."""
         order = beam_idx.cpu().numpy()
         self.cache.reorder(order)
+        self._entries = []
         self.held = self.held[order]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these sequences, in this order, in new buffers; a boolean mask does too."""
         order = np.arange(self.cache.batch)[indices.cpu().numpy()]
         self.cache = self.cache.select(order)
+        self._entries = []
         self.held = self.held[order]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -176,3 +213,47 @@ class SkvCache(TransformersCache):
     get_recurrent_state = _refused("get_recurrent_state", "there is no linear attention")
     update_conv_state = _refused("update_conv_state", "there is no linear attention")
     update_recurrent_state = _refused("update_recurrent_state", "there is no linear attention")
+
+
+class Candidates(CandidateGenerator):
+    """Another generator's guesses, as many as a cache allows in one call; none in the first, which has the prompt.
+
+    Args:
+        inner: Generates the guesses.
+        state: The model's cache.
+        most: Guesses that a call can check.
+    """
+
+    def __init__(self, inner: CandidateGenerator, state: SkvCache, most: int) -> None:
+        self._inner, self._state, self._most = inner, state, most
+        self._first = True
+        self.requires_model_outputs = inner.requires_model_outputs
+
+    def get_candidates(self, input_ids: torch.LongTensor, *arguments: Any, **options: Any) -> tuple[Any, Any]:
+        """Returns the tokens so far with guesses behind them, and the guesses' logits where there are any.
+
+        Args:
+            input_ids: ``[1, columns]``, the tokens so far.
+            arguments: As the inner generator takes them.
+            options: The same.
+        """
+        room = 0 if self._first else min(self._most, self._state.cache.draft_room(0))
+        self._first = False
+        if room == 0:
+            return input_ids, None
+        guessed, logits = self._inner.get_candidates(input_ids, *arguments, **options)
+        kept = min(room, guessed.shape[1] - input_ids.shape[1])
+        if kept == 0:
+            return input_ids, None
+        return guessed[:, : input_ids.shape[1] + kept], None if logits is None else logits[:, :kept]
+
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
+        """Tells the inner generator how many of its guesses were right.
+
+        Args:
+            input_ids: ``[1, columns]``, the tokens so far.
+            scores: ``[1, guesses + 1, vocab_size]``, the model's.
+            num_matches: Guesses that were right.
+        """
+        if scores.shape[1] > 1:  # there were guesses
+            self._inner.update_candidate_strategy(input_ids, scores, num_matches)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache as TransformersCache
+from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -21,7 +22,7 @@ from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.model_config import load_config
 from skv_export.errors import SkvError
 from skv_export.integrations.frozen_model import FrozenModel, check_dtype, provider_of
-from skv_export.integrations.transformers_cache import SkvCache
+from skv_export.integrations.transformers_cache import Candidates, SkvCache
 from skv_export.model_folder import hub
 from skv_export.model_folder.names import LIBRARY_FILE
 from skv_export.model_folder.output import output_folder
@@ -53,12 +54,13 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
 
     main_input_name = "input_ids"
     base_model_prefix = "model"
-    _is_stateful = True  # the cache can't be handed to an assistant
+    _is_stateful = False  # its cache can be taken back
     _supported_generation_modes: ClassVar[list[GenerationMode]] = [
         GenerationMode.GREEDY_SEARCH,
         GenerationMode.SAMPLE,
         GenerationMode.BEAM_SEARCH,
         GenerationMode.BEAM_SAMPLE,
+        GenerationMode.ASSISTED_GENERATION,
     ]
 
     def __init__(
@@ -73,6 +75,7 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         if not 1 <= self.max_length <= context:
             raise SkvError("max_length", got=max_length, expected=f"1 ... {context}, the model's context")
         self.session, self.config, self.generation_config = session, config, generation_config
+        self._running: list[SkvCache] = []  # the cache that the call of generate under way has made
         self.device, self.dtype = torch.device("cpu"), torch.float32  # of what goes in and comes out
 
     @classmethod
@@ -84,6 +87,8 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         cuda_graph: bool = False,
         max_length: int | None = None,
         num_threads: int = 0,
+        num_logits: int = 1,
+        prefix_bytes: int = 0,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -102,6 +107,10 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
             cuda_graph: On a GPU, decode as a CUDA graph; see ``runtime.Session``.
             max_length: Most tokens of one sequence; the model's context length if not given.
             num_threads: Threads inside an op; 0 = ONNX Runtime's choice.
+            num_logits: For speculative decoding (``assistant_model``, ``prompt_lookup_num_tokens``): the tokens that a
+                call can check, and one; see ``runtime.Session``.
+            prefix_bytes: Memory for the beginnings of sequences that ``generate`` has run, so that a prompt that begins
+                like one of them runs only what is new; 0 = none is kept.
             revision: Branch, tag or commit of a hub id.
             token: Of the hub; the stored one if not given.
             cache_dir: Where downloads are kept; huggingface_hub's cache if not given.
@@ -126,7 +135,14 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         folder = hub.fetch(
             model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        session = Session(folder, execution_provider=execution_provider, cuda_graph=cuda_graph, num_threads=num_threads)
+        session = Session(
+            folder,
+            execution_provider=execution_provider,
+            cuda_graph=cuda_graph,
+            num_threads=num_threads,
+            num_logits=num_logits,
+            prefix_bytes=prefix_bytes,
+        )
         check_dtype(torch_dtype if dtype is None else dtype, session.config.dtype)
         return cls.from_session(session, max_length)
 
@@ -318,13 +334,15 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         if attention_mask is None and state.columns != int(state.cache.lengths.min()):
             raise SkvError("attention_mask: needed, as the sequences so far have padding", fix="Pass the whole mask.")
         mask = None if attention_mask is None else attention_mask.numpy()
-        positions = None if position_ids is None else position_ids.numpy()
-        logits = self.session.run(input_ids.numpy(), mask, positions, state.cache)
-        state.append_columns(np.ones((batch, tokens), np.bool_) if mask is None else mask[:, -tokens:] != 0)
-        if logits_to_keep == 1 and mask is not None:
-            logits = last_logits(logits, mask[:, -tokens:] != 0)[:, None]
-        elif logits_to_keep == 1:
-            logits = logits[:, -1:]
+        new = np.ones((batch, tokens), np.bool_) if mask is None else mask[:, -tokens:] != 0
+        if logits_to_keep == 1 and position_ids is None and state.columns == 0 and use_cache is not False:
+            logits = state.prefill(self.session, input_ids.numpy(), new)[:, None]
+        else:
+            positions = None if position_ids is None else position_ids.numpy()
+            logits = self.session.run(input_ids.numpy(), mask, positions, state.cache)
+            if logits_to_keep == 1:
+                logits = last_logits(logits, new)[:, None]
+        state.append_columns(new)
         result = torch.from_numpy(logits)
         loss = None
         if labels is not None:
@@ -359,7 +377,7 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
 
         Args:
             input_ids: ``[B, columns]``, all tokens so far.
-            next_sequence_length: New tokens, at the end of ``input_ids``; None = all.
+            next_sequence_length: New tokens, at the end of ``input_ids``; None = all behind the cache's.
             past_key_values: The cache of the tokens before; None = empty.
             attention_mask: ``[B, columns]``; the runtime derives positions from it.
             use_cache: As in ``forward``.
@@ -369,6 +387,8 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
             The arguments of ``forward``.
         """
         new = input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
+        if next_sequence_length is None and isinstance(past_key_values, SkvCache):
+            new = input_ids[:, past_key_values.begins(input_ids, attention_mask) :]
         return {
             "input_ids": new,
             "attention_mask": attention_mask,
@@ -376,6 +396,38 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
         }
+
+    def generate(self, *arguments: Any, **options: Any) -> Any:
+        """Generates, as transformers' ``GenerationMixin.generate``; what ran is kept where ``prefix_bytes`` are given.
+
+        Args:
+            arguments: As transformers takes them.
+            options: The same.
+
+        Returns:
+            What transformers returns.
+
+        Raises:
+            SkvError: See ``forward``.
+        """
+        self._running.clear()
+        try:
+            return super().generate(*arguments, **options)  # type: ignore[misc]  # its self is a Protocol
+        finally:
+            for state in self._running:
+                state.keep(self.session)
+            self._running.clear()
+
+    def _get_candidate_generator(self, *arguments: Any, **options: Any) -> CandidateGenerator:
+        """Returns transformers' generator of guesses, held to what a call can check and take back exactly."""
+        if self.session.max_drafts < 1:
+            raise SkvError(
+                "generate: speculative decoding needs the logits of several tokens",
+                got="the last token's",
+                fix="from_pretrained(folder, num_logits=16), or export with --all-logits.",
+            )
+        found = super()._get_candidate_generator(*arguments, **options)  # type: ignore[misc]  # its self is a Protocol
+        return Candidates(found, options["model_kwargs"]["past_key_values"], self.session.max_drafts)
 
     def load_custom_generate(self, *_: Any, **__: Any) -> NoReturn:
         """Not supported: code of a generation mode on the hub is not loaded.
@@ -437,7 +489,10 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         if given is not None or generation_config.use_cache is False:
             return False
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        model_kwargs["past_key_values"] = self.new_cache(batch_size * copies, max_cache_length)
+        # An assistant is called for a few tokens again and again, each time with the cache of the last.
+        length = None if generation_config.is_assistant else max_cache_length
+        model_kwargs["past_key_values"] = self.new_cache(batch_size * copies, length)
+        self._running[:] = [model_kwargs["past_key_values"]]
         return False
 
     @contextmanager

@@ -1,16 +1,21 @@
-"""The cache of a running model: buffers that are allocated once, bound in place, rewound and reordered."""
+"""The cache of a running model: buffers allocated once and bound in place, which are rewound, copied and saved."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from skv_export.calibration.file import Calibration
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import TENSORS, past_name, present_name
 from skv_export.model_folder.skv_config import LayerCache
@@ -20,6 +25,59 @@ from skv_export.spec.key_basis import MATRICES, KeyBasis
 from skv_export.spec.layout import Bytes, CacheLayout
 
 logger = logging.getLogger(__name__)
+Key = tuple[int, str]
+"""Names one tensor: layer, and ``key`` or ``value``."""
+
+
+@dataclass(frozen=True)
+class TensorState:
+    """What one tensor holds of one sequence; bytes that no token needs are left out.
+
+    Attributes:
+        first: Number of the first tile.
+        tiles: ``[N_kv, tiles, tile_bytes]``, in order.
+        rows: ``[N_kv, R * row_bytes]``, the full-precision rows.
+    """
+
+    first: int
+    tiles: Bytes
+    rows: Bytes
+
+
+@dataclass(frozen=True)
+class SequenceState:
+    """What a cache holds of one sequence, by itself or behind the states of what came before.
+
+    Attributes:
+        tokens: ``[length]``, int32, the tokens held, from the first on.
+        longest: Most tokens held since the sequence was empty, as ``reference.rewind`` wants it.
+        tensors: By layer and name.
+    """
+
+    tokens: NDArray[np.int32]
+    longest: int
+    tensors: Mapping[Key, TensorState]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the state takes."""
+        return self.tokens.nbytes + sum(x.tiles.nbytes + x.rows.nbytes for x in self.tensors.values())
+
+
+def held_tiles(layout: CacheLayout, block_bytes: int, length: int, longest: int) -> range:
+    """The tiles of a block that hold something of its sequence: with a sliding window, what the ring has not forgotten.
+
+    Args:
+        layout: The tensor's layout.
+        block_bytes: Bytes of one block.
+        length: Tokens held.
+        longest: Most tokens held since the block was empty.
+    """
+    end = layout.quantized_tokens(length) // layout.tile_tokens
+    if not layout.local_window_size:
+        return range(end)
+    forgotten = layout.quantized_tokens(longest) // layout.tile_tokens - layout.tiles_in(block_bytes)
+    return range(min(max(forgotten, 0), end), end)
 
 
 class Cache:
@@ -36,6 +94,7 @@ class Cache:
         device: ``cpu`` or ``cuda``.
         library: The native library.
         bases: Gives the constants of calibrated keys, by layer; asked when tokens are taken back.
+        model: Says which model the cache is of, in a saved file.
 
     Attributes:
         binding: IOBinding of the session, to which the buffers are bound.
@@ -43,6 +102,7 @@ class Cache:
         batch: Sequences.
         max_length: Tokens per sequence that were asked for; ``capacity`` may be a little more.
         lengths: ``[batch]``, tokens held.
+        tokens: Which these are, by sequence.
     """
 
     def __init__(
@@ -54,15 +114,17 @@ class Cache:
         device: str,
         library: Library,
         bases: Callable[[], Mapping[int, KeyBasis]] = dict,
+        model: Callable[[], str] = str,
     ) -> None:
         import onnxruntime as ort
 
         self.binding = onnx.io_binding()
         self.layers, self.batch, self.max_length = tuple(layers), batch, max_length
         self.lengths: NDArray[np.int64] = np.zeros(batch, np.int64)
+        self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self._longest = self.lengths.copy()  # since each was empty: up to there rows are overwritten
-        self._onnx, self._device, self._library, self._bases = onnx, device, library, bases
-        self._tensors: dict[tuple[int, str], tuple[CacheLayout, Any]] = {}
+        self._onnx, self._device, self._library, self._bases, self.model = onnx, device, library, bases, model
+        self._tensors: dict[Key, tuple[CacheLayout, Any]] = {}
         for i, layer in enumerate(layers):
             for name, layout in zip(TENSORS, (layer.key, layer.value), strict=True):
                 shape = [batch, layer.num_key_value_heads, *layout.shape(max_length)]
@@ -109,10 +171,13 @@ class Cache:
     def reset(self) -> None:
         """Forgets every token; the buffers stay."""
         self.lengths[:] = self._longest[:] = 0
+        self.tokens = [[] for _ in range(self.batch)]
 
-    def advance(self, lengths: ArrayLike) -> None:
-        """Notes that a call has appended tokens: ``lengths``, ``[batch]``, are held now."""
-        self.lengths[:] = lengths
+    def advance(self, new: Sequence[Sequence[int]]) -> None:
+        """Notes which tokens a call has appended to each sequence."""
+        for held, more in zip(self.tokens, new, strict=True):
+            held.extend(more)
+        self.lengths[:] = [len(held) for held in self.tokens]
         np.maximum(self._longest, self.lengths, out=self._longest)
 
     def rewind_floor(self, b: int) -> int:
@@ -120,6 +185,19 @@ class Cache:
         length, longest = int(self.lengths[b]), int(self._longest[b])
         tensors = self._tensors.values()
         return max(reference.rewind_floor(x, math.prod(y.shape()[2:]), length, longest) for x, y in tensors)
+
+    def draft_room(self, b: int) -> int:
+        """How many tokens may follow the next one of sequence ``b`` in the same call as if they came one by one.
+
+        Up to there no tile is written that the next tokens should see, and all of them can be taken back exactly.
+        """
+        length, room = int(self.lengths[b]), self.max_length - int(self.lengths[b]) - 1
+        for layout, _ in self._tensors.values():
+            flush = layout.quantized_tokens(length) + layout.num_sink_tokens + layout.recent_tokens + layout.tile_tokens
+            room = min(room, flush - length - 1)
+            if layout.quantized_tokens(length + 1 + room):
+                room = min(room, layout.recent_tokens)
+        return max(room, 0)
 
     def rewind(self, lengths: int | ArrayLike) -> None:
         """Takes back tokens, so that each sequence holds ``lengths`` of them (one number, or one per sequence).
@@ -155,6 +233,7 @@ class Cache:
             longest, wanted = int(self._longest[b]), int(new[b])
             counted = (reference.longest_after_rewind(x, longest, wanted) for x, _ in self._tensors.values())
             self._longest[b] = max(counted) if wanted else 0
+            del self.tokens[b][wanted:]
         self.lengths[:] = new
 
     def reorder(self, indices: ArrayLike) -> None:
@@ -176,9 +255,21 @@ class Cache:
             SkvError: No indices, or not of sequences.
         """
         order = self._order(indices)
-        twin = Cache(self._onnx, self.layers, len(order), self.max_length, self._device, self._library, self._bases)
+        twin = Cache(
+            self._onnx, self.layers, len(order), self.max_length, self._device, self._library, self._bases, self.model
+        )
         twin._copy(self, order)
         return twin
+
+    def fork(self, n: int) -> Cache:
+        """Returns a new cache with ``n`` copies of each sequence, side by side, each of which goes on by itself.
+
+        Raises:
+            SkvError: ``n`` is no number of copies.
+        """
+        if type(n) is not int or n < 1:
+            raise SkvError("fork: copies of each sequence", got=repr(n)[:50], expected="at least 1")
+        return self.select(np.arange(self.batch).repeat(n))
 
     def _order(self, indices: ArrayLike) -> NDArray[np.int64]:
         order = np.asarray(indices, np.int64)
@@ -190,3 +281,124 @@ class Cache:
         for key, (_, buffer) in self._tensors.items():
             buffer.update_inplace(np.ascontiguousarray(source._tensors[key][1].numpy()[order]))
         self.lengths[:], self._longest[:] = source.lengths[order], source._longest[order]
+        self.tokens = [list(source.tokens[b]) for b in order.tolist()]
+
+    # States: what is held, apart from the buffers.
+
+    def longest(self, b: int) -> int:
+        """Most tokens that sequence ``b`` has held since it was empty, as far as ``reference.rewind`` must know."""
+        return int(self._longest[b])
+
+    def tensor_state(self, b: int, key: Key, behind: int = 0) -> TensorState:
+        """Copies what one tensor holds of sequence ``b``, without the tiles that it had at a length of ``behind``."""
+        layout, _ = self._tensors[key]
+        with self._block(b, key) as block:
+            tiles = layout.tiles_in(block.shape[1])
+            held = held_tiles(layout, block.shape[1], int(self.lengths[b]), self.longest(b))
+            first = max(held.start, min(held.stop, layout.quantized_tokens(behind) // layout.tile_tokens))
+            slots = [tile % tiles for tile in range(first, held.stop)]
+            found, rows = _parts(layout, block)
+            rows = rows.copy()
+            rows[:, self.longest(b) * layout.row_bytes :] = 0  # what was never written
+            return TensorState(first, found[:, slots], rows)
+
+    def state(self, b: int, behind: int = 0) -> SequenceState:
+        """Copies what the cache holds of sequence ``b``.
+
+        Args:
+            b: The sequence.
+            behind: Length of what other states hold already, from which this one continues: its tiles are left out.
+        """
+        tensors = {key: self.tensor_state(b, key, behind) for key in self._tensors}
+        return SequenceState(np.array(self.tokens[b], np.int32), self.longest(b), tensors)
+
+    def restore(self, b: int, states: Sequence[SequenceState]) -> None:
+        """Makes sequence ``b`` what it was when the last of ``states`` was taken; the others hold its earlier tiles.
+
+        Raises:
+            SkvError: The cache is too small for it; nothing has changed.
+        """
+        state = states[-1]
+        if self.capacity is not None and state.longest > self.capacity:
+            raise SkvError(
+                "cache: tokens to restore",
+                got=state.longest,
+                expected=f"at most its capacity of {self.capacity}",
+                fix="Allocate the cache for a larger max_length.",
+            )
+        for key in self._tensors:
+            self.restore_tensor(b, key, [x.tensors[key] for x in states], len(state.tokens))
+        self.note_restored(b, state.tokens.tolist(), state.longest)
+
+    def restore_tensor(self, b: int, key: Key, states: Sequence[TensorState], length: int) -> None:
+        """``restore`` for one tensor and ``length`` tokens; ``note_restored`` follows when all are done."""
+        layout, _ = self._tensors[key]
+        with self._block(b, key, write=True) as block:
+            tiles = layout.tiles_in(block.shape[1])
+            to, rows = _parts(layout, block)
+            end = layout.quantized_tokens(length) // layout.tile_tokens
+            for state in states:
+                stop = min(end, state.first + state.tiles.shape[1])
+                kept = range(max(state.first, end - tiles), stop)
+                if kept:
+                    from_tiles = state.tiles[:, kept.start - state.first : kept.stop - state.first]
+                    to[:, [tile % tiles for tile in kept]] = from_tiles
+            rows[:] = states[-1].rows
+
+    def note_restored(self, b: int, tokens: Sequence[int], longest: int) -> None:
+        """Notes which tokens sequence ``b`` holds after ``restore_tensor``, and the most that it has held."""
+        self.tokens[b] = list(tokens)
+        self.lengths[b], self._longest[b] = len(tokens), longest
+
+    @contextmanager
+    def _block(self, b: int, key: Key, *, write: bool = False) -> Iterator[Bytes]:
+        """The bytes ``[N_kv, C]`` of one sequence: on a CPU those of the buffer itself, else a copy, written back."""
+        _, buffer = self._tensors[key]
+        shape = buffer.shape()
+        heads, block_bytes = shape[1], math.prod(shape[2:])
+        if self._device == "cpu":
+            raw = (ctypes.c_uint8 * (heads * block_bytes)).from_address(buffer.data_ptr() + b * heads * block_bytes)
+            yield np.frombuffer(raw, np.uint8).reshape(heads, block_bytes)
+            return
+        whole = np.array(buffer.numpy())
+        yield whole[b].reshape(heads, block_bytes)
+        if write:
+            buffer.update_inplace(whole)
+
+    def save(self, path: Path | str) -> None:
+        """Writes what the cache holds to a file, complete or not at all, for ``Session.load_cache``.
+
+        The file is a safetensors file: the tiles and full-precision rows of each sequence and tensor, the tokens, and
+        the digests of the model, of its layouts, and of the file itself.
+
+        Args:
+            path: The file; one that is there is replaced.
+
+        Raises:
+            SkvError: It can't be written.
+        """
+        from skv_export.runtime import cache_file
+
+        cache_file.save(self, path)
+
+
+def load_bases(path: Path, layers: Sequence[LayerCache]) -> Mapping[int, KeyBasis]:
+    """Reads the constants of the layers whose keys are calibrated, by layer; without such a layer, nothing.
+
+    Raises:
+        SkvError: The file is missing or damaged, or lacks a layer.
+    """
+    calibrated = [i for i, layer in enumerate(layers) if layer.calibrated]
+    bases = Calibration.load(path).bases if calibrated else {}
+    for i in calibrated:
+        if i not in bases:
+            raise SkvError(f"{path}: layer {i} is missing", fix="Export the model again.")
+        bases[i].check(layers[i].key, layers[i].num_key_value_heads)
+    return {i: bases[i] for i in calibrated}
+
+
+def _parts(layout: CacheLayout, block: Bytes) -> tuple[Bytes, Bytes]:
+    """Views of a block ``[N_kv, C]``: its tiles ``[N_kv, tiles, tile_bytes]``, and its full-precision rows."""
+    tiles = layout.tiles_in(block.shape[1])
+    found = block[:, : tiles * layout.tile_bytes].reshape(len(block), tiles, layout.tile_bytes)
+    return found, block[:, block.shape[1] - layout.full_rows * layout.row_bytes :]

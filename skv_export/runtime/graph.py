@@ -31,6 +31,7 @@ from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import Library
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.cuda_graph import DecodeGraph, uncaptured
+from skv_export.runtime.last_logits import with_logits
 from skv_export.runtime.providers import brief, check_kernels, load_error, open_session, ort_errors
 from skv_export.spec.op import OP_NAME
 
@@ -51,11 +52,13 @@ class Graph:
         num_threads: Threads inside an op; 0 = ONNX Runtime's choice.
         spinning: Its threads wait busily for the next op.
         model: The graph as bytes, in place of ``model.onnx``.
+        num_logits: Last tokens of a call whose logits are returned, where the folder's graph returns one token's.
 
     Attributes:
         onnx: onnxruntime's InferenceSession.
         inputs: Names of the graph's inputs beside the caches.
         cuda_graph: As asked for.
+        num_logits: As asked for.
         captured: The CUDA graphs, by cache.
 
     Raises:
@@ -73,13 +76,16 @@ class Graph:
         num_threads: int,
         spinning: bool,
         model: bytes | None,
+        num_logits: int = 1,
     ) -> None:
-        self._config, self.cuda_graph = config, cuda_graph
+        self._config, self.cuda_graph, self.num_logits = config, cuda_graph, num_logits
         self.captured: WeakKeyDictionary[Cache, DecodeGraph] = WeakKeyDictionary()
         self._numbers = itertools.count(1)
         path = folder / MODEL_FILE
         if model is None and not path.is_file():
             raise SkvError(f"{path}: no such file", fix="Export the model with `skv-export model`.")
+        if num_logits > 1 and not config.all_logits:
+            model = with_logits(path, num_logits).SerializeToString()
         start = time.perf_counter()
         options = session_options(folder, num_threads, spinning)
         try:
@@ -105,14 +111,15 @@ class Graph:
             position_ids: ``[B, S]``; not looked at where the graph counts positions itself.
 
         Returns:
-            ``[B, 1, vocab_size]``, or ``[B, S, vocab_size]`` where the graph returns all logits.
+            ``[B, min(S, num_logits), vocab_size]``, or ``[B, S, vocab_size]`` where the graph returns all logits.
 
         Raises:
             SkvError: ONNX Runtime fails; the cache is empty then.
         """
         given = dict(zip(TOKEN_INPUTS, (input_ids, attention_mask, position_ids), strict=True))
         inputs = {name: given[name] for name in self.inputs}
-        columns = input_ids.shape[1] if self._config.all_logits else 1
+        tokens = input_ids.shape[1]
+        columns = tokens if self._config.all_logits else min(tokens, self.num_logits)
         logits = np.empty((len(input_ids), columns, self._config.vocab_size), np.float32)
         try:
             if not self._replay(cache, inputs, logits):

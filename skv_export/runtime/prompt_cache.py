@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from skv_export.errors import SkvError
+from skv_export.runtime.cache import Cache
 from skv_export.runtime.session import Session
 
 logger = logging.getLogger(__name__)
@@ -15,17 +17,21 @@ class PromptCache:
     Args:
         session: The model.
         max_length: Most tokens; the model's context if not given.
+        cache: One of a single sequence that holds something already; in place of a new one.
 
     Attributes:
         cache: The cache.
         tokens: Of the sequence so far. The last of them may not have been appended to the cache yet.
     """
 
-    def __init__(self, session: Session, max_length: int | None = None) -> None:
+    def __init__(self, session: Session, max_length: int | None = None, cache: Cache | None = None) -> None:
         self._session = session
-        self.cache = session.cache(1, max_length)
-        self.tokens: list[int] = []
-        self._text: str | None = ""  # of the tokens, where text and tokens are known to be the same
+        self.cache = session.cache(1, max_length) if cache is None else cache
+        if self.cache.batch != 1:
+            raise SkvError("cache: sequences", got=self.cache.batch, expected=1)
+        self.tokens: list[int] = list(self.cache.tokens[0])
+        # Of the tokens, where text and tokens are known to be the same.
+        self._text: str | None = None if self.tokens else ""
         self._prompt = ""
 
     def begin(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -56,6 +62,39 @@ class PromptCache:
         logger.info("prompt of %d tokens: %d are in the cache", len(wanted), common)
         self.tokens, self._prompt, self._text = wanted, prompt, None
         return wanted[common:]
+
+    def go_on(self, text: str) -> list[int]:
+        """Makes a text follow what the cache holds.
+
+        Args:
+            text: The text; empty = the last token runs again, for what comes after it.
+
+        Returns:
+            The tokens that are still to be run, at least one; none where there is neither.
+
+        Raises:
+            SkvError: The model's context does not hold them all, or the last token can't be taken back.
+        """
+        new = self._session.tokenizer.encode(text, add_special_tokens=False).ids if text else self.tokens[-1:]
+        if not text and new:
+            self.cache.rewind(len(self.tokens) - 1)
+            del self.tokens[-1]
+        self._session.check_length(len(self.tokens) + len(new), self.cache.max_length)
+        self.tokens, self._text = [*self.tokens, *new], None
+        return new
+
+    def complete(self) -> None:
+        """Makes the cache hold exactly ``tokens``, as far as they fit.
+
+        Raises:
+            SkvError: See ``Session.run``.
+        """
+        held = int(self.cache.lengths[0])
+        if held > len(self.tokens):  # guesses behind a stop string
+            self.cache.rewind(len(self.tokens))
+        missing = self.tokens[held : self.cache.max_length]
+        if missing:
+            self._session.run([missing], None, None, self.cache)
 
     def extend(self, tokens: list[int], text: str) -> None:
         """Notes what was generated after ``begin``'s prompt.

@@ -13,19 +13,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from skv_export.calibration.file import Calibration
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import CALIBRATION_FILE
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import load_library
 from skv_export.paths import to_path
-from skv_export.runtime.cache import Cache
+from skv_export.runtime import cache_file
+from skv_export.runtime.batch import Batch
+from skv_export.runtime.cache import Cache, load_bases
 from skv_export.runtime.graph import Graph, Int64, Logits
+from skv_export.runtime.prefixes import Prefix, PrefixStore
 from skv_export.runtime.prompts import chat_prompt, load_tokenizer
 from skv_export.runtime.sampling import Sampler, Sampling
 from skv_export.spec.key_basis import KeyBasis
 
 MAX_THREADS = 1024
+MAX_LOGITS = 1024
 Observer = Callable[[Logits, Int64], object]
 """Told the logits of a step, ``[B, vocab_size]``, and the tokens that were chosen, ``[B]``."""
 
@@ -42,6 +45,10 @@ class Session:
         spinning: Whether idle threads busy-wait for the next op; turn it off where torch's threads share the cores.
         model: The graph as bytes, in place of ``model.onnx``; its external data is the folder's (``verify`` uses it).
         config: The configuration that goes with ``model``.
+        num_logits: Last tokens of a call whose logits are returned, for speculative decoding; such a session takes no
+            padding. It needs the package onnx, unless the folder was exported with all logits.
+        prefix_bytes: Memory for the beginnings of sequences that ``stream`` and ``generate`` have run, so that a prompt
+            that begins like one of them runs only what is new; 0 = none is kept.
 
     Attributes:
         folder: The folder.
@@ -51,6 +58,7 @@ class Session:
         library: The native library.
         graph: The loaded graph.
         onnx: onnxruntime's InferenceSession.
+        prefixes: The beginnings that are kept; None without ``prefix_bytes``.
 
     Raises:
         SkvError: A file is missing or damaged, or the provider or its kernels are not available.
@@ -66,15 +74,20 @@ class Session:
         spinning: bool = True,
         model: bytes | None = None,
         config: ModelConfig | None = None,
+        num_logits: int = 1,
+        prefix_bytes: int = 0,
     ) -> None:
         self.folder = to_path(folder, "exported folder")
         if type(num_threads) is not int or not 0 <= num_threads <= MAX_THREADS:
             raise SkvError("num_threads", got=num_threads, expected=f"0 ... {MAX_THREADS}; 0 = ONNX Runtime's choice")
+        if type(num_logits) is not int or not 1 <= num_logits <= MAX_LOGITS:
+            raise SkvError("num_logits", got=repr(num_logits)[:50], expected=f"1 ... {MAX_LOGITS} tokens of a call")
         self.config = config or ModelConfig.load(self.folder)
         self.execution_provider = execution_provider
         if cuda_graph and execution_provider != "cuda":
             raise SkvError("cuda_graph", got=f"execution_provider {execution_provider}", expected="cuda")
         self.cuda_graph = cuda_graph
+        self.prefixes = None if prefix_bytes == 0 else PrefixStore(prefix_bytes)
         self.library = load_library()
         self.graph = Graph(
             self.folder,
@@ -85,6 +98,7 @@ class Session:
             num_threads=num_threads,
             spinning=spinning,
             model=model,
+            num_logits=num_logits,
         )
         self.onnx = self.graph.onnx
 
@@ -108,26 +122,47 @@ class Session:
             raise SkvError(
                 "max_length", got=wanted, expected=f"1 ... {self.config.context_length}, the model's context"
             )
-        bases = lambda: self.bases  # noqa: E731
-        return Cache(self.onnx, self.config.layers, batch, wanted, self.execution_provider, self.library, bases)
+        return Cache(
+            self.onnx, self.config.layers, batch, wanted, self.execution_provider, self.library,
+            lambda: self.bases, lambda: cache_file.model_digest(self.folder),
+        )  # fmt: skip
+
+    def batch(self, slots: int, *, max_length: int | None = None, prompt_chunk: int = 512) -> Batch:
+        """Returns a batch whose sequences come and go between steps.
+
+        Args:
+            slots: Sequences that run at the same time.
+            max_length: Tokens of a sequence, prompt included; None = the model's context.
+            prompt_chunk: Tokens of a prompt that run between two steps, at most. A prompt in pieces sees its earlier
+                pieces as the cache holds them.
+
+        Returns:
+            The batch, empty.
+
+        Raises:
+            SkvError: A number out of its range, or the caches would not fit into the memory.
+        """
+        return Batch(self, slots, max_length, prompt_chunk)
+
+    def load_cache(self, path: Path | str, *, room: int | None = None) -> Cache:
+        """Reads a cache that ``Cache.save`` wrote: going on with it is going on with the one that was saved.
+
+        Args:
+            path: The file.
+            room: Tokens to append at most; None = up to the model's context.
+
+        Returns:
+            The cache, with buffers of its own.
+
+        Raises:
+            SkvError: The file is damaged, or no cache of this model; or there is not so much room in its context.
+        """
+        return cache_file.load(self, path, room)
 
     @cached_property
     def bases(self) -> Mapping[int, KeyBasis]:
-        """Constants of calibrated keys, by layer.
-
-        Raises:
-            SkvError: The folder's file of them is missing or damaged, or lacks a layer.
-        """
-        calibrated = [i for i, layer in enumerate(self.config.layers) if layer.calibrated]
-        if not calibrated:
-            return {}
-        path = self.folder / CALIBRATION_FILE
-        bases = Calibration.load(path).bases
-        for i in calibrated:
-            if i not in bases:
-                raise SkvError(f"{path}: layer {i} is missing", fix="Export the model again.")
-            bases[i].check(self.config.layers[i].key, self.config.layers[i].num_key_value_heads)
-        return {i: bases[i] for i in calibrated}
+        """Constants of calibrated keys, by layer; see ``load_bases``."""
+        return load_bases(self.folder / CALIBRATION_FILE, self.config.layers)
 
     def run(
         self,
@@ -153,15 +188,37 @@ class Session:
             SkvError: The mask does not fit the cache, or the model's context or the cache's capacity would be passed
                 (nothing is written); or ONNX Runtime fails (the cache is empty then).
         """
-        if not isinstance(cache, Cache) or not cache.belongs_to(self.onnx):
-            got = "that of another session" if isinstance(cache, Cache) else type(cache).__name__
-            raise SkvError("cache", got=got, expected="one that this session's cache() made")
         ids = np.ascontiguousarray(input_ids, np.int64)
-        self._check_ids(ids, cache.batch)
+        self._check_call(ids, cache)
         new = np.ones(ids.shape, np.bool_) if attention_mask is None else self._new_columns(ids, attention_mask, cache)
         if position_ids is not None:
             position_ids = np.broadcast_to(np.asarray(position_ids, np.int64), ids.shape)
         return self._append(ids, new, position_ids, cache)
+
+    def append(self, rows: Sequence[Sequence[int]], cache: Cache) -> Logits:
+        """Runs new tokens, as many or few for each sequence, and appends them to the cache.
+
+        Args:
+            rows: The tokens of each sequence; none for one that rests.
+            cache: As in ``run``.
+
+        Returns:
+            ``[B, vocab_size]``, the logits of each sequence's last new token; those of one that rests mean nothing.
+
+        Raises:
+            SkvError: See ``run``; or none has a token.
+        """
+        ids, mask = self._padded(rows)
+        past = np.arange(cache.lengths.max())[None, :] < cache.lengths[:, None]
+        return last_logits(self.run(ids, np.concatenate([past, mask], axis=1), None, cache), mask)
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Int64, NDArray[np.bool_]]:
+        """Rows of tokens side by side, padded on the right, and where they are: ``[B, S]`` each."""
+        width = max(map(len, rows), default=0)
+        mask = np.arange(width)[None, :] < np.array([len(row) for row in rows], np.int64)[:, None]
+        ids = np.full(mask.shape, self.pad_token_id, np.int64)
+        ids[mask] = [token for row in rows for token in row]
+        return ids, mask
 
     def _append(self, ids: Int64, new: NDArray[np.bool_], positions: Int64 | None, cache: Cache) -> Logits:
         """``run`` with what it has checked; ``new`` says which columns hold tokens, ``[B, S]``."""
@@ -170,15 +227,16 @@ class Session:
         if positions is None:
             positions = np.where(new, cache.lengths[:, None] + new.cumsum(axis=1) - 1, 0)
         place = None
-        if self.config.right_padded:
+        if self.config.right_padded or self.graph.num_logits > 1:
             self._check_last(new)
+        if self.config.right_padded:
             place = np.argsort(~new, axis=1, kind="stable")
             ids, positions = (np.take_along_axis(x, place, axis=1) for x in (ids, positions))
             new = np.take_along_axis(new, place, axis=1)
         # The graph takes lengths from the mask's sums: the shortest mask that has them says the same as the caller's.
         past = np.arange(cache.lengths.max())[None, :] < cache.lengths[:, None]
         logits = self.graph.run(cache, ids, np.concatenate([past, new], axis=1).astype(np.int64), positions)
-        cache.advance(lengths)
+        cache.advance([row[columns].tolist() for row, columns in zip(ids, new, strict=True)])
         if place is not None and self.config.all_logits and not np.array_equal(place, np.sort(place, axis=1)):
             logits = np.take_along_axis(logits, np.argsort(place, axis=1)[:, :, None], axis=1)
         return logits
@@ -214,13 +272,20 @@ class Session:
         tokens = new.sum(axis=1)
         if not self.config.all_logits and ((tokens > 0) & (tokens < new.shape[1])).any():
             raise SkvError(
-                f"{self.folder}: it returns the logits of the last column only, so its batches can't be padded",
+                f"{self.folder}: it returns the logits of the last columns only, so its batches can't be padded",
                 got=f"{tokens.tolist()} new tokens",
                 expected="as many for each sequence",
                 fix="Run the sequences one by one, or rewrite a model that returns all logits.",
             )
 
-    def _check_ids(self, ids: Int64, batch: int | None) -> None:
+    def _check_call(self, ids: Int64, cache: Cache) -> None:
+        """Checks that the cache is this session's, and the tokens."""
+        if not isinstance(cache, Cache) or not cache.belongs_to(self.onnx):
+            got = "that of another session" if isinstance(cache, Cache) else type(cache).__name__
+            raise SkvError("cache", got=got, expected="one that this session's cache() made")
+        self.check_ids(ids, cache.batch)
+
+    def check_ids(self, ids: Int64, batch: int | None) -> None:
         """Checks tokens, and that they are of ``batch`` sequences; None = of any number."""
         if ids.ndim != 2 or ids.shape[0] != (batch or ids.shape[0]) or ids.size == 0:
             wanted = "at least 1" if batch is None else batch
@@ -281,7 +346,7 @@ class Session:
             SkvError: See ``run``.
         """
         ids = np.asarray(input_ids, np.int64)
-        self._check_ids(ids, None if cache is None else cache.batch)
+        self.check_ids(ids, None if cache is None else cache.batch)
         new = np.ones(ids.shape, np.bool_) if attention_mask is None else np.asarray(attention_mask) != 0
         if new.shape != ids.shape:
             raise SkvError("attention_mask: shape", got=list(new.shape), expected=list(ids.shape))
@@ -289,21 +354,47 @@ class Session:
             self.check_length(int(new.sum(axis=1).max(initial=0)))
             cache = self.cache(len(ids), min(ids.shape[1] + max_new_tokens, self.config.context_length))
         held = [row[real].tolist() for row, real in zip(ids, new, strict=True)] if present is None else present
-        choose = Sampler(sampling or Sampling(), self._marked(held))
-        logits = last_logits(self._append(ids, new, None, cache), new)
+        choose = Sampler(sampling or Sampling(), self.marked(held))
+        logits, entries = self.prefill(ids, new, cache)
         active = np.ones(len(ids), np.bool_)
-        for step in range(max_new_tokens):
-            tokens = np.where(active, choose(logits), self.pad_token_id)
-            if observe is not None:
-                observe(logits, tokens)
-            yield tokens
-            active = active & ~np.isin(tokens, self.config.eos_token_id) & (cache.lengths < cache.max_length)
-            if not active.any() or step + 1 == max_new_tokens:
-                return
-            # A finished sequence gets no more tokens: its column is padding.
-            logits = self._append(tokens[:, None], active[:, None], None, cache)[:, 0]
+        try:
+            for step in range(max_new_tokens):
+                tokens = np.where(active, choose(logits), self.pad_token_id)
+                if observe is not None:
+                    observe(logits, tokens)
+                yield tokens
+                active = active & ~np.isin(tokens, self.config.eos_token_id) & (cache.lengths < cache.max_length)
+                if not active.any() or step + 1 == max_new_tokens:
+                    return
+                # A finished sequence gets no more tokens: its column is padding.
+                logits = self._append(tokens[:, None], active[:, None], None, cache)[:, 0]
+        finally:  # also where the caller has had enough
+            if self.prefixes is not None and entries:
+                self.prefixes.keep(cache, entries)
 
-    def _marked(self, present: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
+    def prefill(self, ids: Int64, new: NDArray[np.bool_], cache: Cache) -> tuple[Logits, list[Prefix | None]]:
+        """Runs prompts, from what is kept of earlier ones where the cache is empty, and keeps them.
+
+        Args:
+            ids: ``[B, S]``, the prompts.
+            new: ``[B, S]``, which columns hold tokens.
+            cache: Of B sequences.
+
+        Returns:
+            ``[B, vocab_size]``, the logits of each prompt's last token; and the stored entry of each, none of them
+            where the store was not asked.
+
+        Raises:
+            SkvError: See ``run``.
+        """
+        self._check_call(ids, cache)
+        one_column = self.config.right_padded or self.graph.num_logits > 1
+        may_pad = self.config.all_logits or not one_column or cache.batch == 1
+        if self.prefixes is None or cache.lengths.any() or not may_pad or not new.any(axis=1).all():
+            return last_logits(self._append(ids, new, None, cache), new), []
+        return self.prefixes.prefill(self, cache, [row[at].tolist() for row, at in zip(ids, new, strict=True)])
+
+    def marked(self, present: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
         """Which tokens a sequence has, ``[B, vocab_size]``."""
         marked = np.zeros((len(present), self.config.vocab_size), np.bool_)
         for row, tokens in zip(marked, present, strict=True):
@@ -328,13 +419,14 @@ class Session:
         """
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise SkvError("prompts: an empty one", got=[len(p) for p in prompts], expected="at least one token each")
-        width = max(map(len, prompts))
-        ids = np.full((len(prompts), width), self.pad_token_id, np.int64)
-        mask = np.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
+        ids, mask = self._padded(prompts)
         steps = np.array(list(self.stream(ids, mask, max_new_tokens=max_new_tokens, sampling=sampling)))
         return [_until(steps[:, row].tolist(), self.config.eos_token_id) for row in range(len(prompts))]
+
+    @property
+    def max_drafts(self) -> int:
+        """Tokens that may follow the next one in a call, so that the logits of all are returned."""
+        return self.config.context_length if self.config.all_logits else self.graph.num_logits - 1
 
     @property
     def pad_token_id(self) -> int:
@@ -394,6 +486,7 @@ def last_logits(logits: Logits, new: NDArray[np.bool_]) -> Logits:
     """
     if logits.shape[1] == 1:
         return logits[:, 0]
+    new = new[:, -logits.shape[1] :]
     ends = np.where(new, np.arange(new.shape[1]), -1).max(axis=1)
     return logits[np.arange(len(logits)), ends]
 

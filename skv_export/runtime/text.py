@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from skv_export.errors import SkvError
+from skv_export.model_folder.output import check_file
 from skv_export.runtime.prompt_cache import PromptCache
 from skv_export.runtime.sampling import Sampling
 from skv_export.runtime.session import Observer, Session
+from skv_export.runtime.speculation import Drafter, DraftModel, PromptLookup, Speculation
 
 logger = logging.getLogger(__name__)
 REASONS = {
@@ -38,6 +40,8 @@ class Generation:
         decode_seconds: From the first token to the last.
         cache_bytes: Bytes of the cache.
         stop_reason: A name of ``REASONS``; empty while it goes on.
+        guessed: Tokens guessed by speculative decoding.
+        accepted: Those that were right.
     """
 
     text: str = ""
@@ -48,6 +52,8 @@ class Generation:
     decode_seconds: float = 0.0
     cache_bytes: int = 0
     stop_reason: str = ""
+    guessed: int = 0
+    accepted: int = 0
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -59,9 +65,11 @@ class Generation:
         """One line of figures."""
         speed = f", {self.tokens_per_second:.1f} tokens/s" if self.tokens_per_second else ""
         cached = f" ({self.cached_tokens} in the cache)" if self.cached_tokens else ""
+        reason = REASONS.get(self.stop_reason, "nothing")
+        guesses = f", {self.accepted} of {self.guessed} guesses right" if self.guessed else ""
         return (
             f"{self.prompt_tokens} prompt tokens{cached} in {self.prefill_seconds:.2f} s; {len(self.tokens)} new"
-            f"{speed}; cache {self.cache_bytes / 2**20:.1f} MiB; stopped by {REASONS.get(self.stop_reason, 'nothing')}"
+            f"{speed}{guesses}; cache {self.cache_bytes / 2**20:.1f} MiB; stopped by {reason}"
         )
 
 
@@ -77,6 +85,8 @@ class TextStream:
         sampling: How a token is chosen; greedy if not given.
         stop: Strings that end the text, themselves left out.
         observe: Called with each token's logits and the token; see ``Session.stream``.
+        goes_on: The prompt follows what the cache holds, and may be empty then, instead of being the whole of it.
+        drafter: Guesses the next tokens; see ``Speculation``.
 
     Raises:
         SkvError: The prompt has no tokens or exceeds the model's context, or an empty stop string.
@@ -93,11 +103,13 @@ class TextStream:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         observe: Observer | None = None,
+        goes_on: bool = False,
+        drafter: Drafter | None = None,
     ) -> None:
         if isinstance(stop, str) or not all(stop):
             raise SkvError("stop", got=repr(stop), expected="strings, none of them empty")
         self._session, self._prompts, self._stop = session, prompts, tuple(stop)
-        new = prompts.begin(prompt, add_special_tokens=add_special_tokens)
+        new = prompts.go_on(prompt) if goes_on else prompts.begin(prompt, add_special_tokens=add_special_tokens)
         if not new:
             raise SkvError("prompt: no tokens", got=repr(prompt), expected="some text")
         held = len(prompts.tokens) - len(new)
@@ -105,7 +117,8 @@ class TextStream:
             prompt_tokens=len(prompts.tokens), cached_tokens=held, cache_bytes=prompts.cache.nbytes
         )
         self._max_new_tokens = max_new_tokens
-        self._tokens = session.stream(
+        self._speculation = None if drafter is None else Speculation(session, drafter)
+        self._tokens = (self._speculation or session).stream(
             [new],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
@@ -128,6 +141,8 @@ class TextStream:
             raise
         finally:
             self._tokens.close()
+            if self._speculation is not None:
+                result.guessed, result.accepted = self._speculation.guessed, self._speculation.accepted
             self._prompts.extend(result.tokens, result.text)
         if not result.stop_reason:
             ended = result.tokens and result.tokens[-1] in self._session.config.eos_token_id
@@ -159,6 +174,15 @@ class TextStream:
             result.text += waiting
             yield waiting
 
+    def save_cache(self, path: Path | str) -> None:
+        """Saves the cache, with all that was generated so far but an end token; see ``Cache.save``.
+
+        Args:
+            path: The file.
+        """
+        self._prompts.complete()
+        self._prompts.cache.save(path)
+
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
     """Characters at the end of a text that may be the beginning of a stop string."""
@@ -183,6 +207,10 @@ def start_text(
     template_options: Mapping[str, Any] | None = None,
     execution_provider: str = "cpu",
     cuda_graph: bool = False,
+    prompt_lookup: int = 0,
+    draft: Path | str | None = None,
+    draft_tokens: int = 4,
+    load_cache: Path | str | None = None,
 ) -> TextStream:
     """Loads a model and begins to continue a prompt; the work is done as the result is iterated over.
 
@@ -202,22 +230,40 @@ def start_text(
         template_options: What else the chat template asks for, such as ``{"enable_thinking": False}``.
         execution_provider: ``cpu`` or ``cuda``.
         cuda_graph: Decode as a CUDA graph; see ``Session``.
+        prompt_lookup: Tokens to guess from what the text said before, and to check in one call; 0 = none.
+        draft: A smaller exported model with the same tokens that guesses instead.
+        draft_tokens: Tokens that it guesses at most.
+        load_cache: A saved cache to go on from: the prompt, which may be empty, follows what it holds.
 
     Raises:
-        SkvError: See ``Session``; or the prompt has no token.
+        SkvError: See ``Session`` and ``Session.load_cache``; or the prompt has no token.
     """
     if not chat and (system is not None or template_options):
         raise SkvError("system and template_options", got="no chat", fix="They are the chat template's: add --chat.")
     sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
-    session = Session(folder, execution_provider=execution_provider, cuda_graph=cuda_graph)
+    if draft is not None and prompt_lookup:
+        raise SkvError("draft", got="prompt_lookup too", expected="one of the two")
+    guesses = prompt_lookup if draft is None else draft_tokens
+    session = Session(
+        folder, execution_provider=execution_provider, cuda_graph=cuda_graph, num_logits=max(guesses, 0) + 1
+    )
     if chat:
         said = [{"role": "system", "content": system}] if system is not None else []
         messages = [*said, {"role": "user", "content": prompt}]
         prompt = session.chat_prompt(messages, **(template_options or {}))
-    length = len(session.tokenizer.encode(prompt, add_special_tokens=not chat).ids)
-    session.check_length(length)
-    room = min(length + max_new_tokens, session.config.context_length)
-    prompts = PromptCache(session, max(room, 1))
+    if load_cache is None:
+        length = len(session.tokenizer.encode(prompt, add_special_tokens=not chat).ids)
+        session.check_length(length)
+        room = min(length + max_new_tokens, session.config.context_length)
+        prompts = PromptCache(session, max(room, 1))
+    else:
+        prompts = PromptCache(session, cache=session.load_cache(load_cache))
+    drafter: Drafter | None = None
+    if draft is not None:
+        smaller = Session(draft, execution_provider=execution_provider)
+        drafter = DraftModel(smaller, draft_tokens, session.config.vocab_size)
+    elif prompt_lookup:
+        drafter = PromptLookup(prompt_lookup)
     return TextStream(
         session,
         prompts,
@@ -226,11 +272,18 @@ def start_text(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop=stop,
+        goes_on=load_cache is not None,
+        drafter=drafter,
     )
 
 
 def generate_text(
-    folder: Path | str, prompt: str, *, on_text: Callable[[str], object] | None = None, **options: Any
+    folder: Path | str,
+    prompt: str,
+    *,
+    on_text: Callable[[str], object] | None = None,
+    save_cache: Path | str | None = None,
+    **options: Any,
 ) -> Generation:
     """Continues a prompt to its end.
 
@@ -238,13 +291,18 @@ def generate_text(
         folder: What ``skv-export model`` wrote.
         prompt: Text to continue; with ``chat``, what the user says.
         on_text: Called with each piece of text as it comes.
+        save_cache: Where to save the cache at the end; see ``TextStream.save_cache``.
         options: Those of ``start_text``.
 
     Raises:
         SkvError: See ``start_text``.
     """
+    if save_cache is not None:
+        check_file(save_cache)
     stream = start_text(folder, prompt, **options)
     for piece in stream:
         if on_text is not None:
             on_text(piece)
+    if save_cache is not None:
+        stream.save_cache(save_cache)
     return stream.generation

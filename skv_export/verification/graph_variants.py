@@ -7,22 +7,21 @@ products with quantized weights are computed.
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
 from pathlib import Path
 
 import onnx
 
 from skv_export.checkpoints.block_weights import CODES, ROWS
 from skv_export.errors import SkvError
-from skv_export.model_folder.names import LOGITS, MODEL_FILE, layer_of_cache
+from skv_export.model_folder.names import MODEL_FILE, layer_of_cache
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
+from skv_export.runtime.last_logits import with_logits
 from skv_export.runtime.session import Session
 from skv_export.spec.key_basis import INPUTS
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.op import DOMAIN, INPUT_NAMES, OP_NAME
 
 EXACT_BITS, EXACT_TYPE = 16, "float"
-_GATHERS = ("GatherElements", "GatherND", "Gather")
 
 
 def plain(folder: Path, *, execution_provider: str = "cpu") -> Session:
@@ -60,19 +59,7 @@ def all_logits(folder: Path, *, execution_provider: str = "cpu") -> Session:
     config = ModelConfig.load(folder)
     if config.all_logits:
         return plain(folder, execution_provider=execution_provider)
-    model = _read(folder / MODEL_FILE)
-    gather = _last_token_gather(model.graph, folder)
-    hidden, picked = gather.input[0], gather.output[0]
-    for node in model.graph.node:
-        for i, name in enumerate(node.input):
-            if name == picked:
-                node.input[i] = hidden
-    model.graph.node.remove(gather)
-    del model.graph.value_info[:]  # the shapes behind the gather are others now
-    for output in model.graph.output:
-        if output.name == LOGITS:
-            output.type.tensor_type.shape.dim[1].Clear()
-            output.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
+    model = with_logits(folder / MODEL_FILE, None)
     config = dataclasses.replace(config, all_logits=True)
     return _session(folder, execution_provider, model, config)
 
@@ -123,23 +110,3 @@ def _read(path: Path) -> onnx.ModelProto:
     if not path.is_file():
         raise SkvError(f"{path}: no such file", fix="Export the model with `skv-export model`.")
     return onnx.load(path, load_external_data=False)
-
-
-def _last_token_gather(graph: onnx.GraphProto, folder: Path) -> onnx.NodeProto:
-    """The node nearest to the logits that picks hidden states, searching backwards up to the attention ops."""
-    makers = {name: node for node in graph.node for name in node.output}
-    weights = {tensor.name for tensor in graph.initializer}
-    queue, seen = deque([LOGITS]), {LOGITS}
-    while queue:
-        node = makers.get(queue.popleft())
-        if node is None or node.domain == DOMAIN:
-            continue
-        if node.op_type in _GATHERS and node.input[0] not in weights:
-            return node
-        queue.extend(name for name in node.input if name not in seen)
-        seen.update(node.input)
-    raise SkvError(
-        f"{folder / MODEL_FILE}: no node picks the last token's hidden states",
-        expected=" or ".join(_GATHERS),
-        fix="Export with --all-logits for this measurement.",
-    )

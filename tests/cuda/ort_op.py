@@ -23,7 +23,7 @@ from skv_export.spec.conformance import Case, make_inputs, op_cases
 from skv_export.spec.key_basis import INPUTS, MATRICES, KeyBasis
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig
-from skv_export.spec.reference import append, quantized_kv_attention, rewind
+from skv_export.spec.reference import append, load, quantized_kv_attention, rewind
 from skv_export.verification.op_level import check_op
 
 SMALL = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
@@ -192,7 +192,7 @@ def test_rewind_of_a_cache_on_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
     session = SimpleNamespace(io_binding=lambda: unbound)
     cache = Cache(session, layers, 3, 300, "cuda", library)
     held = 210, 100, 150
-    cache.advance(held)
+    cache.advance([[0] * length for length in held])
     expected = {}
     rng = np.random.default_rng(0)
     for (name, (layout, buffer)), seed in zip(cache._tensors.items(), range(4), strict=True):
@@ -209,3 +209,8 @@ def test_rewind_of_a_cache_on_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
     for name, array in expected.items():
         assert np.array_equal(cache.data(*name), array)
     assert cache.lengths.tolist() == [180, 100, 149]
+    cache.restore(1, [cache.state(0)])
+    assert cache.lengths.tolist() == [180, 180, 149]
+    for layout, buffer in cache._tensors.values():
+        blocks = buffer.numpy().reshape(3, 2, -1)
+        assert np.array_equal(*(load(layout, block, 180)[0] for block in blocks[:2]))

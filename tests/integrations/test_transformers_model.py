@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from skv_export import SkvForCausalLM
 from skv_export.errors import SkvError
 from skv_export.export.pipeline import export_model
-from skv_export.spec.recipe import Recipe
+from skv_export.runtime.session import Session
+from skv_export.spec.recipe import LayerConfig, Recipe
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -187,8 +190,10 @@ def test_what_users_call_on_a_model_has_a_meaning_or_an_error(model: SkvForCausa
 def test_what_it_can_not_do_is_an_error(model: SkvForCausalLM) -> None:
     ids = torch.tensor([TOKENS[:40]])
     contrastive = {"penalty_alpha": 0.6, "top_k": 4, "trust_remote_code": True}
-    for mode in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model}, contrastive):
-        with pytest.raises(ValueError, match="only supports"):
+    with pytest.raises(ValueError, match="only supports"):
+        model.generate(ids, **contrastive, max_new_tokens=5)
+    for mode in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model}):
+        with pytest.raises(SkvError, match=r"speculative decoding needs the logits of several tokens.*num_logits=16"):
             model.generate(ids, **mode, max_new_tokens=5)
     with pytest.raises(SkvError, match="custom_generate: not supported"):
         model.generate(ids, custom_generate="somebody/code", trust_remote_code=True, max_new_tokens=5)
@@ -254,6 +259,89 @@ def test_what_users_of_transformers_pass(model: SkvForCausalLM, tmp_path: Path) 
     ):
         with pytest.raises(SkvError, match=message):
             call()
+
+
+# Prompts that begin alike.
+
+
+def test_a_second_turn_runs_only_what_is_new(tmp_path: Path) -> None:
+    folder = Tiny(SMALL).write_all(tmp_path, eos_token_id=[])
+    model = SkvForCausalLM.from_pretrained(folder, prefix_bytes=1 << 30)
+    plain, store = SkvForCausalLM.from_pretrained(folder), model.session.prefixes
+    assert store is not None and plain.session.prefixes is None
+    first = model.generate(torch.tensor([TOKENS[:90]]), max_new_tokens=20, do_sample=False)
+    assert first.equal(plain.generate(torch.tensor([TOKENS[:90]]), max_new_tokens=20, do_sample=False))
+    second = model.generate(torch.cat([first, torch.tensor([TOKENS[:9]])], dim=1), max_new_tokens=20, do_sample=False)
+    assert store.reused_tokens == 109
+    cache = plain.new_cache(1)
+    plain.generate(torch.tensor([TOKENS[:90]]), max_new_tokens=20, do_sample=False, past_key_values=cache)
+    both = torch.cat([first, torch.tensor([TOKENS[:9]])], dim=1)
+    assert second.equal(plain.generate(both, max_new_tokens=20, do_sample=False, past_key_values=cache))
+
+
+def test_what_is_kept_serves_padded_batches_sampling_and_beams(tmp_path: Path) -> None:
+    folder = Tiny(EXACT).write_all(tmp_path, eos_token_id=[])
+    model = SkvForCausalLM.from_pretrained(folder, prefix_bytes=1 << 30)
+    plain, store = SkvForCausalLM.from_pretrained(folder), model.session.prefixes
+    assert store is not None
+    model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=2, do_sample=False)
+    for options in ({"do_sample": False}, {"num_beams": 3, "do_sample": False}, {"do_sample": True, "top_k": 20}):
+        before, made = store.reused_tokens, []
+        for x in (model, plain):
+            torch.manual_seed(1)
+            made.append(x.generate(**padded("left"), max_new_tokens=15, **options))
+        assert made[0].equal(made[1]) and store.reused_tokens > before
+    ids = torch.tensor([PROMPTS[0]])
+    positions = torch.arange(30)[None] + 3
+    got, want = (x(ids, position_ids=positions).logits for x in (model, plain))  # other positions: another run
+    assert got.equal(want)
+
+
+# Speculative decoding.
+
+
+@pytest.mark.parametrize("config", [SMALL, EXACT, dataclasses.replace(SMALL, num_sink_tokens=0)], ids=["a", "b", "c"])
+@pytest.mark.parametrize("windows", [(0, 0), (40, 0)], ids=["full", "window"])
+def test_assisted_generation_is_greedy_generation(
+    tmp_path: Path, config: LayerConfig, windows: tuple[int, int]
+) -> None:
+    tiny = Tiny(config, windows=windows)
+    model = SkvForCausalLM.from_pretrained(tiny.write_all(tmp_path / "model", eos_token_id=[]), num_logits=9)
+    draft = dataclasses.replace(tiny, config=dataclasses.replace(config, k_bits=1, v_bits=1))
+    assistant = SkvForCausalLM.from_pretrained(draft.write_all(tmp_path / "draft", eos_token_id=[]))
+    for x in (model, assistant):
+        x.generation_config.pad_token_id = None  # it may be generated, and is not to be masked then
+    assistant.generation_config.num_assistant_tokens = 6  # all of them must be within recent_tokens
+    calls, run = [], type(model.session).run
+
+    def counted(session: Session, *arguments: Any) -> np.ndarray:
+        calls.append(session)
+        return run(session, *arguments)
+
+    for start in (0, 40, 90):
+        text = TOKENS[start : start + 12]
+        ids = torch.tensor([text * 4])
+        greedy = model.generate(ids, max_new_tokens=130, do_sample=False)
+        for mode in ({"prompt_lookup_num_tokens": 5}, {"assistant_model": assistant}):
+            calls.clear()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(type(model.session), "run", counted)
+                made = model.generate(ids, **mode, max_new_tokens=130, do_sample=False)
+            assert made.equal(greedy), (start, list(mode))
+            assert mode.get("assistant_model") is None or calls.count(model.session) < 100
+
+
+def test_assisted_generation_goes_on_from_a_cache_and_samples(tmp_path: Path) -> None:
+    model = SkvForCausalLM.from_pretrained(Tiny(EXACT).write_all(tmp_path, eos_token_id=[]), num_logits=9)
+    text, made = torch.tensor([TOKENS[:40]]), []
+    for mode in ({}, {"prompt_lookup_num_tokens": 5}):
+        cache = model.new_cache(1)
+        first = model.generate(text, max_new_tokens=30, do_sample=False, past_key_values=cache, **mode)
+        more = torch.cat([first, text[:, :9]], dim=1)
+        options = {"attention_mask": torch.ones_like(more), "past_key_values": cache, "do_sample": False}
+        made.append(model.generate(more, max_new_tokens=60, **options, **mode))
+    assert made[0].equal(made[1])
+    assert model.generate(text, do_sample=True, max_new_tokens=20, prompt_lookup_num_tokens=4).shape == (1, 60)
 
 
 # transformers' own ways to load a model.

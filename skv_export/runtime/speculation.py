@@ -1,0 +1,204 @@
+"""Speculative decoding: guesses at the next tokens are checked in one call, and what is wrong is taken back.
+
+What comes out is what decoding token by token gives, with any sampling. A call is never longer than the cache allows
+(``Cache.draft_room``): its tokens must not see other tiles than they would one by one, and must leave no trace when
+they are taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from skv_export.errors import SkvError
+from skv_export.runtime.cache import Cache
+from skv_export.runtime.graph import Int64, Logits
+from skv_export.runtime.sampling import Sampler, Sampling
+from skv_export.runtime.session import Observer, Session
+
+MAX_NGRAM = 3
+"""Tokens at the end of a text that are looked for earlier in it, at most."""
+
+
+class Drafter(Protocol):
+    """Guesses how a text goes on."""
+
+    num_tokens: int
+    """Tokens that are guessed at most."""
+
+    def __call__(self, tokens: Sequence[int], count: int) -> list[int]:
+        """Returns at most ``count`` tokens that may follow ``tokens``."""
+
+
+class PromptLookup:
+    """Guesses that a text goes on as it did where its last tokens stood before.
+
+    Args:
+        num_tokens: Tokens to guess at most.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = _checked(num_tokens)
+
+    def __call__(self, tokens: Sequence[int], count: int) -> list[int]:
+        """Returns what followed the last occurrence of the longest ending, of up to 3 tokens, that occurs before."""
+        text = np.asarray(tokens, np.int64)
+        for n in range(min(MAX_NGRAM, len(text) - 1), 0, -1):
+            starts = np.ones(len(text) - n, np.bool_)
+            for i in range(n):
+                starts &= text[i : len(text) - n + i] == text[len(text) - n + i]
+            found = np.flatnonzero(starts)
+            if found.size:
+                start = int(found[-1]) + n
+                return text[start : start + count].tolist()
+        return []
+
+
+class DraftModel:
+    """Guesses with a smaller model, greedily.
+
+    Args:
+        session: The smaller model; it has the same tokens.
+        num_tokens: Tokens to guess at most.
+        vocab_size: Of the model whose text it is.
+
+    Raises:
+        SkvError: Another vocabulary.
+    """
+
+    def __init__(self, session: Session, num_tokens: int, vocab_size: int) -> None:
+        if session.config.vocab_size != vocab_size:
+            raise SkvError(
+                f"{session.folder}: as a draft: vocab_size",
+                got=session.config.vocab_size,
+                expected=f"{vocab_size}, the model's",
+                fix="A draft model must have the tokens of the model that it drafts for.",
+            )
+        self.num_tokens = _checked(num_tokens)
+        self._session, self._cache = session, session.cache(1)
+
+    def __call__(self, tokens: Sequence[int], count: int) -> list[int]:
+        """Returns the smaller model's continuation; nothing where its context is full."""
+        count = min(count, self._cache.max_length - len(tokens) + 1)
+        if count < 1:
+            return []
+        held = self._cache.tokens[0]
+        common = next((i for i, (a, b) in enumerate(zip(held, tokens, strict=False)) if a != b), len(held))
+        common = min(common, len(tokens) - 1)
+        # Too far back: from the start. A token that comes back from its codes makes a guess worse, not the text.
+        self._cache.rewind(common if common >= self._cache.rewind_floor(0) else 0)
+        new, made = list(tokens[len(self._cache.tokens[0]) :]), list[int]()
+        while len(made) < count:
+            logits = self._session.run([new], None, None, self._cache)
+            made.append(int(logits[0, -1].argmax()))
+            new = made[-1:]
+        return made
+
+
+class Speculation:
+    """Generates one sequence with guesses.
+
+    Args:
+        session: The model, opened with ``num_logits`` above 1, or exported with all logits.
+        drafter: Guesses.
+
+    Attributes:
+        guessed: Tokens guessed so far.
+        accepted: Those that were right.
+        calls: Calls of the model after the prompt.
+
+    Raises:
+        SkvError: The session returns the logits of one token only.
+    """
+
+    def __init__(self, session: Session, drafter: Drafter) -> None:
+        self.guessed = self.accepted = self.calls = 0
+        self.session, self.drafter = session, drafter
+        self._most = min(drafter.num_tokens, session.max_drafts)
+        if self._most < 1:
+            raise SkvError(
+                "speculative decoding: logits of a call's last tokens",
+                got="one token's",
+                expected=f"those of {drafter.num_tokens + 1}",
+                fix=f"Session(folder, num_logits={drafter.num_tokens + 1}), or export with --all-logits.",
+            )
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        cache: Cache | None = None,
+        present: Sequence[Sequence[int]] | None = None,
+        observe: Observer | None = None,
+    ) -> Generator[Int64, None, None]:
+        """Generates token by token, as ``Session.stream`` does for one sequence.
+
+        Args:
+            prompts: The prompt, ``[1, S]``.
+            max_new_tokens: Tokens to generate at most.
+            sampling: How a token is chosen; greedy if not given.
+            cache: Of one sequence; holds what came before. When the stream ends by itself, the last token has not been
+                appended to it; when it is closed before, some may have been that were not yielded.
+            present: As in ``Session.stream``.
+            observe: As in ``Session.stream``.
+
+        Yields:
+            ``[1]``, the next token.
+
+        Raises:
+            SkvError: Several sequences, or see ``Session.stream``.
+        """
+        session, ids = self.session, np.asarray(prompts, np.int64)
+        session.check_ids(ids, 1)
+        if cache is None:
+            session.check_length(ids.shape[1])
+            cache = session.cache(1, min(ids.shape[1] + max_new_tokens, session.config.context_length))
+        sampler = Sampler(sampling or Sampling(), session.marked(ids.tolist() if present is None else present))
+
+        def choose(logits: Logits) -> int:
+            tokens = sampler(logits[None])
+            if observe is not None:
+                observe(logits[None], tokens)
+            return int(tokens[0])
+
+        ends, count = session.config.eos_token_id, 1
+        logits, entries = session.prefill(ids, np.ones(ids.shape, np.bool_), cache)
+        try:
+            new = [choose(logits[0])]
+            while True:
+                for token in new:
+                    yield np.array([token], np.int64)
+                if new[-1] in ends or count >= max_new_tokens or cache.lengths[0] >= cache.max_length:
+                    return
+                new = self._step(cache, new[-1], max_new_tokens - count, choose)
+                count += len(new)
+        finally:
+            if session.prefixes is not None and entries:
+                session.prefixes.keep(cache, entries)
+
+    def _step(self, cache: Cache, token: int, wanted: int, choose: Callable[[Logits], int]) -> list[int]:
+        """One call: the last token and guesses behind it. Returns the tokens that follow; all but the last are held."""
+        held = int(cache.lengths[0])
+        room = min(self._most, wanted - 1, cache.draft_room(0))
+        guesses = self.drafter([*cache.tokens[0], token], room) if room > 0 else []
+        logits = self.session.run([[token, *guesses]], None, None, cache)[0, -1 - len(guesses) :]
+        new: list[int] = []
+        for row, guess in zip(logits, [*guesses, -1], strict=True):
+            new.append(choose(row))
+            if new[-1] != guess or guess in self.session.config.eos_token_id:
+                break
+        cache.rewind(held + len(new))
+        self.calls += 1
+        self.guessed += len(guesses)
+        self.accepted += sum(a == b for a, b in zip(new, guesses, strict=False))
+        return new
+
+
+def _checked(num_tokens: int) -> int:
+    if type(num_tokens) is not int or num_tokens < 1:
+        raise SkvError("tokens to guess", got=repr(num_tokens)[:50], expected="at least 1")
+    return num_tokens
