@@ -397,12 +397,13 @@ def page(architectures: list[Row], files: list[Row]) -> str:
         of_them = f"{count} of the {ran} causal language models of transformers"
     return f"""# What was tested
 
-Made by `python benchmarks/tested.py` with transformers {transformers.__version__}. Each line is a tiny model with
-random weights: exported, run for {TOKENS} tokens (a prompt of {PROMPT}, then one by one), and its logits
-compared with those of transformers' own forward pass. The columns are the largest difference without quantization
-(K16V16) and with the default recipe (K4V2). *Exact* means at most {TOLERANCE:g} without quantization; where transformers' float32 is itself a
-quarter of that off its float64, the latter is the yardstick. Random weights say nothing about quality, only that the
-cache is read as it was written. *Refused* gives the reason that `skv-export model` gives.
+Made by `python benchmarks/tested.py` with transformers {transformers.__version__}. Each line is a tiny model
+with random weights: exported, run for {TOKENS} tokens (a prompt of {PROMPT}, then one by one), and its logits
+compared with those of transformers' own forward pass. The columns are the largest difference without
+quantization (K16V16) and with the default recipe (K4V2). *Exact* means at most {TOLERANCE:g} without quantization;
+where transformers' float32 is itself a quarter of that off its float64, the latter is the yardstick. Random weights
+say nothing about quality, only that the cache is read as it was written. *Refused* gives the reason that
+`skv-export model` gives.
 
 ## Architectures
 

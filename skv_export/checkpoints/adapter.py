@@ -55,6 +55,18 @@ def base_of(folder: Path) -> str:
     return str(read_config(folder).get("base_model_name_or_path") or "")
 
 
+def refuse_beside(folder: Path) -> None:
+    """Refuses a model's folder with an adapter that was not asked for: transformers would add it, with peft."""
+    if not (folder / CONFIG).is_file():
+        return
+    kind, base = read_config(folder).get("peft_type", "of peft"), base_of(folder) or "its base model"
+    raise SkvError(
+        f"{folder}: {CONFIG}: an adapter ({kind}) of {base}",
+        expected="a model alone, or --adapter",
+        fix=f"Pass --adapter {folder} to merge it into the weights, or remove {CONFIG} to export the model without it.",
+    )
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Reads an adapter's configuration.
 

@@ -267,8 +267,8 @@ class Checkpoint:
         """Every tensor's place, by name, headers checked."""
         if self.source.kind == "gguf":
             return self._gguf[1]
-        if self.source.adapter is None:
-            self._refuse_adapter()
+        if self.source.adapter is None and self.source.path is not None:
+            adapter_module.refuse_beside(self.source.path)
         shards = self.shards()
         with ThreadPoolExecutor(8) as pool:
             tables = list(pool.map(lambda shard: read_header(self._file(shard)), shards))
@@ -299,20 +299,6 @@ class Checkpoint:
                 fix="Pass the full-precision checkpoint that the base was made from.",
             )
         return adapter_module.Adapter(self.source.adapter, str(self.config.get("model_type"))).merged(named)
-
-    def _refuse_adapter(self) -> None:
-        """Refuses a model with an adapter beside it that was not asked for: transformers would add it, peft there."""
-        folder = self.source.path
-        if folder is None or not (folder / adapter_module.CONFIG).is_file():
-            return
-        adapter = adapter_module.read_config(folder)
-        base = adapter.get("base_model_name_or_path") or "its base model"
-        raise SkvError(
-            f"{self.source}: {adapter_module.CONFIG}: an adapter ({adapter.get('peft_type', 'of peft')}) of {base}",
-            expected="a model alone, or --adapter",
-            fix=f"Pass --adapter {folder} to merge it into the weights, or remove {adapter_module.CONFIG} to export "
-            "the model without it.",
-        )
 
     def revision(self) -> str:
         """Returns what tells this checkpoint from another of its name: of a hub id the revision, else its hash.

@@ -163,8 +163,9 @@ def test_recipe_is_applied_layer_by_layer(tmp_path: Path) -> None:
     for index, node in enumerate(n for n in model.graph.node if n.domain == "skv"):
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         pair = CacheLayout.pair(recipe.layer(index), DIM, 100)
-        assert node.op_type == "QuantizedKVAttention"
-        assert node.name == f"/model/layers.{index}/attn/QuantizedKVAttention"
+        assert (
+            node.name == f"/model/layers.{index}/attn/QuantizedKVAttention" and node.op_type == "QuantizedKVAttention"
+        )
         assert (attributes["k_bits"], attributes["v_bits"]) == ((8, 4), (4, 2))[index]
         assert attributes["num_heads"] == HEADS and attributes["kv_num_heads"] == KV_HEADS
         assert attributes["local_window_size"] == 100 and attributes["layout_version"] == 1
