@@ -115,16 +115,18 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for budget, named in wanted.items():
         seen = {n: HeldOut.of(Allocation(n, bits, 0.0, None), rows[bits]) for n, bits in named.items()}
-        uniform = min((row for name, row in seen.items() if name.startswith("uniform")), key=lambda row: row.kld)
+        fitting = [row for name, row in seen.items() if name.startswith("uniform")]
+        uniform = min(fitting, key=lambda row: row.kld, default=None)
         for name, row in seen.items():
             k, v = np.mean(row.allocation.bits, axis=0)
-            more, error = row.excess(uniform)
+            against = ""
+            if uniform is not None and row is not uniform:
+                more, error = row.excess(uniform)
+                against = f"{more:+.2g} ± {error:.1g}"
             print(
                 f"| {budget} | {name} | {k:.2f}, {v:.2f} | {one.budget.effective_bits(row.allocation.bits):.2f} | "
                 f"{row.ppl_change_percent:+.2f}% ± {row.ppl_stderr_percent:.2f} | "
-                f"{row.kld:#.3g} ± {row.kld_stderr:#.2g} | "
-                + ("" if row is uniform else f"{more:+.2g} ± {error:.1g}")
-                + " |"
+                f"{row.kld:#.3g} ± {row.kld_stderr:#.2g} | {against} |"
             )
     sizes = {
         (b, n): (one.budget.effective_bits(bits), rows[bits].kld_mean)

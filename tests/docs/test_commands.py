@@ -18,7 +18,7 @@ PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
 def commands_of(text: str) -> list[str]:
     """The lines of code that run skv-export, continued lines joined, comments left out."""
     joined = re.sub(r"\\\n\s*", " ", text)
-    return re.findall(r"^    (skv-export .*)$", joined, flags=re.MULTILINE)
+    return re.findall(r"^    (?:\$ )?(skv-export .*)$", joined, flags=re.MULTILINE)
 
 
 def understood(line: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from skv_export.export.architectures import TESTED
 
@@ -52,3 +54,33 @@ def test_models_are_those_that_are_tested() -> None:
     """The README's list is the package's, in its order."""
     (named,) = re.findall(r"^\*\*Models\.\*\* Tested against PyTorch: (.*?)\.\s+Any", TEXT, re.MULTILINE | re.DOTALL)
     assert re.findall(r"[a-z]\w+", re.sub(r"\(.*?\)|\band\b", "", named, flags=re.DOTALL)) == list(TESTED)
+
+
+SHOWN = re.findall(r"^    \$ skv-export (.*)\n((?:    (?!\$).+\n)+)", TEXT, flags=re.MULTILINE)
+"""Commands, and what the README says that they print."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "output"), SHOWN, ids=[command for command, _ in SHOWN])
+def test_commands_print_what_the_readme_shows(
+    command: str, output: str, demo_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Line by line; ``...`` stands for anything. The export itself is the fixture's: here it only plans."""
+    from skv_export.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    arguments = shlex.split(command)
+    if arguments[0] == "model":
+        arguments += ["--dry-run"]
+    else:
+        (tmp_path / "demo-model").symlink_to(demo_export)
+    lines = [line.strip() for line in output.splitlines()]
+    typed = "".join(f"{line[2:]}\n" for line in lines if line.startswith("> "))
+    done = CliRunner().invoke(main, arguments, input=typed)
+    assert done.exit_code == 0, done.output
+    for line in (line for line in lines if not line.startswith("> ")):
+        assert re.search(re.escape(line).replace(re.escape("..."), ".*"), done.output), (line, done.output)
+
+
+def test_the_readme_shows_four_commands() -> None:
+    assert [command.split()[0] for command, _ in SHOWN] == ["model", "verify", "generate", "chat"]

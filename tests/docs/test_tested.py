@@ -8,6 +8,8 @@ import pytest
 import tested
 from tested import Row
 
+from skv_export.evaluation.finished_steps import FinishedSteps
+
 pytestmark = pytest.mark.usefixtures("library")
 
 
@@ -49,6 +51,22 @@ def test_what_is_off_is_said() -> None:
     logits = np.zeros((2, 3), np.float32)
     row = Row.of("some", logits, [logits + np.float32(0.01), logits])
     assert row.verdict == "**differs**" and "1e-02" in row.markdown()
+
+
+def test_what_is_done_is_kept_and_what_is_not_run_is_said(tmp_path: Path) -> None:
+    state = tmp_path / "state.jsonl"
+    calls = [("first", _exact), ("second", _die)]
+    rows = tested._run_all(calls, FinishedSteps(state, "x"))
+    assert [(row.name, row.verdict) for row in rows] == [("first", "exact"), ("second", "**crashed**")]
+    again = tested._run_all([("first", _die), ("third", _die)], FinishedSteps(state, "x"), limit=0.0)
+    assert [row.verdict for row in again] == ["exact", tested.NOT_RUN]
+    page = tested.page(again, rows)
+    assert "1 of the 2 causal language models of transformers were run; 1 of these export exactly" in page
+    assert "1 of the 2 causal language models of transformers export exactly" in tested.page(rows, [])
+
+
+def _exact(_: Path) -> Row:
+    return Row("first", "exact", (1e-5, 1e-2), 8.0)
 
 
 def test_a_process_that_dies_is_a_line_too() -> None:

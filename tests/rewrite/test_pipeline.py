@@ -163,7 +163,8 @@ def test_recipe_is_applied_layer_by_layer(tmp_path: Path) -> None:
     for index, node in enumerate(n for n in model.graph.node if n.domain == "skv"):
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         pair = CacheLayout.pair(recipe.layer(index), DIM, 100)
-        assert node.name == f"/layers.{index}/attn" and node.op_type == "QuantizedKVAttention"
+        assert node.op_type == "QuantizedKVAttention"
+        assert node.name == f"/model/layers.{index}/attn/QuantizedKVAttention"
         assert (attributes["k_bits"], attributes["v_bits"]) == ((8, 4), (4, 2))[index]
         assert attributes["num_heads"] == HEADS and attributes["kv_num_heads"] == KV_HEADS
         assert attributes["local_window_size"] == 100 and attributes["layout_version"] == 1
@@ -277,7 +278,7 @@ def test_weights_are_shared_and_the_source_is_untouched(tmp_path: Path, monkeypa
     assert source / "model.onnx.data" not in copied and source / "tokenizer.json" in copied
     assert {path.name for path in out.iterdir()} == {
         "model.onnx", "model.onnx.data", "config.json", "tokenizer.json", "chat_template.jinja", "LICENSE",
-        "skv_config.json", "skv_files.json", "genai_config.json", "recipe.toml", "libskv_ops.so",
+        "skv_config.json", "skv_files.json", "genai_config.json", "recipe.toml", "libskv_ops.so", "README.md",
     }  # fmt: skip
     assert (out / "LICENSE").read_text() == "LICENSE"
     assert (out / "model.onnx").stat().st_size < 32 << 10
