@@ -55,7 +55,7 @@ def generate_command(
     skv-export generate demo-model --prompt "The capital of France is"
     skv-export generate org/smollm2-k4v2 --prompt "The capital of France is"
     skv-export generate demo-model --chat --prompt "Why is the sky blue?" --temperature 0.7 --top-p 0.9
-    skv-export generate demo-model --prompt - --save-cache book.cache < book.txt
+    skv-export generate demo-model --prompt "$(cat book.txt)" --save-cache book.cache
     skv-export generate demo-model --prompt "One, two," --stop ten --stop "\\n" --json -
     """
     from skv_export.model_folder import hub
