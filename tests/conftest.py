@@ -5,12 +5,16 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_models import ROOT, make_tiny
+
+# A shell's background job ignores SIGINT, and so would the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
