@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,7 @@ def planned(config: Any, recipe: Recipe) -> tuple[Plan, empty_model.EmptyModel]:
     with pytest.MonkeyPatch.context() as patch:  # there is a configuration, and no checkpoint
         patch.setattr(pipeline, "load_config", lambda source: config)
         patch.setattr(pipeline, "separate_head", lambda source, config: None)
+        patch.setattr(pipeline, "Weights", lambda source, model: SimpleNamespace(held=dict))
         return pipeline._plan(Source("safetensors"), recipe, True)
 
 
