@@ -231,7 +231,7 @@ def test_names_become_candidates(tmp_path: Path) -> None:
     assert [c.name for c in wanted] == ["K4V2", "mine", "smallest"]
     names = [c.name for c in candidates.parse_baselines("kivi,kivi-k4v2")]
     assert names == ["kivi-k4v4", "kivi-k2v2", "kivi-k4v2"]
-    with pytest.raises(SkvError, match="configurations; got K4V2"):
+    with pytest.raises(SkvError, match="got K4V2 twice"):
         comparison.run(resolve_none(), [wanted[0], wanted[0]], TEXT)
 
 

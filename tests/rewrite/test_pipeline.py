@@ -326,7 +326,7 @@ def test_target_is_checked(tmp_path: Path) -> None:
     assert Session(out).config.layers[0].key.bits == 4
     again = tmp_path / "again"
     again.mkdir()
-    with pytest.raises(SkvError, match="no attention to rewrite"):  # ours is not theirs
+    with pytest.raises(SkvError, match="an exported folder, made from"):  # ours is not theirs
         rewrite_model(out, out=again, force=True)
 
 
