@@ -286,7 +286,15 @@ class Session:
         self.check_ids(ids, cache.batch)
 
     def check_ids(self, ids: Int64, batch: int | None) -> None:
-        """Checks tokens, and that they are of ``batch`` sequences; None = of any number."""
+        """Checks tokens.
+
+        Args:
+            ids: ``[B, S]``, the tokens.
+            batch: B; None = any number.
+
+        Raises:
+            SkvError: The shape is another one, or a token is outside the vocabulary.
+        """
         if ids.ndim != 2 or ids.shape[0] != (batch or ids.shape[0]) or ids.size == 0:
             wanted = "at least 1" if batch is None else batch
             raise SkvError("input_ids: shape", got=list(ids.shape), expected=f"[{wanted}, at least 1]")
@@ -395,7 +403,14 @@ class Session:
         return self.prefixes.prefill(self, cache, [row[at].tolist() for row, at in zip(ids, new, strict=True)])
 
     def marked(self, present: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
-        """Which tokens a sequence has, ``[B, vocab_size]``."""
+        """Marks the tokens that sequences have.
+
+        Args:
+            present: The tokens of each of B sequences.
+
+        Returns:
+            ``[B, vocab_size]``.
+        """
         marked = np.zeros((len(present), self.config.vocab_size), np.bool_)
         for row, tokens in zip(marked, present, strict=True):
             row[list(tokens)] = True

@@ -222,6 +222,8 @@ def test_a_budget_is_analyzed_first(exported: dict[str, Any], monkeypatch: pytes
 
     monkeypatch.setattr(analyze, "run", recommend)
     monkeypatch.setattr(analyze, "summary", lambda analysis: "the reasons")
+    monkeypatch.setattr("skv_export.checkpoints.checkpoint.Checkpoint.open", lambda source: None)
+    monkeypatch.setattr("skv_export.analysis.card.usual_weights", lambda opened, dtype: dtype)
     result = run("model", "some/checkpoint", "--budget", "3.25", "--recent-tokens", "128", "--out", "x")
     assert result.exit_code == 0, result.output
     assert "the reasons" in result.output
@@ -230,9 +232,10 @@ def test_a_budget_is_analyzed_first(exported: dict[str, Any], monkeypatch: pytes
     assert "one or the other" in run("model", "some/checkpoint", "--budget", "3", "--k-bits", "4").output
     for flags in (["--auto"], ["--gpu", "rtx4090", "--weights", "int4"], ["--max-loss", "0.5%"], ["--memory", "2GiB"]):
         asked.clear()
-        assert run("model", "some/checkpoint", *flags, "--out", "x").exit_code == 0
+        result = run("model", "some/checkpoint", *flags, "--out", "x")
+        assert result.exit_code == 0, result.output
         assert asked["source"] == "some/checkpoint"
-    assert asked["memory"] == 2 << 30 and asked["weights"] is None
+    assert asked["memory"] == 2 << 30 and asked["weights"] == "fp32"
     assert "nothing chooses bits" in run("model", "some/checkpoint", "--context", "32k", "--out", "x").output
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -356,8 +357,10 @@ def test_a_checkpoint_of_the_hub_is_exported_as_the_folder_it_was_pushed_from(
         export_model(source, out=tmp_path / name, progress=lambda *_: None)
         for name, source in (("out", "me/qwen"), ("local", checkpoint))
     )
-    for name in ("model.onnx", "model.onnx.data", "config.json"):
+    for name in ("model.onnx.data", "config.json"):
         assert (out / name).read_bytes() == (local / name).read_bytes(), name
+    graphs = [onnx.load(folder / "model.onnx", load_external_data=False).graph for folder in (out, local)]
+    assert graphs[0] == graphs[1]  # the metadata beside it names the source
     config = ModelConfig.load(out)
     assert (config.source["kind"], config.source["name"], config.eos_token_id) == ("hub", "me/qwen", (5,))
     assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.6

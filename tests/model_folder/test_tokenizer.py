@@ -135,9 +135,9 @@ def test_what_transformers_cannot_load_is_said_before_the_weights(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Path
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise AssertionError("the weights were opened")
+        raise AssertionError("the weights were read")
 
-    monkeypatch.setattr(pipeline, "Weights", fail)
+    monkeypatch.setattr(pipeline.Weights, "tensor", fail)
     (checkpoint / "tokenizer.json").unlink()
     (checkpoint / "tokenizer.model").write_bytes(b"\x0a\x00")
     configure(checkpoint, tokenizer_class="LlamaTokenizer")
