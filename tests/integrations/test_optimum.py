@@ -39,8 +39,8 @@ def test_optimum_lists_it() -> None:
 
 OPTIONS = [option for option in model.params if isinstance(option, click.Option) and option.name != "out"]
 VALUES = {
-    "size": "32k", "share": "0.5%", "integer": "3", "float": "3.25", "float range": "3.25", "integer range": "64", "text": "some", "path": "x",
-    "file": "figures.json",
+    "size": "32k", "share": "0.5%", "integer": "3", "float": "3.25", "float range": "3.25", "integer range": "64",
+    "text": "some", "path": "x", "file": "figures.json",
 }  # fmt: skip
 """What an option is given, by the name of its type."""
 
