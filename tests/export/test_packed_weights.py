@@ -112,7 +112,8 @@ def test_an_export_computes_with_the_weights_that_they_stand_for(
     got = session.run(IDS.numpy(), None, None, session.cache(1, IDS.shape[1]))[0, 0]
     np.testing.assert_allclose(got, expected, atol=1e-3, rtol=0)
     assert pipeline.plan(folder, EXACT).weight_bytes == pytest.approx(
-        (out / "model.onnx.data").stat().st_size, rel=0.05
+        (out / "model.onnx.data").stat().st_size,
+        rel=0.1,  # layers of a tiny model: act-order's indices, which projections share, weigh much
     )
 
 
