@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from skv_export.cli.options import debug_option, exported_model
+from skv_export.cli.options import Number, debug_option, exported_model
 from skv_export.errors import SkvError, require_module
 
 DEFAULT_SLOTS = 4
@@ -29,7 +29,7 @@ LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 @click.option("--max-length", type=click.IntRange(1), help="Tokens of one request.  [default: the model's context]")
 @click.option(
     "--prefix-memory",
-    type=click.FloatRange(0),
+    type=Number(0),
     metavar="MIB",
     help="For what prompts and answers left, so that a prompt that begins with them runs only what is new.  [default: "
     "as much as the slots' caches]",
