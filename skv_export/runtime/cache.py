@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import logging
 import math
@@ -107,8 +108,8 @@ class Cache:
         layers: As given.
         batch: Sequences.
         max_length: Tokens per sequence that were asked for; ``capacity`` may be a little more.
-        lengths: ``[batch]``, tokens held.
-        tokens: Which these are, by sequence.
+        lengths: ``[batch]``, tokens held; changed in place, as ``first`` shares it.
+        tokens: Which these are, by sequence; changed in place, too.
     """
 
     def __init__(
@@ -142,8 +143,24 @@ class Cache:
     def bind(self, binding: Any) -> None:
         """Binds the buffers, as past and present alike, to an IOBinding of the session."""
         for key, (_, buffer) in self._tensors.items():
-            binding.bind_ortvalue_input(past_name(*key), buffer)
-            binding.bind_ortvalue_output(present_name(*key), buffer)
+            where = self._device, 0, np.uint8, [self.batch, *buffer.shape()[1:]], buffer.data_ptr()
+            binding.bind_input(past_name(*key), *where)
+            binding.bind_output(present_name(*key), *where)
+
+    def first(self, n: int) -> Cache:
+        """Returns the first ``n`` sequences as a cache that shares everything with this one: calls on it leave the
+        others out, and cost what ``n`` sequences cost.
+
+        Raises:
+            SkvError: There are not so many, or none is wanted.
+        """
+        if not 1 <= n <= self.batch:
+            raise SkvError("cache: first sequences", got=n, expected=f"1 ... {self.batch}")
+        part = copy.copy(self)
+        part.batch, part.lengths, part._longest, part.tokens = n, self.lengths[:n], self._longest[:n], self.tokens[:n]
+        part.binding = self._onnx.io_binding()
+        part.bind(part.binding)
+        return part
 
     def belongs_to(self, onnx: Any) -> bool:
         """Whether the buffers are bound to this session of onnxruntime's."""
@@ -179,12 +196,13 @@ class Cache:
         """
         if (layer, name) not in self._tensors:
             raise SkvError("cache: tensor", got=(layer, name), expected=f"0 ... {len(self.layers) - 1}, key or value")
-        return np.array(self._tensors[layer, name][1].numpy())
+        return np.array(self._tensors[layer, name][1].numpy()[: self.batch])
 
     def reset(self) -> None:
         """Forgets every token; the buffers stay."""
         self.lengths[:] = self._longest[:] = 0
-        self.tokens = [[] for _ in range(self.batch)]
+        for held in self.tokens:
+            held.clear()
 
     @checked
     def advance(self, new: Sequence[Sequence[int]]) -> None:
@@ -306,9 +324,11 @@ class Cache:
 
     def _copy(self, source: Cache, order: NDArray[np.int64]) -> None:
         for key, (_, buffer) in self._tensors.items():
-            buffer.update_inplace(np.ascontiguousarray(source._tensors[key][1].numpy()[order]))
+            kept = np.arange(len(order), buffer.shape()[0])  # of a cache whose first sequences this is
+            buffer.update_inplace(np.ascontiguousarray(source._tensors[key][1].numpy()[[*order, *kept]]))
         self.lengths[:], self._longest[:] = source.lengths[order], source._longest[order]
-        self.tokens = [list(source.tokens[b]) for b in order.tolist()]
+        for held, tokens in zip(self.tokens, [list(source.tokens[b]) for b in order.tolist()], strict=True):
+            held[:] = tokens
 
     # States: what is held, apart from the buffers.
 
@@ -389,7 +409,7 @@ class Cache:
     def note_restored(self, b: int, tokens: Sequence[int], longest: int) -> None:
         """Notes which tokens sequence ``b`` holds after ``restore_tensor``, and the most that it has held."""
         self._check_sequence(b)
-        self.tokens[b] = list(tokens)
+        self.tokens[b][:] = tokens
         self.lengths[b], self._longest[b] = len(tokens), longest
 
     def _check_sequence(self, b: int) -> None:
