@@ -10,6 +10,7 @@ from skv_export.cli.options import (
     PathOf,
     adapter_option,
     default_name,
+    device_option,
     json_option,
     progress_options,
     say,
@@ -45,7 +46,7 @@ from skv_export.progress import Progress
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--out", type=PathOf("--out"), help="Folder to write.  [default: NAME-METHOD-int4]")
 @click.option("--force", is_flag=True, help="Replace --out if this tool wrote it.")
-@click.option("--device", default="cpu", show_default=True, help="Where the layers run: cpu, cuda, cuda:1, ...")
+@device_option
 @json_option("the figures")
 @progress_options
 def quantize_command(
