@@ -1,1 +1,1 @@
-"""What is fitted to a text that a model reads, layer by layer: weights in few bits, and the bases of calibrated keys."""
+"""What is fitted to a text that a model reads, layer by layer: weights in few bits, and bases of calibrated keys."""
