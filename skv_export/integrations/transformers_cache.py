@@ -14,6 +14,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from skv_export.errors import SkvError
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.prefixes import Prefix
+from skv_export.runtime.prompting import prefill
 from skv_export.runtime.session import Session
 
 
@@ -82,7 +83,7 @@ class SkvCache(TransformersCache):
         Returns:
             ``[B, vocab_size]``, the logits of each prompt's last token.
         """
-        logits, self._entries = session.prefill(ids, new, self.cache)
+        logits, self._entries = prefill(session, ids, new, self.cache)
         return logits
 
     def keep(self, session: Session) -> None:

@@ -28,7 +28,8 @@ from skv_export.model_folder.names import LIBRARY_FILE
 from skv_export.model_folder.output import output_folder
 from skv_export.model_folder.writer import generation_config
 from skv_export.paths import to_path
-from skv_export.runtime.session import Session, last_logits
+from skv_export.runtime.prompting import last_logits
+from skv_export.runtime.session import Session
 
 logger = logging.get_logger(__name__)
 # A pipeline looks its model's class up in this table and reports an error, yet works, when it is not there.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from skv_export.errors import SkvError
 from skv_export.runtime.prefixes import MIN_SHARED, Prefix
-from skv_export.runtime.sampling import Sampler, Sampling
+from skv_export.runtime.sampling import Sampler, Sampling, marked
 from skv_export.spec.layout import cache_bytes
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Batch:
             raise SkvError("max_new_tokens", got=repr(max_new_tokens)[:50], expected="at least 1")
         self._count += 1
         ids = [int(token) for token in prompt]
-        choose = Sampler(sampling or Sampling(), self._session.marked([ids]))
+        choose = Sampler(sampling or Sampling(), marked([ids], self._session.config.vocab_size))
         self._waiting.append(_Sequence(self._count, ids, max_new_tokens, choose))
         return self._count
 

@@ -20,6 +20,7 @@ from skv_export.errors import SkvError
 from skv_export.model_folder.names import TENSORS, past_name, present_name
 from skv_export.model_folder.skv_config import LayerCache
 from skv_export.native.library import Library
+from skv_export.runtime.queries import LastQueries
 from skv_export.spec import reference
 from skv_export.spec.key_basis import MATRICES, KeyBasis
 from skv_export.spec.layout import Bytes, CacheLayout
@@ -50,13 +51,17 @@ class SequenceState:
 
     Attributes:
         tokens: ``[length]``, int32, the tokens held, from the first on.
-        longest: Most tokens held since the sequence was empty, as ``reference.rewind`` wants it.
+        longest: Most tokens in the buffers since the sequence was empty, as ``reference.rewind`` wants it.
         tensors: By layer and name.
+        dropped: Those of the tokens that are not in the buffers; see ``Cache``.
+        chosen: Tokens at the front of the buffers that were chosen; see ``Cache``.
     """
 
     tokens: NDArray[np.int32]
     longest: int
     tensors: Mapping[Key, TensorState]
+    dropped: int = 0
+    chosen: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -100,9 +105,13 @@ class Cache:
         binding: IOBinding of the session, to which the buffers are bound.
         layers: As given.
         batch: Sequences.
-        max_length: Tokens per sequence that were asked for; ``capacity`` may be a little more.
-        lengths: ``[batch]``, tokens held.
+        max_length: Tokens of a sequence that the buffers are for; ``capacity`` may be a little more.
+        lengths: ``[batch]``, tokens that have come: the position of the next one.
         tokens: Which these are, by sequence.
+        dropped: ``[batch]``, those of them that ``Session.compact`` has left out; 0 in a cache that was not compacted.
+        chosen: ``[batch]``, tokens at the front of the buffers that each KV head has chosen for itself: no rewind ends
+            among them.
+        queries: The last queries, where the session keeps them.
     """
 
     def __init__(
@@ -122,7 +131,9 @@ class Cache:
         self.layers, self.batch, self.max_length = tuple(layers), batch, max_length
         self.lengths: NDArray[np.int64] = np.zeros(batch, np.int64)
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
-        self._longest = self.lengths.copy()  # since each was empty: up to there rows are overwritten
+        self.dropped, self.chosen = self.lengths.copy(), self.lengths.copy()
+        self.queries = LastQueries(batch)
+        self._longest = self.lengths.copy()  # in the buffers, since each was empty: up to there rows are overwritten
         self._onnx, self._device, self._library, self._bases, self.model = onnx, device, library, bases, model
         self._tensors: dict[Key, tuple[CacheLayout, Any]] = {}
         for i, layer in enumerate(layers):
@@ -168,30 +179,58 @@ class Cache:
         """Returns a copy of one tensor's bytes, ``[batch, N_kv, rows, W]``; ``name`` is ``key`` or ``value``."""
         return np.array(self._tensors[layer, name][1].numpy())
 
+    @property
+    def held(self) -> NDArray[np.int64]:
+        """``[batch]``, tokens in the buffers: fewer than have come after ``Session.compact``."""
+        return self.lengths - self.dropped
+
     def reset(self) -> None:
         """Forgets every token; the buffers stay."""
-        self.lengths[:] = self._longest[:] = 0
+        self.lengths[:] = self._longest[:] = self.dropped[:] = self.chosen[:] = 0
         self.tokens = [[] for _ in range(self.batch)]
+        self.queries.clear()
 
     def advance(self, new: Sequence[Sequence[int]]) -> None:
         """Notes which tokens a call has appended to each sequence."""
         for held, more in zip(self.tokens, new, strict=True):
             held.extend(more)
         self.lengths[:] = [len(held) for held in self.tokens]
-        np.maximum(self._longest, self.lengths, out=self._longest)
+        np.maximum(self._longest, self.held, out=self._longest)
 
     def rewind_floor(self, b: int) -> int:
         """Smallest length above 0 to which sequence ``b`` can be rewound."""
-        length, longest = int(self.lengths[b]), int(self._longest[b])
+        length, longest = int(self.held[b]), int(self._longest[b])
         tensors = self._tensors.values()
-        return max(reference.rewind_floor(x, math.prod(y.shape()[2:]), length, longest) for x, y in tensors)
+        floor = max(reference.rewind_floor(x, math.prod(y.shape()[2:]), length, longest) for x, y in tensors)
+        return max(floor, int(self.chosen[b])) + int(self.dropped[b])
+
+    def rewind_to_common(self, b: int, tokens: Sequence[int]) -> int:
+        """Takes back what sequence ``b`` does not have in common with the beginning of ``tokens``, but for their last.
+
+        Returns:
+            How many of ``tokens`` the cache holds then; none where what differs is too far back.
+        """
+        common = self.common(b, tokens)
+        if common < len(self.tokens[b]):
+            lengths = self.lengths.copy()
+            lengths[b] = common
+            self.rewind(lengths)
+        return common
+
+    def common(self, b: int, tokens: Sequence[int]) -> int:
+        """How many of ``tokens`` ``rewind_to_common`` would leave."""
+        held = self.tokens[b]
+        common = next((i for i, (x, y) in enumerate(zip(held, tokens, strict=False)) if x != y), len(held))
+        common = min(common, max(len(tokens) - 1, 0))
+        return common if common >= self.rewind_floor(b) or common == len(held) else 0
 
     def draft_room(self, b: int) -> int:
         """How many tokens may follow the next one of sequence ``b`` in the same call as if they came one by one.
 
         Up to there no tile is written that the next tokens should see, and all of them can be taken back exactly.
         """
-        length, room = int(self.lengths[b]), self.max_length - int(self.lengths[b]) - 1
+        length = int(self.held[b])
+        room = self.max_length - length - 1
         for layout, _ in self._tensors.values():
             flush = layout.quantized_tokens(length) + layout.num_sink_tokens + layout.recent_tokens + layout.tile_tokens
             room = min(room, flush - length - 1)
@@ -219,21 +258,24 @@ class Cache:
                     expected=f"{floor} ... {held}, or 0",
                     fix="Start the sequence again, or export with more recent_tokens.",
                 )
+        packed = np.where(new == 0, 0, new - self.dropped)
         for (layer, name), (layout, buffer) in self._tensors.items():
             basis = [x.data_ptr() for x in self._constants.get(layer, ())] if name == "key" else []
             heads, block_bytes = buffer.shape()[1], math.prod(buffer.shape()[2:])
             for b in np.flatnonzero((new != 0) & (new != self.lengths)).tolist():
-                lengths_of_b = int(self.lengths[b]), int(self._longest[b]), int(new[b])
+                lengths_of_b = int(self.held[b]), int(self._longest[b]), int(packed[b])
                 self._library.rewind(
                     layout, buffer.data_ptr(), block_bytes, heads, b, *lengths_of_b, basis=basis, device=self._device
                 )
         if self._device == "cuda":  # the next call runs on a stream of ONNX Runtime's
             self._library.synchronize()
         for b in np.flatnonzero(new != self.lengths).tolist():
-            longest, wanted = int(self._longest[b]), int(new[b])
+            longest, wanted = int(self._longest[b]), int(packed[b])
             counted = (reference.longest_after_rewind(x, longest, wanted) for x, _ in self._tensors.values())
             self._longest[b] = max(counted) if wanted else 0
-            del self.tokens[b][wanted:]
+            del self.tokens[b][int(new[b]) :]
+            self.queries.clear(b)
+        self.dropped[new == 0] = self.chosen[new == 0] = 0
         self.lengths[:] = new
 
     def reorder(self, indices: ArrayLike) -> None:
@@ -280,13 +322,15 @@ class Cache:
     def _copy(self, source: Cache, order: NDArray[np.int64]) -> None:
         for key, (_, buffer) in self._tensors.items():
             buffer.update_inplace(np.ascontiguousarray(source._tensors[key][1].numpy()[order]))
-        self.lengths[:], self._longest[:] = source.lengths[order], source._longest[order]
+        for name in ("lengths", "_longest", "dropped", "chosen"):
+            getattr(self, name)[:] = getattr(source, name)[order]
         self.tokens = [list(source.tokens[b]) for b in order.tolist()]
+        self.queries = source.queries.select(order)
 
     # States: what is held, apart from the buffers.
 
     def longest(self, b: int) -> int:
-        """Most tokens that sequence ``b`` has held since it was empty, as far as ``reference.rewind`` must know."""
+        """Most tokens in the buffers of sequence ``b`` since it was empty, as far as ``reference.rewind`` must know."""
         return int(self._longest[b])
 
     def tensor_state(self, b: int, key: Key, behind: int = 0) -> TensorState:
@@ -294,7 +338,7 @@ class Cache:
         layout, _ = self._tensors[key]
         with self._block(b, key) as block:
             tiles = layout.tiles_in(block.shape[1])
-            held = held_tiles(layout, block.shape[1], int(self.lengths[b]), self.longest(b))
+            held = held_tiles(layout, block.shape[1], int(self.held[b]), self.longest(b))
             first = max(held.start, min(held.stop, layout.quantized_tokens(behind) // layout.tile_tokens))
             slots = [tile % tiles for tile in range(first, held.stop)]
             found, rows = _parts(layout, block)
@@ -310,7 +354,9 @@ class Cache:
             behind: Length of what other states hold already, from which this one continues: its tiles are left out.
         """
         tensors = {key: self.tensor_state(b, key, behind) for key in self._tensors}
-        return SequenceState(np.array(self.tokens[b], np.int32), self.longest(b), tensors)
+        return SequenceState(
+            np.array(self.tokens[b], np.int32), self.longest(b), tensors, int(self.dropped[b]), int(self.chosen[b])
+        )
 
     def restore(self, b: int, states: Sequence[SequenceState]) -> None:
         """Makes sequence ``b`` what it was when the last of ``states`` was taken; the others hold its earlier tiles.
@@ -327,11 +373,11 @@ class Cache:
                 fix="Allocate the cache for a larger max_length.",
             )
         for key in self._tensors:
-            self.restore_tensor(b, key, [x.tensors[key] for x in states], len(state.tokens))
-        self.note_restored(b, state.tokens.tolist(), state.longest)
+            self.restore_tensor(b, key, [x.tensors[key] for x in states], len(state.tokens) - state.dropped)
+        self.note_restored(b, state.tokens.tolist(), state.longest, state.dropped, state.chosen)
 
     def restore_tensor(self, b: int, key: Key, states: Sequence[TensorState], length: int) -> None:
-        """``restore`` for one tensor and ``length`` tokens; ``note_restored`` follows when all are done."""
+        """``restore`` for one tensor and ``length`` tokens in the buffers; ``note_restored`` follows after the last."""
         layout, _ = self._tensors[key]
         with self._block(b, key, write=True) as block:
             tiles = layout.tiles_in(block.shape[1])
@@ -345,10 +391,34 @@ class Cache:
                     to[:, [tile % tiles for tile in kept]] = from_tiles
             rows[:] = states[-1].rows
 
-    def note_restored(self, b: int, tokens: Sequence[int], longest: int) -> None:
-        """Notes which tokens sequence ``b`` holds after ``restore_tensor``, and the most that it has held."""
+    def note_restored(self, b: int, tokens: Sequence[int], longest: int, dropped: int = 0, chosen: int = 0) -> None:
+        """Notes what sequence ``b`` is after ``restore_tensor``; see ``SequenceState``."""
         self.tokens[b] = list(tokens)
         self.lengths[b], self._longest[b] = len(tokens), longest
+        self.dropped[b], self.chosen[b] = dropped, chosen
+        self.queries.clear(b)
+
+    def load(self, b: int, key: Key) -> NDArray[np.float32]:
+        """Reads back one tensor of sequence ``b``: ``[N_kv, held, D]``, see ``reference.load``."""
+        basis = self._bases().get(key[0]) if key[1] == TENSORS[0] else None
+        with self._block(b, key) as block:
+            return reference.load(self._tensors[key][0], block, int(self.held[b]), basis)[0]
+
+    def become(self, other: Cache) -> None:
+        """Takes over what another cache of as many sequences is, its buffers included; the other is of no use then."""
+        assert other.batch == self.batch
+        self._tensors, self.max_length = other._tensors, other.max_length
+        for name in ("lengths", "_longest", "dropped", "chosen"):
+            getattr(self, name)[:] = getattr(other, name)
+        self.tokens = other.tokens
+        self.queries.clear()
+        self.__dict__.pop("capacity", None)
+        self.bind(self.binding)
+
+    @property
+    def bases(self) -> Mapping[int, KeyBasis]:
+        """Constants of calibrated keys, by layer."""
+        return self._bases()
 
     @contextmanager
     def _block(self, b: int, key: Key, *, write: bool = False) -> Iterator[Bytes]:

@@ -48,17 +48,10 @@ class PromptCache:
             SkvError: The prompt is longer than the model's context or ``max_length``; nothing has changed.
         """
         wanted = self._encode(prompt, add_special_tokens)
-        self._session.check_length(len(wanted), self.cache.max_length)
-        held = int(self.cache.lengths[0])
-        common = 0
-        for ours, theirs in zip(self.tokens[:held], wanted[:-1], strict=False):
-            if ours != theirs:
-                break
-            common += 1
-        if common < held:
-            # What an answer ends with may read otherwise in the next prompt: the few tokens are taken back.
-            common = common if common >= self.cache.rewind_floor(0) else 0
-            self.cache.rewind(common)
+        common = self.cache.common(0, wanted)
+        self._session.check_length(len(wanted) - (int(self.cache.dropped[0]) if common else 0), self.cache.max_length)
+        # What an answer ends with may read otherwise in the next prompt: the few tokens are taken back.
+        self.cache.rewind_to_common(0, wanted)
         logger.info("prompt of %d tokens: %d are in the cache", len(wanted), common)
         self.tokens, self._prompt, self._text = wanted, prompt, None
         return wanted[common:]
@@ -79,7 +72,8 @@ class PromptCache:
         if not text and new:
             self.cache.rewind(len(self.tokens) - 1)
             del self.tokens[-1]
-        self._session.check_length(len(self.tokens) + len(new), self.cache.max_length)
+        self._session.check_length(len(self.tokens) + len(new))
+        self._session.check_length(len(self.tokens) + len(new) - int(self.cache.dropped[0]), self.cache.max_length)
         self.tokens, self._text = [*self.tokens, *new], None
         return new
 
@@ -92,7 +86,7 @@ class PromptCache:
         held = int(self.cache.lengths[0])
         if held > len(self.tokens):  # guesses behind a stop string
             self.cache.rewind(len(self.tokens))
-        missing = self.tokens[held : self.cache.max_length]
+        missing = self.tokens[held : held + int(self._session.room(self.cache)[0])]
         if missing:
             self._session.run([missing], None, None, self.cache)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,22 @@ class Sampling:
             raise SkvError("min_p", got=self.min_p, expected="0 ... 1 (0 = all)")
         if not 0 < self.repetition_penalty < float("inf"):
             raise SkvError("repetition_penalty", got=self.repetition_penalty, expected="above 0 (1 = none)")
+
+
+def marked(present: Sequence[Sequence[int]], vocab_size: int) -> NDArray[np.bool_]:
+    """Marks the tokens that sequences have.
+
+    Args:
+        present: The tokens of each of B sequences.
+        vocab_size: How many there are.
+
+    Returns:
+        ``[B, vocab_size]``.
+    """
+    found = np.zeros((len(present), vocab_size), np.bool_)
+    for row, tokens in zip(found, present, strict=True):
+        row[list(tokens)] = True
+    return found
 
 
 class Sampler:

@@ -11,9 +11,11 @@ from typing import Any
 
 from skv_export.errors import SkvError
 from skv_export.model_folder.output import check_file
+from skv_export.runtime.compaction import WINDOW
 from skv_export.runtime.prompt_cache import PromptCache
+from skv_export.runtime.prompting import Observer
 from skv_export.runtime.sampling import Sampling
-from skv_export.runtime.session import Observer, Session
+from skv_export.runtime.session import Session
 from skv_export.runtime.speculation import Drafter, DraftModel, PromptLookup, Speculation
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,8 @@ class Generation:
         tokens: Generated token ids.
         prefill_seconds: Until the first token.
         decode_seconds: From the first token to the last.
-        cache_bytes: Bytes of the cache.
+        cache_bytes: Bytes of the cache, at the end.
+        dropped_tokens: Tokens that the cache was compacted by.
         stop_reason: A name of ``REASONS``; empty while it goes on.
         guessed: Tokens guessed by speculative decoding.
         accepted: Those that were right.
@@ -51,6 +54,7 @@ class Generation:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     cache_bytes: int = 0
+    dropped_tokens: int = 0
     stop_reason: str = ""
     guessed: int = 0
     accepted: int = 0
@@ -66,10 +70,11 @@ class Generation:
         speed = f", {self.tokens_per_second:.1f} tokens/s" if self.tokens_per_second else ""
         cached = f" ({self.cached_tokens} in the cache)" if self.cached_tokens else ""
         reason = REASONS.get(self.stop_reason, "nothing")
+        dropped = f", {self.dropped_tokens} tokens left out" if self.dropped_tokens else ""
         guesses = f", {self.accepted} of {self.guessed} guesses right" if self.guessed else ""
         return (
             f"{self.prompt_tokens} prompt tokens{cached} in {self.prefill_seconds:.2f} s; {len(self.tokens)} new"
-            f"{speed}{guesses}; cache {self.cache_bytes / 2**20:.1f} MiB; stopped by {reason}"
+            f"{speed}{guesses}; cache {self.cache_bytes / 2**20:.1f} MiB{dropped}; stopped by {reason}"
         )
 
 
@@ -87,6 +92,7 @@ class TextStream:
         observe: Called with each token's logits and the token; see ``Session.stream``.
         goes_on: The prompt follows what the cache holds, and may be empty then, instead of being the whole of it.
         drafter: Guesses the next tokens; see ``Speculation``.
+        keep_tokens: Leave out of the cache all but so many tokens once the prompt has run; see ``Session.compact``.
 
     Raises:
         SkvError: The prompt has no tokens or exceeds the model's context, or an empty stop string.
@@ -105,6 +111,7 @@ class TextStream:
         observe: Observer | None = None,
         goes_on: bool = False,
         drafter: Drafter | None = None,
+        keep_tokens: int | None = None,
     ) -> None:
         if isinstance(stop, str) or not all(stop):
             raise SkvError("stop", got=repr(stop), expected="strings, none of them empty")
@@ -125,6 +132,7 @@ class TextStream:
             cache=prompts.cache,
             present=[prompts.tokens],
             observe=observe,
+            keep_tokens=keep_tokens,
         )
 
     def __iter__(self) -> Generator[str, None, None]:
@@ -143,6 +151,8 @@ class TextStream:
             self._tokens.close()
             if self._speculation is not None:
                 result.guessed, result.accepted = self._speculation.guessed, self._speculation.accepted
+            cache = self._prompts.cache
+            result.cache_bytes, result.dropped_tokens = cache.nbytes, int(cache.dropped[0])
             self._prompts.extend(result.tokens, result.text)
         if not result.stop_reason:
             ended = result.tokens and result.tokens[-1] in self._session.config.eos_token_id
@@ -211,6 +221,7 @@ def start_text(
     draft: Path | str | None = None,
     draft_tokens: int = 4,
     load_cache: Path | str | None = None,
+    keep_tokens: int | None = None,
 ) -> TextStream:
     """Loads a model and begins to continue a prompt; the work is done as the result is iterated over.
 
@@ -234,6 +245,8 @@ def start_text(
         draft: A smaller exported model with the same tokens that guesses instead.
         draft_tokens: Tokens that it guesses at most.
         load_cache: A saved cache to go on from: the prompt, which may be empty, follows what it holds.
+        keep_tokens: Leave out of the cache all but so many tokens once the prompt has run: those that its last tokens
+            look at stay.
 
     Raises:
         SkvError: See ``Session`` and ``Session.load_cache``; or the prompt has no token.
@@ -245,7 +258,11 @@ def start_text(
         raise SkvError("draft", got="prompt_lookup too", expected="one of the two")
     guesses = prompt_lookup if draft is None else draft_tokens
     session = Session(
-        folder, execution_provider=execution_provider, cuda_graph=cuda_graph, num_logits=max(guesses, 0) + 1
+        folder,
+        execution_provider=execution_provider,
+        cuda_graph=cuda_graph,
+        num_logits=max(guesses, 0) + 1,
+        score_window=0 if keep_tokens is None else WINDOW,
     )
     if chat:
         said = [{"role": "system", "content": system}] if system is not None else []
@@ -274,6 +291,7 @@ def start_text(
         stop=stop,
         goes_on=load_cache is not None,
         drafter=drafter,
+        keep_tokens=keep_tokens,
     )
 
 

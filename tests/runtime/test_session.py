@@ -20,9 +20,10 @@ from skv_export.errors import SkvError
 from skv_export.model_folder.skv_config import ModelConfig, layout_entry
 from skv_export.native import library
 from skv_export.native.library import library_path
+from skv_export.runtime.prompting import last_logits
 from skv_export.runtime.prompts import load_tokenizer
 from skv_export.runtime.sampling import Sampler, Sampling
-from skv_export.runtime.session import Session, last_logits
+from skv_export.runtime.session import Session
 from skv_export.runtime.text import generate_text
 from skv_export.spec.recipe import LayerConfig
 

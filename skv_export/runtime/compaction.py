@@ -1,0 +1,135 @@
+"""Fewer tokens in a running cache: those that the last queries look at stay, in smaller buffers.
+
+What is kept, and in which bytes, is ``spec/compaction.py``; here are the cache, its checks, and its buffers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skv_export.errors import SkvError
+from skv_export.model_folder.names import TENSORS
+from skv_export.model_folder.skv_config import LayerCache
+from skv_export.runtime.cache import Cache, TensorState
+from skv_export.spec import compaction
+from skv_export.spec.layout import CacheLayout
+from skv_export.spec.reference import prepare
+
+if TYPE_CHECKING:
+    from skv_export.runtime.session import Session
+
+logger = logging.getLogger(__name__)
+
+
+def layouts(layers: tuple[LayerCache, ...]) -> list[CacheLayout]:
+    """The layouts of all layers' keys and values."""
+    return [layout for layer in layers for layout in (layer.key, layer.value)]
+
+
+def compact(session: Session, cache: Cache, keep: int, room: int | None) -> None:
+    """See ``Session.compact``."""
+    check(session, keep)
+    session.check_cache(cache)
+    start, before = time.perf_counter(), cache.nbytes
+    drop = [compaction.tokens_to_drop(layouts(cache.layers), int(n), keep) for n in cache.held]
+    if not any(drop):
+        return
+    left = int((session.config.context_length - cache.lengths).min())
+    if room is None:
+        room = min(int(cache.max_length - cache.held.max()), left)
+    if type(room) is not int or not 0 <= room <= left:
+        raise SkvError("compact: room", got=repr(room)[:50], expected=f"0 ... {left}, what the model's context leaves")
+    longest = max(cache.longest(b) - dropped for b, dropped in enumerate(drop))
+    twin = session.cache(cache.batch, max(int((cache.held - drop).max()) + room, longest))
+    for b, dropped in enumerate(drop):
+        _compact_sequence(session, cache, twin, b, dropped)
+    cache.become(twin)
+    session.graph.captured.pop(cache, None)  # its buffers are gone
+    logger.info("cache of %s tokens compacted to %s: %d bytes instead of %d, in %.2f s", cache.lengths.tolist(),
+                cache.held.tolist(), cache.nbytes, before, time.perf_counter() - start)  # fmt: skip
+
+
+def check(session: Session, keep: int) -> None:
+    """Refuses what can't be kept, and sessions that can't compact.
+
+    Raises:
+        SkvError: ``keep`` is too small or no number, or the session was opened without ``score_window``.
+    """
+    if not session.graph.queries:
+        raise SkvError(
+            "compact: the queries of the last tokens",
+            got="a session that does not keep them",
+            expected="one that does",
+            fix=f"Session(folder, score_window={WINDOW}).",
+        )
+    if type(keep) is not int:
+        raise SkvError("tokens to keep", got=repr(keep)[:50], expected="a number of tokens")
+    compaction.tokens_to_drop(layouts(session.config.layers), 0, keep)
+
+
+WINDOW = 32
+"""Last queries that say what is needed, as a rule."""
+
+
+def token_scores(session: Session, cache: Cache, b: int, layer: int) -> NDArray[np.float32]:
+    """The attention that the tokens in a cache get from the last queries, ``[N_kv, held]``.
+
+    Args:
+        session: With ``score_window``.
+        cache: Just after the call whose queries count.
+        b: The sequence.
+        layer: The layer; one with full attention.
+
+    Raises:
+        SkvError: There are no queries of its last tokens.
+    """
+    queries = cache.queries.last(b, session.graph.score_window)
+    if not queries:
+        raise SkvError(
+            f"compact: queries of the last tokens of sequence {b}",
+            got="none",
+            expected="those of the call before: of a cache that was not rewound or loaded since, and without padding",
+        )
+    output, keys = session.graph.queries[layer], cache.load(b, (layer, TENSORS[0]))
+    layout = cache.layers[layer].key
+    query = queries[layer].reshape(len(queries[layer]), -1, layout.head_dim).swapaxes(0, 1)
+    return compaction.attention_received(
+        prepare(layout, query), keys, scale=output.scale or layout.head_dim**-0.5, softcap=output.softcap
+    )
+
+
+def _compact_sequence(session: Session, cache: Cache, twin: Cache, b: int, dropped: int) -> None:
+    """Writes sequence ``b`` into ``twin``, without ``dropped`` of its tokens."""
+    state = cache.state(b)
+    held, chosen = int(cache.held[b]), int(cache.chosen[b])
+    for i, layer in enumerate(cache.layers):
+        kept = None
+        for name, layout in zip(TENSORS, (layer.key, layer.value), strict=True):
+            tensor = state.tensors[i, name]
+            if dropped and layer.local_window_size:
+                first = tensor.first - dropped // layout.tile_tokens
+                tensor = TensorState(max(first, 0), tensor.tiles[:, max(-first, 0) :], tensor.rows)
+            elif dropped:
+                last = layout.quantized_tokens(held - dropped) // layout.tile_tokens and 1  # the tile that stays
+                before = tensor.tiles[:, : tensor.tiles.shape[1] - 1]
+                if kept is None:
+                    count = max(layout.quantized_tokens(held - dropped) - layout.tile_tokens, 0)
+                    start = layout.num_sink_tokens
+                    scores = token_scores(session, cache, b, i)[:, start : start + before.shape[1] * layout.tile_tokens]
+                    kept = compaction.choose(scores, count)
+                basis = cache.bases.get(i) if name == TENSORS[0] else None
+                moved = compaction.move_tokens(layout, before, kept, basis)
+                tiles = np.concatenate([moved, tensor.tiles[:, tensor.tiles.shape[1] - last :]], axis=1)
+                tensor = TensorState(0, tiles, tensor.rows)
+            rows = compaction.shift_rows(layout, tensor.rows, dropped)
+            twin.restore_tensor(b, (i, name), [TensorState(tensor.first, tensor.tiles, rows)], held - dropped)
+            if dropped and not layer.local_window_size:
+                front = layout.num_sink_tokens + max(layout.quantized_tokens(held - dropped) - layout.tile_tokens, 0)
+                chosen = max(chosen, front)
+    twin.note_restored(b, state.tokens.tolist(), max(state.longest - dropped, held - dropped),
+                       state.dropped + dropped, chosen)  # fmt: skip
