@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from skv_export.errors import SkvError
 from skv_export.runtime.cache import Cache
@@ -34,11 +35,11 @@ class PromptCache:
         self._text: str | None = None if self.tokens else ""
         self._prompt = ""
 
-    def begin(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
+    def begin(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> list[int]:
         """Makes the cache hold a beginning of a prompt: as much of it as it has already.
 
         Args:
-            prompt: The whole text.
+            prompt: The whole text; or its tokens.
             add_special_tokens: Whether the tokenizer adds its own, such as one that begins a text.
 
         Returns:
@@ -47,13 +48,14 @@ class PromptCache:
         Raises:
             SkvError: The prompt is longer than the model's context or ``max_length``; nothing has changed.
         """
-        wanted = self._encode(prompt, add_special_tokens)
+        wanted = self._encode(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt)
         common = self.cache.common(0, wanted)
         self._session.check_length(len(wanted) - (int(self.cache.dropped[0]) if common else 0), self.cache.max_length)
         # What an answer ends with may read otherwise in the next prompt: the few tokens are taken back.
         self.cache.rewind_to_common(0, wanted)
         logger.info("prompt of %d tokens: %d are in the cache", len(wanted), common)
-        self.tokens, self._prompt, self._text = wanted, prompt, None
+        self.tokens, self._text = wanted, None
+        self._prompt = prompt if isinstance(prompt, str) else ""
         return wanted[common:]
 
     def go_on(self, text: str) -> list[int]:
@@ -101,7 +103,7 @@ class PromptCache:
             tokens = tokens[:-1]  # never appended, and the next prompt has it where its template wants it
         self.tokens = self.tokens + tokens
         whole = self._session.tokenizer.decode(tokens, skip_special_tokens=False) == text
-        self._text = self._prompt + text if whole else None
+        self._text = self._prompt + text if whole and self._prompt else None
 
     def reset(self) -> None:
         """Forgets everything; the buffers stay."""

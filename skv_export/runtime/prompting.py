@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from skv_export.errors import SkvError
 from skv_export.runtime import compaction
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.graph import Int64, Logits
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
 
 Observer = Callable[[Logits, Int64], object]
 """Told the logits of a step, ``[B, vocab_size]``, and the tokens that were chosen, ``[B]``."""
+
+
+class Drafter(Protocol):
+    """Guesses how a text goes on."""
+
+    num_tokens: int
+    """Tokens that are guessed at most."""
+
+    def __call__(self, tokens: Sequence[int], count: int) -> list[int]:
+        """Returns at most ``count`` tokens that may follow ``tokens``."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,7 @@ def begun(
     present: Sequence[Sequence[int]] | None,
     observe: Observer | None,
     keep_tokens: int | None,
+    look_ahead: Drafter | None,
 ) -> Iterator[Begun]:
     """Runs prompts; when the block ends, the session keeps what the cache holds then, if it keeps anything.
 
@@ -63,6 +75,7 @@ def begun(
         present: See there.
         observe: See there.
         keep_tokens: See there.
+        look_ahead: See there.
 
     Raises:
         SkvError: See ``Session.stream``.
@@ -72,6 +85,8 @@ def begun(
         cache = session.cache(len(ids), min(ids.shape[1] + max_new_tokens, session.config.context_length))
     if keep_tokens is not None:
         compaction.check(session, keep_tokens)
+    if look_ahead is not None:
+        _check_look_ahead(session, cache, keep_tokens, look_ahead)
     held = [row[real].tolist() for row, real in zip(ids, new, strict=True)] if present is None else present
     sampler = Sampler(sampling or Sampling(), marked(held, session.config.vocab_size))
 
@@ -84,12 +99,38 @@ def begun(
     fresh = 0 if keep_tokens is None else session.graph.score_window
     logits, entries = prefill(session, ids, new, cache, fresh)
     if keep_tokens is not None:
-        session.compact(cache, keep=keep_tokens)
+        _compact(session, cache, keep_tokens, look_ahead)
     try:
         yield Begun(cache, logits, choose)
     finally:  # also where the caller has had enough
         if session.prefixes is not None and entries:
             session.prefixes.keep(cache, entries)
+
+
+def _compact(session: Session, cache: Cache, keep: int, look_ahead: Drafter | None) -> None:
+    """Compacts a cache, for the queries of guesses at what follows too (SpecKV of arXiv 2506.08373)."""
+    length = int(cache.lengths[0])
+    if look_ahead is not None and cache.held[0] > keep:
+        room = min(look_ahead.num_tokens, int(session.room(cache)[0]))
+        guesses = look_ahead(cache.tokens[0], room) if room > 0 else []
+        if guesses:
+            session.append([guesses], cache)
+    session.compact(cache, keep=keep)
+    if cache.lengths[0] > length:  # a few tokens may come back from their codes
+        cache.rewind(length)
+
+
+def _check_look_ahead(session: Session, cache: Cache, keep_tokens: int | None, look_ahead: Drafter) -> None:
+    if keep_tokens is None or cache.batch != 1:
+        got = "no keep_tokens" if keep_tokens is None else f"{cache.batch} sequences"
+        raise SkvError("look_ahead", got=got, expected="keep_tokens, and one sequence")
+    most = min(layer.key.recent_tokens for layer in cache.layers)
+    if look_ahead.num_tokens > most:
+        raise SkvError(
+            "look_ahead: tokens to guess",
+            got=look_ahead.num_tokens,
+            expected=f"at most {most}, the recent_tokens that can be taken back",
+        )
 
 
 def prefill(

@@ -23,7 +23,7 @@ from skv_export.runtime.batch import Batch
 from skv_export.runtime.cache import Cache, load_bases
 from skv_export.runtime.graph import Graph, Int64, Logits
 from skv_export.runtime.prefixes import PrefixStore
-from skv_export.runtime.prompting import Observer, begun, last_logits, until_end
+from skv_export.runtime.prompting import Drafter, Observer, begun, last_logits, until_end
 from skv_export.runtime.prompts import chat_prompt, load_tokenizer
 from skv_export.runtime.queries import MAX_WINDOW
 from skv_export.runtime.sampling import Sampling
@@ -365,6 +365,7 @@ class Session:
         present: Sequence[Sequence[int]] | None = None,
         observe: Observer | None = None,
         keep_tokens: int | None = None,
+        look_ahead: Drafter | None = None,
     ) -> Generator[Int64, None, None]:
         """Generates token by token.
 
@@ -379,6 +380,7 @@ class Session:
             present: Tokens of each sequence that the penalty of repetition counts; those of ``input_ids`` if not given.
             observe: Called with the logits ``[B, vocab_size]`` of each step and the tokens ``[B]`` chosen from them.
             keep_tokens: Leave out all but so many tokens once the prompts have run; see ``compact``.
+            look_ahead: Guesses what follows the prompt; these tokens' queries count too for what is kept.
 
         Yields:
             ``[B]``, the next token of each sequence; one that has ended gets the padding token.
@@ -393,7 +395,7 @@ class Session:
             raise SkvError("attention_mask: shape", got=list(new.shape), expected=list(ids.shape))
         with begun(
             self, ids, new, max_new_tokens=max_new_tokens, sampling=sampling, cache=cache, present=present,
-            observe=observe, keep_tokens=keep_tokens,
+            observe=observe, keep_tokens=keep_tokens, look_ahead=look_ahead,
         ) as run:  # fmt: skip
             logits, cache = run.logits, run.cache
             active = np.ones(len(ids), np.bool_)

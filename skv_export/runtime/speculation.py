@@ -8,29 +8,18 @@ they are taken back.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Protocol
 
 import numpy as np
 
 from skv_export.errors import SkvError
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.graph import Int64, Logits
-from skv_export.runtime.prompting import Observer, begun
+from skv_export.runtime.prompting import Drafter, Observer, begun
 from skv_export.runtime.sampling import Sampling
 from skv_export.runtime.session import Session
 
 MAX_NGRAM = 3
 """Tokens at the end of a text that are looked for earlier in it, at most."""
-
-
-class Drafter(Protocol):
-    """Guesses how a text goes on."""
-
-    num_tokens: int
-    """Tokens that are guessed at most."""
-
-    def __call__(self, tokens: Sequence[int], count: int) -> list[int]:
-        """Returns at most ``count`` tokens that may follow ``tokens``."""
 
 
 class PromptLookup:
@@ -132,6 +121,7 @@ class Speculation:
         present: Sequence[Sequence[int]] | None = None,
         observe: Observer | None = None,
         keep_tokens: int | None = None,
+        look_ahead: Drafter | None = None,
     ) -> Generator[Int64, None, None]:
         """Generates token by token, as ``Session.stream`` does for one sequence.
 
@@ -144,6 +134,7 @@ class Speculation:
             present: As in ``Session.stream``.
             observe: As in ``Session.stream``.
             keep_tokens: As in ``Session.stream``.
+            look_ahead: As in ``Session.stream``.
 
         Yields:
             ``[1]``, the next token.
@@ -156,7 +147,7 @@ class Speculation:
         one = np.ones(1, np.bool_)
         with begun(
             session, ids, np.ones(ids.shape, np.bool_), max_new_tokens=max_new_tokens, sampling=sampling, cache=cache,
-            present=present, observe=observe, keep_tokens=keep_tokens,
+            present=present, observe=observe, keep_tokens=keep_tokens, look_ahead=look_ahead,
         ) as run:  # fmt: skip
 
             def choose(logits: Logits) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from tiny_graph import CONTEXT, EXACT, HEAD_DIM, HEADS, KV_HEADS, SMALL, VOCAB, WIDTH, Tiny
+from plain_tiny import Plain
+from tiny_graph import CONTEXT, EXACT, SMALL, VOCAB, Tiny
 
 from skv_export.cli.main import main
 from skv_export.errors import SkvError
@@ -59,55 +60,6 @@ def steps(session: Session, cache: Cache, tokens: list[int] = TOKENS[300:360]) -
     return np.concatenate([session.run([[token]] * cache.batch, None, None, cache)[:, -1:] for token in tokens], axis=1)
 
 
-class Plain:
-    """The tiny model with exact keys and values, each head seeing the positions that it is told to: no cache."""
-
-    def __init__(self, tiny: Tiny) -> None:
-        self.weights, self.windows = tiny.weights, tiny.windows
-        self.keys: list[list[np.ndarray]] = [[] for _ in self.windows]
-        self.values: list[list[np.ndarray]] = [[] for _ in self.windows]
-        self.queries: list[list[np.ndarray]] = [[] for _ in self.windows]
-        self.forgotten = np.zeros((len(self.windows), KV_HEADS, CONTEXT), np.bool_)
-
-    def step(self, token: int) -> np.ndarray:
-        w, position = self.weights, len(self.keys[0])
-        x = w["embedding"][token] + w["position"][position]
-        for i, window in enumerate(self.windows):
-            q, k, v = np.split(x @ w[f"qkv.{i}"], [WIDTH, WIDTH + KV_HEADS * HEAD_DIM])
-            self.queries[i].append(q.reshape(HEADS, HEAD_DIM))
-            self.keys[i].append(k.reshape(KV_HEADS, HEAD_DIM))
-            self.values[i].append(v.reshape(KV_HEADS, HEAD_DIM))
-            out = np.empty((HEADS, HEAD_DIM), np.float32)
-            for head in range(HEADS):
-                h = head // (HEADS // KV_HEADS)
-                first = max(0, position - window + 1) if window else 0
-                seen = [p for p in range(first, position + 1) if not self.forgotten[i, h, p]]
-                weights = self.attention(i, head, position, seen)
-                out[head] = weights @ np.array([self.values[i][p][h] for p in seen])
-            x = x + out.reshape(-1) @ w[f"out.{i}"]
-        return x @ w["head"]
-
-    def attention(self, i: int, head: int, position: int, seen: list[int]) -> np.ndarray:
-        h = head // (HEADS // KV_HEADS)
-        scores = np.array([self.keys[i][p][h] for p in seen]) @ self.queries[i][position][head] * HEAD_DIM**-0.5
-        weights = np.exp(scores - scores.max())
-        return weights / weights.sum()
-
-    def forget(self, last_tile: int, count: int) -> None:
-        """Each head of full attention forgets tokens, but for sinks and what follows ``last_tile``; ``count`` stay."""
-        length = len(self.keys[0])
-        for i, window in enumerate(self.windows):
-            for h in range(KV_HEADS if not window else 0):
-                total = np.zeros(length)
-                for head in range(h * HEADS // KV_HEADS, (h + 1) * HEADS // KV_HEADS):
-                    received = np.zeros(length)
-                    for position in range(length - WINDOW, length):
-                        received[: position + 1] += self.attention(i, head, position, list(range(position + 1)))
-                    total += [received[max(0, p - 3) : p + 4].max() for p in range(length)]
-                candidates = sorted(range(EXACT.num_sink_tokens, last_tile), key=lambda p: (-total[p], p))
-                self.forgotten[i, h, candidates[count:]] = True
-
-
 @pytest.mark.parametrize("name", ["exact", "exact window", "exact windows"], indirect=True)
 def test_it_goes_on_as_a_model_that_never_saw_what_was_left_out(session: Session, name: str) -> None:
     plain = Plain(MODELS[name])
@@ -117,7 +69,7 @@ def test_it_goes_on_as_a_model_that_never_saw_what_was_left_out(session: Session
     # 300 tokens: 2 sinks, 8 tiles of 32 up to 258, 42 recent. 6 tiles' worth go, so that 2 tiles stay: the last one
     # whole, and one of chosen tokens.
     assert cache.dropped.tolist() == [192] and cache.held.tolist() == [108] and cache.lengths.tolist() == [300]
-    plain.forget(last_tile=2 + 7 * 32, count=32)
+    plain.forget(last_tile=2 + 7 * 32, count=32, window=WINDOW)
     got = steps(session, cache)[0]
     wanted = np.array([plain.step(token) for token in TOKENS[300:360]])
     np.testing.assert_allclose(got, wanted, atol=2e-3)
@@ -125,6 +77,49 @@ def test_it_goes_on_as_a_model_that_never_saw_what_was_left_out(session: Session
         whole = session.cache()
         session.run([PROMPT], None, None, whole)
         assert np.abs(steps(session, whole)[0] - wanted).max() > 0.1
+
+
+class Known:
+    """Guesses what it was told."""
+
+    num_tokens = 16
+
+    def __call__(self, tokens: list[int], count: int) -> list[int]:
+        return TOKENS[380:396][:count]
+
+
+@pytest.mark.parametrize("name", ["exact", "exact window"], indirect=True)
+def test_the_queries_of_guesses_count_and_the_guesses_go(name: str, tmp_path: Path) -> None:
+    folder = MODELS[name].write(tmp_path, eos_token_id=[])
+    session = Session(folder, score_window=WINDOW + 16)
+    plain = Plain(MODELS[name])
+    logits = [plain.step(token) for token in PROMPT]
+    for token in Known()(PROMPT, 16):
+        plain.step(token)
+    # 316 tokens: 9 tiles up to 290; to hold 130 at most, 6 tiles' worth go: 2 chosen, and the last one.
+    plain.forget(last_tile=2 + 8 * 32, count=64, window=WINDOW + 16)
+    plain.take_back(16)
+    cache, seen = session.cache(), []
+    stream = session.stream(
+        [PROMPT], max_new_tokens=12, cache=cache, keep_tokens=KEEP, look_ahead=Known(),
+        observe=lambda step, _: seen.append(step[0]),
+    )  # fmt: skip
+    tokens = [int(token) for (token,) in stream]
+    assert cache.lengths.tolist() == [311] and cache.dropped.tolist() == [192]
+    wanted = [logits[-1], *(plain.step(token) for token in tokens[:-1])]
+    np.testing.assert_allclose(seen, wanted, atol=2e-3)
+
+
+def test_guesses_need_a_cache_that_takes_them_back(folder: Path) -> None:
+    session = Session(folder, score_window=WINDOW)
+    with pytest.raises(SkvError, match="keep_tokens, and one sequence"):
+        next(session.stream([PROMPT], look_ahead=Known()))
+    guesses = Known()
+    guesses.num_tokens = 17
+    with pytest.raises(SkvError, match="at most 16, the recent_tokens"):
+        next(session.stream([PROMPT], keep_tokens=KEEP, look_ahead=guesses))
+    short = [int(t) for (t,) in session.stream([PROMPT[:90]], max_new_tokens=5, keep_tokens=KEEP, look_ahead=Known())]
+    assert short == [int(t) for (t,) in session.stream([PROMPT[:90]], max_new_tokens=5)]
 
 
 def test_the_buffers_are_smaller_and_the_text_is_known(session: Session) -> None:
