@@ -144,19 +144,16 @@ def sharing(folder: str, tokens: int, sequences: int, answer: int, rounds: int) 
         one = session.cache(1, tokens + answer)
         session.run([ids[:length]], None, None, one)
         if name == "long":
-            held = one.state(0).tensors.values()
-            tiles, rows = sum(x.tiles.nbytes for x in held), sum(x.rows.nbytes for x in held)
+            states = one.state(0).tensors.values()
+            tiles, rows = sum(x.tiles.nbytes for x in states), sum(x.rows.nbytes for x in states)
             taken = seconds(partial(one.fork, sequences))
         caches[name], steps[name] = one.fork(sequences), []
     own = sequences * (rows + tiles * answer // tokens)
-    copied, shared = ((count * tiles + own) / 2**20 for count in (sequences, 1))
+    copied, shared, held = (x / 2**20 for x in (sequences * tiles + own, tiles + own, sequences * rows))
+    print(f"{sequences} sequences behind {tokens} tokens, {answer} of their own: {copied:.1f} MiB with copies, made in")
     print(
-        f"{sequences} sequences behind {tokens} tokens, {answer} of their own: {copied:.1f} MiB with copies, which take"
+        f"{taken:.3f} s; {shared:.1f} MiB with the prefix shared; {held:.1f} MiB of both are full-precision rows"
     )
-    print(
-        f"{taken:.3f} s; {shared:.1f} MiB with the prefix's tiles shared; of both, {sequences * rows / 2**20:.1f} MiB are"
-    )
-    print("full-precision rows")
     for _ in range(rounds):
         for name, cache in caches.items():
             start = time.process_time()

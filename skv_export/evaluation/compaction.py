@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from skv_export.evaluation.decode_simulation import LayoutCache, States, attend
-from skv_export.spec.compaction import attention_received, choose, tokens_to_drop
+from skv_export.spec.compaction import attention_received, candidates, choose, tokens_to_drop
 
 SCORE_WINDOW = 32
 """Last queries of a prompt that say which tokens stay, as in the runtime."""
@@ -55,8 +55,7 @@ class CompactedAttention:
         out[:, :end] = attend(
             before[0], before[1], before[2], caches, scale=scale, softcap=softcap, head_sink=head_sink
         )
-        sinks, last = layouts[0].num_sink_tokens, layouts[0].quantized_tokens(end) - layouts[0].tile_tokens
-        count = max(last - drop, 0)
+        sinks, last, count = candidates(layouts[0], end, drop)
         keys = _as_read(caches[0], key[:, :end])
         queries = query[:, max(0, end - SCORE_WINDOW) : end]
         scores = attention_received(queries.cpu().numpy(), keys.cpu().numpy(), scale=scale, softcap=softcap)

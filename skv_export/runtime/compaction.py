@@ -105,31 +105,24 @@ def token_scores(session: Session, cache: Cache, b: int, layer: int) -> NDArray[
 
 def _compact_sequence(session: Session, cache: Cache, twin: Cache, b: int, dropped: int) -> None:
     """Writes sequence ``b`` into ``twin``, without ``dropped`` of its tokens."""
-    state = cache.state(b)
-    held, chosen = int(cache.held[b]), int(cache.chosen[b])
+    left, front = int(cache.held[b]) - dropped, int(cache.chosen[b])
     for i, layer in enumerate(cache.layers):
-        kept = None
+        chosen = None
+        if dropped and not layer.local_window_size:
+            sinks, candidates, count = compaction.candidates(layer.key, int(cache.held[b]), dropped)
+            scores = token_scores(session, cache, b, i)[:, sinks : sinks + candidates]
+            chosen = compaction.choose(scores, count)
+            front = max(front, sinks + count)
         for name, layout in zip(TENSORS, (layer.key, layer.value), strict=True):
-            tensor = state.tensors[i, name]
-            if dropped and layer.local_window_size:
-                first = tensor.first - dropped // layout.tile_tokens
-                tensor = TensorState(max(first, 0), tensor.tiles[:, max(-first, 0) :], tensor.rows)
-            elif dropped:
-                last = layout.quantized_tokens(held - dropped) // layout.tile_tokens and 1  # the tile that stays
-                before = tensor.tiles[:, : tensor.tiles.shape[1] - 1]
-                if kept is None:
-                    count = max(layout.quantized_tokens(held - dropped) - layout.tile_tokens, 0)
-                    start = layout.num_sink_tokens
-                    scores = token_scores(session, cache, b, i)[:, start : start + before.shape[1] * layout.tile_tokens]
-                    kept = compaction.choose(scores, count)
+            state = cache.tensor_state(b, (i, name))
+            first, tiles = state.first, state.tiles
+            if chosen is not None:
                 basis = cache.bases.get(i) if name == TENSORS[0] else None
-                moved = compaction.move_tokens(layout, before, kept, basis)
-                tiles = np.concatenate([moved, tensor.tiles[:, tensor.tiles.shape[1] - last :]], axis=1)
-                tensor = TensorState(0, tiles, tensor.rows)
-            rows = compaction.shift_rows(layout, tensor.rows, dropped)
-            twin.restore_tensor(b, (i, name), [TensorState(tensor.first, tensor.tiles, rows)], held - dropped)
-            if dropped and not layer.local_window_size:
-                front = layout.num_sink_tokens + max(layout.quantized_tokens(held - dropped) - layout.tile_tokens, 0)
-                chosen = max(chosen, front)
-    twin.note_restored(b, state.tokens.tolist(), max(state.longest - dropped, held - dropped),
-                       state.dropped + dropped, chosen)  # fmt: skip
+                tiles = compaction.fewer_tiles(layout, tiles, chosen, dropped, basis)
+            elif dropped:
+                first -= dropped // layout.tile_tokens
+                tiles = tiles[:, max(-first, 0) :]
+            rows = compaction.shift_rows(layout, state.rows, dropped)
+            twin.restore_tensor(b, (i, name), [TensorState(max(first, 0), tiles, rows)], left)
+    longest = cache.longest(b) - dropped
+    twin.note_restored(b, cache.tokens[b], longest, int(cache.dropped[b]) + dropped, front)

@@ -1,4 +1,8 @@
-"""A cache that remembers its tokens: a prompt that goes on from what it holds costs only what is new."""
+"""A cache that remembers its text: a prompt that goes on from what it holds costs only what is new.
+
+One text in one cache, in place: nothing is copied, and what differs at the end is taken back. ``prefixes.py`` keeps
+copies, of many texts, for caches to come.
+"""
 
 from __future__ import annotations
 

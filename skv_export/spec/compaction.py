@@ -94,6 +94,21 @@ def attention_received(query: Float, key: Float, *, scale: float, softcap: float
     return found
 
 
+def candidates(layout: CacheLayout, length: int, dropped: int) -> tuple[int, int, int]:
+    """Which tokens may go from a layer with full attention: those in tiles, but for the last tile.
+
+    Args:
+        layout: Of keys or values.
+        length: Tokens held.
+        dropped: Of ``tokens_to_drop``, above 0.
+
+    Returns:
+        The position of the first, how many there are, and how many of them stay.
+    """
+    tokens = layout.quantized_tokens(length) - layout.tile_tokens
+    return layout.num_sink_tokens, tokens, max(tokens - dropped, 0)
+
+
 def choose(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Returns the places of the ``count`` highest scores ``[N_kv, tokens]``, ascending; of equals the earlier ones."""
     order = np.argsort(-scores, axis=-1, kind="stable")[:, :count]
@@ -131,6 +146,26 @@ def move_tokens(layout: CacheLayout, tiles: Bytes, chosen: NDArray[np.int64], ba
         return layout.pack_tile(gathered(codes, d).astype(np.uint8), groups.astype(np.float16), None)
     content = gathered(decode_tile(layout, tiles, basis), d)
     return encode_tile(layout, content.astype(layout.recent_dtype), basis)
+
+
+def fewer_tiles(
+    layout: CacheLayout, tiles: Bytes, chosen: NDArray[np.int64], dropped: int, basis: KeyBasis | None = None
+) -> Bytes:
+    """Tiles ``[N_kv, tiles, tile_bytes]`` of a layer with full attention without what was not chosen.
+
+    Args:
+        layout: The tensor's layout.
+        tiles: All tiles.
+        chosen: ``[N_kv, count]``, of ``candidates``.
+        dropped: Of ``tokens_to_drop``, above 0.
+        basis: Of calibrated keys.
+
+    Returns:
+        ``[N_kv, tiles - dropped / T, tile_bytes]``: the chosen tokens' tiles, and the last one; if only full-precision
+        rows are left, none.
+    """
+    last = tiles[:, -1:] if tiles.shape[1] > dropped // layout.tile_tokens else tiles[:, :0]
+    return np.concatenate([move_tokens(layout, tiles[:, :-1], chosen, basis), last], axis=1)
 
 
 def shift_rows(layout: CacheLayout, rows: Bytes, dropped: int) -> Bytes:

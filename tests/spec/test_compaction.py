@@ -12,7 +12,9 @@ from skv_export.spec import reference
 from skv_export.spec.compaction import (
     POOLED,
     attention_received,
+    candidates,
     choose,
+    fewer_tiles,
     least_kept,
     move_tokens,
     shift_rows,
@@ -72,6 +74,18 @@ def test_calibrated_keys_are_quantized_again_in_their_basis() -> None:
     wanted = np.stack([read[h, CHOSEN[h]] for h in range(HEADS)])
     assert np.abs(moved - wanted).max() < 0.5 * np.abs(wanted).max() / 4
     assert not np.array_equal(moved, decode_tile(x, move_tokens(x, tiles, CHOSEN), basis).reshape(moved.shape))
+
+
+def test_the_last_tile_stays_unless_all_go() -> None:
+    x = layout(is_value=False, k_bits=3)
+    tiles = tiles_of(x, 6)
+    few = fewer_tiles(x, tiles, CHOSEN, 3 * T)
+    assert np.array_equal(few, np.concatenate([move_tokens(x, tiles[:, :5], CHOSEN), tiles[:, 5:]], axis=1))
+    assert np.array_equal(fewer_tiles(x, tiles, CHOSEN[:, :0], 5 * T), tiles[:, 5:])
+    assert fewer_tiles(x, tiles, CHOSEN[:, :0], 6 * T).shape[1] == 0
+    length = x.num_sink_tokens + x.recent_tokens + 6 * T + 5
+    assert candidates(x, length, 3 * T) == (2, 5 * T, 2 * T)
+    assert candidates(x, length, 6 * T) == (2, 5 * T, 0)
 
 
 def test_nothing_chosen_is_no_tile() -> None:
