@@ -22,6 +22,7 @@ from skv_export.model_folder.names import (
     INPUT_IDS,
     LOGITS,
     MODEL_FILE,
+    POSITION_IDS,
     SKV_CONFIG_FILE,
     TENSORS,
     TOKEN_INPUTS,
@@ -108,6 +109,13 @@ class Graph:
         logger.info("%s: %d layers of %s, loaded on %s in %.1f s", path, len(config.layers), config.bits,
                     execution_provider, taken)  # fmt: skip
         self.inputs = _token_inputs(folder, {x.name: x.shape for x in self.onnx.get_inputs()}, config)
+        if self.queries and POSITION_IDS not in self.inputs:
+            raise SkvError(
+                f"{path}: score_window: positions",
+                got="counted by the graph itself",
+                expected=f"the input {POSITION_IDS}: a compacted cache has fewer tokens than positions",
+                fix="Export the checkpoint itself.",
+            )
 
     def run(
         self, cache: Cache, input_ids: Int64, attention_mask: Int64, position_ids: Int64
