@@ -151,9 +151,7 @@ def sharing(folder: str, tokens: int, sequences: int, answer: int, rounds: int) 
     own = sequences * (rows + tiles * answer // tokens)
     copied, shared, held = (x / 2**20 for x in (sequences * tiles + own, tiles + own, sequences * rows))
     print(f"{sequences} sequences behind {tokens} tokens, {answer} of their own: {copied:.1f} MiB with copies, made in")
-    print(
-        f"{taken:.3f} s; {shared:.1f} MiB with the prefix shared; {held:.1f} MiB of both are full-precision rows"
-    )
+    print(f"{taken:.3f} s; {shared:.1f} MiB with the prefix shared; {held:.1f} MiB of both are full-precision rows")
     for _ in range(rounds):
         for name, cache in caches.items():
             start = time.process_time()

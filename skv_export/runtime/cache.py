@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,74 +14,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from skv_export.arguments import checked
 from skv_export.calibration.file import Calibration
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import TENSORS, past_name, present_name
 from skv_export.model_folder.skv_config import LayerCache
 from skv_export.native.library import Library
+from skv_export.runtime import arrays
+from skv_export.runtime.cache_state import Key, SequenceState, TensorState, held_tiles
 from skv_export.runtime.queries import LastQueries
 from skv_export.spec import reference
 from skv_export.spec.key_basis import MATRICES, KeyBasis
 from skv_export.spec.layout import Bytes, CacheLayout
 
 logger = logging.getLogger(__name__)
-Key = tuple[int, str]
-"""Names one tensor: layer, and ``key`` or ``value``."""
-
-
-@dataclass(frozen=True)
-class TensorState:
-    """What one tensor holds of one sequence; bytes that no token needs are left out.
-
-    Attributes:
-        first: Number of the first tile.
-        tiles: ``[N_kv, tiles, tile_bytes]``, in order.
-        rows: ``[N_kv, R * row_bytes]``, the full-precision rows.
-    """
-
-    first: int
-    tiles: Bytes
-    rows: Bytes
-
-
-@dataclass(frozen=True)
-class SequenceState:
-    """What a cache holds of one sequence, by itself or behind the states of what came before.
-
-    Attributes:
-        tokens: ``[length]``, int32, the tokens held, from the first on.
-        longest: Most tokens in the buffers since the sequence was empty, as ``reference.rewind`` wants it.
-        tensors: By layer and name.
-        dropped: Those of the tokens that are not in the buffers; see ``Cache``.
-        chosen: Tokens at the front of the buffers that were chosen; see ``Cache``.
-    """
-
-    tokens: NDArray[np.int32]
-    longest: int
-    tensors: Mapping[Key, TensorState]
-    dropped: int = 0
-    chosen: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the state takes."""
-        return self.tokens.nbytes + sum(x.tiles.nbytes + x.rows.nbytes for x in self.tensors.values())
-
-
-def held_tiles(layout: CacheLayout, block_bytes: int, length: int, longest: int) -> range:
-    """The tiles of a block that hold something of its sequence: with a sliding window, what the ring has not forgotten.
-
-    Args:
-        layout: The tensor's layout.
-        block_bytes: Bytes of one block.
-        length: Tokens held.
-        longest: Most tokens held since the block was empty.
-    """
-    end = layout.quantized_tokens(length) // layout.tile_tokens
-    if not layout.local_window_size:
-        return range(end)
-    forgotten = layout.quantized_tokens(longest) // layout.tile_tokens - layout.tiles_in(block_bytes)
-    return range(min(max(forgotten, 0), end), end)
+MAX_BATCH = 1 << 16
+"""Sequences of a cache."""
 
 
 class Cache:
@@ -175,8 +122,14 @@ class Cache:
         sizes = (layout.capacity(math.prod(b.shape()[2:])) for layout, b in self._tensors.values())
         return min((size for size in sizes if size is not None), default=None)
 
+    @checked
     def data(self, layer: int, name: str) -> Bytes:
-        """Returns a copy of one tensor's bytes, ``[batch, N_kv, rows, W]``; ``name`` is ``key`` or ``value``."""
+        """Returns a copy of one tensor's bytes, ``[batch, N_kv, rows, W]``; ``name`` is ``key`` or ``value``.
+
+        Raises:
+            SkvError: No such layer or name.
+        """
+        self._check_tensor(layer, name)
         return np.array(self._tensors[layer, name][1].numpy())
 
     @property
@@ -190,20 +143,26 @@ class Cache:
         self.tokens = [[] for _ in range(self.batch)]
         self.queries.clear()
 
+    @checked
     def advance(self, new: Sequence[Sequence[int]]) -> None:
         """Notes which tokens a call has appended to each sequence."""
+        if len(new) != self.batch:
+            raise SkvError("cache: tokens appended", got=f"{len(new)} sequences", expected=self.batch)
         for held, more in zip(self.tokens, new, strict=True):
             held.extend(more)
         self.lengths[:] = [len(held) for held in self.tokens]
         np.maximum(self._longest, self.held, out=self._longest)
 
+    @checked
     def rewind_floor(self, b: int) -> int:
         """Smallest length above 0 to which sequence ``b`` can be rewound."""
+        self._check_sequence(b)
         length, longest = int(self.held[b]), int(self._longest[b])
         tensors = self._tensors.values()
         floor = max(reference.rewind_floor(x, math.prod(y.shape()[2:]), length, longest) for x, y in tensors)
         return max(floor, int(self.chosen[b])) + int(self.dropped[b])
 
+    @checked
     def rewind_to_common(self, b: int, tokens: Sequence[int]) -> int:
         """Takes back what sequence ``b`` does not have in common with the beginning of ``tokens``, but for their last.
 
@@ -217,18 +176,22 @@ class Cache:
             self.rewind(lengths)
         return common
 
+    @checked
     def common(self, b: int, tokens: Sequence[int]) -> int:
         """How many of ``tokens`` ``rewind_to_common`` would leave."""
+        self._check_sequence(b)
         held = self.tokens[b]
         common = next((i for i, (x, y) in enumerate(zip(held, tokens, strict=False)) if x != y), len(held))
         common = min(common, max(len(tokens) - 1, 0))
         return common if common >= self.rewind_floor(b) or common == len(held) else 0
 
+    @checked
     def draft_room(self, b: int) -> int:
         """How many tokens may follow the next one of sequence ``b`` in the same call as if they came one by one.
 
         Up to there no tile is written that the next tokens should see, and all of them can be taken back exactly.
         """
+        self._check_sequence(b)
         length = int(self.held[b])
         room = self.max_length - length - 1
         for layout, _ in self._tensors.values():
@@ -238,6 +201,7 @@ class Cache:
                 room = min(room, layout.recent_tokens)
         return max(room, 0)
 
+    @checked
     def rewind(self, lengths: int | ArrayLike) -> None:
         """Takes back tokens, so that each sequence holds ``lengths`` of them (one number, or one per sequence).
 
@@ -248,7 +212,10 @@ class Cache:
         Raises:
             SkvError: Too far back, or longer than what is held; nothing has changed.
         """
-        new = np.broadcast_to(np.asarray(lengths, np.int64), self.lengths.shape)
+        new = arrays.integers("rewind: lengths", lengths)
+        if new.shape not in ((), (1,), self.lengths.shape):
+            raise SkvError("rewind: lengths", got=list(new.shape), expected=f"one number, or {self.batch} of them")
+        new = np.broadcast_to(new, self.lengths.shape)
         for b, (held, wanted) in enumerate(zip(self.lengths.tolist(), new.tolist(), strict=True)):
             floor = self.rewind_floor(b)
             if wanted != 0 and not floor <= wanted <= held:
@@ -278,6 +245,7 @@ class Cache:
         self.dropped[new == 0] = self.chosen[new == 0] = 0
         self.lengths[:] = new
 
+    @checked
     def reorder(self, indices: ArrayLike) -> None:
         """Makes sequence ``i`` a copy of what sequence ``indices[i]`` was, in place (beam search).
 
@@ -290,6 +258,7 @@ class Cache:
         if not np.array_equal(order, np.arange(self.batch)):
             self._copy(self, order)
 
+    @checked
     def select(self, indices: ArrayLike) -> Cache:
         """Returns a new cache, with buffers of its own, whose sequence ``i`` is a copy of sequence ``indices[i]``.
 
@@ -303,18 +272,19 @@ class Cache:
         twin._copy(self, order)
         return twin
 
+    @checked
     def fork(self, n: int) -> Cache:
         """Returns a new cache with ``n`` copies of each sequence, side by side, each of which goes on by itself.
 
         Raises:
             SkvError: ``n`` is no number of copies.
         """
-        if type(n) is not int or n < 1:
-            raise SkvError("fork: copies of each sequence", got=repr(n)[:50], expected="at least 1")
+        if not 1 <= n <= MAX_BATCH:
+            raise SkvError("fork: copies of each sequence", got=n, expected=f"1 ... {MAX_BATCH}")
         return self.select(np.arange(self.batch).repeat(n))
 
     def _order(self, indices: ArrayLike) -> NDArray[np.int64]:
-        order = np.asarray(indices, np.int64)
+        order = arrays.integers("sequences of the cache", indices)
         if order.ndim != 1 or not order.size or order.min() < 0 or order.max() >= self.batch:
             raise SkvError("sequences of the cache", got=order.tolist(), expected=f"indices of 0 ... {self.batch - 1}")
         return order
@@ -329,10 +299,13 @@ class Cache:
 
     # States: what is held, apart from the buffers.
 
+    @checked
     def longest(self, b: int) -> int:
         """Most tokens in the buffers of sequence ``b`` since it was empty, as far as ``reference.rewind`` must know."""
+        self._check_sequence(b)
         return int(self._longest[b])
 
+    @checked
     def tensor_state(self, b: int, key: Key, behind: int = 0) -> TensorState:
         """Copies what one tensor holds of sequence ``b``, without the tiles that it had at a length of ``behind``."""
         layout, _ = self._tensors[key]
@@ -346,24 +319,34 @@ class Cache:
             rows[:, self.longest(b) * layout.row_bytes :] = 0  # what was never written
             return TensorState(first, found[:, slots], rows)
 
+    @checked
     def state(self, b: int, behind: int = 0) -> SequenceState:
         """Copies what the cache holds of sequence ``b``.
 
         Args:
             b: The sequence.
             behind: Length of what other states hold already, from which this one continues: its tiles are left out.
+
+        Raises:
+            SkvError: There is no such sequence.
         """
+        self._check_sequence(b)
         tensors = {key: self.tensor_state(b, key, behind) for key in self._tensors}
         return SequenceState(
             np.array(self.tokens[b], np.int32), self.longest(b), tensors, int(self.dropped[b]), int(self.chosen[b])
         )
 
+    @checked
     def restore(self, b: int, states: Sequence[SequenceState]) -> None:
         """Makes sequence ``b`` what it was when the last of ``states`` was taken; the others hold its earlier tiles.
 
         Raises:
-            SkvError: The cache is too small for it; nothing has changed.
+            SkvError: The cache is too small for it, or of another model; nothing has changed.
         """
+        self._check_sequence(b)
+        if not states or any(set(x.tensors) != set(self._tensors) for x in states):
+            got = f"{len(states)} states" if not states else "those of another model's cache"
+            raise SkvError("cache: states to restore", got=got, expected="those of this model")
         state = states[-1]
         if self.capacity is not None and state.longest > self.capacity:
             raise SkvError(
@@ -391,15 +374,20 @@ class Cache:
                     to[:, [tile % tiles for tile in kept]] = from_tiles
             rows[:] = states[-1].rows
 
+    @checked
     def note_restored(self, b: int, tokens: Sequence[int], longest: int, dropped: int = 0, chosen: int = 0) -> None:
         """Notes what sequence ``b`` is after ``restore_tensor``; see ``SequenceState``."""
+        self._check_sequence(b)
         self.tokens[b] = list(tokens)
         self.lengths[b], self._longest[b] = len(tokens), longest
         self.dropped[b], self.chosen[b] = dropped, chosen
         self.queries.clear(b)
 
+    @checked
     def load(self, b: int, key: Key) -> NDArray[np.float32]:
         """Reads back one tensor of sequence ``b``: ``[N_kv, held, D]``, see ``reference.load``."""
+        self._check_sequence(b)
+        self._check_tensor(*key)
         basis = self._bases().get(key[0]) if key[1] == TENSORS[0] else None
         with self._block(b, key) as block:
             return reference.load(self._tensors[key][0], block, int(self.held[b]), basis)[0]
@@ -420,9 +408,19 @@ class Cache:
         """Constants of calibrated keys, by layer."""
         return self._bases()
 
+    def _check_tensor(self, layer: int, name: str) -> None:
+        if (layer, name) not in self._tensors:
+            raise SkvError("cache: tensor", got=(layer, name), expected=f"0 ... {len(self.layers) - 1}, key or value")
+
+    def _check_sequence(self, b: int) -> None:
+        """Refuses a sequence that the buffers do not have: its bytes would be another's, or nobody's."""
+        if not 0 <= b < self.batch:
+            raise SkvError("cache: sequence", got=b, expected=f"0 ... {self.batch - 1}")
+
     @contextmanager
     def _block(self, b: int, key: Key, *, write: bool = False) -> Iterator[Bytes]:
         """The bytes ``[N_kv, C]`` of one sequence: on a CPU those of the buffer itself, else a copy, written back."""
+        self._check_sequence(b)
         _, buffer = self._tensors[key]
         shape = buffer.shape()
         heads, block_bytes = shape[1], math.prod(shape[2:])
@@ -435,6 +433,7 @@ class Cache:
         if write:
             buffer.update_inplace(whole)
 
+    @checked
     def save(self, path: Path | str) -> None:
         """Writes what the cache holds to a file, complete or not at all, for ``Session.load_cache``.
 

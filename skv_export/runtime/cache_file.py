@@ -24,7 +24,8 @@ from skv_export.model_folder.names import CALIBRATION_FILE, DATA_FILE, MODEL_FIL
 from skv_export.model_folder.output import output_file
 from skv_export.model_folder.skv_config import LayerCache
 from skv_export.paths import to_path
-from skv_export.runtime.cache import Cache, Key, TensorState, held_tiles
+from skv_export.runtime.cache import Cache
+from skv_export.runtime.cache_state import Key, TensorState, held_tiles
 from skv_export.spec.layout import LAYOUT_VERSION, CacheLayout
 
 if TYPE_CHECKING:
@@ -89,8 +90,8 @@ def load(session: Session, path: Path | str, room: int | None = None) -> Cache:
     source, context = to_path(path, "saved cache"), session.config.context_length
     if not source.is_file():
         raise SkvError(f"{source}: no such file", expected="what cache.save wrote")
-    if room is not None and (type(room) is not int or room < 0):
-        raise SkvError("load_cache: room", got=repr(room)[:50], expected="a number of tokens, or None")
+    if room is not None and room < 0:
+        raise SkvError("load_cache: room", got=room, expected="a number of tokens, or None")
     layers = session.config.layers
     try:
         file = LocalFile(source)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import TENSORS
 from skv_export.model_folder.skv_config import LayerCache
-from skv_export.runtime.cache import Cache, TensorState
+from skv_export.runtime.cache import Cache
+from skv_export.runtime.cache_state import TensorState
 from skv_export.spec import compaction
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.reference import prepare
@@ -42,8 +43,8 @@ def compact(session: Session, cache: Cache, keep: int, room: int | None) -> None
     left = int((session.config.context_length - cache.lengths).min())
     if room is None:
         room = min(int(cache.max_length - cache.held.max()), left)
-    if type(room) is not int or not 0 <= room <= left:
-        raise SkvError("compact: room", got=repr(room)[:50], expected=f"0 ... {left}, what the model's context leaves")
+    if not 0 <= room <= left:
+        raise SkvError("compact: room", got=room, expected=f"0 ... {left}, what the model's context leaves")
     longest = max(cache.longest(b) - dropped for b, dropped in enumerate(drop))
     twin = session.cache(cache.batch, max(int((cache.held - drop).max()) + room, longest))
     for b, dropped in enumerate(drop):
@@ -67,8 +68,6 @@ def check(session: Session, keep: int) -> None:
             expected="one that does",
             fix=f"Session(folder, score_window={WINDOW}).",
         )
-    if type(keep) is not int:
-        raise SkvError("tokens to keep", got=repr(keep)[:50], expected="a number of tokens")
     compaction.tokens_to_drop(layouts(session.config.layers), 0, keep)
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from skv_export.arguments import checked
 from skv_export.errors import SkvError, require_module
 from skv_export.model_folder.names import INPUT_IDS, LOGITS, MODEL_FILE, TENSORS, past_name, present_name
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.paths import to_path
+from skv_export.runtime import arrays
 from skv_export.runtime.compaction import WINDOW, token_scores
 from skv_export.runtime.session import Session
 
@@ -37,6 +39,7 @@ class PromptCompressor:
         SkvError: The draft has another vocabulary, not so many layers, or none with full attention; see ``Session``.
     """
 
+    @checked
     def __init__(
         self,
         draft: Path | str,
@@ -56,8 +59,8 @@ class PromptCompressor:
                 fix="A draft must have the tokens of the model whose prompts it makes shorter.",
             )
         if first_layers is not None:
-            if type(first_layers) is not int or not 1 <= first_layers <= len(config.layers):
-                raise SkvError("first layers", got=repr(first_layers)[:50], expected=f"1 ... {len(config.layers)}")
+            if not 1 <= first_layers <= len(config.layers):
+                raise SkvError("first layers", got=first_layers, expected=f"1 ... {len(config.layers)}")
             model = _first_layers(folder / MODEL_FILE, first_layers, vocab_size)
             config = dataclasses.replace(config, layers=config.layers[:first_layers], all_logits=False)
         self._layers = [i for i, layer in enumerate(config.layers) if not layer.local_window_size]
@@ -68,6 +71,7 @@ class PromptCompressor:
             score_window=WINDOW,
         )  # fmt: skip
 
+    @checked
     def __call__(self, tokens: Sequence[int], keep: float) -> list[int]:
         """Returns a prompt's most important tokens, in their order.
 
@@ -79,9 +83,9 @@ class PromptCompressor:
         Raises:
             SkvError: Another share, or a prompt that the draft can't take; see ``Session.run``.
         """
-        if not isinstance(keep, float | int) or not 0 < keep <= 1:
-            raise SkvError("share of the prompt to keep", got=repr(keep)[:50], expected="above 0, at most 1")
-        ids = np.asarray([tokens], np.int64)
+        if not 0 < keep <= 1:
+            raise SkvError("share of the prompt to keep", got=keep, expected="above 0, at most 1")
+        ids = arrays.integers("tokens", [tokens])
         self._session.check_ids(ids, 1)
         count = round(len(tokens) * keep)
         if count >= len(tokens) or len(tokens) <= FRONT + WINDOW:

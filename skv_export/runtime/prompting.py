@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skv_export.errors import SkvError
-from skv_export.runtime import compaction
+from skv_export.runtime import arrays, compaction
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.graph import Int64, Logits
 from skv_export.runtime.prefixes import Prefix
-from skv_export.runtime.sampling import Sampler, Sampling, marked
+from skv_export.runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
     from skv_export.runtime.session import Session
@@ -24,6 +24,7 @@ Observer = Callable[[Logits, Int64], object]
 """Told the logits of a step, ``[B, vocab_size]``, and the tokens that were chosen, ``[B]``."""
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Guesses how a text goes on."""
 
@@ -88,7 +89,9 @@ def begun(
     if look_ahead is not None:
         _check_look_ahead(session, cache, keep_tokens, look_ahead)
     held = [row[real].tolist() for row, real in zip(ids, new, strict=True)] if present is None else present
-    sampler = Sampler(sampling or Sampling(), marked(held, session.config.vocab_size))
+    if len(held) != len(ids):
+        raise SkvError("present", got=f"{len(held)} sequences", expected=len(ids))
+    sampler = Sampler(sampling or Sampling(), session.marked(held))
 
     def choose(logits: Logits, active: NDArray[np.bool_]) -> Int64:
         tokens = np.where(active, sampler(logits), session.pad_token_id)
@@ -156,23 +159,9 @@ def prefill(
     one_column = session.config.right_padded or session.graph.num_logits > 1
     may_pad = session.config.all_logits or not one_column or cache.batch == 1
     if session.prefixes is None or cache.lengths.any() or not may_pad or not new.any(axis=1).all():
-        return last_logits(session.run_columns(ids, new, None, cache), new), []
+        return arrays.last_logits(session.run_columns(ids, new, None, cache), new), []
     prompts = [row[at].tolist() for row, at in zip(ids, new, strict=True)]
     return session.prefixes.prefill(session, cache, prompts, fresh)
-
-
-def last_logits(logits: Logits, new: NDArray[np.bool_]) -> Logits:
-    """The logits of each sequence's last new token, ``[B, vocab_size]``.
-
-    Args:
-        logits: What ``Session.run`` returned: of the last token alone, or of all columns.
-        new: ``[B, S]``, which columns hold tokens.
-    """
-    if logits.shape[1] == 1:
-        return logits[:, 0]
-    new = new[:, -logits.shape[1] :]
-    ends = np.where(new, np.arange(new.shape[1]), -1).max(axis=1)
-    return logits[np.arange(len(logits)), ends]
 
 
 def until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from skv_export.arguments import check_fields
 from skv_export.errors import SkvError
 
 Int64 = NDArray[np.int64]
@@ -35,6 +35,7 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.temperature < float("inf"):
             raise SkvError("temperature", got=self.temperature, expected="at least 0 (0 = greedy)")
         if self.top_k < 0:
@@ -47,22 +48,6 @@ class Sampling:
             raise SkvError("min_p", got=self.min_p, expected="0 ... 1 (0 = all)")
         if not 0 < self.repetition_penalty < float("inf"):
             raise SkvError("repetition_penalty", got=self.repetition_penalty, expected="above 0 (1 = none)")
-
-
-def marked(present: Sequence[Sequence[int]], vocab_size: int) -> NDArray[np.bool_]:
-    """Marks the tokens that sequences have.
-
-    Args:
-        present: The tokens of each of B sequences.
-        vocab_size: How many there are.
-
-    Returns:
-        ``[B, vocab_size]``.
-    """
-    found = np.zeros((len(present), vocab_size), np.bool_)
-    for row, tokens in zip(found, present, strict=True):
-        row[list(tokens)] = True
-    return found
 
 
 class Sampler:

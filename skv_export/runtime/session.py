@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from skv_export.arguments import checked
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import CALIBRATION_FILE
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import load_library
 from skv_export.paths import to_path
-from skv_export.runtime import cache_file, compaction
+from skv_export.runtime import arrays, cache_file, compaction
 from skv_export.runtime.batch import Batch
-from skv_export.runtime.cache import Cache, load_bases
+from skv_export.runtime.cache import MAX_BATCH, Cache, load_bases
 from skv_export.runtime.graph import Graph, Int64, Logits
 from skv_export.runtime.prefixes import PrefixStore
-from skv_export.runtime.prompting import Drafter, Observer, begun, last_logits, until_end
+from skv_export.runtime.prompting import Drafter, Observer, begun, until_end
 from skv_export.runtime.prompts import chat_prompt, load_tokenizer
 from skv_export.runtime.queries import MAX_WINDOW
 from skv_export.runtime.sampling import Sampling
@@ -65,6 +66,7 @@ class Session:
         SkvError: A file is missing or damaged, or the provider or its kernels are not available.
     """
 
+    @checked
     def __init__(
         self,
         folder: Path | str,
@@ -80,9 +82,13 @@ class Session:
         score_window: int = 0,
     ) -> None:
         self.folder = to_path(folder, "exported folder")
-        _check_number("num_threads", num_threads, 0, MAX_THREADS, "; 0 = ONNX Runtime's choice")
-        _check_number("num_logits", num_logits, 1, MAX_LOGITS, " tokens of a call")
-        _check_number("score_window", score_window, 0, MAX_WINDOW, " tokens; 0 = none")
+        for name, number, least, most, what in (
+            ("num_threads", num_threads, 0, MAX_THREADS, "; 0 = ONNX Runtime's choice"),
+            ("num_logits", num_logits, 1, MAX_LOGITS, " tokens of a call"),
+            ("score_window", score_window, 0, MAX_WINDOW, " tokens; 0 = none"),
+        ):
+            if not least <= number <= most:
+                raise SkvError(name, got=number, expected=f"{least} ... {most}{what}")
         self.config = config or ModelConfig.load(self.folder)
         self.execution_provider = execution_provider
         if cuda_graph and execution_provider != "cuda":
@@ -104,6 +110,7 @@ class Session:
         )
         self.onnx = self.graph.onnx
 
+    @checked
     def cache(self, batch: int = 1, max_length: int | None = None) -> Cache:
         """Allocates a cache.
 
@@ -118,9 +125,9 @@ class Session:
             SkvError: More tokens than the model's context, or none.
         """
         wanted = self.config.context_length if max_length is None else max_length
-        if type(batch) is not int or batch < 1:
-            raise SkvError("batch", got=repr(batch)[:50], expected="a number of sequences, at least 1")
-        if not isinstance(wanted, int | np.integer) or not 1 <= wanted <= self.config.context_length:
+        if not 1 <= batch <= MAX_BATCH:
+            raise SkvError("batch", got=batch, expected=f"1 ... {MAX_BATCH} sequences")
+        if not 1 <= wanted <= self.config.context_length:
             raise SkvError(
                 "max_length", got=wanted, expected=f"1 ... {self.config.context_length}, the model's context"
             )
@@ -129,6 +136,7 @@ class Session:
             lambda: self.bases, lambda: cache_file.model_digest(self.folder),
         )  # fmt: skip
 
+    @checked
     def batch(self, slots: int, *, max_length: int | None = None, prompt_chunk: int = 512) -> Batch:
         """Returns a batch whose sequences come and go between steps.
 
@@ -146,6 +154,7 @@ class Session:
         """
         return Batch(self, slots, max_length, prompt_chunk)
 
+    @checked
     def load_cache(self, path: Path | str, *, room: int | None = None) -> Cache:
         """Reads a cache that ``Cache.save`` wrote: going on with it is going on with the one that was saved.
 
@@ -161,6 +170,7 @@ class Session:
         """
         return cache_file.load(self, path, room)
 
+    @checked
     def compact(self, cache: Cache, *, keep: int, room: int | None = None) -> None:
         """Leaves out of a cache, in place, the tokens that the last queries look at least; for the end of a prompt.
 
@@ -183,6 +193,7 @@ class Session:
         """Constants of calibrated keys, by layer; see ``load_bases``."""
         return load_bases(self.folder / CALIBRATION_FILE, self.config.layers)
 
+    @checked
     def run(
         self,
         input_ids: ArrayLike,
@@ -207,13 +218,15 @@ class Session:
             SkvError: The mask does not fit the cache, or the model's context or the cache's capacity would be passed
                 (nothing is written); or ONNX Runtime fails (the cache is empty then).
         """
-        ids = np.ascontiguousarray(input_ids, np.int64)
+        ids = arrays.integers("input_ids", input_ids)
         self.check_call(ids, cache)
-        new = np.ones(ids.shape, np.bool_) if attention_mask is None else self._new_columns(ids, attention_mask, cache)
-        if position_ids is not None:
-            position_ids = np.broadcast_to(np.asarray(position_ids, np.int64), ids.shape)
-        return self.run_columns(ids, new, position_ids, cache)
+        new = np.ones(ids.shape, np.bool_)
+        if attention_mask is not None:
+            new = arrays.new_columns(attention_mask, ids.shape[1], cache.lengths)
+        places = arrays.positions(position_ids, ids.shape, new, self.config.context_length)
+        return self.run_columns(ids, new, places, cache)
 
+    @checked
     def append(self, rows: Sequence[Sequence[int]], cache: Cache) -> Logits:
         """Runs new tokens, as many or few for each sequence, and appends them to the cache.
 
@@ -227,17 +240,11 @@ class Session:
         Raises:
             SkvError: See ``run``; or none has a token.
         """
-        ids, mask = self._padded(rows)
+        if len(rows) != cache.batch:
+            raise SkvError("rows", got=f"{len(rows)} sequences", expected=f"{cache.batch}, the cache's")
+        ids, mask = arrays.padded(rows, self.pad_token_id)
         self.check_call(ids, cache)
-        return last_logits(self.run_columns(ids, mask, None, cache), mask)
-
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Int64, NDArray[np.bool_]]:
-        """Rows of tokens side by side, padded on the right, and where they are: ``[B, S]`` each."""
-        width = max(map(len, rows), default=0)
-        mask = np.arange(width)[None, :] < np.array([len(row) for row in rows], np.int64)[:, None]
-        ids = np.full(mask.shape, self.pad_token_id, np.int64)
-        ids[mask] = [token for row in rows for token in row]
-        return ids, mask
+        return arrays.last_logits(self.run_columns(ids, mask, None, cache), mask)
 
     def run_columns(self, ids: Int64, new: NDArray[np.bool_], positions: Int64 | None, cache: Cache) -> Logits:
         """``run`` with what ``check_call`` has checked; ``new`` says which columns hold tokens, ``[B, S]``."""
@@ -264,6 +271,7 @@ class Session:
             logits = np.take_along_axis(logits, np.argsort(place, axis=1)[:, :, None], axis=1)
         return logits
 
+    @checked
     def check_length(self, length: int, capacity: int | None = None) -> None:
         """Refuses a sequence that is longer than the model's context, or than a cache's capacity.
 
@@ -301,6 +309,7 @@ class Session:
                 fix="Run the sequences one by one, or rewrite a model that returns all logits.",
             )
 
+    @checked
     def room(self, cache: Cache) -> Int64:
         """Tokens that each sequence of a cache can still take, ``[B]``."""
         return np.minimum(cache.max_length - cache.held, self.config.context_length - cache.lengths)
@@ -333,27 +342,9 @@ class Session:
             outside = sorted({int(i) for i in ids.flat if not 0 <= i < self.config.vocab_size})
             raise SkvError("input_ids: no such token", got=outside[:4], expected=f"0 ... {self.config.vocab_size - 1}")
 
-    @staticmethod
-    def _new_columns(ids: Int64, attention_mask: ArrayLike, cache: Cache) -> NDArray[np.bool_]:
-        """Which of the new columns hold tokens, ``[B, S]``, after checking the mask against the cache."""
-        mask = np.asarray(attention_mask) != 0
-        columns = ids.shape[1]
-        if mask.ndim != 2 or mask.shape[0] != cache.batch or mask.shape[1] < columns:
-            raise SkvError(
-                "attention_mask: shape", got=list(mask.shape), expected=f"[{cache.batch}, past columns + {columns}]"
-            )
-        past = mask[:, :-columns].sum(axis=1)
-        if not np.array_equal(past, cache.lengths):
-            raise SkvError(
-                "attention_mask: its columns before the new tokens do not count what the cache holds",
-                got=past.tolist(),
-                expected=cache.lengths.tolist(),
-                fix="Pass the mask of all tokens so far, or none.",
-            )
-        return mask[:, -columns:]
-
     # The token loop.
 
+    @checked
     def stream(
         self,
         input_ids: ArrayLike,
@@ -388,17 +379,18 @@ class Session:
         Raises:
             SkvError: See ``run``.
         """
-        ids = np.asarray(input_ids, np.int64)
+        ids = arrays.integers("input_ids", input_ids)
         self.check_ids(ids, None if cache is None else cache.batch)
-        new = np.ones(ids.shape, np.bool_) if attention_mask is None else np.asarray(attention_mask) != 0
+        new = np.ones(ids.shape, np.bool_) if attention_mask is None else arrays.mask("attention_mask", attention_mask)
+        if max_new_tokens < 1:
+            raise SkvError("max_new_tokens", got=max_new_tokens, expected="at least 1")
         if new.shape != ids.shape:
             raise SkvError("attention_mask: shape", got=list(new.shape), expected=list(ids.shape))
         with begun(
             self, ids, new, max_new_tokens=max_new_tokens, sampling=sampling, cache=cache, present=present,
             observe=observe, keep_tokens=keep_tokens, look_ahead=look_ahead,
         ) as run:  # fmt: skip
-            logits, cache = run.logits, run.cache
-            active = np.ones(len(ids), np.bool_)
+            logits, cache, active = run.logits, run.cache, np.ones(len(ids), np.bool_)
             for step in range(max_new_tokens):
                 tokens = run.choose(logits, active)
                 yield tokens
@@ -408,6 +400,28 @@ class Session:
                 # A finished sequence gets no more tokens: its column is padding.
                 logits = self.run_columns(tokens[:, None], active[:, None], None, cache)[:, 0]
 
+    @checked
+    def marked(self, present: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
+        """Marks the tokens that sequences have.
+
+        Args:
+            present: The tokens of each of B sequences.
+
+        Returns:
+            ``[B, vocab_size]``.
+
+        Raises:
+            SkvError: No such token.
+        """
+        marked = np.zeros((len(present), self.config.vocab_size), np.bool_)
+        for row, tokens in zip(marked, present, strict=True):
+            if len(tokens):
+                ids = arrays.integers("present", tokens)
+                self.check_ids(ids[None], 1)
+                row[ids] = True
+        return marked
+
+    @checked
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 128, sampling: Sampling | None = None
     ) -> list[list[int]]:
@@ -426,7 +440,7 @@ class Session:
         """
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise SkvError("prompts: an empty one", got=[len(p) for p in prompts], expected="at least one token each")
-        ids, mask = self._padded(prompts)
+        ids, mask = arrays.padded(prompts, self.pad_token_id)
         steps = np.array(list(self.stream(ids, mask, max_new_tokens=max_new_tokens, sampling=sampling)))
         return [until_end(steps[:, row].tolist(), self.config.eos_token_id) for row in range(len(prompts))]
 
@@ -449,6 +463,7 @@ class Session:
         """The folder's ``tokenizer.json``, as tokenizers' Tokenizer; see ``load_tokenizer``."""
         return load_tokenizer(self.folder)
 
+    @checked
     def chat_prompt(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -482,8 +497,3 @@ class Session:
             add_generation_prompt=add_generation_prompt,
             variables=variables,
         )
-
-
-def _check_number(name: str, number: int, least: int, most: int, what: str) -> None:
-    if type(number) is not int or not least <= number <= most:
-        raise SkvError(name, got=repr(number)[:50], expected=f"{least} ... {most}{what}")

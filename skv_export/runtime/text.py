@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from skv_export.arguments import checked
 from skv_export.errors import SkvError
 from skv_export.model_folder.output import check_file
 from skv_export.runtime.compaction import WINDOW
@@ -107,6 +108,7 @@ class TextStream:
         SkvError: The prompt has no tokens or exceeds the model's context, or an empty stop string.
     """
 
+    @checked
     def __init__(
         self,
         session: Session,
@@ -215,6 +217,7 @@ def _overlap(text: str, stops: Sequence[str]) -> int:
     return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
 
 
+@checked
 def start_text(
     folder: Path | str,
     prompt: str,

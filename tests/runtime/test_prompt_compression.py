@@ -66,13 +66,13 @@ def test_what_is_no_draft_and_no_share_is_refused(folder: Path, tmp_path: Path) 
     with pytest.raises(SkvError, match="vocab_size"):
         PromptCompressor(folder, vocab_size=VOCAB + 1)
     for layers in (0, 3, True):
-        with pytest.raises(SkvError, match="first layers"):
+        with pytest.raises(SkvError, match=r"first.layers"):
             PromptCompressor(folder, vocab_size=VOCAB, first_layers=layers)
     with pytest.raises(SkvError, match=r"no such file|skv_config"):
         PromptCompressor(tmp_path, vocab_size=VOCAB)
     compress = PromptCompressor(folder, vocab_size=VOCAB)
     for keep in (0, -1, 1.5, float("nan"), "half"):
-        with pytest.raises(SkvError, match="share of the prompt"):
+        with pytest.raises(SkvError, match=r"share of the prompt|keep; got"):
             compress(TOKENS, keep)  # type: ignore[arg-type]
     with pytest.raises(SkvError, match="input_ids"):
         compress([], 0.5)
