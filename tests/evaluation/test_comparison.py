@@ -185,7 +185,7 @@ def test_transformers_cache_in_calls_is_token_by_token(
     ids = torch.arange(300) * 37 % 300
     candidate = candidates.TransformersCache("hf-hqq-4", "", "", "hqq", 4)
     with torch.no_grad():
-        got = candidate.logits(model, ids)
+        got = candidate.logits(model, ids, 0)
         cache = cache_utils.QuantizedCache(backend="hqq", config=model.config, nbits=4, axis_key=1, axis_value=1)
         with own_attention(model):
             calls = [ids[:64], *ids[64:].split(1)]
@@ -269,7 +269,7 @@ def test_needles_are_found_exactly_when_greedy_decoding_would_write_them() -> No
             object.__setattr__(self, "wrong", wrong)
             super().__init__(f"oracle {wrong}", "", "")
 
-        def logits(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
+        def logits(self, model: Any, ids: torch.Tensor, prompt: int) -> torch.Tensor:
             rows = torch.nn.functional.one_hot(ids.roll(-1), 400).float() * 20
             if self.wrong < 0:  # type: ignore[attr-defined]
                 rows[self.wrong - 1] = 0.0  # type: ignore[attr-defined]

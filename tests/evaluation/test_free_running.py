@@ -47,7 +47,7 @@ def test_texts_part_where_decoding_token_by_token_parts_them(loaded: tuple[Any, 
         (candidate,) = candidates.parse_configs(name, SMALL)
         own = prompt
         for _ in range(24):
-            own = torch.cat([own, candidate.logits(model, own)[-1].argmax(-1, keepdim=True)])
+            own = torch.cat([own, candidate.logits(model, own, 0)[-1].argmax(-1, keepdim=True)])
         same = (own[120:] == exact[120:]).tolist()
         parted.append(parting(candidate, model, exact, 120))
         assert parted[-1] == (same.index(False) if False in same else 24)
