@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import importlib.metadata
@@ -38,6 +39,8 @@ def guarded(debug: Callable[[], bool]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        # A second one would be a traceback of what libraries do at exit, of which this is the first.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         click.echo("\nInterrupted.", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
     except Exception as error:

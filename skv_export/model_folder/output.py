@@ -18,10 +18,13 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import MANIFEST_FILE, SKV_CONFIG_FILE
@@ -188,9 +191,31 @@ def _private_folder(target: Path) -> Iterator[Path]:
         yield private
     finally:
         # Where the name leads elsewhere by now, there is nothing of ours to remove.
-        if os.path.lexists(private) and os.path.samestat(private.lstat(), os.fstat(descriptor)):
-            _remove_private(private)
-        os.close(descriptor)
+        with _uninterrupted():
+            if os.path.lexists(private) and os.path.samestat(private.lstat(), os.fstat(descriptor)):
+                _remove_private(private)
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Puts signals off that would end a clean-up of milliseconds half-way; they arrive at its end."""
+    if threading.current_thread() is not threading.main_thread():  # no other gets signals, or may set their handlers
+        yield
+        return
+    put_off: list[int] = []
+
+    def later(number: int, _: FrameType | None) -> None:
+        put_off.append(number)
+
+    before = {number: signal.signal(number, later) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if put_off:
+            signal.raise_signal(put_off[0])
 
 
 def _remove_private(private: Path) -> None:

@@ -325,6 +325,23 @@ def test_what_cannot_be_written_is_found_out_before_any_work(tmp_path: Path, mon
     assert result.exit_code == 1 and "pip install '.[plots]'" in result.output
 
 
+def test_a_second_interrupt_at_exit_shows_no_traceback() -> None:
+    code = (
+        "import atexit, os, signal\n"
+        "from skv_export.cli.guard import run_guarded\n"
+        "def library():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('library at exit')\n"
+        "atexit.register(library)\n"
+        "def command():\n"
+        "    raise KeyboardInterrupt\n"
+        "run_guarded(command)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "library at exit\n")
+    assert done.stderr.strip() == "Interrupted."
+
+
 def test_a_termination_signal_removes_what_is_half_written(tmp_path: Path) -> None:
     code = (
         "import sys, time, pathlib\n"

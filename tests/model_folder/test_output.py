@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -277,6 +278,7 @@ def test_a_folder_that_was_moved_aside_comes_back(tmp_path: Path) -> None:
 _LOOP = """
 import sys
 from pathlib import Path
+from typing import Any
 from skv_export.model_folder.output import output_folder
 count = 0
 while True:
@@ -307,6 +309,28 @@ def test_kills_at_any_time_leave_a_whole_folder(tmp_path: Path, kill: signal.Sig
         (folder / "skv_config.json").write_text("{}")
     # A kill between two calls of the system may leave an empty folder without a marker, which nobody claims.
     assert not [path for path in tmp_path.rglob("*") if not path.is_relative_to(out) and any(path.iterdir())]
+
+
+def test_a_second_interrupt_waits_for_the_clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove, seen = shutil.rmtree, []
+
+    def interrupted(path: Path, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        remove(path, **options)
+        seen.append(path)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+
+    def write() -> None:
+        with output_folder(tmp_path / "out", 0) as folder:
+            (folder / "half").write_text("x")
+            raise KeyboardInterrupt("the first")
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        write()
+    assert len(seen) == 3 and list(tmp_path.iterdir()) == []
+    assert str(caught.value.__context__) == "the first"  # the second arrived, late
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # What is found out before any work.
