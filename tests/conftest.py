@@ -6,6 +6,10 @@ import fcntl
 import logging
 import os
 import signal
+
+# Tests run side by side: torch's threads would wait for each other's cores at every small operation.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -155,6 +155,22 @@ class CacheBudget:
         heads = [self.config.num_key_value_heads] * len(layouts)
         return self.batch * cache_bytes(layouts, heads, context or self.context)
 
+    def plain_memory(self, row_bytes: int, context: int | None = None) -> int:
+        """Bytes of the batch's caches where each token has rows of so many bytes, a window's layer as many as it sees.
+
+        Args:
+            row_bytes: Of one head's key or value: twice ``head_dim`` in fp16.
+            context: Tokens; those of the budget if not given.
+        """
+        tokens = self.context if context is None else context
+        held = sum(min(tokens, w) if w else tokens for w in self.config.windows)
+        return self.batch * 2 * self.config.num_key_value_heads * row_bytes * held
+
+    @property
+    def fp16_fits(self) -> bool:
+        """Whether a cache that is not quantized at all is within the limit, in fp16."""
+        return self.plain_memory(2 * self.config.head_dim) <= self.limit * self.batch
+
     def fits(self, bits: Sequence[Pair]) -> bool:
         """Whether an allocation is within the limit."""
         return self.bytes(bits) <= self.limit * (1 + 1e-12)

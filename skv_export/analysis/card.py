@@ -117,15 +117,10 @@ def context_table(cache: CacheBudget, bits: Sequence[Pair], room: int) -> dict[s
 
     int8 has a 16-bit scale per token and head. A layer with a sliding window holds its window only.
     """
-    config = cache.config
-
-    def plain(row_bytes: int) -> Callable[[int], int]:
-        per_token = cache.batch * 2 * config.num_key_value_heads * row_bytes
-        return lambda tokens: per_token * sum(min(tokens, w) if w else tokens for w in config.windows)
-
-    sizes = {
-        "fp16": plain(2 * config.head_dim),
-        "int8": plain(config.head_dim + 2),
+    head_dim = cache.config.head_dim
+    sizes: dict[str, Callable[[int], int]] = {
+        "fp16": lambda tokens: cache.plain_memory(2 * head_dim, tokens),
+        "int8": lambda tokens: cache.plain_memory(head_dim + 2, tokens),
         "recommended": lambda tokens: cache.memory(bits, tokens),
     }
     return {name: _most_tokens(size, room) for name, size in sizes.items()}

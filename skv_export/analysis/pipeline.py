@@ -37,6 +37,7 @@ from skv_export.analysis.recommend import (
 )
 from skv_export.analysis.result import Allocation, Analysis, Recommendation
 from skv_export.analysis.scores import LayerAnalysis, compare, find_flags
+from skv_export.arguments import check_fields, checked
 from skv_export.checkpoints.attention_weights import AttentionConfig, AttentionReader, AttentionWeights
 from skv_export.checkpoints.checkpoint import Checkpoint, Source
 from skv_export.checkpoints.purpose import check_purpose
@@ -90,6 +91,7 @@ class Target:
     pairs: Sequence[Pair] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         limits = ("budget", "memory", "max_loss")
         for name in limits:
             check_positive(name, getattr(self, name))
@@ -134,6 +136,7 @@ class MeasureOptions:
     device_map: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_count("windows", self.windows, MAX_CONTEXT)
         check_count("window", self.window, MAX_CONTEXT, 64)
         check_count("confirm_windows", self.confirm_windows, MAX_CONTEXT, 0)
@@ -146,6 +149,7 @@ class MeasureOptions:
         return Placement(self.device, self.dtype, self.device_map)
 
 
+@checked
 def analyze(
     checkpoint: str | Path | Source,
     *,

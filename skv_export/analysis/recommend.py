@@ -250,6 +250,9 @@ def _reasons(
         f"{best.effective_bits:.2f} effective bits at {cache.context} tokens, scales and full-precision tokens counted",
         f"keys get {k_mean:.2f} bits, values {v_mean:.2f}, on average",
     ]
+    if cache.fp16_fits:
+        size = f"{cache.plain_memory(2 * cache.config.head_dim) / 2**20:.1f} MiB"
+        reasons.insert(0, f"a cache in fp16 takes {size} and fits, too: nothing has to be quantized to have the room")
     if not fits:
         reasons.append(f"no uniform pair fits; the cheapest, {uniform.name}, takes {uniform.effective_bits:.2f}")
     elif best.loss is not None and uniform.loss is not None and best.loss < uniform.loss:

@@ -21,10 +21,9 @@ from skv_export.errors import SkvError
 from skv_export.model_folder.output import output_file
 from skv_export.paths import to_path
 from skv_export.spec.key_basis import INPUTS, MATRICES, KeyBasis
-from skv_export.spec.recipe import MAX_HEAD_DIM
+from skv_export.spec.recipe import MAX_HEAD_DIM, MAX_LAYERS
 
 FORMAT, VERSION = "skv-calibration", "1"
-MAX_LAYERS = 10_000
 _SAMPLE_BYTES = 4096
 _NAME = re.compile(r"layers\.(0|[1-9]\d{0,5})\.(\w+)")
 _FIX = "Make it again with `skv-export calibrate`."

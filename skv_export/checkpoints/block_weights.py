@@ -6,6 +6,7 @@ the file's own zero is anywhere, or without an offset where it is in the middle,
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,6 +79,11 @@ class BlockFormat:
             OFFSETS: (blocks, rows),
             COLUMNS: (inputs,),
         }[part]
+
+    def nbytes(self, rows: int, inputs: int, parameter_bytes: int) -> int:
+        """Returns the bytes of all parts of a matrix ``[rows, inputs]``, with scales and offsets of so many bytes."""
+        width = {SCALES: parameter_bytes, OFFSETS: parameter_bytes, COLUMNS: 8}
+        return sum(math.prod(self.shape(part, rows, inputs)) * width.get(part, 1) for part in self.parts)
 
     def weight_bits(self, parameter_bits: int) -> float:
         """Returns the bits that a weight takes, with scales and offsets of so many bits."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from skv_export.checkpoints.block_weights import OFFSETS, BlockFormat, BlockMatrix, check_numbers
+from skv_export.checkpoints.block_weights import OFFSETS, ZERO_POINTS, BlockFormat, BlockMatrix, check_numbers
 from skv_export.checkpoints.tensor_files import TensorEntry
 from skv_export.errors import SkvError
 
@@ -203,6 +203,9 @@ class _Grouped(BlockMatrix):
         index: The tensor that names the group of each input, if there is one.
     """
 
+    zeros_are_codes = True
+    """Whether every zero point is a number that a code can be."""
+
     def __init__(
         self, entry: PackedEntry, rows: int, inputs: int, groups: int, group_size: int, index: str = ""
     ) -> None:
@@ -216,7 +219,7 @@ class _Grouped(BlockMatrix):
         reordered = bool(entry.options.get("reordered", index in entry.parts))
         stored = 8 if self._bits == 8 else 4
         name = f"{entry.dtype} {self._bits}-bit"
-        zero = "" if entry.options["sym"] else OFFSETS
+        zero = "" if entry.options["sym"] else ZERO_POINTS if stored == 4 and self.zeros_are_codes else OFFSETS
         form = BlockFormat(name, stored, size, zero, wide=stored == 8, reordered=reordered)
         super().__init__(entry.name, form, rows, inputs)
 
@@ -231,6 +234,11 @@ class _Grouped(BlockMatrix):
     def group_zeros(self, start: int, stop: int) -> NDArray[Any] | None:
         """Reads the zero points of some rows, ``[stop - start, groups]``; None where all are in the middle."""
         raise NotImplementedError
+
+    @property
+    def _moved(self) -> np.uint8:
+        """What codes are moved by, so that the middle of 2 bits becomes that of 4."""
+        return np.uint8(6 if self._bits == 2 else 0)
 
     @cached_property
     def order(self) -> NDArray[np.int64]:
@@ -255,7 +263,7 @@ class _Grouped(BlockMatrix):
 
     def codes(self, start: int, stop: int) -> NDArray[np.uint8]:
         """As ``BlockMatrix`` says; codes of 2 bits are moved to the middle of 4."""
-        codes = self.stored_codes(start, stop) + np.uint8(6 if self._bits == 2 else 0)
+        codes = self.stored_codes(start, stop) + self._moved
         order = self.order
         return codes[:, order] if self.format.reordered else codes
 
@@ -268,6 +276,8 @@ class _Grouped(BlockMatrix):
     def zeros(self, start: int, stop: int) -> NDArray[Any]:
         """As ``BlockMatrix`` says."""
         scales, zeros = self.group_scales(start, stop), self.group_zeros(start, stop)
+        if self.format.zero == ZERO_POINTS and zeros is not None:
+            return self._of_blocks(zeros.astype(np.uint8) + self._moved)
         if zeros is None:
             return np.zeros_like(self._of_blocks(scales))
         return self._of_blocks(scales * (np.float32(2 ** (self._bits - 1)) - zeros.astype(np.float32)))
@@ -283,8 +293,8 @@ class _Grouped(BlockMatrix):
             got = sorted(set(zeros[zeros != middle].tolist()))[:4]
             raise self._entry.error("zero points of a symmetric format", got, middle)
 
-    def _of_blocks(self, values: NDArray[Any]) -> NDArray[np.float32]:
-        blocks = np.repeat(values.astype(np.float32), self._group_size // self.format.block_size, axis=1)
+    def _of_blocks(self, values: NDArray[Any]) -> NDArray[Any]:
+        blocks = np.repeat(values, self._group_size // self.format.block_size, axis=1)
         return blocks[:, : -(-self.inputs // self.format.block_size)]
 
 
@@ -305,8 +315,12 @@ def _fields(words: NDArray[np.uint32], bits: int, axis: int) -> NDArray[np.uint8
 class _Gptq(_Grouped):
     """``qweight`` int32 ``[K * bits / 32, N]``, ``qzeros`` ``[groups, N * bits / 32]``, ``scales`` ``[groups, N]``.
 
-    Version 1 of the format holds zero points less one.
+    Version 1 of the format holds zero points less one: of 4 bits, 16 is one.
     """
+
+    @property
+    def zeros_are_codes(self) -> bool:  # type: ignore[override]
+        return not (self._entry.options["v1"] and self._bits == 4)
 
     def __init__(self, entry: PackedEntry) -> None:
         bits, size = int(entry.options["bits"]), int(entry.options["group_size"])

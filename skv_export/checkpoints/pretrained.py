@@ -21,6 +21,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from skv_export.arguments import check_fields
 from skv_export.checkpoints import tokenizer
 from skv_export.checkpoints.attention_patches import OWN_ATTENTION, Patches, patch_attention, restore_attention
 from skv_export.checkpoints.checkpoint import Checkpoint, Source, hub_endpoint
@@ -58,6 +59,7 @@ class Placement:
     device_map: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.dtype not in DTYPES:
             raise SkvError("dtype", got=self.dtype, expected=", ".join(DTYPES))
         if self.device_map is not None and self.device_map not in DEVICE_MAPS:

@@ -154,7 +154,9 @@ def run(
             given["memory"] = weights = None
     if given.get("score") not in (None, "measure") and not asked:
         measure = None
-    measure = _measure_or_not(opened, measure if asked is not False else None, bool(asked))
+    # A file to keep a measurement in asks for one: what is in it does not depend on how fast the machine is today.
+    asking = "--measure" if asked else "--state" if asked is None and measuring.get("state") else ""
+    measure = _measure_or_not(opened, measure if asked is not False else None, asking)
     rest = {name: given.pop(name) for name in ("score", "optimal") if name in given}
     target = Target(weights=weights, **given)
     with Progress() as progress:
@@ -171,15 +173,15 @@ def run(
     return found, room
 
 
-def _measure_or_not(opened: Checkpoint, options: MeasureOptions | None, asked: bool) -> MeasureOptions | None:
-    """Says on stderr what a measurement will take, or why there is none."""
+def _measure_or_not(opened: Checkpoint, options: MeasureOptions | None, asked: str) -> MeasureOptions | None:
+    """Says on stderr what a measurement will take, or why there is none; ``asked`` is the flag that asks for one."""
     from skv_export.analysis.effort import PATIENCE_SECONDS, estimate
 
     if options is None:
         return None
     effort = estimate(opened, options)
     if effort.obstacle and asked:
-        raise SkvError(f"--measure: {effort.obstacle}", fix="Leave it out, or see to that.")
+        raise SkvError(f"{asked}: {effort.obstacle}", fix="Leave it out, or see to that.")
     click.echo(effort.line, err=True)
     if effort.obstacle:
         return None
@@ -198,7 +200,10 @@ def planner(found: Analysis, room: int) -> str:
     said = f", of which the model was made for {longest:,}" if longest else ""
     sequences = f"{found.budget.batch} sequences; tokens of each" if found.budget.batch > 1 else "one sequence; tokens"
     lines = [f"\n{room / 2**30:.1f} GiB for the cache of {sequences}{said}:"]
-    return "\n".join(lines + [f"  {name:<12} {count:>12,}" for name, count in tokens.items()])
+    lines += [f"  {name:<12} {count:>12,}" for name, count in tokens.items()]
+    if longest and tokens["fp16"] >= longest:
+        lines.append("In fp16 the model's whole context fits: nothing has to be quantized to have the room.")
+    return "\n".join(lines)
 
 
 def _json(found: Analysis) -> str:

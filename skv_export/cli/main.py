@@ -22,6 +22,7 @@ from skv_export.cli.options import (
     PathOf,
     adapter_option,
     debug_option,
+    default_name,
     exported_model,
     json_option,
     placement_options,
@@ -58,6 +59,7 @@ _LAZY = {
     "chat": "skv_export.cli.chat:chat_command",
     "generate": "skv_export.cli.generate:generate_command",
     "quality": "skv_export.cli.quality:quality_command",
+    "quantize": "skv_export.cli.quantize:quantize_command",
     "serve": "skv_export.cli.serve:serve_command",
 }
 
@@ -283,16 +285,6 @@ def model(
     name = shlex.quote(f"./{folder}" if str(folder).startswith("-") else str(folder))
     written = f"\nWritten to {folder}. Next:\n  skv-export verify {name}\n  skv-export generate {name} --prompt ..."
     say(written, json_file)
-
-
-def default_name(source: str, bits: str) -> str:
-    """The folder that `model` writes without --out: the checkpoint's whole name, dots included, and its bits."""
-    path = to_path(source, "checkpoint")
-    if path.is_dir():
-        name = path.resolve().name
-    else:
-        name = path.stem if path.suffix.lower() in (".gguf", ".onnx", ".safetensors") else path.name
-    return f"{name.lstrip('-.')[:100] or 'model'}-{bits}".lower()
 
 
 @main.command()

@@ -78,6 +78,18 @@ def adapter_option(command: _Command) -> _Command:
     return click.option("--adapter", type=PathOf("--adapter"), help=text)(command)
 
 
+def default_name(source: str, bits: str) -> str:
+    """The folder that a command writes without --out: the checkpoint's whole name, dots included, and its bits."""
+    from skv_export.paths import to_path
+
+    path = to_path(source, "checkpoint")
+    if path.is_dir():
+        name = path.resolve().name
+    else:
+        name = path.stem if path.suffix.lower() in (".gguf", ".onnx", ".safetensors") else path.name
+    return f"{name.lstrip('-.')[:100] or 'model'}-{bits}".lower()
+
+
 class JsonFile(OutputFile):
     """An ``OutputFile``, or ``-`` for standard output."""
 

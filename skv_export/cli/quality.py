@@ -40,6 +40,12 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 @click.option(
     "--calibration", type=PathOf("--calibration"), help="What `calibrate` wrote: recipes with it, beside without."
 )
+@click.option(
+    "--weights",
+    metavar="FOLDERS",
+    help="Other forms of CHECKPOINT's weights, such as `quantize` writes, separated by commas: each cache on each of "
+    "them, against CHECKPOINT itself, with the bytes of both.",
+)
 @click.option("--windows", default=16, show_default=True, type=click.IntRange(1), help="Windows of text.")
 @click.option("--window", default=1024, show_default=True, type=click.IntRange(64), help="Tokens per window.")
 @click.option("--recent-tokens", type=int, help="Of the bit pairs.  [default: as `model`]")
@@ -64,6 +70,7 @@ def quality_command(
     configs: str,
     baselines: str,
     calibration: Path | None,
+    weights: str | None,
     windows: int,
     window: int,
     recent_tokens: int | None,
@@ -87,6 +94,7 @@ def quality_command(
     skv-export quality ./Qwen3-0.6B --configs K4V4,K4V2,K3V3 --text book.txt
     skv-export quality ./Qwen3-0.6B --configs 'recipes/*.toml' --baselines kivi,hf-quanto --report quality.html
     skv-export quality ./Qwen3-0.6B --configs K3V2,K2V2 --calibration calibration.safetensors
+    skv-export quality ./Qwen3-0.6B --configs K16V16,K4V2 --weights qwen3-int4
     """
     from skv_export.calibration.file import Calibration
     from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
@@ -95,6 +103,7 @@ def quality_command(
     from skv_export.evaluation.html_report import html
     from skv_export.evaluation.text import read_text
     from skv_export.model_folder.output import write_text
+    from skv_export.quantization.comparison import bytes_table, load_forms
 
     placement = Placement(device, dtype, device_map)
     base = Recipe(LayerConfig()).with_options(recent_tokens=recent_tokens, num_sink_tokens=num_sink_tokens)
@@ -114,10 +123,15 @@ def quality_command(
 
         shown("loading the model")
         loaded = comparison.load(source, placement)
+        forms = load_forms(source, loaded[0], weights, placement)
+        wanted += [candidates.OnOtherWeights.of(c, f.label, f.digest, f.model) for f in forms for c in wanted]
+        candidates.check_names(wanted)
         result = comparison.run(
             source, wanted, prose, windows=windows, window=window, state=state, progress=progress, loaded=loaded
         )
     say(result.table(), json_file)
+    if forms:
+        say("\n" + bytes_table(source, forms, result), json_file)
     retrieval = needle.run(loaded, wanted, prose, lengths=lengths) if needles else None
     if retrieval:
         say("\n" + retrieval.table(), json_file)

@@ -105,7 +105,7 @@ def target_options(command: Any) -> Any:
             "--windows", type=click.IntRange(1), default=2, show_default=True, help="Windows of text to measure on."
         ),
         click.option("--window", type=click.IntRange(64), default=1024, show_default=True, help="Tokens in each."),
-        click.option("--state", type=OutputFile(), help="File that makes a measurement resumable."),
+        click.option("--state", type=OutputFile(), help="File that makes a measurement resumable; asks for one."),
     ]
     for option in reversed(options):
         command = option(command)

@@ -110,9 +110,38 @@ class TransformersCache(Candidate):
         return (held * (self.bits + 32 / _GROUP) + (context_length - held) * 16) / context_length
 
 
+@dataclass(frozen=True)
+class OnOtherWeights(Candidate):
+    """A cache of another form of the model, as of one whose weights are quantized; the given model is not run.
+
+    Attributes:
+        inner: The cache.
+        model: The other form, with simulated attention.
+    """
+
+    inner: Candidate
+    model: PreTrainedModel
+
+    @classmethod
+    def of(cls, inner: Candidate, label: str, digest: str, model: PreTrainedModel) -> OnOtherWeights:
+        """Returns a cache's candidate on the weights that ``label`` names and ``digest`` identifies."""
+        key = hashlib.sha256(f"{inner.key} {digest}".encode()).hexdigest()[:16]
+        return cls(f"{inner.name}{ON}{label}", key, inner.note, inner, model)
+
+    def logits(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+        """As the cache computes them, on the other weights."""
+        return self.inner.logits(self.model, ids)
+
+    def effective_bits(self, context_length: int) -> float:
+        """Of the cache."""
+        return self.inner.effective_bits(context_length)
+
+
 # By name.
 
 
+ON = " on "
+"""What stands between a cache's name and that of the weights it was measured on."""
 CALIBRATED = "+cal"
 """What is put behind a recipe's name where its keys are calibrated."""
 

@@ -20,9 +20,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from skv_export.arguments import check
 from skv_export.checkpoints.checkpoint import Checkpoint, Source
 from skv_export.checkpoints.pretrained import Placement, load_model, load_tokenizer, replace_attention
 from skv_export.checkpoints.purpose import check_purpose
+from skv_export.errors import SkvError
 from skv_export.evaluation import metrics
 from skv_export.evaluation.candidates import Candidate, check_names
 from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation, simulated_logits
@@ -241,6 +243,10 @@ def run(
         SkvError: The text is too short, two candidates have one name, or ``state`` is no state file.
     """
     check_names(candidates)
+    check("state", state, Path | None)
+    check("first", first, int | None)
+    if first is not None and first < 1:
+        raise SkvError("first", got=first, expected="at least 1 window")
     names = [c.name for c in candidates]
     model, tokenizer = loaded or load(source)
     cut = torch.from_numpy(cut_windows(tokenizer, text, windows, window))

@@ -26,6 +26,8 @@ class FinishedSteps:
         self._values: dict[str, Any] = {}
         if path is None or not path.exists():
             return
+        if not path.is_file():
+            raise SkvError(f"{path}: not a regular file", expected="what an earlier run kept, or no such file")
         text = path.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]
         for number, line in enumerate(whole.splitlines(), 1):

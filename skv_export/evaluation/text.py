@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from skv_export.arguments import check
 from skv_export.errors import SkvError
 from skv_export.paths import to_path
 
@@ -17,6 +18,8 @@ CALIBRATION_TEXT = "opticks.txt"
 """Two different works, both shipped: the first only judges, the second is what options and constants may be fitted to.
 """
 MAX_TEXT_BYTES = 64 << 20
+MIN_WINDOW = 2
+"""Tokens of text in a window: one that is predicted, and one before it."""
 
 
 def read_text(path: Path | str | None, shipped: str = SHIPPED_TEXT) -> str:
@@ -64,9 +67,16 @@ def cut_windows(tokenizer: Any, text: str, count: int, length: int) -> NDArray[n
     Raises:
         SkvError: The text does not fill one window.
     """
+    check("text", text, str)
+    check("windows", count, int)
+    check("window", length, int)
+    if count < 1:
+        raise SkvError("windows", got=count, expected="at least 1")
     start = token_ids(tokenizer, "", add_special_tokens=True)
     ids = token_ids(tokenizer, text, add_special_tokens=False)
     body = length - len(start)
+    if body < MIN_WINDOW:
+        raise SkvError("window", got=f"{length} tokens", expected=f"at least {MIN_WINDOW + len(start)}")
     count = min(count, len(ids) // body)
     if count < 1:
         raise SkvError(

@@ -16,6 +16,7 @@ import onnx_ir as ir
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
+from skv_export.arguments import checked
 from skv_export.calibration.file import Calibration
 from skv_export.checkpoints.checkpoint import Checkpoint, Source, resolve
 from skv_export.checkpoints.model_config import load_config
@@ -56,6 +57,7 @@ Progress = Callable[[str, float], None]
 """Called with a phase's name and the fraction of the whole that is done."""
 
 
+@checked
 def plan(
     source: str | Path | Source,
     recipe: Recipe | None = None,
@@ -155,6 +157,7 @@ def _example_inputs(past_keys: list[torch.Tensor], past_values: list[torch.Tenso
     return ids, mask, torch.zeros_like(ids), past_keys, past_values
 
 
+@checked
 def export_model(
     source: str | Path | Source,
     *,

@@ -63,6 +63,16 @@ class Samples:
             yield same[0], same[-1]
 
 
+def find_stack(model: PreTrainedModel, count: int) -> tuple[str, torch.nn.ModuleList] | None:
+    """Returns the name and the list of a model's layers; None if it has not just one list of so many modules."""
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count
+    ]
+    return lists[0] if len(lists) == 1 else None
+
+
 def choose(
     model: PreTrainedModel, layers: Sequence[LayerAttention], held: Mapping[str, BlockMatrix] | None = None
 ) -> Samples | None:
@@ -73,14 +83,10 @@ def choose(
         layers: Attention of each layer.
         held: Matrices that are stored as the checkpoint quantized them: layers of other formats are of another kind.
     """
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == len(layers)
-    ]
-    if len(lists) != 1:
+    found = find_stack(model, len(layers))
+    if found is None:
         return None
-    path, stack = lists[0]
+    path, stack = found
     held = held or {}
     lists_of_config = _per_layer(model.config, len(layers))
     signatures = [

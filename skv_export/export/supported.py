@@ -59,7 +59,7 @@ def _reasons(config: PreTrainedConfig) -> Iterator[str]:
     if has("attn_temperature_tuning") and not all(getattr(config, "no_rope_layers", None) or ()):
         yield "queries are scaled by their positions (attn_temperature_tuning)"
     if has("alibi") or config.model_type in _ALIBI_MODELS:
-        yield "positions are biases on the scores (ALiBi)"
+        yield "positions are biases on the scores (ALiBi), which the op does not add"
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         yield "transformers has no causal language model of this type"
     if any("dynamic" in str(rope.get("rope_type")) for rope in _ropes(config)):

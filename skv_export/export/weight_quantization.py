@@ -112,7 +112,9 @@ class Rounded:
 
 
 def stored_bytes(model: PreTrainedModel, recipe: Recipe, held: Mapping[str, BlockMatrix]) -> int:
-    """Returns the bytes of a model's weights in the data file, without routers; works on fake parameters.
+    """Returns the bytes of a model's weights in the graph and its data file; works on fake parameters.
+
+    A router is counted as if it were rounded like the other matrices.
 
     Args:
         model: The model.
@@ -121,23 +123,24 @@ def stored_bytes(model: PreTrainedModel, recipe: Recipe, held: Mapping[str, Bloc
     """
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
     bits = recipe.weight_bits
-    plain: dict[int, float] = {}
-    quantized: dict[int, float] = {}
+    plain: dict[int, int] = {}
+    quantized: dict[int, int] = {}
     for path, module in model.named_modules():
         matrix = isinstance(module, torch.nn.Linear | Conv1D) and (recipe.quantize_head or module is not outer)
         chosen = bits and (matrix or (module is inner and recipe.quantize_embeddings))
         for name, tensor in module.named_parameters(recurse=False):
             stored = held.get(f"{path}.{name}")
             if stored is not None and isinstance(module, torch.nn.Linear | Conv1D | torch.nn.Embedding):
-                size = stored.format.stored(recipe.exact_products).weight_bits(8 * tensor.element_size()) / 8
-                quantized[id(tensor)] = tensor.numel() * size
+                form = stored.format.stored(recipe.exact_products)
+                quantized[id(tensor)] = form.nbytes(stored.rows, stored.inputs, tensor.element_size())
             elif chosen and name == "weight":
-                quantized[id(tensor)] = tensor.numel() * rounded_format(bits).weight_bits(8 * tensor.element_size()) / 8
+                rows, inputs = reversed(tensor.shape) if isinstance(module, Conv1D) else tensor.shape
+                quantized[id(tensor)] = rounded_format(bits).nbytes(rows, inputs, tensor.element_size())
             else:
                 plain[id(tensor)] = tensor.numel() * tensor.element_size()
     if held:  # a tied weight is stored once, under one of its names
         plain = {key: size for key, size in plain.items() if key not in quantized}
-    return round(sum(plain.values()) + sum(quantized.values()))
+    return sum(plain.values()) + sum(quantized.values())
 
 
 @contextlib.contextmanager

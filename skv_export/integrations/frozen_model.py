@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Self
 
 import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from skv_export.arguments import checked
 from skv_export.errors import SkvError
 
 _FIX_DEVICE = "Choose where it computes with execution_provider; leave out device."
@@ -30,10 +32,26 @@ class FrozenModel:
     Attributes:
         device: Of what goes in and comes out: the CPU.
         dtype: Of what comes out: float32.
+        config: transformers' configuration of the model.
     """
 
     device: torch.device
     dtype: torch.dtype
+    config: PretrainedConfig
+
+    @checked
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Returns how many parameters the model has, as its checkpoint's class in PyTorch counts them.
+
+        Args:
+            only_trainable: None of an exported model's is.
+            exclude_embeddings: Leave out those of embeddings.
+        """
+        if only_trainable:
+            return 0
+        with torch.device("meta"):  # no memory is taken
+            model = AutoModelForCausalLM.from_config(self.config)  # type: ignore[no-untyped-call]
+        return int(model.num_parameters(exclude_embeddings=exclude_embeddings))
 
     def to(self, *targets: torch.device | torch.dtype | str | int, dtype: torch.dtype | None = None) -> Self:
         """Returns the model: inputs and outputs are float32 on the CPU, whichever provider computes.
@@ -83,6 +101,7 @@ class FrozenModel:
     gradient_checkpointing_enable = _refused(
         "gradient_checkpointing_enable", "an exported graph can't be trained", _FIX_TRAIN
     )
+
     parameters = _refused("parameters", "the weights are the graph's", _FIX_TRAIN)
     named_parameters = _refused("named_parameters", "the weights are the graph's", _FIX_TRAIN)
     state_dict = _refused("state_dict", "the weights are the graph's", _FIX_TRAIN)

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.generation.candidate_generator import CandidateGenerator
 
+from skv_export.arguments import checked
 from skv_export.errors import SkvError
-from skv_export.runtime.cache import Cache
+from skv_export.runtime.arrays import integers
+from skv_export.runtime.cache import MAX_BATCH, Cache
 from skv_export.runtime.prefixes import Prefix
 from skv_export.runtime.session import Session
 
@@ -151,6 +153,7 @@ class SkvCache(TransformersCache):
         self.held = self.held[:, :0]
         self._entries = []
 
+    @checked
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last columns back; see ``runtime.Cache.rewind`` for how far and how exactly.
 
@@ -174,6 +177,7 @@ class SkvCache(TransformersCache):
         """Returns True: recent tokens can be taken back at any time."""
         return True
 
+    @checked
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorders the sequences' caches for beam search, in place; the batch keeps its size."""
         order = beam_idx.cpu().numpy()
@@ -181,15 +185,22 @@ class SkvCache(TransformersCache):
         self._entries = []
         self.held = self.held[order]
 
+    @checked
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these sequences, in this order, in new buffers; a boolean mask does too."""
-        order = np.arange(self.cache.batch)[indices.cpu().numpy()]
+        chosen = indices.cpu().numpy()
+        if chosen.dtype == np.bool_ and chosen.shape == (self.cache.batch,):
+            chosen = np.flatnonzero(chosen)
+        order = integers("SkvCache: indices", chosen)
         self.cache = self.cache.select(order)
         self._entries = []
         self.held = self.held[order]
 
+    @checked
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Makes ``repeats`` copies of each sequence, side by side, in new buffers."""
+        if not 1 <= repeats <= MAX_BATCH:
+            raise SkvError("SkvCache.batch_repeat_interleave: repeats", got=repeats, expected=f"1 ... {MAX_BATCH}")
         self.batch_select_indices(torch.arange(self.cache.batch).repeat_interleave(repeats))
 
     def __copy__(self) -> SkvCache:

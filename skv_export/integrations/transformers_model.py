@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PretrainedConfig
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
@@ -18,17 +18,20 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from skv_export.arguments import checked
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.model_config import load_config
 from skv_export.errors import SkvError
 from skv_export.integrations.frozen_model import FrozenModel, check_dtype, provider_of
+from skv_export.integrations.generate_options import check_labels, check_options
 from skv_export.integrations.transformers_cache import Candidates, SkvCache
 from skv_export.model_folder import hub
 from skv_export.model_folder.names import LIBRARY_FILE
 from skv_export.model_folder.output import output_folder
 from skv_export.model_folder.writer import generation_config
 from skv_export.paths import to_path
-from skv_export.runtime.session import Session, last_logits
+from skv_export.runtime.arrays import last_logits
+from skv_export.runtime.session import Session
 
 logger = logging.get_logger(__name__)
 # A pipeline looks its model's class up in this table and reports an error, yet works, when it is not there.
@@ -63,6 +66,7 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         GenerationMode.ASSISTED_GENERATION,
     ]
 
+    @checked
     def __init__(
         self,
         session: Session,
@@ -79,6 +83,7 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         self.device, self.dtype = torch.device("cpu"), torch.float32  # of what goes in and comes out
 
     @classmethod
+    @checked
     def from_pretrained(
         cls,
         model: str | Path,
@@ -147,6 +152,7 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         return cls.from_session(session, max_length)
 
     @classmethod
+    @checked
     def from_session(cls, session: Session, max_length: int | None = None) -> SkvForCausalLM:
         """Returns the model of a session that is open, with the configurations of its folder.
 
@@ -167,6 +173,7 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         defaults = generation_config(files, config)
         return cls(session, config.get_text_config(decoder=True), defaults, max_length)
 
+    @checked
     def save_pretrained(self, save_directory: str | Path, *, safe_serialization: bool = True, **others: Any) -> None:
         """Writes the model into another folder, complete or not at all, with ``generation_config`` as it is now.
 
@@ -201,6 +208,7 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
             shutil.copyfile(self.session.library.path, folder / LIBRARY_FILE)
             self.generation_config.save_pretrained(folder)
 
+    @checked
     def push_to_hub(
         self,
         repo_id: str,
@@ -238,19 +246,6 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
             replaced={"generation_config.json": self.generation_config.to_json_string().encode()},
         )
 
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Returns how many parameters the model has, as its checkpoint's class in PyTorch counts them.
-
-        Args:
-            only_trainable: None of an exported model's is.
-            exclude_embeddings: Leave out those of embeddings.
-        """
-        if only_trainable:
-            return 0
-        with torch.device("meta"):  # no memory is taken
-            model = AutoModelForCausalLM.from_config(self.config)  # type: ignore[no-untyped-call]
-        return int(model.num_parameters(exclude_embeddings=exclude_embeddings))
-
     def __repr__(self) -> str:
         config, session = self.session.config, self.session
         weights = config.weights or config.dtype or "its own"
@@ -268,6 +263,7 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         """Returns True."""
         return True
 
+    @checked
     def new_cache(self, batch: int, max_length: int | None = None) -> SkvCache:
         """Allocates an empty cache, to be passed as ``past_key_values``.
 
@@ -291,6 +287,7 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
             )
         return SkvCache(self.session.cache(batch, wanted))
 
+    @checked
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -321,8 +318,10 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         Raises:
             SkvError: ``labels`` where the graph returns the last logits only, or see ``Session.run``.
         """
+        if input_ids.ndim != 2:
+            raise SkvError("input_ids: shape", got=list(input_ids.shape), expected="[batch, tokens]")
         if labels is not None:
-            self._check_labels(labels, input_ids, logits_to_keep)
+            check_labels(labels, input_ids, all_logits=self.session.config.all_logits and not logits_to_keep)
         batch, tokens = input_ids.shape
         state = past_key_values
         if state is None:
@@ -334,6 +333,8 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         if attention_mask is None and state.columns != int(state.cache.lengths.min()):
             raise SkvError("attention_mask: needed, as the sequences so far have padding", fix="Pass the whole mask.")
         mask = None if attention_mask is None else attention_mask.numpy()
+        if mask is not None and mask.shape != (batch, state.columns + tokens):
+            raise SkvError("attention_mask: shape", got=list(mask.shape), expected=[batch, state.columns + tokens])
         new = np.ones((batch, tokens), np.bool_) if mask is None else mask[:, -tokens:] != 0
         if logits_to_keep == 1 and position_ids is None and state.columns == 0 and use_cache is not False:
             logits = state.prefill(self.session, input_ids.numpy(), new)[:, None]
@@ -350,16 +351,6 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=result, past_key_values=None if use_cache is False else state)
 
     __call__ = forward
-
-    def _check_labels(self, labels: torch.Tensor, input_ids: torch.Tensor, logits_to_keep: int) -> None:
-        if not self.session.config.all_logits or logits_to_keep:
-            raise SkvError(
-                "labels: the loss needs the logits of every token",
-                got="the last token's",
-                fix="Export with --all-logits, and leave logits_to_keep out.",
-            )
-        if labels.shape != input_ids.shape:
-            raise SkvError("labels: shape", got=list(labels.shape), expected=list(input_ids.shape))
 
     # What GenerationMixin asks of a model.
 
@@ -410,6 +401,7 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         Raises:
             SkvError: See ``forward``.
         """
+        check_options(*arguments, **options)
         self._running.clear()
         try:
             return super().generate(*arguments, **options)  # type: ignore[misc]  # its self is a Protocol

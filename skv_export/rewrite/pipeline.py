@@ -20,6 +20,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from skv_export.arguments import checked
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.errors import SkvError
 from skv_export.model_folder.card import licence_of
@@ -98,6 +99,7 @@ class Rewrite:
         return cls(opened, layers, config, hidden_size, dataclasses.replace(chosen, dtype=dtype))
 
 
+@checked
 def plan(source: Path | str, recipe: Recipe | None = None) -> Plan:
     """Plans a rewrite: what ``rewrite_model`` would write; see ``export.plan``.
 
@@ -115,6 +117,7 @@ def plan(source: Path | str, recipe: Recipe | None = None) -> Plan:
     )
 
 
+@checked
 def rewrite_model(
     source: Path | str,
     *,

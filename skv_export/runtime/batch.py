@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from skv_export.arguments import checked
 from skv_export.errors import SkvError
+from skv_export.runtime import arrays
 from skv_export.runtime.prefixes import MIN_SHARED, Prefix
 from skv_export.runtime.sampling import Sampler, Sampling
 from skv_export.spec.layout import cache_bytes
@@ -78,11 +80,12 @@ class Batch:
         SkvError: A number out of its range, or the caches would not fit into the memory.
     """
 
+    @checked
     def __init__(self, session: Session, slots: int, max_length: int | None = None, prompt_chunk: int = 512) -> None:
-        if type(slots) is not int or not 1 <= slots <= MAX_SLOTS:
-            raise SkvError("slots", got=repr(slots)[:50], expected=f"1 ... {MAX_SLOTS}")
-        if type(prompt_chunk) is not int or prompt_chunk < 1:
-            raise SkvError("prompt_chunk", got=repr(prompt_chunk)[:50], expected="at least 1 token")
+        if not 1 <= slots <= MAX_SLOTS:
+            raise SkvError("slots", got=slots, expected=f"1 ... {MAX_SLOTS}")
+        if prompt_chunk < 1:
+            raise SkvError("prompt_chunk", got=prompt_chunk, expected="at least 1 token")
         self._session, self._chunk = session, prompt_chunk
         _check_memory(session, slots + 1, max_length)
         self._prompt_cache = session.cache(1, max_length)
@@ -108,10 +111,12 @@ class Batch:
         """Tokens that the caches hold."""
         return int(self._cache.lengths.sum() + self._prompt_cache.lengths.sum())
 
+    @checked
     def __contains__(self, sequence: int) -> bool:
         """Whether a sequence runs or waits."""
         return any(x.number == sequence for x in (*self._slots, *self._waiting, self._filling) if x is not None)
 
+    @checked
     def add(
         self,
         prompt: Sequence[int],
@@ -134,19 +139,20 @@ class Batch:
         Raises:
             SkvError: No or unknown tokens, more than a slot holds, or nothing to generate.
         """
-        self._session.check_ids(np.asarray([prompt], np.int64), 1)
+        self._session.check_ids(arrays.integers("prompt", [prompt]), 1)
         if len(prompt) > self._cache.max_length:
             raise SkvError(
                 "prompt", got=f"{len(prompt)} tokens", expected=f"at most {self._cache.max_length}, a slot's max_length"
             )
-        if type(max_new_tokens) is not int or max_new_tokens < 1:
-            raise SkvError("max_new_tokens", got=repr(max_new_tokens)[:50], expected="at least 1")
+        if max_new_tokens < 1:
+            raise SkvError("max_new_tokens", got=max_new_tokens, expected="at least 1")
         self._count += 1
         ids = [int(token) for token in prompt]
         choose = Sampler(sampling or Sampling(), self._session.marked([ids]))
         self._waiting.append(_Sequence(self._count, ids, max_new_tokens, choose, observe))
         return self._count
 
+    @checked
     def remove(self, sequence: int) -> bool:
         """Lets a sequence leave before its end; returns whether it was there."""
         for waiting in self._waiting:

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from skv_export.arguments import checked
 from skv_export.calibration.file import Calibration
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import TENSORS, past_name, present_name
 from skv_export.model_folder.skv_config import LayerCache
 from skv_export.native.library import Library
+from skv_export.runtime import arrays
 from skv_export.spec import reference
 from skv_export.spec.key_basis import MATRICES, KeyBasis
 from skv_export.spec.layout import Bytes, CacheLayout
@@ -28,6 +30,10 @@ from skv_export.spec.layout import Bytes, CacheLayout
 logger = logging.getLogger(__name__)
 Key = tuple[int, str]
 """Names one tensor: layer, and ``key`` or ``value``."""
+
+
+MAX_BATCH = 1 << 16
+"""Sequences of a cache."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +187,15 @@ class Cache:
         sizes = (layout.capacity(math.prod(b.shape()[2:])) for layout, b in self._tensors.values())
         return min((size for size in sizes if size is not None), default=None)
 
+    @checked
     def data(self, layer: int, name: str) -> Bytes:
-        """Returns a copy of one tensor's bytes, ``[batch, N_kv, rows, W]``; ``name`` is ``key`` or ``value``."""
+        """Returns a copy of one tensor's bytes, ``[batch, N_kv, rows, W]``; ``name`` is ``key`` or ``value``.
+
+        Raises:
+            SkvError: No such layer or name.
+        """
+        if (layer, name) not in self._tensors:
+            raise SkvError("cache: tensor", got=(layer, name), expected=f"0 ... {len(self.layers) - 1}, key or value")
         return np.array(self._tensors[layer, name][1].numpy()[: self.batch])
 
     def reset(self) -> None:
@@ -191,24 +204,31 @@ class Cache:
         for held in self.tokens:
             held.clear()
 
+    @checked
     def advance(self, new: Sequence[Sequence[int]]) -> None:
         """Notes which tokens a call has appended to each sequence."""
+        if len(new) != self.batch:
+            raise SkvError("cache: tokens appended", got=f"{len(new)} sequences", expected=self.batch)
         for held, more in zip(self.tokens, new, strict=True):
             held.extend(more)
         self.lengths[:] = [len(held) for held in self.tokens]
         np.maximum(self._longest, self.lengths, out=self._longest)
 
+    @checked
     def rewind_floor(self, b: int) -> int:
         """Smallest length above 0 to which sequence ``b`` can be rewound."""
+        self._check_sequence(b)
         length, longest = int(self.lengths[b]), int(self._longest[b])
         tensors = self._tensors.values()
         return max(reference.rewind_floor(x, math.prod(y.shape()[2:]), length, longest) for x, y in tensors)
 
+    @checked
     def draft_room(self, b: int) -> int:
         """How many tokens may follow the next one of sequence ``b`` in the same call as if they came one by one.
 
         Up to there no tile is written that the next tokens should see, and all of them can be taken back exactly.
         """
+        self._check_sequence(b)
         length, room = int(self.lengths[b]), self.max_length - int(self.lengths[b]) - 1
         for layout, _ in self._tensors.values():
             flush = layout.quantized_tokens(length) + layout.num_sink_tokens + layout.recent_tokens + layout.tile_tokens
@@ -217,6 +237,7 @@ class Cache:
                 room = min(room, layout.recent_tokens)
         return max(room, 0)
 
+    @checked
     def rewind(self, lengths: int | ArrayLike) -> None:
         """Takes back tokens, so that each sequence holds ``lengths`` of them (one number, or one per sequence).
 
@@ -227,7 +248,10 @@ class Cache:
         Raises:
             SkvError: Too far back, or longer than what is held; nothing has changed.
         """
-        new = np.broadcast_to(np.asarray(lengths, np.int64), self.lengths.shape)
+        new = arrays.integers("rewind: lengths", lengths)
+        if new.shape not in ((), (1,), self.lengths.shape):
+            raise SkvError("rewind: lengths", got=list(new.shape), expected=f"one number, or {self.batch} of them")
+        new = np.broadcast_to(new, self.lengths.shape)
         for b, (held, wanted) in enumerate(zip(self.lengths.tolist(), new.tolist(), strict=True)):
             floor = self.rewind_floor(b)
             if wanted != 0 and not floor <= wanted <= held:
@@ -254,6 +278,7 @@ class Cache:
             del self.tokens[b][wanted:]
         self.lengths[:] = new
 
+    @checked
     def reorder(self, indices: ArrayLike) -> None:
         """Makes sequence ``i`` a copy of what sequence ``indices[i]`` was, in place (beam search).
 
@@ -266,6 +291,7 @@ class Cache:
         if not np.array_equal(order, np.arange(self.batch)):
             self._copy(self, order)
 
+    @checked
     def select(self, indices: ArrayLike) -> Cache:
         """Returns a new cache, with buffers of its own, whose sequence ``i`` is a copy of sequence ``indices[i]``.
 
@@ -279,18 +305,19 @@ class Cache:
         twin._copy(self, order)
         return twin
 
+    @checked
     def fork(self, n: int) -> Cache:
         """Returns a new cache with ``n`` copies of each sequence, side by side, each of which goes on by itself.
 
         Raises:
             SkvError: ``n`` is no number of copies.
         """
-        if type(n) is not int or n < 1:
-            raise SkvError("fork: copies of each sequence", got=repr(n)[:50], expected="at least 1")
+        if not 1 <= n <= MAX_BATCH:
+            raise SkvError("fork: copies of each sequence", got=n, expected=f"1 ... {MAX_BATCH}")
         return self.select(np.arange(self.batch).repeat(n))
 
     def _order(self, indices: ArrayLike) -> NDArray[np.int64]:
-        order = np.asarray(indices, np.int64)
+        order = arrays.integers("sequences of the cache", indices)
         if order.ndim != 1 or not order.size or order.min() < 0 or order.max() >= self.batch:
             raise SkvError("sequences of the cache", got=order.tolist(), expected=f"indices of 0 ... {self.batch - 1}")
         return order
@@ -305,10 +332,13 @@ class Cache:
 
     # States: what is held, apart from the buffers.
 
+    @checked
     def longest(self, b: int) -> int:
         """Most tokens that sequence ``b`` has held since it was empty, as far as ``reference.rewind`` must know."""
+        self._check_sequence(b)
         return int(self._longest[b])
 
+    @checked
     def tensor_state(self, b: int, key: Key, behind: int = 0) -> TensorState:
         """Copies what one tensor holds of sequence ``b``, without the tiles that it had at a length of ``behind``."""
         layout, _ = self._tensors[key]
@@ -322,22 +352,32 @@ class Cache:
             rows[:, self.longest(b) * layout.row_bytes :] = 0  # what was never written
             return TensorState(first, found[:, slots], rows)
 
+    @checked
     def state(self, b: int, behind: int = 0) -> SequenceState:
         """Copies what the cache holds of sequence ``b``.
 
         Args:
             b: The sequence.
             behind: Length of what other states hold already, from which this one continues: its tiles are left out.
+
+        Raises:
+            SkvError: There is no such sequence.
         """
+        self._check_sequence(b)
         tensors = {key: self.tensor_state(b, key, behind) for key in self._tensors}
         return SequenceState(np.array(self.tokens[b], np.int32), self.longest(b), tensors)
 
+    @checked
     def restore(self, b: int, states: Sequence[SequenceState]) -> None:
         """Makes sequence ``b`` what it was when the last of ``states`` was taken; the others hold its earlier tiles.
 
         Raises:
-            SkvError: The cache is too small for it; nothing has changed.
+            SkvError: The cache is too small for it, or of another model; nothing has changed.
         """
+        self._check_sequence(b)
+        if not states or any(set(x.tensors) != set(self._tensors) for x in states):
+            got = f"{len(states)} states" if not states else "those of another model's cache"
+            raise SkvError("cache: states to restore", got=got, expected="those of this model")
         state = states[-1]
         if self.capacity is not None and state.longest > self.capacity:
             raise SkvError(
@@ -365,14 +405,22 @@ class Cache:
                     to[:, [tile % tiles for tile in kept]] = from_tiles
             rows[:] = states[-1].rows
 
+    @checked
     def note_restored(self, b: int, tokens: Sequence[int], longest: int) -> None:
         """Notes which tokens sequence ``b`` holds after ``restore_tensor``, and the most that it has held."""
+        self._check_sequence(b)
         self.tokens[b][:] = tokens
         self.lengths[b], self._longest[b] = len(tokens), longest
+
+    def _check_sequence(self, b: int) -> None:
+        """Refuses a sequence that the buffers do not have: its bytes would be another's, or nobody's."""
+        if not 0 <= b < self.batch:
+            raise SkvError("cache: sequence", got=b, expected=f"0 ... {self.batch - 1}")
 
     @contextmanager
     def _block(self, b: int, key: Key, *, write: bool = False) -> Iterator[Bytes]:
         """The bytes ``[N_kv, C]`` of one sequence: on a CPU those of the buffer itself, else a copy, written back."""
+        self._check_sequence(b)
         _, buffer = self._tensors[key]
         shape = buffer.shape()
         heads, block_bytes = shape[1], math.prod(shape[2:])
@@ -385,6 +433,7 @@ class Cache:
         if write:
             buffer.update_inplace(whole)
 
+    @checked
     def save(self, path: Path | str) -> None:
         """Writes what the cache holds to a file, complete or not at all, for ``Session.load_cache``.
 

@@ -87,8 +87,8 @@ def load(session: Session, path: Path | str, room: int | None = None) -> Cache:
     source, context = to_path(path, "saved cache"), session.config.context_length
     if not source.is_file():
         raise SkvError(f"{source}: no such file", expected="what cache.save wrote")
-    if room is not None and (type(room) is not int or room < 0):
-        raise SkvError("load_cache: room", got=repr(room)[:50], expected="a number of tokens, or None")
+    if room is not None and room < 0:
+        raise SkvError("load_cache: room", got=room, expected="a number of tokens, or None")
     layers = session.config.layers
     try:
         file = LocalFile(source)

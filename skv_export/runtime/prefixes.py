@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from skv_export.arguments import check
 from skv_export.errors import SkvError
 from skv_export.runtime.cache import Cache, SequenceState
 
@@ -80,8 +81,9 @@ class PrefixStore:
     """
 
     def __init__(self, max_bytes: int) -> None:
-        if type(max_bytes) is not int or max_bytes < 1:
-            raise SkvError("prefix_bytes", got=repr(max_bytes)[:50], expected="a number of bytes, at least 1")
+        check("prefix_bytes", max_bytes, int)
+        if max_bytes < 1:
+            raise SkvError("prefix_bytes", got=max_bytes, expected="a number of bytes, at least 1")
         self.max_bytes = max_bytes
         self.reused_tokens = self.prompt_tokens = 0
         # Oldest first. Whoever is used is used before what it stands behind: so the oldest has nothing behind it.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from skv_export.arguments import check_fields
 from skv_export.errors import SkvError
 
 Int64 = NDArray[np.int64]
@@ -34,6 +35,7 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.temperature < float("inf"):
             raise SkvError("temperature", got=self.temperature, expected="at least 0 (0 = greedy)")
         if self.top_k < 0:

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from skv_export.arguments import checked
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import CALIBRATION_FILE
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import load_library
 from skv_export.paths import to_path
-from skv_export.runtime import cache_file
+from skv_export.runtime import arrays, cache_file
 from skv_export.runtime.batch import Batch
-from skv_export.runtime.cache import Cache, load_bases
+from skv_export.runtime.cache import MAX_BATCH, Cache, load_bases
 from skv_export.runtime.graph import Graph, Int64, Logits
 from skv_export.runtime.prefixes import Prefix, PrefixStore
 from skv_export.runtime.prompts import chat_prompt, load_tokenizer
@@ -64,6 +65,7 @@ class Session:
         SkvError: A file is missing or damaged, or the provider or its kernels are not available.
     """
 
+    @checked
     def __init__(
         self,
         folder: Path | str,
@@ -78,10 +80,10 @@ class Session:
         prefix_bytes: int = 0,
     ) -> None:
         self.folder = to_path(folder, "exported folder")
-        if type(num_threads) is not int or not 0 <= num_threads <= MAX_THREADS:
+        if not 0 <= num_threads <= MAX_THREADS:
             raise SkvError("num_threads", got=num_threads, expected=f"0 ... {MAX_THREADS}; 0 = ONNX Runtime's choice")
-        if type(num_logits) is not int or not 1 <= num_logits <= MAX_LOGITS:
-            raise SkvError("num_logits", got=repr(num_logits)[:50], expected=f"1 ... {MAX_LOGITS} tokens of a call")
+        if not 1 <= num_logits <= MAX_LOGITS:
+            raise SkvError("num_logits", got=num_logits, expected=f"1 ... {MAX_LOGITS} tokens of a call")
         self.config = config or ModelConfig.load(self.folder)
         self.execution_provider = execution_provider
         if cuda_graph and execution_provider != "cuda":
@@ -102,6 +104,7 @@ class Session:
         )
         self.onnx = self.graph.onnx
 
+    @checked
     def cache(self, batch: int = 1, max_length: int | None = None) -> Cache:
         """Allocates a cache.
 
@@ -116,9 +119,9 @@ class Session:
             SkvError: More tokens than the model's context, or none.
         """
         wanted = self.config.context_length if max_length is None else max_length
-        if type(batch) is not int or batch < 1:
-            raise SkvError("batch", got=repr(batch)[:50], expected="a number of sequences, at least 1")
-        if not isinstance(wanted, int | np.integer) or not 1 <= wanted <= self.config.context_length:
+        if not 1 <= batch <= MAX_BATCH:
+            raise SkvError("batch", got=batch, expected=f"1 ... {MAX_BATCH} sequences")
+        if not 1 <= wanted <= self.config.context_length:
             raise SkvError(
                 "max_length", got=wanted, expected=f"1 ... {self.config.context_length}, the model's context"
             )
@@ -127,6 +130,7 @@ class Session:
             lambda: self.bases, lambda: cache_file.model_digest(self.folder),
         )  # fmt: skip
 
+    @checked
     def batch(self, slots: int, *, max_length: int | None = None, prompt_chunk: int = 512) -> Batch:
         """Returns a batch whose sequences come and go between steps.
 
@@ -144,6 +148,7 @@ class Session:
         """
         return Batch(self, slots, max_length, prompt_chunk)
 
+    @checked
     def load_cache(self, path: Path | str, *, room: int | None = None) -> Cache:
         """Reads a cache that ``Cache.save`` wrote: going on with it is going on with the one that was saved.
 
@@ -164,6 +169,7 @@ class Session:
         """Constants of calibrated keys, by layer; see ``load_bases``."""
         return load_bases(self.folder / CALIBRATION_FILE, self.config.layers)
 
+    @checked
     def run(
         self,
         input_ids: ArrayLike,
@@ -188,13 +194,15 @@ class Session:
             SkvError: The mask does not fit the cache, or the model's context or the cache's capacity would be passed
                 (nothing is written); or ONNX Runtime fails (the cache is empty then).
         """
-        ids = np.ascontiguousarray(input_ids, np.int64)
+        ids = arrays.integers("input_ids", input_ids)
         self._check_call(ids, cache)
-        new = np.ones(ids.shape, np.bool_) if attention_mask is None else self._new_columns(ids, attention_mask, cache)
-        if position_ids is not None:
-            position_ids = np.broadcast_to(np.asarray(position_ids, np.int64), ids.shape)
-        return self._append(ids, new, position_ids, cache)
+        new = np.ones(ids.shape, np.bool_)
+        if attention_mask is not None:
+            new = arrays.new_columns(attention_mask, ids.shape[1], cache.lengths)
+        places = arrays.positions(position_ids, ids.shape, new, self.config.context_length)
+        return self._append(ids, new, places, cache)
 
+    @checked
     def append(self, rows: Sequence[Sequence[int]], cache: Cache) -> Logits:
         """Runs new tokens, as many or few for each sequence, and appends them to the cache.
 
@@ -208,17 +216,11 @@ class Session:
         Raises:
             SkvError: See ``run``; or none has a token.
         """
-        ids, mask = self._padded(rows)
+        if len(rows) != cache.batch:
+            raise SkvError("rows", got=f"{len(rows)} sequences", expected=f"{cache.batch}, the cache's")
+        ids, mask = arrays.padded(rows, self.pad_token_id)
         past = np.arange(cache.lengths.max())[None, :] < cache.lengths[:, None]
-        return last_logits(self.run(ids, np.concatenate([past, mask], axis=1), None, cache), mask)
-
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Int64, NDArray[np.bool_]]:
-        """Rows of tokens side by side, padded on the right, and where they are: ``[B, S]`` each."""
-        width = max(map(len, rows), default=0)
-        mask = np.arange(width)[None, :] < np.array([len(row) for row in rows], np.int64)[:, None]
-        ids = np.full(mask.shape, self.pad_token_id, np.int64)
-        ids[mask] = [token for row in rows for token in row]
-        return ids, mask
+        return arrays.last_logits(self.run(ids, np.concatenate([past, mask], axis=1), None, cache), mask)
 
     def _append(self, ids: Int64, new: NDArray[np.bool_], positions: Int64 | None, cache: Cache) -> Logits:
         """``run`` with what it has checked; ``new`` says which columns hold tokens, ``[B, S]``."""
@@ -241,6 +243,7 @@ class Session:
             logits = np.take_along_axis(logits, np.argsort(place, axis=1)[:, :, None], axis=1)
         return logits
 
+    @checked
     def check_length(self, length: int, capacity: int | None = None) -> None:
         """Refuses a sequence that is longer than the model's context, or than a cache's capacity.
 
@@ -302,27 +305,9 @@ class Session:
             outside = sorted({int(i) for i in ids.flat if not 0 <= i < self.config.vocab_size})
             raise SkvError("input_ids: no such token", got=outside[:4], expected=f"0 ... {self.config.vocab_size - 1}")
 
-    @staticmethod
-    def _new_columns(ids: Int64, attention_mask: ArrayLike, cache: Cache) -> NDArray[np.bool_]:
-        """Which of the new columns hold tokens, ``[B, S]``, after checking the mask against the cache."""
-        mask = np.asarray(attention_mask) != 0
-        columns = ids.shape[1]
-        if mask.ndim != 2 or mask.shape[0] != cache.batch or mask.shape[1] < columns:
-            raise SkvError(
-                "attention_mask: shape", got=list(mask.shape), expected=f"[{cache.batch}, past columns + {columns}]"
-            )
-        past = mask[:, :-columns].sum(axis=1)
-        if not np.array_equal(past, cache.lengths):
-            raise SkvError(
-                "attention_mask: its columns before the new tokens do not count what the cache holds",
-                got=past.tolist(),
-                expected=cache.lengths.tolist(),
-                fix="Pass the mask of all tokens so far, or none.",
-            )
-        return mask[:, -columns:]
-
     # The token loop.
 
+    @checked
     def stream(
         self,
         input_ids: ArrayLike,
@@ -353,15 +338,19 @@ class Session:
         Raises:
             SkvError: See ``run``.
         """
-        ids = np.asarray(input_ids, np.int64)
+        ids = arrays.integers("input_ids", input_ids)
         self.check_ids(ids, None if cache is None else cache.batch)
-        new = np.ones(ids.shape, np.bool_) if attention_mask is None else np.asarray(attention_mask) != 0
+        new = np.ones(ids.shape, np.bool_) if attention_mask is None else arrays.mask("attention_mask", attention_mask)
+        if max_new_tokens < 1:
+            raise SkvError("max_new_tokens", got=max_new_tokens, expected="at least 1")
         if new.shape != ids.shape:
             raise SkvError("attention_mask: shape", got=list(new.shape), expected=list(ids.shape))
         if cache is None:
             self.check_length(int(new.sum(axis=1).max(initial=0)))
             cache = self.cache(len(ids), min(ids.shape[1] + max_new_tokens, self.config.context_length))
         held = [row[real].tolist() for row, real in zip(ids, new, strict=True)] if present is None else present
+        if len(held) != len(ids):
+            raise SkvError("present", got=f"{len(held)} sequences", expected=len(ids))
         choose = Sampler(sampling or Sampling(), self.marked(held))
         logits, entries = self.prefill(ids, new, cache)
         active = np.ones(len(ids), np.bool_)
@@ -399,9 +388,10 @@ class Session:
         one_column = self.config.right_padded or self.graph.num_logits > 1
         may_pad = self.config.all_logits or not one_column or cache.batch == 1
         if self.prefixes is None or cache.lengths.any() or not may_pad or not new.any(axis=1).all():
-            return last_logits(self._append(ids, new, None, cache), new), []
+            return arrays.last_logits(self._append(ids, new, None, cache), new), []
         return self.prefixes.prefill(self, cache, [row[at].tolist() for row, at in zip(ids, new, strict=True)])
 
+    @checked
     def marked(self, present: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
         """Marks the tokens that sequences have.
 
@@ -410,12 +400,19 @@ class Session:
 
         Returns:
             ``[B, vocab_size]``.
+
+        Raises:
+            SkvError: No such token.
         """
         marked = np.zeros((len(present), self.config.vocab_size), np.bool_)
         for row, tokens in zip(marked, present, strict=True):
-            row[list(tokens)] = True
+            if len(tokens):
+                ids = arrays.integers("present", tokens)
+                self.check_ids(ids[None], 1)
+                row[ids] = True
         return marked
 
+    @checked
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 128, sampling: Sampling | None = None
     ) -> list[list[int]]:
@@ -434,7 +431,7 @@ class Session:
         """
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise SkvError("prompts: an empty one", got=[len(p) for p in prompts], expected="at least one token each")
-        ids, mask = self._padded(prompts)
+        ids, mask = arrays.padded(prompts, self.pad_token_id)
         steps = np.array(list(self.stream(ids, mask, max_new_tokens=max_new_tokens, sampling=sampling)))
         return [_until(steps[:, row].tolist(), self.config.eos_token_id) for row in range(len(prompts))]
 
@@ -457,6 +454,7 @@ class Session:
         """The folder's ``tokenizer.json``, as tokenizers' Tokenizer; see ``load_tokenizer``."""
         return load_tokenizer(self.folder)
 
+    @checked
     def chat_prompt(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -490,20 +488,6 @@ class Session:
             add_generation_prompt=add_generation_prompt,
             variables=variables,
         )
-
-
-def last_logits(logits: Logits, new: NDArray[np.bool_]) -> Logits:
-    """The logits of each sequence's last new token, ``[B, vocab_size]``.
-
-    Args:
-        logits: What ``Session.run`` returned: of the last token alone, or of all columns.
-        new: ``[B, S]``, which columns hold tokens.
-    """
-    if logits.shape[1] == 1:
-        return logits[:, 0]
-    new = new[:, -logits.shape[1] :]
-    ends = np.where(new, np.arange(new.shape[1]), -1).max(axis=1)
-    return logits[np.arange(len(logits)), ends]
 
 
 def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:

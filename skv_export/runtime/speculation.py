@@ -12,7 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
+from skv_export.arguments import check, checked
 from skv_export.errors import SkvError
+from skv_export.runtime import arrays
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.graph import Int64, Logits
 from skv_export.runtime.sampling import Sampler, Sampling
@@ -125,6 +127,7 @@ class Speculation:
                 fix=f"Session(folder, num_logits={drafter.num_tokens + 1}), or export with --all-logits.",
             )
 
+    @checked
     def stream(
         self,
         prompts: Sequence[Sequence[int]],
@@ -152,7 +155,7 @@ class Speculation:
         Raises:
             SkvError: Several sequences, or see ``Session.stream``.
         """
-        session, ids = self.session, np.asarray(prompts, np.int64)
+        session, ids = self.session, arrays.integers("prompts", prompts)
         session.check_ids(ids, 1)
         if cache is None:
             session.check_length(ids.shape[1])
@@ -199,6 +202,7 @@ class Speculation:
 
 
 def _checked(num_tokens: int) -> int:
-    if type(num_tokens) is not int or num_tokens < 1:
-        raise SkvError("tokens to guess", got=repr(num_tokens)[:50], expected="at least 1")
+    check("tokens to guess", num_tokens, int)
+    if num_tokens < 1:
+        raise SkvError("tokens to guess", got=num_tokens, expected="at least 1")
     return num_tokens

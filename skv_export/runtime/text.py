@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from skv_export.arguments import checked
 from skv_export.errors import SkvError
 from skv_export.model_folder.output import check_file
 from skv_export.runtime.prompt_cache import PromptCache
@@ -129,6 +130,7 @@ class TextStream:
         SkvError: The prompt has no tokens or exceeds the model's context, or an empty stop string.
     """
 
+    @checked
     def __init__(
         self,
         session: Session,
@@ -219,6 +221,7 @@ def _overlap(text: str, stops: Sequence[str]) -> int:
     return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
 
 
+@checked
 def start_text(
     folder: Path | str,
     prompt: str,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skv_export.arguments import brief, check_fields, checked
 from skv_export.errors import SkvError, did_you_mean
 from skv_export.paths import to_path
 
@@ -59,6 +60,8 @@ _RANGES: dict[str, tuple[int, int]] = {
 }
 _SWITCHES = ("quantize_head", "quantize_embeddings")
 MAX_RECIPE_BYTES = 1 << 20
+MAX_LAYERS = 10_000
+"""Of a model: none comes near."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,9 @@ class LayerOverride:
     index: tuple[int, ...]
     values: tuple[tuple[str, Any], ...]
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -151,6 +157,7 @@ class Recipe:
     description: str = ""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check("dtype", self.dtype)
         if self.weights:
             _check("weights", self.weights)
@@ -178,6 +185,7 @@ class Recipe:
         """Whether products with quantized weights do not round activations."""
         return self.accuracy_level == 1 or (self.accuracy_level == 0 and not self.weight_bits)
 
+    @checked
     def layer(self, index: int) -> LayerConfig:
         """Returns the options that hold for layer ``index``."""
         config = self.default
@@ -186,12 +194,15 @@ class Recipe:
                 config = self._apply(override, config)
         return config
 
+    @checked
     def layers(self, num_hidden_layers: int) -> tuple[LayerConfig, ...]:
         """Returns the options of every layer.
 
         Raises:
-            SkvError: An override names a layer that the model does not have.
+            SkvError: An override names a layer that the model does not have, or no model has so many.
         """
+        if not 1 <= num_hidden_layers <= MAX_LAYERS:
+            raise SkvError("num_hidden_layers", got=num_hidden_layers, expected=f"1 ... {MAX_LAYERS}")
         named = [i for override in self.overrides for i in override.index]
         outside = sorted({i for i in named if i >= num_hidden_layers})
         if outside:
@@ -223,6 +234,7 @@ class Recipe:
         return dataclasses.replace(self, default=default, overrides=tuple(o for o in overrides if o.values), **own)
 
     @classmethod
+    @checked
     def per_layer(cls, bits: list[tuple[int, int]], base: Recipe | None = None) -> Recipe:
         """Returns a recipe with bits of its own for each layer.
 
@@ -234,6 +246,8 @@ class Recipe:
             SkvError: A bit width outside ``BITS``.
         """
         base = base or cls()
+        if not bits:
+            raise SkvError("per_layer: bits", got="none", expected="a pair for each layer")
         common = max(sorted(set(bits)), key=bits.count)
         rest = sorted(set(bits) - {common})
         return dataclasses.replace(
@@ -248,6 +262,7 @@ class Recipe:
         )
 
     @classmethod
+    @checked
     def from_dict(cls, values: Mapping[str, Any], source: str = "recipe") -> Recipe:
         """Builds a recipe from parsed TOML.
 
@@ -326,7 +341,7 @@ def as_recipe(recipe: object) -> Recipe:
 
 def _with_dtype(given: dict[str, Any]) -> dict[str, Any]:
     """A ``weights`` that is also a ``dtype`` sets ``dtype``."""
-    if given.get("weights") in DTYPES:
+    if isinstance(given.get("weights"), str) and given["weights"] in DTYPES:
         given.setdefault("dtype", given["weights"])
     return given
 
@@ -372,21 +387,21 @@ def _check(name: str, value: object, source: str = "") -> None:
     what = f"{source}: {name}" if source else name
     if name in _CHOICES:
         choices = _CHOICES[name]
-        if value not in choices or isinstance(value, (bool, float)):
+        if type(value) not in (int, str) or value not in choices:
             expected, near = ", ".join(map(str, choices)), None
             if isinstance(value, str):
                 number = value in map(str, choices) and value not in choices
                 near = "Write the number without quotes." if number else did_you_mean(value, map(str, choices))
-            raise SkvError(what, got=repr(value), expected=f"one of {expected}", fix=near)
+            raise SkvError(what, got=brief(value), expected=f"one of {expected}", fix=near)
     elif name in _RANGES:
         low, high = _RANGES[name]
         if type(value) is not int or not low <= value <= high:
-            raise SkvError(what, got=repr(value), expected=f"an integer from {low} to {high}")
+            raise SkvError(what, got=brief(value), expected=f"an integer from {low} to {high}")
         if name.endswith("group_size") and value % GROUP_MULTIPLE:
             expected = f"a multiple of {GROUP_MULTIPLE} (or 0 for the default)"
             raise SkvError(what, got=value, expected=expected, fix="Leave it out to have the usual one.")
     elif name in _SWITCHES and not isinstance(value, bool):
-        raise SkvError(what, got=repr(value), expected="true or false")
+        raise SkvError(what, got=brief(value), expected="true or false")
 
 
 def shipped_recipes() -> dict[str, Path]:

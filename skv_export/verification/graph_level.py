@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from skv_export import progress
+from skv_export.arguments import check_fields
 from skv_export.checkpoints.pretrained import input_device
 from skv_export.errors import SkvError
 from skv_export.export.decoder import SkvDecoder
@@ -59,6 +60,9 @@ class Tolerance:
     most: float = 5e-2
     rows: float = 1e-3
     flips: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @classmethod
     def of(cls, dtype: str) -> Tolerance:

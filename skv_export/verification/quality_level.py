@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
+from skv_export.arguments import check_fields
 from skv_export.checkpoints.pretrained import input_device
 from skv_export.errors import SkvError
 from skv_export.evaluation import metrics
@@ -42,6 +43,9 @@ class Thresholds:
     max_kld_mean: float | None = None
     max_kld_p99: float | None = None
     min_top1_agreement: float | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from skv_export.arguments import checked
 from skv_export.checkpoints.checkpoint import Source, demo_checkpoint, resolve
 from skv_export.errors import SkvError
 from skv_export.evaluation.text import cut_windows, read_text
@@ -143,6 +144,7 @@ class Report:
 # The run.
 
 
+@checked
 def verify(
     folder: Path | str,
     *,

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from skv_export.analysis import card, pipeline
 from skv_export.analysis.pipeline import Target
 from skv_export.checkpoints.checkpoint import Checkpoint
+from skv_export.cli.analyze import planner
 from skv_export.errors import SkvError
 from skv_export.spec.layout import CacheLayout, cache_bytes
 from skv_export.spec.recipe import LayerConfig
@@ -54,6 +55,22 @@ def test_a_card_too_small_says_what_takes_the_room(tiny_checkpoint: Callable[...
     assert room == card.GIB - card.weight_bytes(opened, "fp16") - card.activation_bytes(opened, 2)
     with pytest.raises(SkvError, match="hold no cache beside the weights"):
         card.room_for_cache(card.GIB // 4, opened, "fp16", 1)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
+def test_where_fp16_fits_it_is_said(arch: str, tiny_checkpoint: Callable[..., Path]) -> None:
+    """Counted here: 2 bytes for each element of keys and values, a window's layer counts its window."""
+    folder, batch, context = tiny_checkpoint(arch), 3, 4096
+    config = pipeline.analyze(folder).config
+    tokens = sum(min(context, w) if w else context for w in config.windows)
+    exactly = batch * 2 * config.num_key_value_heads * config.head_dim * tokens * 2
+    for memory, said in ((exactly, True), (exactly - 1, False)):
+        found = pipeline.analyze(folder, target=Target(memory=memory, context=context, batch=batch))
+        reasons = found.recommendation.reasons
+        assert any("fp16" in reason for reason in reasons) == said
+        assert ("nothing has to be quantized" in reasons[0]) == said
+    assert "model's whole context fits" in planner(found, 1 << 40)
+    assert "model's whole context fits" not in planner(found, 1 << 18)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3_text"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from skv_export.analysis import effort
+from skv_export.analysis import effort, pipeline
 from skv_export.analysis.pipeline import MeasureOptions
 from skv_export.checkpoints.checkpoint import Checkpoint
 from skv_export.cli.analyze import analyze_command
@@ -51,6 +51,29 @@ def test_the_command_keeps_to_weights_where_measuring_would_take_too_long(
     done = CliRunner().invoke(analyze_command, [str(with_tokenizer), "--context", "4k"])
     assert done.exit_code == 0, done.output
     assert "over half an hour" in done.output and "from weights alone" in done.output
+
+
+def test_a_file_to_keep_it_in_asks_for_a_measurement(
+    with_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is done must not depend on how busy the machine is: what is in the file may be all of it."""
+    monkeypatch.setattr(effort, "_speed", lambda: 1.0)
+    asked = []
+    monkeypatch.setattr(pipeline, "_measure", lambda *arguments: asked.append(arguments) or None)
+    command = [str(with_tokenizer), "--context", "4k", "--state", str(tmp_path / "state.jsonl")]
+    CliRunner().invoke(analyze_command, command)
+    assert len(asked) == 1
+    done = CliRunner().invoke(analyze_command, [*command, "--no-measure"])
+    assert done.exit_code == 0 and len(asked) == 1, done.output
+    (with_tokenizer / "tokenizer.json").unlink()
+    done = CliRunner().invoke(analyze_command, command)
+    assert done.exit_code != 0 and str(done.exception).startswith("--state: the checkpoint has no tokenizer")
+
+
+def test_the_fastest_of_several_products_is_the_machines_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 5.0, 5.0, 5.5, 5.5, 5.6, 6.0, 9.0, 9.0, 9.2, 9.2, 9.3, 9.3, 10.0, 10.0, 11.0])
+    monkeypatch.setattr(effort.time, "perf_counter", lambda: next(times))
+    assert effort._speed() == pytest.approx(2 * 768**3 / 0.1)
 
 
 def test_a_measurement_that_was_asked_for_and_cannot_be_is_an_error(tiny_checkpoint: Callable[..., Path]) -> None:

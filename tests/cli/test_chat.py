@@ -164,6 +164,16 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
+    def interrupt_until(self, text: str, seconds: float = 60) -> None:
+        """Ctrl-C until `text` is seen: a line editor that has just written its prompt may miss the first."""
+        end = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < end, self.seen
+            self.type("\x03")
+            while text not in self.seen and select.select([self.master], [], [], 1)[0]:
+                self.seen += os.read(self.master, 4096).decode(errors="replace")
+        self.seen = self.seen.partition(text)[2]
+
 
 def _take(terminal: int) -> None:
     """Makes a terminal the one whose Ctrl-C a process gets."""
@@ -197,8 +207,7 @@ def test_in_a_terminal_ctrl_c_ends_the_answer_and_ctrl_d_the_conversation(folder
         terminal.wait_for("2 messages; ")
         terminal.wait_for("stopped by an interrupt")
         terminal.wait_for("> ")
-        terminal.type("\x03")
-        terminal.wait_for("/exit ends the conversation.")
+        terminal.interrupt_until("/exit ends the conversation.")
         terminal.wait_for("> ")
         terminal.type("\x04")
         assert terminal.process.wait(60) == 0

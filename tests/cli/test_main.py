@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 from tiny_graph import Tiny
 
-from skv_export.cli.main import default_name, main
+from skv_export.cli.main import main
+from skv_export.cli.options import default_name
 from skv_export.errors import SkvError
 from skv_export.spec.recipe import Recipe
 

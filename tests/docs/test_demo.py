@@ -57,8 +57,12 @@ def test_demo_model_writes_a_sentence(demo_export: Path) -> None:
     assert (config.model_type, len(config.layers), config.context_length) == ("llama", 30, 8192)
     graph = onnx.load(demo_export / "model.onnx", load_external_data=False)
     operators = Counter(node.op_type for node in graph.graph.node)
-    assert (operators["MatMul"], operators["Gemm"], operators["Transpose"], operators["Cos"]) == (210, 1, 0, 1)
-    assert sum(operators.values()) < 30 * 17 + 60
+    # The file's 210 matrices and its head, twice the embedding's (it has two planes); each with its offsets' product.
+    products = operators["MatMulNBits"], operators["MatMul"], operators["Gemm"]
+    assert (products, operators["GatherBlockQuantized"]) == ((212, 211, 0), 2)
+    assert (operators["QuantizedKVAttention"], operators["Transpose"], operators["Cos"]) == (30, 1, 1)
+    assert sum(operators.values()) < 30 * 40 + 60
+    assert (demo_export / "model.onnx.data").stat().st_size < 120e6
 
 
 def test_demo_tokenizer_round_trips(demo_export: Path) -> None:

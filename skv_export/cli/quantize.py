@@ -1,0 +1,101 @@
+"""The command `skv-export quantize`: parses, calls, prints; torch is imported only when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from skv_export.cli.options import (
+    PathOf,
+    adapter_option,
+    default_name,
+    json_option,
+    progress_options,
+    say,
+    write_json,
+)
+from skv_export.progress import Progress
+
+
+@click.command("quantize")
+@click.argument("checkpoint", required=False)
+@adapter_option
+@click.option(
+    "--method",
+    type=click.Choice(["gptq", "rsq", "rtn"]),
+    default="gptq",
+    show_default=True,
+    help="gptq: errors are made up for on the text; rsq: GPTQ with tokens weighed by attention; rtn: to the nearest.",
+)
+@click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Bits of a weight.")
+@click.option(
+    "--group-size",
+    type=click.Choice(["16", "32", "64", "128"]),
+    default="32",
+    show_default=True,
+    help="Inputs that share a scale.",
+)
+@click.option("--text", type=PathOf("--text"), help="Text to read, UTF-8.  [default: shipped, on optics]")
+@click.option("--windows", default=16, show_default=True, type=click.IntRange(1), help="Windows of text.")
+@click.option("--window", default=1024, show_default=True, type=click.IntRange(64), help="Tokens per window.")
+@click.option(
+    "--cache", type=PathOf("--cache"), help="Recipe of the cache that the layers have meanwhile.  [default: exact]"
+)
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--out", type=PathOf("--out"), help="Folder to write.  [default: NAME-METHOD-int4]")
+@click.option("--force", is_flag=True, help="Replace --out if this tool wrote it.")
+@click.option("--device", default="cpu", show_default=True, help="Where the layers run: cpu, cuda, cuda:1, ...")
+@json_option("the figures")
+@progress_options
+def quantize_command(
+    checkpoint: str | None,
+    adapter: Path | None,
+    method: str,
+    bits: str,
+    group_size: str,
+    text: Path | None,
+    windows: int,
+    window: int,
+    cache: Path | None,
+    revision: str | None,
+    out: Path | None,
+    force: bool,
+    device: str,
+    json_file: Path | None,
+) -> None:
+    """Quantize CHECKPOINT's weights to 4 or 8 bits by what its layers read in a text.
+
+    Writes a checkpoint in the compressed-tensors format, which `model` exports as it is and `quality` compares. One
+    layer is in memory at a time. CHECKPOINT is a folder with safetensors, a GGUF file, or a hub id; without it, the
+    demo model.
+
+    \b
+    skv-export quantize ./Qwen3-0.6B --out qwen3-int4
+    skv-export model qwen3-int4 --k-bits 4 --v-bits 2
+    """
+    from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
+    from skv_export.checkpoints.pretrained import Placement
+    from skv_export.evaluation.text import CALIBRATION_TEXT, read_text
+    from skv_export.quantization.pipeline import Options, quantize
+    from skv_export.quantization.solver import Form
+    from skv_export.spec.recipe import Recipe
+
+    Placement(device)
+    options = Options(
+        method=method,
+        form=Form(int(bits), int(group_size)),
+        windows=windows,
+        window=window,
+        cache=Recipe.load(cache) if cache else None,
+    )
+    prose = read_text(text, CALIBRATION_TEXT)
+    source = resolve(checkpoint or demo_checkpoint(), revision=revision, adapter=adapter)
+    target = out or Path(default_name(str(checkpoint or source), f"{method}-int{bits}"))
+    with Progress() as shown:
+        made = quantize(source, prose, target, options, device=device, force=force, progress=shown)
+    say(f"{source}: {made.matrices} matrices in {bits} bits by {method}", json_file)
+    for name, reason in made.plain.items():
+        say(f"  {name} stays as it is: {reason}", json_file)
+    say(f"wrote {target} ({made.nbytes / 2**20:,.1f} MiB)", json_file)
+    write_json(json_file, {"out": str(target), **vars(made)})

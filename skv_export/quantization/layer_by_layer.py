@@ -1,0 +1,147 @@
+"""A model that runs layer after layer, each with its weights in memory only for as long as it runs.
+
+So a model runs on a machine that does not hold it: in memory are one layer, the embedding, and the hidden states of the
+text. What a layer takes beside its hidden states (positions, masks) is recorded in one pass through the model with
+layers that do nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skv_export.checkpoints.checkpoint import Source
+from skv_export.checkpoints.model_config import load_config
+from skv_export.checkpoints.pretrained import replace_attention
+from skv_export.checkpoints.purpose import check_purpose
+from skv_export.errors import SkvError
+from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation
+from skv_export.export import empty_model
+from skv_export.export.checkpoint_weights import Weights, separate_head
+from skv_export.export.repeat_layers import find_stack
+from skv_export.export.supported import check_config
+
+
+@dataclass
+class _Arguments:
+    """What a layer takes beside its hidden states."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+class _AllNotedError(Exception):
+    """Ends a pass whose layers were all reached."""
+
+
+class LayerByLayer:
+    """A checkpoint's model, run one layer at a time in float32.
+
+    Args:
+        source: The checkpoint, on this disk.
+        device: Where layers run.
+
+    Raises:
+        SkvError: The architecture can't be exported, or is no stack of layers; tensors are missing or don't fit.
+    """
+
+    def __init__(self, source: Source, device: str = "cpu") -> None:
+        self.config = load_config(source)
+        check_config(self.config)
+        check_purpose(self.config.model_type, self.config.architectures)
+        separate_head(source, self.config)
+        self.model = empty_model.build(self.config, torch.float32).model
+        self.weights = Weights(source, self.model)
+        self.device = torch.device(device)
+        found = find_stack(self.model, int(self.config.num_hidden_layers))
+        if found is None:
+            raise SkvError(f"{self.config.model_type}: its layers are not one list, as running them one by one needs")
+        self.path, self._stack = found
+        replace_attention(self.model, ATTENTION_NAME)
+        self._arguments: list[_Arguments] = []
+
+    @property
+    def layers(self) -> range:
+        """Indices of the layers."""
+        return range(len(self._stack))
+
+    def name(self, index: int, inner: str) -> str:
+        """The model's name of a module or tensor of a layer."""
+        return f"{self.path}.{index}.{inner}"
+
+    @torch.no_grad()
+    def embed(self, windows: Tensor) -> list[Tensor]:
+        """What the first layer reads of each window of tokens ``[windows, S]``: ``[1, S, hidden]`` each."""
+        inner = [module for name, module in self.model.named_modules() if not name.startswith(f"{self.path}.")]
+        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        states: list[Tensor] = []
+        with contextlib.ExitStack() as loaded:
+            for module in inner:
+                if module is not head:
+                    loaded.enter_context(self._with_weights(module, recurse=False))
+            for ids in windows:
+                self._record(ids, states)
+        return states
+
+    def _record(self, ids: Tensor, states: list[Tensor]) -> None:
+        """One pass with layers that only note what they were given."""
+        noted: dict[int, _Arguments] = {}
+        forwards = [layer.forward for layer in self._stack]
+
+        def idle(index: int, hidden: Tensor, *positional: Any, **named: Any) -> Tensor:
+            if index == 0:
+                states.append(hidden)
+            noted[index] = _Arguments(positional, named)
+            if len(noted) == len(self._stack):
+                raise _AllNotedError
+            return hidden
+
+        try:
+            for index, layer in enumerate(self._stack):
+                layer.forward = lambda *a, i=index, **k: idle(i, *a, **k)
+            self.model(ids[None].to(self.device), use_cache=False)
+        except _AllNotedError:
+            pass  # what comes behind the layers is not asked for
+        finally:
+            for layer, forward in zip(self._stack, forwards, strict=True):
+                layer.forward = forward
+        self._arguments = [noted[i] for i in self.layers]
+
+    @contextlib.contextmanager
+    def loaded(self, index: int) -> Iterator[torch.nn.Module]:
+        """Context manager: a layer with its weights, in float32; changes to them end with the block."""
+        with self._with_weights(self._stack[index]):
+            yield self._stack[index]
+        self.weights.release()
+
+    @torch.no_grad()
+    def run(self, index: int, hidden: Tensor, simulation: Simulation) -> Tensor:
+        """A loaded layer's output for one window ``[1, S, hidden]``, with the caches of a simulation."""
+        arguments = self._arguments[index]
+        with simulation.active():
+            out = self._stack[index](hidden, *arguments.positional, **arguments.named)
+        return out[0] if isinstance(out, tuple) else out
+
+    @contextlib.contextmanager
+    def _with_weights(self, top: torch.nn.Module, recurse: bool = True) -> Iterator[None]:
+        names = {id(module): name for name, module in self.model.named_modules()}
+        before: list[tuple[dict[str, Any], str, Tensor]] = []
+        try:
+            for module in top.modules() if recurse else [top]:
+                stored = module.state_dict(keep_vars=True)
+                places: list[dict[str, Any]] = [module._parameters, module._buffers]
+                for held in places:
+                    for name in [name for name in held if name in stored]:
+                        tensor = self.weights.tensor(f"{names[id(module)]}.{name}").to(self.device)
+                        before.append((held, name, stored[name]))
+                        copy = tensor.to(stored[name].dtype, copy=True)  # not a view of the file
+                        held[name] = copy if held is module._buffers else torch.nn.Parameter(copy, requires_grad=False)
+            yield
+        finally:
+            for held, name, tensor in before:
+                held[name] = tensor

@@ -1,0 +1,283 @@
+"""From a float checkpoint to a quantized one, layer by layer.
+
+Each layer is run on the text as the layers before it are by now, quantized; what its matrices read decides on their
+codes; then it is run again with these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from skv_export.checkpoints.checkpoint import Source
+from skv_export.checkpoints.pretrained import download, load_tokenizer
+from skv_export.checkpoints.snapshot import Snapshot
+from skv_export.errors import SkvError
+from skv_export.evaluation.decode_simulation import AttentionOptions, Simulation
+from skv_export.evaluation.text import cut_windows
+from skv_export.model_folder.output import check_target, output_folder
+from skv_export.model_folder.tokenizer import write_tokenizer
+from skv_export.model_folder.writer import generation_config
+from skv_export.quantization.checkpoint_writer import CheckpointWriter, packed
+from skv_export.quantization.importance import token_importance
+from skv_export.quantization.layer_by_layer import LayerByLayer
+from skv_export.quantization.solver import Form, fit_grid, gptq
+from skv_export.spec.recipe import Recipe
+
+METHODS = ("gptq", "rsq", "rtn")
+"""Ways to find codes; ``quantize`` says what they are."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, steps done and steps in all."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a checkpoint is quantized.
+
+    Attributes:
+        method: ``gptq``; ``rsq``, GPTQ in which tokens count as much as attention reads them; ``rtn``, rounding to the
+            nearest.
+        form: Bits and size of the groups.
+        windows: Windows of text; fewer if the text has no more.
+        window: Tokens per window.
+        cache: The recipe of the cache that the layers have while they read, as the exported model will; None =
+            unquantized.
+
+    Raises:
+        SkvError: Values that make no sense.
+    """
+
+    method: str = "gptq"
+    form: Form = field(default_factory=Form)
+    windows: int = 16
+    window: int = 1024
+    cache: Recipe | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise SkvError("method", got=self.method, expected=" | ".join(METHODS))
+        if self.form.bits not in (4, 8):
+            raise SkvError("bits", got=self.form.bits, expected="4 or 8")
+        if self.form.group_size not in (16, 32, 64, 128):
+            raise SkvError("group_size", got=self.form.group_size, expected="16, 32, 64 or 128")
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What was written.
+
+    Attributes:
+        matrices: Matrices in few bits.
+        plain: Names of those that stay as they were, and why.
+        nbytes: Bytes of all tensors.
+    """
+
+    matrices: int
+    plain: dict[str, str]
+    nbytes: int
+
+
+def quantize(
+    source: Source,
+    text: str,
+    out: Path,
+    options: Options,
+    *,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Quantized:
+    """Quantizes the matrices of a checkpoint's layers; embeddings, norms and the head stay as they are.
+
+    In memory are a layer in float32, the embedding, the text's hidden states, and the second moments of what the
+    layer's matrices read.
+
+    Args:
+        source: A float checkpoint.
+        text: What the model reads.
+        out: Folder to write; it appears complete or not at all.
+        options: The method and its options.
+        device: Where layers run.
+        force: Replace ``out`` if it was written by this tool.
+        progress: Told of each step.
+
+    Raises:
+        SkvError: The checkpoint can't be read or is quantized already; the text is too short; ``out`` can't be
+            written; or what a layer reads is not finite.
+    """
+    check_target(out, force=force)
+    tick = progress or (lambda *_: None)
+    local = download(source)
+    before = Snapshot.take(local)
+    tokenizer = load_tokenizer(local)
+    windows = torch.from_numpy(cut_windows(tokenizer, text, options.windows, options.window))
+    model = LayerByLayer(local, device)
+    held = [name for name in model.weights.held() if name.startswith(f"{model.path}.")]
+    if held and local.kind != "gguf":
+        got = f"{len(held)} quantized matrices, {held[0]} among them"
+        raise SkvError(f"{source}: its weights are quantized already", got=got, fix="Export it as it is.")
+    if not any(True for _ in _matrices(model, options.form)):
+        raise SkvError(
+            f"{source}: nothing to quantize: no matrix of a layer has inputs in groups of {options.form.group_size}",
+            fix="Pass a smaller --group-size.",
+        )
+    with output_folder(out, _file_bytes(model, options.form), force=force) as folder:
+        write_tokenizer(local, folder)
+        writer = CheckpointWriter(folder)
+        plain: dict[str, str] = {}
+        count = 0
+        states = model.embed(windows)
+        for index in model.layers:
+            tick("quantizing layers", index, len(model.layers))
+            with model.loaded(index) as layer:
+                done, left = _quantize_layer(model, index, layer, states, options)
+                writer.add(_layer_tensors(model, index, layer, done))
+                states = [model.run(index, hidden, _simulation(options)) for hidden in states]
+            count += sum(name.endswith("weight_packed") for tensors in done.values() for name in tensors)
+            plain |= left
+        tick("quantizing layers", len(model.layers), len(model.layers))
+        writer.add(_outside(model))
+        about = {"method": options.method, **asdict(options.form), "windows": len(windows), "window": windows.shape[1]}
+        about["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        config = model.config.to_dict()
+        config["architectures"] = [type(model.model).__name__]
+        generation_config(local, model.config).save_pretrained(folder)
+        writer.finish(config, options.form, [*plain, *_outside_modules(model)], about)
+        before.check()
+        nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return Quantized(count, plain, nbytes)
+
+
+def _file_bytes(model: LayerByLayer, form: Form) -> int:
+    """About what the files will take: 16 bits for what is not quantized."""
+    matrices = sum(module.weight.numel() for module in _matrices(model, form))
+    every = sum(parameter.numel() for parameter in model.model.parameters())
+    return matrices * (form.bits + 32 // form.group_size) // 8 + 2 * (every - matrices)
+
+
+def _matrices(model: LayerByLayer, form: Form) -> Iterator[torch.nn.Linear]:
+    """The modules whose matrices are quantized."""
+    for name, module in model.model.named_modules():
+        inside = isinstance(module, torch.nn.Linear) and name.startswith(f"{model.path}.")
+        if inside and module.in_features % form.group_size == 0:
+            yield module
+
+
+def _simulation(options: Options) -> Simulation:
+    return Simulation.full_precision() if options.cache is None else Simulation.of_recipe(options.cache)
+
+
+def _quantize_layer(
+    model: LayerByLayer, index: int, layer: torch.nn.Module, states: list[Tensor], options: Options
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """Puts each matrix's quantized form in its place.
+
+    Returns:
+        The packed tensors by the names of the parameters, and the matrices that stay as they are with the reason.
+    """
+    chosen, plain = {}, {}
+    for name, module in layer.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            whole = model.name(index, name)
+            if module.in_features % options.form.group_size:
+                plain[whole] = f"{module.in_features} inputs are no multiple of {options.form.group_size}"
+            else:
+                chosen[name] = module
+    moments = {} if options.method == "rtn" else _moments(model, index, chosen, states, options)
+    done = {}
+    for name, module in chosen.items():
+        whole = model.name(index, f"{name}.weight")
+        weight = module.weight.data
+        if options.method == "rtn":
+            grid = fit_grid(weight, options.form)
+            codes = grid.codes(weight)
+        else:
+            if not moments[name].isfinite().all():
+                raise SkvError(f"{whole}: what it reads is not finite", fix="Check the checkpoint with `quality`.")
+            grid = fit_grid(weight, options.form, moments[name].diagonal())
+            codes = gptq(weight, moments[name], grid)
+        module.weight.data = grid.values(codes)
+        done[whole] = packed(whole, codes, grid)
+    return done, plain
+
+
+def _moments(
+    model: LayerByLayer, index: int, chosen: dict[str, torch.nn.Linear], states: list[Tensor], options: Options
+) -> dict[str, Tensor]:
+    """Sums of ``x x^T`` over what each matrix reads; matrices that read the same tensor share one."""
+    sums: dict[str, Tensor] = {}
+    source: dict[str, str] = {}
+    for hidden in states:
+        share = _importance(model, index, hidden, options).sqrt()[:, None] if options.method == "rsq" else None
+        with _inputs(chosen) as read:
+            model.run(index, hidden, _simulation(options))
+        first: dict[int, str] = {}
+        for name, x in read:
+            if source.setdefault(name, first.setdefault(id(x), name)) == name:
+                rows = x.reshape(-1, x.shape[-1])
+                rows = rows if share is None or len(rows) != len(share) else rows * share
+                sums[name] = sums.get(name, 0) + rows.T @ rows
+    for name, module in chosen.items():  # an expert that no token of the text went to: all inputs count alike
+        if name not in source:
+            source[name], sums[name] = name, torch.eye(module.in_features, device=model.device)
+    return {name: sums[source[name]] for name in chosen}
+
+
+@contextlib.contextmanager
+def _inputs(modules: dict[str, torch.nn.Linear]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Context manager: the list fills with what modules read, in the order in which they do."""
+    read: list[tuple[str, Tensor]] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: read.append((name, inputs[0])))
+        for name, module in modules.items()
+    ]
+    try:
+        yield read
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _importance(model: LayerByLayer, index: int, hidden: Tensor, options: Options) -> Tensor:
+    """How much each token of a window is read by the layer's attention, ``[S]``."""
+    seen: list[Tensor] = []
+
+    def observe(_: int, tensors: tuple[Tensor, Tensor, Tensor], attention: AttentionOptions, __: Tensor) -> None:
+        seen.append(token_importance(tensors[0], tensors[1], attention))
+
+    simulation = _simulation(options)
+    simulation.observer = observe
+    model.run(index, hidden, simulation)
+    return seen[0]
+
+
+def _layer_tensors(
+    model: LayerByLayer, index: int, layer: torch.nn.Module, done: dict[str, dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """A layer's tensors as the file gets them."""
+    tensors: dict[str, Tensor] = {}
+    for inner in layer.state_dict():
+        name = model.name(index, inner)
+        tensors |= done[name] if name in done else {name: model.weights.tensor(name).clone()}
+    return tensors
+
+
+def _outside(model: LayerByLayer) -> dict[str, Tensor]:
+    """The tensors of no layer, in the file's number formats; tied ones once."""
+    names = [name for name in model.model.state_dict() if not name.startswith(f"{model.path}.")]
+    return {name: model.weights.tensor(name).clone() for name in names if model.weights.canonical(name) == name}
+
+
+def _outside_modules(model: LayerByLayer) -> list[str]:
+    return [
+        name
+        for name, module in model.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.startswith(f"{model.path}.")
+    ]

@@ -1,0 +1,229 @@
+"""`skv-export quantize` on tiny models: what the layers read, what is written, and who else reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from tiny_models import write_tokenizer
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from skv_export.checkpoints.checkpoint import resolve
+from skv_export.checkpoints.pretrained import load_model, load_tokenizer
+from skv_export.cli.main import main
+from skv_export.errors import SkvError
+from skv_export.evaluation.decode_simulation import Simulation
+from skv_export.evaluation.text import CALIBRATION_TEXT, cut_windows, read_text
+from skv_export.quantization.layer_by_layer import LayerByLayer
+from skv_export.quantization.pipeline import Options, quantize
+from skv_export.quantization.solver import Form
+from skv_export.runtime.session import Session
+from skv_export.spec.recipe import Recipe
+
+TEXT = read_text(None, CALIBRATION_TEXT)[2000:6000]
+SMALL = Options(form=Form(4, 16), windows=3, window=128)
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function: the tiny model of an architecture with a tokenizer beside it."""
+
+    def make(arch: str) -> Path:
+        folder = tiny_checkpoint(arch)
+        if not (folder / "tokenizer.json").exists():
+            write_tokenizer(folder, 320)
+        return folder
+
+    return make
+
+
+# Layer by layer.
+
+
+@pytest.mark.parametrize(
+    "arch",
+    ["llama", "gemma2", "gemma3_text", "phi3", "qwen3", "gpt2", "gpt_neox", "gpt_oss", "falcon", "gptj", "smollm3"],
+)
+def test_layers_one_by_one_compute_what_the_whole_model_computes(arch: str, tiny_checkpoint: Make) -> None:
+    folder = tiny_checkpoint(arch)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(3, 320, (2, 40)))
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        expected = whole(ids, output_hidden_states=True).hidden_states
+    model = LayerByLayer(resolve(folder))
+    states = model.embed(ids)
+    for index in model.layers:
+        for row, hidden in enumerate(states):
+            # The last of transformers' own are behind the final norm.
+            torch.testing.assert_close(hidden[0], expected[index][row], rtol=1e-4, atol=1e-4)
+        with model.loaded(index):
+            states = [model.run(index, hidden, Simulation.full_precision()) for hidden in states]
+    assert all(isinstance(parameter.data, FakeTensor) for parameter in model.model.parameters())
+
+
+# The checkpoint.
+
+
+def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return load_model(resolve(folder))(ids).logits.log_softmax(-1)
+
+
+def divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
+    return float((reference.exp() * (reference - other)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "phi3", "gpt_oss"])
+def test_gptq_loses_less_than_rounding(arch: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = checkpoint(arch)
+    ids = torch.from_numpy(cut_windows(load_tokenizer(resolve(folder)), read_text(None)[:9000], 4, 128))
+    reference = logits(folder, ids)
+    losses = {}
+    for method in ("rtn", "gptq", "rsq"):
+        options = Options(method=method, form=SMALL.form, windows=SMALL.windows, window=SMALL.window)
+        quantize(resolve(folder), TEXT, tmp_path / method, options)
+        losses[method] = divergence(reference, logits(tmp_path / method, ids))
+    assert losses["gptq"] < losses["rtn"] and losses["rsq"] < losses["rtn"], losses
+
+
+def test_others_read_what_is_written(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """transformers, with the library compressed-tensors, has the same weights as our own loader."""
+    pytest.importorskip("compressed_tensors")
+    made = quantize(resolve(checkpoint("llama")), TEXT, tmp_path / "out", SMALL)
+    assert (made.matrices, made.plain) == (14, {})
+    ids = torch.arange(3, 67)[None]
+    unpacked = CompressedTensorsConfig(dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, quantization_config=unpacked)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            theirs(ids).logits.log_softmax(-1), logits(tmp_path / "out", ids), rtol=1e-3, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_an_export_of_it_keeps_the_codes(arch: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    from skv_export.export.pipeline import export_model
+
+    quantize(resolve(checkpoint(arch)), TEXT, tmp_path / "int4", SMALL)
+    export_model(tmp_path / "int4", out=tmp_path / "out", recipe=Recipe().with_options(k_bits=16, v_bits=16))
+    ids = list(range(3, 43))
+    session = Session(tmp_path / "out")
+    got = torch.from_numpy(session.append([ids], session.cache(max_length=64)))[0].log_softmax(-1)
+    torch.testing.assert_close(
+        got.flatten(), logits(tmp_path / "int4", torch.tensor([ids]))[0, -1], rtol=1e-3, atol=1e-3
+    )
+    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 7 * len(session.config.layers)
+
+
+def test_tensors_that_are_not_quantized_stay_as_they_are(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = checkpoint("llama")
+    quantize(resolve(folder), TEXT, tmp_path / "out", SMALL)
+    before = load_file(folder / "model.safetensors")
+    after: dict[str, torch.Tensor] = {}
+    for file in sorted((tmp_path / "out").glob("*.safetensors")):
+        after |= load_file(file)
+    kept = {name for name in before if "norm" in name or "embed" in name}
+    assert kept and all(
+        torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in kept
+    )
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(after)
+
+
+def test_runs_are_alike(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        quantize(resolve(checkpoint("qwen3")), TEXT, tmp_path / name, SMALL)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_layers_can_read_through_the_cache_that_will_be_used(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    cache = Recipe().with_options(k_bits=2, v_bits=2, recent_tokens=16, tile_tokens=32)
+    options = Options(form=SMALL.form, windows=3, window=128, cache=cache)
+    folder = checkpoint("llama")
+    quantize(resolve(folder), TEXT, tmp_path / "exact", SMALL)
+    quantize(resolve(folder), TEXT, tmp_path / "cache", options)
+    first, second = (load_file(tmp_path / name / "model-00001.safetensors") for name in ("exact", "cache"))
+    q, o = "model.layers.0.self_attn.q_proj.weight_packed", "model.layers.0.self_attn.o_proj.weight_packed"
+    assert torch.equal(first[q], second[q]) and not torch.equal(first[o], second[o])
+
+
+# What can't be quantized.
+
+
+def test_what_cannot_be_done_is_said_before_work(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = resolve(checkpoint("llama"))
+    quantize(folder, TEXT, tmp_path / "out", SMALL)
+    with pytest.raises(SkvError, match="exists already"):
+        quantize(folder, TEXT, tmp_path / "out", SMALL)
+    quantize(folder, TEXT, tmp_path / "out", SMALL, force=True)
+    with pytest.raises(SkvError, match="quantized already"):
+        quantize(resolve(tmp_path / "out"), TEXT, tmp_path / "again", SMALL)
+    with pytest.raises(SkvError, match="too short"):
+        quantize(folder, "short", tmp_path / "again", SMALL)
+    for wrong in ({"method": "gtpq"}, {"form": Form(3, 32)}, {"form": Form(4, 24)}):
+        with pytest.raises(SkvError, match=r"expected"):
+            Options(**wrong)  # type: ignore[arg-type]
+    assert not (tmp_path / "again").exists()
+
+
+def test_weights_that_are_not_numbers_are_an_error(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for path in checkpoint("llama").iterdir():
+        if path.suffix == ".json":
+            (folder / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(checkpoint("llama") / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SkvError, match=r"up_proj|not finite"):
+        quantize(resolve(folder), TEXT, tmp_path / "out", SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_matrices_whose_inputs_make_no_groups_stay(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    made = quantize(
+        resolve(checkpoint("gpt_neox")), TEXT, tmp_path / "out", Options(form=Form(4, 64), windows=2, window=128)
+    )
+    assert made.matrices == 6  # of 8; what reads the 96 of the MLP stays
+    assert set(made.plain.values()) == {"96 inputs are no multiple of 64"}
+    logits(tmp_path / "out", torch.arange(3, 20)[None])
+    with pytest.raises(SkvError, match="nothing to quantize"):
+        quantize(
+            resolve(checkpoint("llama")), TEXT, tmp_path / "none", Options(form=Form(4, 128), windows=2, window=128)
+        )
+    assert not (tmp_path / "none").exists()
+
+
+# The command line.
+
+
+def test_command_and_comparison(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    folder = str(checkpoint("llama"))
+    text = ["--text", str(tmp_path / "text.txt"), "--windows", "2", "--window", "128"]
+    run = CliRunner().invoke
+    result = run(
+        main, ["quantize", folder, *text, "--group-size", "16", "--out", str(tmp_path / "int4"), "--json", "-"]
+    )
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert figures["matrices"] == 14 and figures["out"] == str(tmp_path / "int4")
+    result = run(main, ["quality", folder, *text, "--configs", "K16V16,K4V2", "--weights", str(tmp_path / "int4")])
+    assert result.exit_code == 0, result.output
+    for name in ("K16V16", "K4V2", "K16V16 on int4", "K4V2 on int4"):
+        assert name in result.stdout
+    assert "both MiB" in result.stdout
+    other = str(checkpoint("gemma2"))
+    result = run(main, ["quality", folder, *text, "--configs", "K4V2", "--weights", other])
+    assert result.exit_code == 1 and "not a form of the same model" in result.output
