@@ -81,14 +81,7 @@ def norms(weight: Float, heads: int, name: str) -> Norms:
         blocks = np.stack([head @ head.T for head in by_head])
         squares = lanczos(_by_blocks(weight), weight.shape[1]) if np.isfinite(blocks).all() else np.zeros(0)
     energy = blocks.trace(axis1=1, axis2=2, dtype=np.float64)
-    if not np.isfinite(energy).all():
-        bad = int(np.count_nonzero(~np.isfinite(weight)))
-        raise SkvError(
-            f"{name}: NaN or infinite weights",
-            got=f"{bad} of {weight.size} elements",
-            expected="finite weights",
-            fix="The checkpoint is damaged: download or save it again.",
-        )
+    _check_finite(energy, weight, name)
     head_top = [top_eigenvalues(block)[0] for block in blocks]
     return Norms(
         frobenius=float(np.sqrt(energy.sum())),
@@ -97,6 +90,32 @@ def norms(weight: Float, heads: int, name: str) -> Norms:
         head_frobenius=tuple(np.sqrt(energy).tolist()),
         head_spectral=tuple(np.sqrt(np.maximum(head_top, 0)).tolist()),
     )
+
+
+def frobenius_norm(weight: Float, name: str) -> float:
+    """Computes the Frobenius norm alone, in one pass: of queries, which no rule weighs.
+
+    Args:
+        weight: ``[rows, hidden]``.
+        name: For the message.
+
+    Raises:
+        SkvError: NaN or infinite weights.
+    """
+    energy = np.einsum("ij,ij->i", weight, weight).astype(np.float64)
+    _check_finite(energy, weight, name)
+    return float(np.sqrt(energy.sum()))
+
+
+def _check_finite(energy: Double, weight: Float, name: str) -> None:
+    if not np.isfinite(energy).all():
+        bad = int(np.count_nonzero(~np.isfinite(weight)))
+        raise SkvError(
+            f"{name}: NaN or infinite weights",
+            got=f"{bad} of {weight.size} elements",
+            expected="finite weights",
+            fix="The checkpoint is damaged: download or save it again.",
+        )
 
 
 def _by_blocks(weight: Float) -> Callable[[Float], Float]:

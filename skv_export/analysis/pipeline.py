@@ -23,7 +23,7 @@ from skv_export.analysis.budget import (
 from skv_export.analysis.card import room_for_cache
 from skv_export.analysis.confirmation import HeldOutText
 from skv_export.analysis.geometry import geometry
-from skv_export.analysis.norms import norms
+from skv_export.analysis.norms import frobenius_norm, norms
 from skv_export.analysis.recommend import (
     DEFAULTS,
     ESTIMATE_MARGIN,
@@ -277,7 +277,7 @@ def _widened(raw: AttentionWeights) -> AttentionWeights:
 
 def _analyze_layer(weights: AttentionWeights, config: AttentionConfig, base: LayerConfig) -> LayerAnalysis:
     index = weights.index
-    q = norms(weights.q, config.num_attention_heads, f"layer {index}: query projection")
+    q = frobenius_norm(weights.q, f"layer {index}: query projection")
     k = norms(weights.k, config.num_key_value_heads, f"layer {index}: key projection")
     v = norms(weights.v, config.num_key_value_heads, f"layer {index}: value projection")
     bias = float(np.linalg.norm(weights.k_bias)) if weights.k_bias is not None else 0.0

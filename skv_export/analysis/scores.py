@@ -27,7 +27,7 @@ class LayerAnalysis:
 
     Attributes:
         index: The layer.
-        q: Norms of the query projection.
+        q_frobenius: Norm of the query projection.
         k: Norms of the key projection.
         v: Norms of the value projection.
         geometry: The expected errors.
@@ -35,7 +35,7 @@ class LayerAnalysis:
     """
 
     index: int
-    q: Norms
+    q_frobenius: float
     k: Norms
     v: Norms
     geometry: Geometry

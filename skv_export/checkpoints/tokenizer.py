@@ -26,8 +26,6 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")
-_FAILURES = (AttributeError, ImportError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError)
-"""What transformers and tokenizers raise for files that they can't read."""
 _NO_TOKENIZER = (None, "none", "no_vocab")
 _GPT2_SPLITS = ("gpt-2", "olmo", "phi-2", "mpt")
 """Names of llama.cpp's for GPT-2's split of words, which a byte-level BPE has in transformers anyway."""
@@ -50,11 +48,17 @@ def load_tokenizer(source: Source) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
-    except _FAILURES as error:
-        raise _unreadable(source, error) from error
+    except Exception as error:  # transformers raises whatever its code meets, tokenizers Exception itself
+        raise unreadable(source, error) from error
 
 
-def _unreadable(source: Source, error: Exception) -> SkvError:
+def unreadable(source: Source, error: Exception) -> SkvError:
+    """Returns the error for a tokenizer that transformers can't load, or can't use.
+
+    Args:
+        source: The checkpoint.
+        error: What was raised.
+    """
     got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     fix = "Remove its files to export without a tokenizer, or save it with transformers: it then has a tokenizer.json."
     if source.path and source.gguf_file is None and not (source.path / "tokenizer.json").is_file():
@@ -85,8 +89,8 @@ def _load_gguf(source: Source) -> Any:
         )
     try:
         tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(source.path), gguf_file=source.gguf_file)
-    except _FAILURES as error:
-        raise _unreadable(source, error) from error
+    except Exception as error:
+        raise unreadable(source, error) from error
     if kind == "gpt2" and split in _DIGIT_SPLITS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from skv_export.checkpoints.checkpoint import Source
-from skv_export.checkpoints.tokenizer import TOKENIZER_FILES, load_tokenizer
+from skv_export.checkpoints.tokenizer import TOKENIZER_FILES, load_tokenizer, unreadable
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import (
     CHAT_TEMPLATE_FILE,
@@ -54,11 +54,21 @@ def write_tokenizer(source: Source, folder: Path) -> bool:
         Whether the checkpoint has a tokenizer.
 
     Raises:
-        SkvError: It can't be loaded, or what was written does not give the ids that it gives.
+        SkvError: It can't be loaded or used, or what was written does not give the ids that it gives.
     """
     original = load_tokenizer(source)
     if original is None:
         return False
+    try:
+        _write(original, source, folder)
+    except (SkvError, OSError):
+        raise
+    except Exception as error:  # it was loaded, and fails where it is used: with a length that is a text, say
+        raise unreadable(source, error) from error
+    return True
+
+
+def _write(original: Any, source: Source, folder: Path) -> None:
     if source.kind != "gguf" and source.path is not None:
         for name in TOKENIZER_FILES:
             if (source.path / name).is_file():
@@ -79,7 +89,6 @@ def write_tokenizer(source: Source, folder: Path) -> bool:
                 fix="Save the tokenizer again with a current transformers.",
             )
     _write_chat(original, folder)
-    return True
 
 
 def difference(original: Any, folder: Path) -> tuple[str, list[int], list[int]] | None:

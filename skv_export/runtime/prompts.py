@@ -31,14 +31,17 @@ def load_tokenizer(folder: Path | str) -> Any:
     """Reads the ``tokenizer.json`` of an exported folder into tokenizers' Tokenizer.
 
     Raises:
-        SkvError: There is none.
+        SkvError: There is none, or it is damaged.
     """
     from tokenizers import Tokenizer
 
     path = Path(folder) / TOKENIZER_FILE
     if not path.is_file():
         raise SkvError(f"{path}: no such file", fix="Pass token ids, or export with the checkpoint's tokenizer.")
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no other
+        raise SkvError(f"{path}: no tokenizer", got=str(error)[:200], fix="Export the model again.") from error
 
 
 def chat_prompt(

@@ -22,17 +22,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from source_graphs import CONTEXT, DIM, HEADS, VOCAB, SourceGraph
 from tiny_graph import Tiny
-from tiny_models import make_tiny
+from tiny_models import make_tiny, write_tokenizer
 
-from skv_export.checkpoints.checkpoint import resolve
+from skv_export.analysis.pipeline import analyze
+from skv_export.calibration.file import Calibration
+from skv_export.checkpoints.checkpoint import Checkpoint, resolve
+from skv_export.checkpoints.model_config import load_config
 from skv_export.checkpoints.pretrained import load_model
 from skv_export.cli.doctor import diagnose
 from skv_export.errors import SkvError
 from skv_export.export import pipeline
+from skv_export.model_folder.tokenizer import write_tokenizer as write_folders_tokenizer
+from skv_export.model_folder.writer import generation_config
 from skv_export.rewrite import pipeline as rewrite
 from skv_export.runtime.session import Session
+from skv_export.spec.conformance import make_basis
 from skv_export.spec.recipe import Recipe
 
 SECONDS = float(os.environ.get("SKV_FUZZ_SECONDS", "4"))
@@ -114,6 +121,27 @@ def damage_json(path: Path) -> Callable[[random.Random], str]:
         values, told = damaged_json(good, rng)
         path.write_text(json.dumps(values))
         return told
+
+    return damage
+
+
+def damage_bytes(path: Path, header: int | None = None) -> Callable[[random.Random], str]:
+    """Replaces some bytes of a file, most of them in its first ``header`` ones, or cuts it."""
+    good = path.read_bytes()
+    first = min(header or len(good), len(good))
+
+    def damage(rng: random.Random) -> str:
+        data, told = bytearray(good), []
+        for _ in range(rng.choice([1, 1, 2, 4])):
+            start = rng.randrange(first if rng.random() < 0.9 else len(good))
+            new = rng.choice([b"\xff", b"\0", b"9", b"-", b"\xff" * 8, b"\0" * 4, b'"', b"}", rng.randbytes(4)])
+            data[start : start + len(new)] = new
+            told.append(f"{new!r} at {start}")
+        if rng.random() < 0.1:
+            del data[rng.randrange(len(data)) :]
+            told.append(f"cut to {len(data)}")
+        path.write_bytes(data)
+        return ", ".join(told)
 
     return damage
 
@@ -210,20 +238,98 @@ def write_gguf(path: Path) -> Path:
 def test_gguf_headers(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf")
     pipeline.plan(path)
-    good = path.read_bytes()
-    header = good.index(b"blk.1.ffn_down") + 64
+    header = path.read_bytes().index(b"blk.1.ffn_down") + 64
+    fuzz(damage_bytes(path, header), lambda: pipeline.plan(path))
 
-    def damage(rng: random.Random) -> str:
-        data, told = bytearray(good), []
-        for _ in range(rng.choice([1, 1, 2, 4])):
-            start = rng.randrange(header)
-            new = rng.choice([b"\xff", b"\0", b"\x01", b"\xff" * 8, b"\0" * 4, rng.randbytes(4), b"\x80\x96\x98\0"])
-            data[start : start + len(new)] = new
-            told.append(f"{new!r} at {start}")
-        if rng.random() < 0.1:
-            del data[rng.randrange(header) :]
-            told.append(f"cut to {len(data)}")
-        path.write_bytes(data)
-        return ", ".join(told)
 
-    fuzz(damage, lambda: pipeline.plan(path))
+def test_safetensors_headers(tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path / "model", "llama")
+    path = folder / "model.safetensors"
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    fuzz(damage_bytes(path, header + 8), lambda: pipeline.plan(folder), lambda: analyze(folder))
+
+
+def write_adapter(folder: Path) -> Path:
+    """A LoRA adapter of two projections, as peft writes it."""
+    folder.mkdir()
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base", "r": 4, "lora_alpha": 6,
+        "target_modules": ["q_proj", "v_proj"], "bias": "none", "use_rslora": False, "use_dora": False,
+        "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+        "layers_to_transform": None, "inference_mode": True, "lora_dropout": 0.0,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {}
+    for layer in range(2):
+        for name, rows in (("q_proj", 4 * 80), ("v_proj", 2 * 80)):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = np.ones((4, 64), np.float32)
+            tensors[f"{prefix}.lora_B.weight"] = np.ones((rows, 4), np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_adapters(name: str, tmp_path: Path) -> None:
+    folder, adapter = make_tiny(tmp_path / "base", "llama"), write_adapter(tmp_path / "adapter")
+
+    def merge() -> None:
+        checkpoint = Checkpoint.open(folder, adapter=adapter)
+        for layer in range(2):
+            checkpoint.tensor(f"model.layers.{layer}.self_attn.q_proj.weight")
+
+    merge()
+    path = adapter / name
+    damage = damage_json(path) if path.suffix == ".json" else damage_bytes(path, 1200)
+    fuzz(damage, merge, lambda: pipeline.plan(folder, adapter=adapter))
+
+
+def test_calibration_files(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.safetensors"
+    Calibration({0: make_basis(2, 32, 32), 1: make_basis(2, 32, 32)}, "f" * 64, {"tokens": "9"}).save(path)
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    fuzz(damage_bytes(path, header + 8), lambda: Calibration.load(path))
+
+
+def test_saved_caches(tmp_path: Path) -> None:
+    session, path = Session(Tiny().write(tmp_path)), tmp_path / "cache"
+    cache = session.cache(2, 200)
+    session.run(np.arange(3, 93)[None].repeat(2, 0), None, None, cache)
+    cache.save(path)
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+
+    def load_and_go_on() -> None:
+        loaded = session.load_cache(path)
+        session.run([[5], [6]], None, None, loaded)
+        loaded.rewind(loaded.lengths - 1)
+
+    load_and_go_on()
+    fuzz(damage_bytes(path, header + 8), load_and_go_on)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_files_beside_the_weights(name: str, tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path / "model", "llama")
+    write_tokenizer(folder, 200)
+    source, count = resolve(folder), iter(range(10**6))
+
+    def take() -> None:
+        out = tmp_path / f"out{next(count)}"
+        out.mkdir()
+        write_folders_tokenizer(source, out)
+        generation_config(source, load_config(source))
+
+    take()
+    fuzz(damage_json(folder / name), take)
+
+
+def test_the_tokenizer_of_an_exported_folder(tmp_path: Path) -> None:
+    folder = Tiny().write(tmp_path)
+    write_tokenizer(folder, 96)
+
+    def use() -> None:
+        tokenizer = Session(folder).tokenizer
+        tokenizer.decode(tokenizer.encode("Anne").ids)
+
+    use()
+    fuzz(damage_json(folder / "tokenizer.json"), use)
