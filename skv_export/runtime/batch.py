@@ -3,13 +3,16 @@
 A step chooses the next token of every running sequence in one call, then runs one piece of one waiting prompt, in a
 cache of its own, so that nobody waits for a long prompt; a finished prompt moves into a slot. What a sequence says does
 not depend on the others: it is what it says alone, its prompt in the same pieces.
+
+The running sequences are always in the first slots, and a call runs these alone: an empty slot costs nothing.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -38,11 +41,17 @@ class Token:
         token: The token.
         stop_reason: Why it is the sequence's last: ``eos``, ``max_new_tokens``, ``context`` (its slot is full); else
             empty.
+        cached_tokens: Of the sequence's prompt, those that were kept from earlier ones and did not run.
     """
 
     sequence: int
     token: int
     stop_reason: str = ""
+    cached_tokens: int = 0
+
+
+Observer = Callable[[NDArray[np.float32], int], object]
+"""Told the logits ``[vocab_size]`` of a step and the token that was chosen from them."""
 
 
 @dataclass
@@ -51,9 +60,11 @@ class _Sequence:
     prompt: list[int]
     max_new_tokens: int
     choose: Sampler
+    observe: Observer | None
     made: list[int] = field(default_factory=list)
     entry: Prefix | None = None
     shared: int = 0
+    cached: int = 0
 
 
 class Batch:
@@ -79,7 +90,8 @@ class Batch:
         _check_memory(session, slots + 1, max_length)
         self._prompt_cache = session.cache(1, max_length)
         self._cache = session.cache(slots, max_length)
-        self._slots: list[_Sequence | None] = [None] * slots
+        self._parts = {slots: self._cache}  # its first sequences, by how many
+        self._slots: list[_Sequence] = []  # those that run, in the cache's first places
         self._waiting: deque[_Sequence] = deque()
         self._filling: _Sequence | None = None
         self._count = 0
@@ -87,21 +99,39 @@ class Batch:
     @property
     def running(self) -> int:
         """Sequences in slots."""
-        return sum(x is not None for x in self._slots)
+        return len(self._slots)
 
     @property
     def waiting(self) -> int:
         """Sequences whose prompts have not run, or not to their end."""
         return len(self._waiting) + (self._filling is not None)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that the caches hold."""
+        return int(self._cache.lengths.sum() + self._prompt_cache.lengths.sum())
+
     @checked
-    def add(self, prompt: Sequence[int], *, max_new_tokens: int = 128, sampling: Sampling | None = None) -> int:
+    def __contains__(self, sequence: int) -> bool:
+        """Whether a sequence runs or waits."""
+        return any(x.number == sequence for x in (*self._slots, *self._waiting, self._filling) if x is not None)
+
+    @checked
+    def add(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        observe: Observer | None = None,
+    ) -> int:
         """Lets a sequence join; it waits for a slot where none is free.
 
         Args:
             prompt: At least one token.
             max_new_tokens: Tokens to generate at most.
             sampling: How a token is chosen; greedy if not given.
+            observe: Called in ``step`` with each token of this sequence, before it is returned.
 
         Returns:
             A number that names the sequence.
@@ -119,7 +149,7 @@ class Batch:
         self._count += 1
         ids = [int(token) for token in prompt]
         choose = Sampler(sampling or Sampling(), self._session.marked([ids]))
-        self._waiting.append(_Sequence(self._count, ids, max_new_tokens, choose))
+        self._waiting.append(_Sequence(self._count, ids, max_new_tokens, choose, observe))
         return self._count
 
     @checked
@@ -133,10 +163,17 @@ class Batch:
             self._filling = None
             return True
         for slot, running in enumerate(self._slots):
-            if running is not None and running.number == sequence:
+            if running.number == sequence:
                 self._leave(slot)
                 return True
         return False
+
+    def reset(self) -> None:
+        """Lets all leave, and forgets what the caches hold: also where a call ended nobody knows how."""
+        self._slots, self._filling = [], None
+        self._waiting.clear()
+        self._cache.reset()
+        self._prompt_cache.reset()
 
     def step(self) -> list[Token]:
         """Runs one call for all running sequences, and one piece of a waiting prompt.
@@ -150,26 +187,25 @@ class Batch:
         return [*self._decode(), *self._prefill()]
 
     def _decode(self) -> list[Token]:
-        if not self.running:
+        if not self._slots:
             return []
-        rows = [[] if x is None else x.made[-1:] for x in self._slots]
+        cache = self._parts.get(self.running) or self._parts.setdefault(self.running, self._cache.first(self.running))
         try:
-            logits = self._session.append(rows, self._cache)
+            logits = self._session.append([x.made[-1:] for x in self._slots], cache)
         except SkvError:
-            self._slots = [x if self._cache.lengths[slot] else None for slot, x in enumerate(self._slots)]
+            # A call that ONNX Runtime fails in empties the cache.
+            self._slots = [x for slot, x in enumerate(self._slots) if cache.lengths[slot]]
             raise
-        found = []
-        for slot, sequence in enumerate(self._slots):
-            if sequence is not None:
-                found.append(self._chosen(sequence, logits[slot], int(self._cache.lengths[slot])))
-                if found[-1].stop_reason:
-                    self._leave(slot)
+        found = [self._chosen(x, logits[slot], int(cache.lengths[slot])) for slot, x in enumerate(self._slots)]
+        for slot in reversed(range(len(found))):
+            if found[slot].stop_reason:
+                self._leave(slot)
         return found
 
     def _prefill(self) -> list[Token]:
         cache, store = self._prompt_cache, self._session.prefixes
         if self._filling is None:
-            if not self._waiting or None not in self._slots:
+            if not self._waiting or self.running == self._cache.batch:
                 return []
             self._filling = sequence = self._waiting.popleft()
             cache.reset()
@@ -177,6 +213,8 @@ class Batch:
                 sequence.entry, shared = store.find(sequence.prompt, cache.capacity)
                 if sequence.entry is not None:
                     cache.restore(0, [x.state for x in sequence.entry.chain])
+                sequence.cached = int(cache.lengths[0])
+                store.count(sequence.cached, len(sequence.prompt))
                 sequence.shared = shared if cache.lengths[0] + MIN_SHARED <= shared else 0
         sequence = self._filling
         done, end = int(cache.lengths[0]), len(sequence.prompt)
@@ -198,15 +236,16 @@ class Batch:
         self._filling = None
         chosen = self._chosen(sequence, logits, end)
         if not chosen.stop_reason:
-            slot = self._slots.index(None)
-            self._cache.restore(slot, [cache.state(0)])
-            self._slots[slot] = sequence
+            self._cache.restore(self.running, [cache.state(0)])
+            self._slots.append(sequence)
         return [chosen]
 
     def _chosen(self, sequence: _Sequence, logits: NDArray[np.float32], held: int) -> Token:
         """Chooses a sequence's next token; ``held`` are in its cache."""
         token = int(sequence.choose(logits[None])[0])
         sequence.made.append(token)
+        if sequence.observe is not None:
+            sequence.observe(logits, token)
         reason = ""
         if token in self._session.config.eos_token_id:
             reason = "eos"
@@ -214,25 +253,54 @@ class Batch:
             reason = "max_new_tokens"
         elif held >= self._cache.max_length:
             reason = "context"
-        return Token(sequence.number, token, reason)
+        return Token(sequence.number, token, reason, sequence.cached)
 
     def _leave(self, slot: int) -> None:
-        sequence, self._slots[slot] = self._slots[slot], None
-        if sequence is not None and sequence.entry is not None and self._session.prefixes is not None:
+        """Empties a slot; the last running sequence moves into it."""
+        sequence, last = self._slots[slot], self._slots.pop()
+        if sequence.entry is not None and self._session.prefixes is not None:
             self._session.prefixes.add(self._cache, slot, sequence.entry)
+        if last is not sequence:
+            self._cache.restore(slot, [self._cache.state(self.running)])
+            self._slots[slot] = last
         lengths = self._cache.lengths.copy()
-        lengths[slot] = 0
+        lengths[self.running] = 0
         self._cache.rewind(lengths)
+
+
+def sequence_bytes(session: Session, max_length: int | None = None) -> int:
+    """Bytes of a cache of one sequence.
+
+    Args:
+        session: The model.
+        max_length: Tokens that it holds; None = the model's context.
+    """
+    layers = session.config.layers
+    length = session.config.context_length if max_length is None else max_length
+    return cache_bytes([(x.key, x.value) for x in layers], [x.num_key_value_heads for x in layers], length)
+
+
+def slots_that_fit(session: Session, max_length: int | None = None) -> int:
+    """How many slots' caches half of the machine's memory holds, the one for prompts taken off; at least one."""
+    return max(1, min(MAX_SLOTS, _memory_bytes() // 2 // sequence_bytes(session, max_length) - 1))
+
+
+def _memory_bytes() -> int:
+    """The machine's memory."""
+    if sys.platform == "win32":
+        import ctypes
+
+        status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX: its size and the load, 32 bits each; the memory; and more
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+        return int(status[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _check_memory(session: Session, sequences: int, max_length: int | None) -> None:
     """Refuses caches that the machine's memory can't hold: the system grants them, and fails when they fill."""
-    layers = session.config.layers
     length = session.config.context_length if max_length is None else max_length
-    needed = sequences * cache_bytes(
-        [(x.key, x.value) for x in layers], [x.num_key_value_heads for x in layers], length
-    )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = sequences * sequence_bytes(session, max_length)
+    memory = _memory_bytes()
     if session.execution_provider == "cpu" and needed > memory:
         raise SkvError(
             f"batch: caches of {sequences} sequences of {length} tokens (one of them for prompts)",

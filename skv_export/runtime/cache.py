@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import logging
 import math
@@ -30,6 +31,8 @@ from skv_export.spec.layout import Bytes, CacheLayout
 logger = logging.getLogger(__name__)
 MAX_BATCH = 1 << 16
 """Sequences of a cache."""
+_BY_SEQUENCE = ("lengths", "_longest", "dropped", "chosen")
+"""Arrays ``[batch]`` of a cache."""
 
 
 class Cache:
@@ -53,12 +56,14 @@ class Cache:
         layers: As given.
         batch: Sequences.
         max_length: Tokens of a sequence that the buffers are for; ``capacity`` may be a little more.
-        lengths: ``[batch]``, tokens that have come: the position of the next one.
+        lengths: ``[batch]``, tokens that have come: the position of the next one. Changed in place, as ``first`` shares
+            it, like those that follow.
         tokens: Which these are, by sequence.
         dropped: ``[batch]``, those of them that ``Session.compact`` has left out; 0 in a cache that was not compacted.
         chosen: ``[batch]``, tokens at the front of the buffers that each KV head has chosen for itself: no rewind ends
             among them.
         queries: The last queries, where the session keeps them.
+        shared: Whether the buffers are those of another cache too; see ``first``.
     """
 
     def __init__(
@@ -79,7 +84,7 @@ class Cache:
         self.lengths: NDArray[np.int64] = np.zeros(batch, np.int64)
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.dropped, self.chosen = self.lengths.copy(), self.lengths.copy()
-        self.queries = LastQueries(batch)
+        self.queries, self.shared = LastQueries(batch), False
         self._longest = self.lengths.copy()  # in the buffers, since each was empty: up to there rows are overwritten
         self._onnx, self._device, self._library, self._bases, self.model = onnx, device, library, bases, model
         self._tensors: dict[Key, tuple[CacheLayout, Any]] = {}
@@ -94,8 +99,27 @@ class Cache:
     def bind(self, binding: Any) -> None:
         """Binds the buffers, as past and present alike, to an IOBinding of the session."""
         for key, (_, buffer) in self._tensors.items():
-            binding.bind_ortvalue_input(past_name(*key), buffer)
-            binding.bind_ortvalue_output(present_name(*key), buffer)
+            where = self._device, 0, np.uint8, [self.batch, *buffer.shape()[1:]], buffer.data_ptr()
+            binding.bind_input(past_name(*key), *where)
+            binding.bind_output(present_name(*key), *where)
+
+    def first(self, n: int) -> Cache:
+        """Returns the first ``n`` sequences as a cache that shares everything with this one: calls on it leave the
+        others out, and cost what ``n`` sequences cost.
+
+        Raises:
+            SkvError: There are not so many, or none is wanted.
+        """
+        if not 1 <= n <= self.batch:
+            raise SkvError("cache: first sequences", got=n, expected=f"1 ... {self.batch}")
+        self.shared = True
+        part = copy.copy(self)
+        part.batch, part.tokens, part.queries = n, self.tokens[:n], self.queries.first(n)
+        for name in _BY_SEQUENCE:
+            setattr(part, name, getattr(self, name)[:n])
+        part.binding = self._onnx.io_binding()
+        part.bind(part.binding)
+        return part
 
     def belongs_to(self, onnx: Any) -> bool:
         """Whether the buffers are bound to this session of onnxruntime's."""
@@ -130,7 +154,7 @@ class Cache:
             SkvError: No such layer or name.
         """
         self._check_tensor(layer, name)
-        return np.array(self._tensors[layer, name][1].numpy())
+        return np.array(self._tensors[layer, name][1].numpy()[: self.batch])
 
     @property
     def held(self) -> NDArray[np.int64]:
@@ -140,7 +164,8 @@ class Cache:
     def reset(self) -> None:
         """Forgets every token; the buffers stay."""
         self.lengths[:] = self._longest[:] = self.dropped[:] = self.chosen[:] = 0
-        self.tokens = [[] for _ in range(self.batch)]
+        for held in self.tokens:
+            held.clear()
         self.queries.clear()
 
     @checked
@@ -291,11 +316,13 @@ class Cache:
 
     def _copy(self, source: Cache, order: NDArray[np.int64]) -> None:
         for key, (_, buffer) in self._tensors.items():
-            buffer.update_inplace(np.ascontiguousarray(source._tensors[key][1].numpy()[order]))
-        for name in ("lengths", "_longest", "dropped", "chosen"):
+            kept = np.arange(len(order), buffer.shape()[0])  # of a cache whose first sequences this is
+            buffer.update_inplace(np.ascontiguousarray(source._tensors[key][1].numpy()[[*order, *kept]]))
+        for name in _BY_SEQUENCE:
             getattr(self, name)[:] = getattr(source, name)[order]
-        self.tokens = [list(source.tokens[b]) for b in order.tolist()]
-        self.queries = source.queries.select(order)
+        for held, tokens in zip(self.tokens, [list(source.tokens[b]) for b in order.tolist()], strict=True):
+            held[:] = tokens
+        self.queries.copy(source.queries, order)
 
     # States: what is held, apart from the buffers.
 
@@ -378,7 +405,7 @@ class Cache:
     def note_restored(self, b: int, tokens: Sequence[int], longest: int, dropped: int = 0, chosen: int = 0) -> None:
         """Notes what sequence ``b`` is after ``restore_tensor``; see ``SequenceState``."""
         self._check_sequence(b)
-        self.tokens[b] = list(tokens)
+        self.tokens[b][:] = tokens
         self.lengths[b], self._longest[b] = len(tokens), longest
         self.dropped[b], self.chosen[b] = dropped, chosen
         self.queries.clear(b)
@@ -394,19 +421,14 @@ class Cache:
 
     def become(self, other: Cache) -> None:
         """Takes over what another cache of as many sequences is, its buffers included; the other is of no use then."""
-        assert other.batch == self.batch
+        assert other.batch == self.batch and not self.shared
         self._tensors, self.max_length = other._tensors, other.max_length
-        for name in ("lengths", "_longest", "dropped", "chosen"):
+        for name in _BY_SEQUENCE:
             getattr(self, name)[:] = getattr(other, name)
         self.tokens = other.tokens
         self.queries.clear()
         self.__dict__.pop("capacity", None)
         self.bind(self.binding)
-
-    @property
-    def bases(self) -> Mapping[int, KeyBasis]:
-        """Constants of calibrated keys, by layer."""
-        return self._bases()
 
     def _check_tensor(self, layer: int, name: str) -> None:
         if (layer, name) not in self._tensors:

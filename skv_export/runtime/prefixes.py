@@ -173,6 +173,11 @@ class PrefixStore:
             if entry is not None:
                 self.add(cache, b, entry)
 
+    def count(self, reused: int, prompt: int) -> None:
+        """Counts a prompt: its tokens that did not have to run, and all of them."""
+        self.reused_tokens += reused
+        self.prompt_tokens += prompt
+
     def _use(self, entry: Prefix) -> None:
         for x in reversed(entry.chain):
             self._entries.move_to_end(x.key)
@@ -207,8 +212,7 @@ class PrefixStore:
                 cache.restore(b, [x.state for x in entry.chain])
             entries.append(entry)
             places.append(shared if known + MIN_SHARED <= shared < len(prompt) else known)
-            self.reused_tokens += known
-            self.prompt_tokens += len(prompt)
+            self.count(known, len(prompt))
         for ends in (places, [len(prompt) for prompt in prompts]):
             rows = [prompt[len(held) : end] for prompt, held, end in zip(prompts, cache.tokens, ends, strict=True)]
             logits = session.append(rows, cache) if any(map(len, rows)) else None

@@ -121,11 +121,16 @@ class LastQueries:
 
     def clear(self, b: int | None = None) -> None:
         """Forgets those of sequence ``b``, or all."""
-        for i in range(len(self._calls)) if b is None else [b]:
-            self._calls[i] = []
+        for calls in self._calls if b is None else [self._calls[b]]:
+            calls.clear()
 
-    def select(self, order: Iterable[int]) -> LastQueries:
-        """Those of these sequences."""
-        twin = LastQueries(0)
-        twin._calls = [list(self._calls[b]) for b in order]
-        return twin
+    def copy(self, source: LastQueries, order: Iterable[int]) -> None:
+        """Makes them those of these sequences of ``source``, in place."""
+        for calls, others in zip(self._calls, [list(source._calls[b]) for b in order], strict=True):
+            calls[:] = others
+
+    def first(self, n: int) -> LastQueries:
+        """Those of the first ``n`` sequences, shared: what one notes, the other has."""
+        part = LastQueries(0)
+        part._calls = self._calls[:n]
+        return part

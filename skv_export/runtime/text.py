@@ -85,6 +85,43 @@ class Generation:
         )
 
 
+class TextPieces:
+    """Tokens to text: each piece as it is final, so one that could begin a stop string waits for what follows.
+
+    Args:
+        tokenizer: Of the session.
+        stop: Strings that end the text, themselves left out.
+
+    Attributes:
+        stopped: Whether one of them has come.
+
+    Raises:
+        SkvError: An empty one.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        if isinstance(stop, str) or not all(stop):
+            raise SkvError("stop", got=repr(stop), expected="strings, none of them empty")
+        self.stopped, self._stop, self._waiting = False, tuple(stop), ""
+        self._tokenizer, self._decoder = tokenizer, DecodeStream(skip_special_tokens=True)
+
+    def add(self, token: int) -> str:
+        """Returns the text that is final with this token; often none."""
+        self._waiting += self._decoder.step(self._tokenizer, token) or ""
+        found = [at for at in map(self._waiting.find, self._stop) if at >= 0]
+        self.stopped = bool(found)
+        final = min(found) if found else len(self._waiting) - _overlap(self._waiting, self._stop)
+        piece, self._waiting = self._waiting[:final], self._waiting[final:]
+        return piece
+
+    def rest(self) -> str:
+        """Returns the text that waited, where no token follows."""
+        piece, self._waiting = self._waiting, ""
+        return piece
+
+
 class TextStream:
     """Iterates over the pieces of a generated text; ``generation`` holds what has come so far.
 
@@ -125,9 +162,7 @@ class TextStream:
         keep_tokens: int | None = None,
         look_ahead: Drafter | None = None,
     ) -> None:
-        if isinstance(stop, str) or not all(stop):
-            raise SkvError("stop", got=repr(stop), expected="strings, none of them empty")
-        self._session, self._prompts, self._stop = session, prompts, tuple(stop)
+        self._session, self._prompts, self._text = session, prompts, TextPieces(session.tokenizer, stop)
         if goes_on and isinstance(prompt, str):
             new = prompts.go_on(prompt)
         else:
@@ -178,28 +213,22 @@ class TextStream:
         logger.info("%s", result.summary())
 
     def _until_stopped(self) -> Iterator[str]:
-        from tokenizers.decoders import DecodeStream
-
-        result, decoder, waiting = self.generation, DecodeStream(skip_special_tokens=True), ""
+        result, text = self.generation, self._text
         start = time.perf_counter()
         for (token,) in self._tokens:
             now = time.perf_counter()
             result.prefill_seconds = result.prefill_seconds or now - start + self.seconds_before
             result.decode_seconds = now - start + self.seconds_before - result.prefill_seconds
             result.tokens.append(int(token))
-            waiting += decoder.step(self._session.tokenizer, int(token)) or ""
-            found = [at for at in map(waiting.find, self._stop) if at >= 0]
-            final = min(found) if found else len(waiting) - _overlap(waiting, self._stop)
-            if piece := waiting[:final]:
-                waiting = waiting[final:]
+            if piece := text.add(int(token)):
                 result.text += piece
                 yield piece
-            if found:
+            if text.stopped:
                 result.stop_reason = "stop"
                 return
-        if waiting:
-            result.text += waiting
-            yield waiting
+        if piece := text.rest():
+            result.text += piece
+            yield piece
 
     def save_cache(self, path: Path | str) -> None:
         """Saves the cache, with all that was generated so far but an end token; see ``Cache.save``.

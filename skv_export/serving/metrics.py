@@ -16,14 +16,14 @@ class Metrics:
     """The metrics of one server, in a registry of its own.
 
     Args:
-        engine: Its queue is looked at when the metrics are read.
+        engine: Its queue and slots are looked at when the metrics are read.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter("skv_requests", "Answers, by path and status.", ["path", "status"], registry=registry)
         self._prompt = Counter("skv_prompt_tokens", "Tokens of prompts.", registry=registry)
-        self._cached = Counter("skv_cached_prompt_tokens", "Those found in the cache.", registry=registry)
+        self._cached = Counter("skv_cached_prompt_tokens", "Those of them that did not have to run.", registry=registry)
         self._new = Counter("skv_generated_tokens", "Generated tokens.", registry=registry)
         self._gone = Counter("skv_abandoned_requests", "Clients that went away.", registry=registry)
         self._first = Histogram(
@@ -32,12 +32,14 @@ class Metrics:
         self._whole = Histogram(
             "skv_request_seconds", "From the request to its last token.", buckets=_SECONDS, registry=registry
         )
-        waiting = Gauge("skv_waiting_requests", "Requests in the queue.", registry=registry)
-        waiting.set_function(lambda: engine.waiting)
-        running = Gauge("skv_running_requests", "Requests that run.", registry=registry)
-        running.set_function(lambda: int(engine.running))
-        held = Gauge("skv_cache_tokens", "Tokens in the cache.", registry=registry)
-        held.set_function(lambda: int(engine.prompts.cache.lengths[0]))
+        for name, what, value in (
+            ("skv_slots", "Requests that can run at the same time.", lambda: engine.slots),
+            ("skv_waiting_requests", "Requests in the queue.", lambda: engine.waiting),
+            ("skv_running_requests", "Requests that run.", lambda: engine.running),
+            ("skv_cache_tokens", "Tokens in the slots' caches.", lambda: engine.held_tokens),
+            ("skv_kept_bytes", "Bytes kept for prompts that begin like earlier ones.", lambda: engine.kept_bytes),
+        ):
+            Gauge(name, what, registry=registry).set_function(value)
 
     def answered(self, path: str, status: int) -> None:
         """Counts an answer; a path that nobody serves counts as ``other``."""

@@ -10,7 +10,8 @@ import pytest
 from tiny_graph import CONTEXT, EXACT, SMALL, VOCAB, Tiny
 
 from skv_export.errors import SkvError
-from skv_export.runtime.batch import Batch
+from skv_export.runtime import batch as batch_module
+from skv_export.runtime.batch import Batch, sequence_bytes, slots_that_fit
 from skv_export.runtime.sampling import Sampling
 from skv_export.runtime.session import Session
 
@@ -119,11 +120,67 @@ def test_a_batch_begins_from_what_is_kept(tmp_path: Path) -> None:
     finish(batch, made, reasons)
     assert store.find([*system, 5])[0] is not None  # learnt from the second, used by the third
     assert list(made.values()) == [alone(plain, prompt, 64, 12, None, CONTEXT) for prompt in prompts]
+    assert store.reused_tokens == 3 * 150 and store.prompt_tokens == 5 * 170
     again = batch.add([*prompts[0], *made[1], 9], max_new_tokens=3)
     reused = store.find([*prompts[0], *made[1], 9])[0]
     assert reused is not None and len(reused.tokens) == len(prompts[0]) + 11
+    (chosen,) = batch.step()
+    assert (chosen.sequence, chosen.cached_tokens) == (again, len(prompts[0]) + 11)
+    made[again] = [chosen.token]
     finish(batch, made, reasons)
     assert made[again] == alone(plain, [*prompts[0], *made[1], 9], 64, 3, None, CONTEXT)
+
+
+def test_a_call_runs_the_running_sequences_alone(one: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever leaves, the others close up: an empty slot takes no part in a call."""
+    widths, run = list[int](), type(one.graph).run
+    monkeypatch.setattr(
+        type(one.graph), "run", lambda self, cache, ids, *rest: widths.append(len(ids)) or run(self, cache, ids, *rest)
+    )
+    batch, made, reasons = one.batch(4, max_length=200), dict[int, list[int]](), dict[int, str]()
+    lengths = [3, 9, 5, 7]
+    numbers = [batch.add(TOKENS[i : i + 20 + i], max_new_tokens=n) for i, n in enumerate(lengths)]
+    for _ in range(4):
+        take(batch, made, reasons)
+    widths.clear()
+    assert numbers[0] not in batch and all(number in batch for number in numbers[1:]) and batch.tokens > 60
+    while batch.running:
+        running = batch.running
+        take(batch, made, reasons)
+        assert widths.pop() == running and not widths
+    assert batch.tokens == 23 and set(reasons) == set(numbers)  # the last prompt, in the prompts' own cache
+    for i, (number, steps) in enumerate(zip(numbers, lengths, strict=True)):
+        assert made[number] == alone(one, TOKENS[i : i + 20 + i], 512, steps, None, 200)
+
+
+def test_an_observer_is_told_the_logits_of_its_sequence(one: Session) -> None:
+    batch, seen = one.batch(2, max_length=200), list[tuple[int, int]]()
+    batch.add(TOKENS[:30], max_new_tokens=6)
+    watched = batch.add(
+        TOKENS[5:40], max_new_tokens=6, observe=lambda logits, token: seen.append((int(logits.argmax()), token))
+    )
+    made, reasons = dict[int, list[int]](), dict[int, str]()
+    finish(batch, made, reasons)
+    assert seen == [(token, token) for token in made[watched]] and len(seen) == 6
+
+
+def test_after_a_reset_nothing_is_left(one: Session) -> None:
+    batch = one.batch(1, max_length=200)
+    numbers = [batch.add(TOKENS[:20]) for _ in range(3)]
+    batch.step()
+    batch.reset()
+    assert (batch.running, batch.waiting, batch.tokens) == (0, 0, 0) and not any(x in batch for x in numbers)
+    number, made, reasons = batch.add(TOKENS[:20], max_new_tokens=5), dict[int, list[int]](), dict[int, str]()
+    finish(batch, made, reasons)
+    assert made[number] == alone(one, TOKENS[:20], 512, 5, None, 200)
+
+
+def test_slots_that_fit_leave_half_of_the_memory(one: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = sum(one.cache(1, n).nbytes == sequence_bytes(one, n) for n in (1, 200, CONTEXT))
+    assert caches == 3
+    for memory, slots in ((2 * 6 * sequence_bytes(one, 200), 5), (1, 1), (1 << 60, 4096)):
+        monkeypatch.setattr(batch_module, "_memory_bytes", lambda memory=memory: memory)
+        assert slots_that_fit(one, 200) == slots
 
 
 def test_a_call_that_fails_loses_only_what_runs(one: Session, monkeypatch: pytest.MonkeyPatch) -> None:

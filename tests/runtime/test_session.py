@@ -641,3 +641,30 @@ def test_nonsense_in_skv_config_is_a_clear_error(tmp_path: Path, keys: tuple[Any
         (folder / "skv_config.json").write_text(json.dumps(values))
         with pytest.raises(SkvError, match=r"skv_config.json: damaged; got .*Export the model again"):
             ModelConfig.load(folder)
+
+
+def test_the_first_sequences_are_a_cache_of_their_own_kind(quantized: Session) -> None:
+    """What a part does, the whole has: calls, rewinds, copies; and the other sequences take no part."""
+    whole = quantized.cache(3, 200)
+    quantized.append([[5, 6, 7], [8, 9], [10]], whole)
+    others = whole.data(0, "key")[2].copy()
+    part = whole.first(2)
+    single = [quantized.cache(1, 200) for _ in range(2)]
+    for cache, tokens in zip(single, ([5, 6, 7], [8, 9]), strict=True):
+        quantized.append([tokens], cache)
+    for step in range(60):
+        rows = [[11 + step], [70 - step]]
+        both = quantized.append(rows, part)
+        for b, cache in enumerate(single):
+            np.testing.assert_allclose(both[b], quantized.append([rows[b]], cache)[0], rtol=1e-3, atol=1e-3)
+    assert whole.lengths.tolist() == [63, 62, 1] and [len(x) for x in whole.tokens] == [63, 62, 1]
+    part.rewind([60, 0])
+    part.reorder([0, 0])
+    assert whole.lengths.tolist() == [60, 60, 1] and whole.tokens[1] == whole.tokens[0]
+    assert np.array_equal(part.data(1, "value"), whole.data(1, "value")[:2])
+    assert np.array_equal(whole.data(0, "key")[2], others)
+    part.reset()
+    assert whole.lengths.tolist() == [0, 0, 1] and whole.tokens == [[], [], [10]]
+    for n in (0, 4):
+        with pytest.raises(SkvError, match=r"1 \.\.\. 3"):
+            whole.first(n)
