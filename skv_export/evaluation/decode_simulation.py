@@ -108,7 +108,7 @@ class LayoutCache:
         heads, t = len(rows), layout.tile_tokens
         content = rows[:, : rows.shape[1] // t * t].reshape(heads, -1, t, layout.padded_dim)
         tiles = move_tokens(layout, encode_tile(layout, content, self.basis), chosen, self.basis)
-        read = decode_tile(layout, tiles, self.basis).reshape(heads, chosen.shape[1], -1)
+        read = decode_tile(layout, tiles, self.basis).reshape(heads, chosen.shape[1], layout.padded_dim)
         return self._to_model(read, x.device)
 
     def effective_bits(self, context_length: int) -> float:

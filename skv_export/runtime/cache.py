@@ -31,9 +31,8 @@ from skv_export.spec.layout import Bytes, CacheLayout
 logger = logging.getLogger(__name__)
 MAX_BATCH = 1 << 16
 """Sequences of a cache."""
-
 _BY_SEQUENCE = ("lengths", "_longest", "dropped", "chosen")
-"""A cache's numbers by sequence."""
+"""Arrays ``[batch]`` of a cache."""
 
 
 class Cache:
@@ -57,12 +56,14 @@ class Cache:
         layers: As given.
         batch: Sequences.
         max_length: Tokens of a sequence that the buffers are for; ``capacity`` may be a little more.
-        lengths: ``[batch]``, tokens that have come, the next one's position; changed in place: ``first`` shares it.
-        tokens: Which these are, by sequence; changed in place, too.
+        lengths: ``[batch]``, tokens that have come: the position of the next one. Changed in place, as ``first`` shares
+            it, like those that follow.
+        tokens: Which these are, by sequence.
         dropped: ``[batch]``, those of them that ``Session.compact`` has left out; 0 in a cache that was not compacted.
         chosen: ``[batch]``, tokens at the front of the buffers that each KV head has chosen for itself: no rewind ends
             among them.
         queries: The last queries, where the session keeps them.
+        shared: Whether the buffers are those of another cache too; see ``first``.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Cache:
         self.lengths: NDArray[np.int64] = np.zeros(batch, np.int64)
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.dropped, self.chosen = self.lengths.copy(), self.lengths.copy()
-        self.queries = LastQueries(batch)
+        self.queries, self.shared = LastQueries(batch), False
         self._longest = self.lengths.copy()  # in the buffers, since each was empty: up to there rows are overwritten
         self._onnx, self._device, self._library, self._bases, self.model = onnx, device, library, bases, model
         self._tensors: dict[Key, tuple[CacheLayout, Any]] = {}
@@ -102,7 +103,6 @@ class Cache:
             binding.bind_input(past_name(*key), *where)
             binding.bind_output(present_name(*key), *where)
 
-    @checked
     def first(self, n: int) -> Cache:
         """Returns the first ``n`` sequences as a cache that shares everything with this one: calls on it leave the
         others out, and cost what ``n`` sequences cost.
@@ -112,6 +112,7 @@ class Cache:
         """
         if not 1 <= n <= self.batch:
             raise SkvError("cache: first sequences", got=n, expected=f"1 ... {self.batch}")
+        self.shared = True
         part = copy.copy(self)
         part.batch, part.tokens, part.queries = n, self.tokens[:n], self.queries.first(n)
         for name in _BY_SEQUENCE:
@@ -321,7 +322,7 @@ class Cache:
             getattr(self, name)[:] = getattr(source, name)[order]
         for held, tokens in zip(self.tokens, [list(source.tokens[b]) for b in order.tolist()], strict=True):
             held[:] = tokens
-        self.queries.take(source.queries, order)
+        self.queries.copy(source.queries, order)
 
     # States: what is held, apart from the buffers.
 
@@ -419,14 +420,8 @@ class Cache:
             return reference.load(self._tensors[key][0], block, int(self.held[b]), basis)[0]
 
     def become(self, other: Cache) -> None:
-        """Takes over what another cache of as many sequences is, its buffers included; the other is of no use then.
-
-        Raises:
-            SkvError: This one is a ``first`` of another.
-        """
-        if any(buffer.shape()[0] != self.batch for _, buffer in self._tensors.values()):
-            raise SkvError("cache: part of another", expected="the whole cache, whose buffers are to be replaced")
-        assert other.batch == self.batch
+        """Takes over what another cache of as many sequences is, its buffers included; the other is of no use then."""
+        assert other.batch == self.batch and not self.shared
         self._tensors, self.max_length = other._tensors, other.max_length
         for name in _BY_SEQUENCE:
             getattr(self, name)[:] = getattr(other, name)
@@ -434,11 +429,6 @@ class Cache:
         self.queries.clear()
         self.__dict__.pop("capacity", None)
         self.bind(self.binding)
-
-    @property
-    def bases(self) -> Mapping[int, KeyBasis]:
-        """Constants of calibrated keys, by layer."""
-        return self._bases()
 
     def _check_tensor(self, layer: int, name: str) -> None:
         if (layer, name) not in self._tensors:

@@ -36,6 +36,8 @@ def compact(session: Session, cache: Cache, keep: int, room: int | None) -> None
     """See ``Session.compact``."""
     check(session, keep)
     session.check_cache(cache)
+    if cache.shared:
+        raise SkvError("compact: cache", got="one that shares its buffers", expected="one whose buffers are its own")
     start, before = time.perf_counter(), cache.nbytes
     drop = [compaction.tokens_to_drop(layouts(cache.layers), int(n), keep) for n in cache.held]
     if not any(drop):
@@ -116,7 +118,7 @@ def _compact_sequence(session: Session, cache: Cache, twin: Cache, b: int, dropp
             state = cache.tensor_state(b, (i, name))
             first, tiles = state.first, state.tiles
             if chosen is not None:
-                basis = cache.bases.get(i) if name == TENSORS[0] else None
+                basis = session.bases.get(i) if name == TENSORS[0] else None
                 tiles = compaction.fewer_tiles(layout, tiles, chosen, dropped, basis)
             elif dropped:
                 first -= dropped // layout.tile_tokens

@@ -124,13 +124,13 @@ class LastQueries:
         for calls in self._calls if b is None else [self._calls[b]]:
             calls.clear()
 
+    def copy(self, source: LastQueries, order: Iterable[int]) -> None:
+        """Makes them those of these sequences of ``source``, in place."""
+        for calls, others in zip(self._calls, [list(source._calls[b]) for b in order], strict=True):
+            calls[:] = others
+
     def first(self, n: int) -> LastQueries:
-        """Those of the first ``n`` sequences, shared with this one."""
+        """Those of the first ``n`` sequences, shared: what one notes, the other has."""
         part = LastQueries(0)
         part._calls = self._calls[:n]
         return part
-
-    def take(self, other: LastQueries, order: Iterable[int]) -> None:
-        """Becomes those of these sequences of another, in place."""
-        for calls, taken in zip(self._calls, [list(other._calls[b]) for b in order], strict=True):
-            calls[:] = taken

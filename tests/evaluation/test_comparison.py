@@ -66,7 +66,7 @@ def test_a_window_in_one_pass_is_the_model_decoding_token_by_token(
     recipe = SMALL.with_options(recent_type="float")
     ids = torch.arange(tokens) * 37 % 300
     model, _ = comparison.load(resolve(folder))
-    got = simulated_logits(model, ids, Simulation.of_recipe(recipe))
+    got = simulated_logits(model, ids, Simulation.candidates.of_recipe(recipe))
 
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     count, heads = plain.config.num_hidden_layers, plain.config.num_key_value_heads
@@ -111,6 +111,23 @@ def test_sixteen_bits_lose_nothing_and_fewer_bits_lose_more(loaded: tuple[Any, A
     assert rows[2].effective_bits == pytest.approx(bits)
     # Early tokens see only exact ones.
     assert abs(rows[3].ppl_change_by_position[0]) < 0.1 * abs(rows[3].ppl_change_by_position[-1]) + 0.5
+
+
+def test_fewer_tokens_are_scored_behind_the_prompt(loaded: tuple[Any, Any]) -> None:
+    whole, few = candidates.of_recipe("whole", SMALL), candidates.of_recipe("few", SMALL, keep=110)
+    result = run(loaded, [whole, few], windows=1, window=480, prompt=240)
+    assert [row.positions for row in result.rows] == [240, 240]
+    assert "scored behind a prompt of 240" in result.table() and json.loads(result.to_json())["prompt"] == 240
+    by_name = {row.name: row for row in result.rows}
+    assert by_name["few keep 110"].kld_mean > 1.2 * by_name["whole"].kld_mean
+    assert by_name["few keep 110"].effective_bits < 0.6 * by_name["whole"].effective_bits
+    ids = torch.from_numpy(cut_windows(Letters(), TEXT, 1, 480))[0]
+    exact = simulated_logits(loaded[0], ids, Simulation.full_precision()).log_softmax(-1)
+    found = few.logits(loaded[0], ids, 240).log_softmax(-1)
+    divergence = (exact.exp() * (exact - found)).sum(-1)[239:-1]
+    assert by_name["few keep 110"].kld_mean == pytest.approx(divergence.mean().item(), rel=1e-3)
+    with pytest.raises(SkvError, match="tokens to keep; got 90; expected at least 100"):
+        run(loaded, [candidates.of_recipe("less", SMALL, keep=90)], windows=1, window=480, prompt=240)
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(loaded: tuple[Any, Any], tmp_path: Path) -> None:

@@ -286,3 +286,20 @@ def test_generate_keeps_so_many_tokens(folder: Path, tmp_path: Path) -> None:
     assert few.tokens + on.tokens == longer.tokens
     run = CliRunner().invoke(main, ["generate", str(folder), "--prompt", prompt, "--keep-tokens", "7"])
     assert run.exit_code == 1 and "expected at least 82" in run.output
+
+
+def test_a_cache_that_shares_its_buffers_is_not_compacted(folder: Path) -> None:
+    session = Session(folder, score_window=WINDOW)
+    cache = session.cache(2)
+    session.run([PROMPT, TOKENS[50:350]], None, None, cache)
+    part = cache.first(1)
+    for one in (cache, part):
+        with pytest.raises(SkvError, match="shares its buffers"):
+            session.compact(one, keep=KEEP)
+    alone = part.fork(1)  # the part's queries are the whole's
+    session.compact(alone, keep=KEEP)
+    np.testing.assert_allclose(steps(session, alone), steps(session, compacted(session)), atol=2e-3)
+    session.run([TOKENS[:40]], None, None, part)
+    assert len(cache.queries.last(0, 8)[0]) == 8 and cache.lengths.tolist() == [340, 300]
+    part.rewind(330)
+    assert not cache.queries.last(0, 8) and cache.queries.last(1, 8)
