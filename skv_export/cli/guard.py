@@ -13,7 +13,9 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,6 +25,19 @@ from skv_export.errors import SkvError, missing_module
 from skv_export.progress import set_quiet, silence_other_bars
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+
+
+_AS_PYTHON = warnings.formatwarning
+_PACKAGE = Path(__file__).parents[1]
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of ours is for the user: one line, without the place in our code; another's is as Python has it."""
+    if Path(filename).is_relative_to(_PACKAGE) and issubclass(category, RuntimeWarning):
+        return f"Warning: {' '.join(str(message).split())}\n"
+    return _AS_PYTHON(message, category, filename, lineno, line)
 
 
 @contextlib.contextmanager
@@ -35,7 +50,7 @@ def guarded(debug: Callable[[], bool]) -> Iterator[None]:
         debug: Whether to show tracebacks; asked when there is one.
     """
     silence_other_bars()
-    before = _on_terminate(_terminate)
+    before, warnings.formatwarning = _on_terminate(_terminate), _format_warning
     try:
         yield
     except KeyboardInterrupt:
@@ -51,6 +66,7 @@ def guarded(debug: Callable[[], bool]) -> Iterator[None]:
         raise click.ClickException(message_of(error)) from error
     finally:
         _on_terminate(before)
+        warnings.formatwarning = _AS_PYTHON
         set_quiet(False)
 
 

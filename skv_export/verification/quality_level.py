@@ -135,11 +135,12 @@ class _Scores:
 
     def add(self, reference: torch.Tensor, exported: torch.Tensor, targets: torch.Tensor) -> None:
         """Adds logits ``[B, S, V]`` of both models; ``targets`` are the tokens that follow, ``[B, S]``."""
-        p, q = reference.log_softmax(-1), exported.log_softmax(-1)
-        self.nll_reference.append(metrics.nll(p, targets).double().numpy().ravel())
-        self.nll_exported.append(metrics.nll(q, targets).double().numpy().ravel())
-        self.divergence.append(metrics.kl_divergence(p, q).clamp(min=0).double().numpy().ravel())
-        self.agreement.append(metrics.top1_agreement(p, q).numpy().ravel())
+        for theirs, ours, wanted in zip(reference, exported, targets, strict=True):  # one by one: less memory at a time
+            p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
+            self.nll_reference.append(metrics.nll(p, wanted).double().numpy())
+            self.nll_exported.append(metrics.nll(q, wanted).double().numpy())
+            self.divergence.append(metrics.kl_divergence(p, q).clamp(min=0).double().numpy())
+            self.agreement.append(metrics.top1_agreement(p, q).numpy())
 
 
 class Reference(Protocol):

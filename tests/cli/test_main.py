@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from tiny_graph import Tiny
 
 from skv_export.cli.main import main
@@ -323,6 +326,19 @@ def test_what_cannot_be_written_is_found_out_before_any_work(tmp_path: Path, mon
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = run("analyze", "org/name", "--plot", str(tmp_path / "x.png"))
     assert result.exit_code == 1 and "pip install '.[plots]'" in result.output
+
+
+def test_a_warning_is_one_line(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    code = "import sys; from skv_export.cli.main import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "model", str(folder), "--dry-run", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"Warning: {folder}: config.json ties lm_head.weight")
 
 
 def test_a_second_interrupt_at_exit_shows_no_traceback() -> None:
