@@ -103,6 +103,7 @@ class Cache:
             binding.bind_input(past_name(*key), *where)
             binding.bind_output(present_name(*key), *where)
 
+    @checked
     def first(self, n: int) -> Cache:
         """Returns the first ``n`` sequences as a cache that shares everything with this one: calls on it leave the
         others out, and cost what ``n`` sequences cost.
