@@ -66,7 +66,7 @@ def test_a_window_in_one_pass_is_the_model_decoding_token_by_token(
     recipe = SMALL.with_options(recent_type="float")
     ids = torch.arange(tokens) * 37 % 300
     model, _ = comparison.load(resolve(folder))
-    got = simulated_logits(model, ids, Simulation.candidates.of_recipe(recipe))
+    got = simulated_logits(model, ids, Simulation.of_recipe(recipe))
 
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     count, heads = plain.config.num_hidden_layers, plain.config.num_key_value_heads
