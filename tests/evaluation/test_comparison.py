@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from letters import TEXT, Letters
 
 from skv_export.checkpoints.checkpoint import resolve
 from skv_export.checkpoints.pretrained import own_attention
@@ -29,15 +30,6 @@ from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig, Recipe
 
 SMALL = Recipe(LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32))
-TEXT = "".join(chr(97 + (i * i // 7 + i // 3) % 26) + (" " if i % 6 == 0 else "") for i in range(2000))
-
-
-class Letters:
-    """A tokenizer of one token per character, that begins every text with token 1."""
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids = [3 + ord(c) % 300 for c in text]
-        return [1, *ids] if add_special_tokens else ids
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from letters import TEXT, Letters
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from skv_export.calibration.file import Calibration
@@ -22,17 +23,6 @@ from skv_export.quantization import key_calibration, layer_by_layer
 from skv_export.quantization.key_calibration import calibrate, measure
 from skv_export.quantization.layer_by_layer import LayerByLayer
 from skv_export.spec.recipe import LayerConfig
-
-
-class Letters:
-    """A tokenizer of one token per character, that begins every text with token 1."""
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids = [3 + ord(c) % 300 for c in text]
-        return [1, *ids] if add_special_tokens else ids
-
-
-TEXT = "".join(chr(97 + (i * i // 7 + i // 3) % 26) + (" " if i % 6 == 0 else "") for i in range(2000))
 
 
 @pytest.fixture
