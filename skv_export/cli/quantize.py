@@ -24,10 +24,10 @@ from skv_export.progress import Progress
 @adapter_option
 @click.option(
     "--method",
-    type=click.Choice(["gptq", "rsq", "rtn"]),
-    default="gptq",
+    type=click.Choice(["rsq", "gptq", "rtn"]),
+    default="rsq",
     show_default=True,
-    help="gptq: errors are made up for on the text; rsq: GPTQ with tokens weighed by attention; rtn: to the nearest.",
+    help="rsq: GPTQ with tokens weighed by attention; gptq: errors are made up for on the text; rtn: to the nearest.",
 )
 @click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Bits of a weight.")
 @click.option(

@@ -30,7 +30,7 @@ from skv_export.quantization.layer_by_layer import LayerByLayer
 from skv_export.quantization.solver import Form, fit_grid, gptq
 from skv_export.spec.recipe import Recipe
 
-METHODS = ("gptq", "rsq", "rtn")
+METHODS = ("rsq", "gptq", "rtn")
 """Ways to find codes; ``quantize`` says what they are."""
 
 Progress = Callable[[str, int, int], None]
@@ -54,7 +54,7 @@ class Options:
         SkvError: Values that make no sense.
     """
 
-    method: str = "gptq"
+    method: str = "rsq"
     form: Form = field(default_factory=Form)
     windows: int = 16
     window: int = 1024
