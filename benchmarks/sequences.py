@@ -1,9 +1,9 @@
 """What sequences can save: the second turn of a long chat from what is kept of the first; guesses at the next tokens;
-slots that sequences share.
+slots that sequences share; what sharing the tiles of one prefix would save.
 
     python benchmarks/sequences.py prefix FOLDER [--tokens 6000] [--answer 64] [--rounds 3]
     python benchmarks/sequences.py speculation FOLDER [--steps 200] [--guesses 8] [--rounds 3]
-
+    python benchmarks/sequences.py sharing FOLDER [--tokens 6000] [--sequences 8] [--answer 256] [--rounds 5]
     python benchmarks/sequences.py batch FOLDER [--slots 1,2,4,8] [--sequences 16]
 
 FOLDER is an exported model. Each figure is the median of the rounds; what is compared runs in turns. Times are
@@ -135,6 +135,33 @@ def batch(folder: str, slots: str, sequences: int, rounds: int) -> None:
         print(f"{kind}: {speed:.1f} tokens/s, prompts included: {speed / first:.2f}x")
 
 
+def sharing(folder: str, tokens: int, sequences: int, answer: int, rounds: int) -> None:
+    """Copies of one prefix, each with an answer of its own: bytes as they are, and if the prefix's tiles were one."""
+    session = Session(folder, num_threads=1)
+    ids = session.tokenizer.encode(read_text(None)).ids
+    caches, steps = {}, dict[str, list[float]]()
+    for name, length in (("long", tokens), ("short", 128)):
+        one = session.cache(1, tokens + answer)
+        session.run([ids[:length]], None, None, one)
+        if name == "long":
+            states = one.state(0).tensors.values()
+            tiles, rows = sum(x.tiles.nbytes for x in states), sum(x.rows.nbytes for x in states)
+            taken = seconds(partial(one.fork, sequences))
+        caches[name], steps[name] = one.fork(sequences), []
+    own = sequences * (rows + tiles * answer // tokens)
+    copied, shared, held = (x / 2**20 for x in (sequences * tiles + own, tiles + own, sequences * rows))
+    print(f"{sequences} sequences behind {tokens} tokens, {answer} of their own: {copied:.1f} MiB with copies, made in")
+    print(f"{taken:.3f} s; {shared:.1f} MiB with the prefix shared; {held:.1f} MiB of both are full-precision rows")
+    for _ in range(rounds):
+        for name, cache in caches.items():
+            start = time.process_time()
+            for token in ids[tokens : tokens + 4]:
+                session.run([[token]] * sequences, None, None, cache)
+            steps[name].append((time.process_time() - start) / 4)
+    long, short = (statistics.median(steps[name]) for name in ("long", "short"))
+    print(f"a step of all takes {1000 * long:.0f} ms, behind 128 tokens {1000 * short:.0f} ms")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -148,13 +175,20 @@ def main() -> None:
     command.add_argument("--steps", type=int, default=200)
     command.add_argument("--guesses", type=int, default=8)
     command.add_argument("--rounds", type=int, default=3)
+    command = commands.add_parser("sharing")
+    command.add_argument("folder")
+    command.add_argument("--tokens", type=int, default=6000)
+    command.add_argument("--sequences", type=int, default=8)
+    command.add_argument("--answer", type=int, default=256)
+    command.add_argument("--rounds", type=int, default=5)
     command = commands.add_parser("batch")
     command.add_argument("folder")
     command.add_argument("--slots", default="1,2,4,8")
     command.add_argument("--sequences", type=int, default=16)
     command.add_argument("--rounds", type=int, default=1)
     options = vars(parser.parse_args())
-    {"prefix": prefix, "speculation": speculation, "batch": batch}[options.pop("command")](**options)
+    known = {"prefix": prefix, "speculation": speculation, "sharing": sharing, "batch": batch}
+    known[options.pop("command")](**options)
 
 
 if __name__ == "__main__":

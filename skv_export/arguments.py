@@ -138,8 +138,10 @@ def _fits(value: Any, hint: Any) -> bool:
     kind = origin or hint
     if kind is collections.abc.Callable:
         return callable(value)
-    if not inspect.isclass(kind) or getattr(kind, "_is_protocol", False):
+    if not inspect.isclass(kind):
         return True
+    if getattr(kind, "_is_protocol", False):
+        return not getattr(kind, "_is_runtime_protocol", False) or isinstance(value, kind)
     if issubclass(kind, _ByName):
         return any(base.__name__ == kind.__name__ for base in type(value).__mro__)
     if kind in (Sequence, list, tuple):

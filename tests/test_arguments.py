@@ -145,12 +145,15 @@ NEEDED: dict[str, Any] = {
     "length": 1, "present": [[1]], "prompts": [[1]], "messages": [], "num_hidden_layers": 1, "bits": [(4, 2)],
     "values": {}, "index": 0, "n": 1, "b": 0, "layer": 0, "name": "key", "states": [], "new": [], "tokens": [],
     "longest": 1, "key": (0, "key"), "tokens_to_remove": -1, "beam_idx": torch.zeros(1, dtype=torch.int64),
-    "indices": torch.zeros(1, dtype=torch.int64), "repeats": 1,
+    "indices": torch.zeros(1, dtype=torch.int64), "repeats": 1, "keep": 100,
 }  # fmt: skip
 """Something that fits, for each parameter without a default."""
 FREE = {"dtype", "torch_dtype", "device_map", "trust_remote_code", "labels", "return_dict"}
 """Parameters that several kinds of values have a meaning for: their functions tell them apart."""
-INTERNAL = {"belongs_to", "bind", "restore_tensor", "begins", "append_columns", "prefill", "keep", "check_ids"}
+INTERNAL = {
+    "belongs_to", "bind", "restore_tensor", "begins", "append_columns", "prefill", "keep", "check_ids", "run_columns",
+    "check_call", "check_cache", "become",
+}  # fmt: skip
 CLASSES = (Session, Cache, SkvForCausalLM, Recipe)
 FUNCTIONS = (analyze, export_model, plan, verify)
 
@@ -247,6 +250,7 @@ def test_session(folder: Path) -> None:
     answers(
         lambda **o: Session(folder, **o),
         "execution_provider", "cuda_graph", "num_threads", "spinning", "model", "config", "num_logits", "prefix_bytes",
+        "score_window",
     )  # fmt: skip
     answers(session.cache, "batch", "max_length")
     answers(session.batch, "slots", "max_length", "prompt_chunk", slots=1)
@@ -260,9 +264,14 @@ def test_session(folder: Path) -> None:
     answers(lambda **o: session.append(**({"cache": session.cache(1, 40)} | o)), "rows", "cache", rows=one)
     answers(
         lambda **o: list(session.stream(**o)),
-        "input_ids", "attention_mask", "max_new_tokens", "sampling", "cache", "present",
+        "input_ids", "attention_mask", "max_new_tokens", "sampling", "cache", "present", "keep_tokens", "look_ahead",
         input_ids=one, max_new_tokens=2,
     )  # fmt: skip
+    scored = Session(folder, score_window=8)
+    cache = scored.cache(1, 200)
+    scored.run([[3] * 200], None, None, cache)
+    answers(lambda **o: scored.compact(**({"cache": cache.fork(1)} | o)), "cache", "keep", "room", keep=200, room=0)
+    answers(session.room, "cache", cache=cache)
     answers(session.generate, "prompts", "max_new_tokens", "sampling", prompts=one, max_new_tokens=2)
     answers(session.marked, "present", present=one)
     answers(session.check_length, "length", "capacity", length=3)
@@ -286,6 +295,9 @@ def test_cache(folder: Path) -> None:
         for outside in (-1, 2, 10**30):  # not the bytes beside the buffer
             with pytest.raises(SkvError, match=r"cache: sequence; got -?\d+; expected 0 \.\.\. 1"):
                 method(outside)
+    answers(lambda **o: filled(session).rewind_to_common(**o), "b", "tokens", b=1, tokens=[6, 7, 9])
+    answers(cache.common, "b", "tokens", b=1, tokens=[6, 7, 9])
+    answers(cache.load, "b", "key", b=1, key=(0, "value"))
     state = cache.state(0)
     before = cache.data(0, "key")
     for outside in (-1, 2):

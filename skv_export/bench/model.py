@@ -111,7 +111,8 @@ def bench_model(
 
 
 def _in_a_process(job: dict[str, Any]) -> Run:
-    command = [sys.executable, "-m", "skv_export.bench.model", json.dumps(job)]
+    # -P: this package, whatever lies in the folder that the command was given in.
+    command = [sys.executable, "-P", "-m", "skv_export.bench.model", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SkvError(

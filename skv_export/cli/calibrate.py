@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from skv_export.cli.options import OutputFile, PathOf, adapter_option, placement_options, progress_options
+from skv_export.cli.options import OutputFile, PathOf, adapter_option, device_option, progress_options
 from skv_export.progress import Progress
 
 
@@ -18,7 +18,8 @@ from skv_export.progress import Progress
 @click.option("--window", default=1024, show_default=True, type=click.IntRange(128), help="Tokens per window.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--out", default="calibration.safetensors", show_default=True, type=OutputFile(), help="File to write.")
-@placement_options
+@click.option("--state", type=OutputFile(), help="Keep finished layers here; go on from them.")
+@device_option
 @progress_options
 def calibrate_command(
     checkpoint: str | None,
@@ -28,30 +29,30 @@ def calibrate_command(
     window: int,
     revision: str | None,
     out: Path,
+    state: Path | None,
     device: str,
-    dtype: str,
-    device_map: str | None,
 ) -> None:
     """Measure how CHECKPOINT's queries read its keys, so that keys of few bits lose less.
 
-    The model reads some text, forward passes only; per layer a basis for keys follows in which every channel matters
-    alike. `quality` shows what it is worth, on other text. CHECKPOINT is a folder with safetensors, a GGUF file, or a
-    hub id; without it, the demo model.
+    The model reads some text, forward passes only, one layer in memory at a time; per layer a basis for keys follows in
+    which every channel matters alike. `quality` shows what it is worth, on other text. CHECKPOINT is a folder with
+    safetensors, a GGUF file, or a hub id; without it, the demo model.
 
     \b
     skv-export calibrate ./Qwen3-0.6B --out qwen3.safetensors
+    skv-export calibrate ./Qwen3-8B --state qwen3.state --device cuda    # goes on where it was interrupted
     skv-export quality ./Qwen3-0.6B --configs K3V2,K2V2 --calibration qwen3.safetensors
     """
-    from skv_export.calibration.moments import calibrate
     from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
     from skv_export.checkpoints.pretrained import Placement
     from skv_export.evaluation.text import CALIBRATION_TEXT, read_text
+    from skv_export.quantization.key_calibration import calibrate
 
-    placement = Placement(device, dtype, device_map)
+    Placement(device)
     prose = read_text(text, CALIBRATION_TEXT)
     source = resolve(checkpoint or demo_checkpoint(), revision=revision, adapter=adapter)
     with Progress() as shown:
-        found = calibrate(source, prose, windows=windows, window=window, placement=placement, progress=shown)
+        found = calibrate(source, prose, windows=windows, window=window, device=device, state=state, progress=shown)
     found.save(out)
     heads = sorted({basis.key.shape[0] for basis in found.bases.values()})
     click.echo(

@@ -23,6 +23,19 @@ from skv_export.cli.options import (
 )
 
 
+class _Draft(PathOf):
+    """An exported folder, or a number of layers."""
+
+    name = "draft"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Returns the path, or the number."""
+        return int(value) if str(value).isdecimal() else super().convert(value, param, ctx)
+
+
+DRAFT = _Draft("draft model")
+
+
 @click.command("generate")
 @exported_model
 @click.option("--prompt", required=True, help="Text to continue; - reads standard input.")
@@ -33,6 +46,23 @@ from skv_export.cli.options import (
 )
 @click.option("--draft", type=PathOf("draft model"), help="Guess with this smaller exported model.")
 @click.option("--draft-tokens", default=4, show_default=True, type=click.IntRange(1, 64), help="Tokens it guesses.")
+@click.option(
+    "--keep-tokens",
+    type=int,
+    help="Keep only so many tokens of the prompt in the cache: those that its last tokens look at.",
+)
+@click.option(
+    "--look-ahead",
+    type=PathOf("draft model"),
+    help="With --keep-tokens: this smaller exported model's guess at what follows looks, too.",
+)
+@click.option(
+    "--compress-prompt",
+    metavar="DRAFT",
+    type=DRAFT,
+    help="Make the prompt shorter: this smaller exported model, or so many first layers of the model itself, chooses.",
+)
+@click.option("--keep", default=0.25, show_default=True, help="Share of the prompt, with --compress-prompt.")
 @click.option("--load-cache", type=PathOf("saved cache"), help="Go on from a saved cache; PROMPT may be empty.")
 @click.option("--save-cache", type=OutputFile(), help="Save the cache at the end, with all that was generated.")
 @json_option("text and figures")
@@ -56,6 +86,8 @@ def generate_command(
     skv-export generate org/smollm2-k4v2 --prompt "The capital of France is"
     skv-export generate demo-model --chat --prompt "Why is the sky blue?" --temperature 0.7 --top-p 0.9
     skv-export generate demo-model --prompt "$(cat book.txt)" --save-cache book.cache
+    skv-export generate demo-model --prompt "$(cat book.txt)" --keep-tokens 1024
+    skv-export generate demo-model --prompt "$(cat book.txt)" --compress-prompt 12 --keep 0.25
     skv-export generate demo-model --prompt "One, two," --stop ten --stop "\\n" --json -
     """
     from skv_export.model_folder import hub

@@ -223,6 +223,12 @@ def progress_options(command: _Command) -> _Command:
     return quiet(debug_option(command))
 
 
+def device_option(command: _Command) -> _Command:
+    """Adds --device: where a model runs layer by layer."""
+    text = "Where the layers run: cpu, cuda, cuda:1, ..."
+    return click.option("--device", default="cpu", show_default=True, help=text)(command)
+
+
 def placement_options(command: _Command) -> _Command:
     """Adds --device, --dtype and --device-map: where PyTorch runs the checkpoint's model, and how it computes."""
     options = (

@@ -50,6 +50,12 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 @click.option("--window", default=1024, show_default=True, type=click.IntRange(64), help="Tokens per window.")
 @click.option("--recent-tokens", type=int, help="Of the bit pairs.  [default: as `model`]")
 @click.option("--num-sink-tokens", type=int, help="Of the bit pairs.  [default: as `model`]")
+@click.option(
+    "--keep-tokens",
+    default="",
+    help="Each configuration again with a cache compacted to so many tokens in the middle of each window, and at the "
+    "end of prompts: 256,384. Windows are scored from there on.",
+)
 @click.option("--needles", is_flag=True, help="Also retrieve numbers hidden in long texts, by depth.")
 @click.option("--needle-lengths", default="1024,2048", show_default=True, help="Tokens of those texts.")
 @click.option(
@@ -75,6 +81,7 @@ def quality_command(
     window: int,
     recent_tokens: int | None,
     num_sink_tokens: int | None,
+    keep_tokens: str,
     needles: bool,
     needle_lengths: str,
     generate: int | None,
@@ -94,6 +101,7 @@ def quality_command(
     skv-export quality ./Qwen3-0.6B --configs K4V4,K4V2,K3V3 --text book.txt
     skv-export quality ./Qwen3-0.6B --configs 'recipes/*.toml' --baselines kivi,hf-quanto --report quality.html
     skv-export quality ./Qwen3-0.6B --configs K3V2,K2V2 --calibration calibration.safetensors
+    skv-export quality ./Qwen3-0.6B --configs K8V8,K4V2,K2V2 --keep-tokens 256,512 --window 2048 --needles
     skv-export quality ./Qwen3-0.6B --configs K16V16,K4V2 --weights qwen3-int4
     """
     from skv_export.calibration.file import Calibration
@@ -109,7 +117,8 @@ def quality_command(
     base = Recipe(LayerConfig()).with_options(recent_tokens=recent_tokens, num_sink_tokens=num_sink_tokens)
     calibrated = None if calibration is None else Calibration.load(calibration)
     bases = None if calibrated is None else calibrated.bases
-    wanted = [*candidates.parse_configs(configs, base, bases), *candidates.parse_baselines(baselines)]
+    keep = candidates.parse_keep(keep_tokens)
+    wanted = [*candidates.parse_configs(configs, base, bases, keep), *candidates.parse_baselines(baselines)]
     candidates.check_names(wanted)
     lengths = needle.parse_lengths(needle_lengths)
     prose = read_text(text)
@@ -127,8 +136,9 @@ def quality_command(
         wanted += [candidates.OnOtherWeights.of(c, f.label, f.digest, f.model) for f in forms for c in wanted]
         candidates.check_names(wanted)
         result = comparison.run(
-            source, wanted, prose, windows=windows, window=window, state=state, progress=progress, loaded=loaded
-        )
+            source, wanted, prose, windows=windows, window=window, prompt=window // 2 if keep else 0, state=state,
+            progress=progress, loaded=loaded,
+        )  # fmt: skip
     say(result.table(), json_file)
     if forms:
         say("\n" + bytes_table(source, forms, result), json_file)

@@ -10,6 +10,7 @@ from skv_export.cli.options import (
     PathOf,
     adapter_option,
     default_name,
+    device_option,
     json_option,
     progress_options,
     say,
@@ -23,10 +24,10 @@ from skv_export.progress import Progress
 @adapter_option
 @click.option(
     "--method",
-    type=click.Choice(["gptq", "rsq", "rtn"]),
-    default="gptq",
+    type=click.Choice(["rsq", "gptq", "rtn"]),
+    default="rsq",
     show_default=True,
-    help="gptq: errors are made up for on the text; rsq: GPTQ with tokens weighed by attention; rtn: to the nearest.",
+    help="rsq: GPTQ with tokens weighed by attention; gptq: errors are made up for on the text; rtn: to the nearest.",
 )
 @click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Bits of a weight.")
 @click.option(
@@ -45,7 +46,7 @@ from skv_export.progress import Progress
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--out", type=PathOf("--out"), help="Folder to write.  [default: NAME-METHOD-int4]")
 @click.option("--force", is_flag=True, help="Replace --out if this tool wrote it.")
-@click.option("--device", default="cpu", show_default=True, help="Where the layers run: cpu, cuda, cuda:1, ...")
+@device_option
 @json_option("the figures")
 @progress_options
 def quantize_command(

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, QuantizedCache
 
 from skv_export.checkpoints.pretrained import input_device, own_attention
 from skv_export.errors import SkvError, did_you_mean
+from skv_export.evaluation.compaction import CompactedAttention
 from skv_export.evaluation.decode_simulation import Simulation, simulated_logits
 from skv_export.paths import to_path
 from skv_export.spec.key_basis import KeyBasis, can_be_calibrated
@@ -51,8 +52,8 @@ class Candidate(ABC):
     note: str
 
     @abstractmethod
-    def logits(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-        """Predicts a window ``[S]``: float32 logits ``[S, vocab]``."""
+    def logits(self, model: PreTrainedModel, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+        """Predicts a window ``[S]``, whose first ``prompt`` tokens are a prompt: float32 logits ``[S, vocab]``."""
 
     @abstractmethod
     def effective_bits(self, context_length: int) -> float:
@@ -65,13 +66,34 @@ class Simulated(Candidate):
 
     simulation: Simulation
 
-    def logits(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    def logits(self, model: PreTrainedModel, ids: torch.Tensor, prompt: int = 0) -> torch.Tensor:
         """One forward pass."""
         return simulated_logits(model, ids, self.simulation)
 
     def effective_bits(self, context_length: int) -> float:
         """Over all layers."""
         return self.simulation.effective_bits(context_length)
+
+
+@dataclass(frozen=True)
+class Compacted(Simulated):
+    """A recipe's cache that is compacted when the prompt of a window has run; see ``Session.compact``.
+
+    Attributes:
+        attention: The simulation's; it holds how many tokens stay.
+    """
+
+    attention: CompactedAttention
+
+    def logits(self, model: PreTrainedModel, ids: torch.Tensor, prompt: int = 0) -> torch.Tensor:
+        """One forward pass."""
+        self.attention.prompt = prompt
+        return simulated_logits(model, ids, self.simulation)
+
+    def effective_bits(self, context_length: int) -> float:
+        """Bits of the tokens that stay, over all tokens of a prompt of which the share stays that was measured."""
+        share = min(1.0, self.attention.keep / max(self.attention.prompt, 1))
+        return self.simulation.effective_bits(round(context_length * share)) * share
 
 
 @dataclass(frozen=True)
@@ -86,7 +108,7 @@ class TransformersCache(Candidate):
     backend: str
     bits: int
 
-    def logits(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    def logits(self, model: PreTrainedModel, ids: torch.Tensor, prompt: int = 0) -> torch.Tensor:
         """Calls that end where the cache flushes."""
         axis = 0 if self.backend == "quanto" else 1
         cache = QuantizedCache(
@@ -128,9 +150,9 @@ class OnOtherWeights(Candidate):
         key = hashlib.sha256(f"{inner.key} {digest}".encode()).hexdigest()[:16]
         return cls(f"{inner.name}{ON}{label}", key, inner.note, inner, model)
 
-    def logits(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    def logits(self, model: PreTrainedModel, ids: torch.Tensor, prompt: int) -> torch.Tensor:
         """As the cache computes them, on the other weights."""
-        return self.inner.logits(self.model, ids)
+        return self.inner.logits(self.model, ids, prompt)
 
     def effective_bits(self, context_length: int) -> float:
         """Of the cache."""
@@ -146,13 +168,28 @@ CALIBRATED = "+cal"
 """What is put behind a recipe's name where its keys are calibrated."""
 
 
-def parse_configs(text: str, base: Recipe, bases: Mapping[int, KeyBasis] | None = None) -> list[Candidate]:
+def parse_keep(text: str) -> list[int]:
+    """Reads ``--keep-tokens``.
+
+    Raises:
+        SkvError: Not numbers separated by commas.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise SkvError("--keep-tokens", got=text, expected="numbers of tokens, separated by commas")
+    return [int(part) for part in parts]
+
+
+def parse_configs(
+    text: str, base: Recipe, bases: Mapping[int, KeyBasis] | None = None, keep: Sequence[int] = ()
+) -> list[Candidate]:
     """Reads ``--configs``: bit pairs such as ``K4V2``, recipes by file, pattern or shipped name, separated by commas.
 
     Args:
         text: What was given.
         base: The options of the bit pairs beside their bits.
         bases: Of calibrated keys, by layer; each recipe whose keys can have them comes a second time, with them.
+        keep: Each recipe comes again with a cache that is compacted to so many tokens, for each of these.
 
     Raises:
         SkvError: A name that is none of these.
@@ -176,9 +213,10 @@ def parse_configs(text: str, base: Recipe, bases: Mapping[int, KeyBasis] | None 
         found += [(path.stem, Recipe.load(path)) for path in paths]
     candidates: list[Candidate] = []
     for name, recipe in found:
-        candidates.append(of_recipe(name, recipe))
-        if bases and any(can_be_calibrated(CacheLayout.pair(recipe.layer(i), 64)[0]) for i in bases):
-            candidates.append(of_recipe(name + CALIBRATED, recipe, bases))
+        for count in (None, *keep):
+            candidates.append(of_recipe(name, recipe, keep=count))
+            if bases and any(can_be_calibrated(CacheLayout.pair(recipe.layer(i), 64)[0]) for i in bases):
+                candidates.append(of_recipe(name + CALIBRATED, recipe, bases, count))
     return candidates
 
 
@@ -198,19 +236,27 @@ def check_names(candidates: Sequence[Candidate]) -> None:
         )
 
 
-def of_recipe(name: str, recipe: Recipe, bases: Mapping[int, KeyBasis] | None = None) -> Simulated:
+def of_recipe(
+    name: str, recipe: Recipe, bases: Mapping[int, KeyBasis] | None = None, keep: int | None = None
+) -> Simulated:
     """Returns the candidate of a recipe; its weights' number format is ignored, everything runs in float32.
 
     Args:
         name: As it is shown.
         recipe: The options.
         bases: Of calibrated keys, by layer.
+        keep: Tokens to which the cache is compacted at a prompt's end; None = all.
     """
     hashed = hashlib.sha256(recipe.with_options(dtype="fp32", description="").to_toml().encode())
     for layer in sorted(bases or {}):
         hashed.update(f"{layer} {bases[layer].digest}".encode())  # type: ignore[index]
     note = recipe.description if not bases else f"{recipe.description or name}; keys calibrated"
-    return Simulated(name, hashed.hexdigest()[:16], note, Simulation.of_recipe(recipe, bases))
+    if keep is None:
+        return Simulated(name, hashed.hexdigest()[:16], note, Simulation.of_recipe(recipe, bases))
+    attention = CompactedAttention(keep)
+    simulation = Simulation.of_recipe(recipe, bases, attention)
+    key = f"{hashed.hexdigest()[:16]} keep {keep}"
+    return Compacted(f"{name} keep {keep}", key, f"{note or name}; {keep} tokens kept", simulation, attention)
 
 
 def parse_baselines(text: str) -> list[Candidate]:

@@ -93,12 +93,14 @@ class ComparisonResult:
         text: SHA-256 of the text, its first 16 digits.
         window: Tokens per window.
         rows: One per candidate, as asked for.
+        prompt: Tokens of each window that were not scored.
     """
 
     model: str
     text: str
     window: int
     rows: list[CandidateResult]
+    prompt: int = 0
 
     def to_json(self, retrieval: NeedleResult | None = None, free: FreeResult | None = None) -> str:
         """Everything, as JSON."""
@@ -106,6 +108,7 @@ class ComparisonResult:
             "model": self.model,
             "text_sha256": self.text,
             "window": self.window,
+            "prompt": self.prompt,
             "effective_bits_at": BITS_CONTEXT,
             "rows": [vars(row) for row in self.rows],
         }
@@ -120,9 +123,10 @@ class ComparisonResult:
         front = {row.name for row in pareto(self.rows)}
         width = max([13, *(len(row.name) for row in self.rows)])
         first = self.rows[0]
+        behind = f", scored behind a prompt of {self.prompt}" if self.prompt else ""
         lines = [
             f"{self.model}: perplexity {first.ppl_reference:.3f} in full precision; {first.windows} windows of "
-            f"{self.window} tokens; bits per element at {BITS_CONTEXT} tokens, everything counted",
+            f"{self.window} tokens{behind}; bits per element at {BITS_CONTEXT} tokens, everything counted",
             f"  {'configuration':{width}}  {'bits':>6}  {'perplexity':>16}  "
             f"{'KLD mean':>8}  {'p99':>7}  {'max':>6}  top-1",
         ]
@@ -198,11 +202,11 @@ class _Window:
 _ARRAYS = ("nll", "nll_reference", "divergence")
 
 
-def _score(reference: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, bits: float) -> _Window:
-    """Scores a candidate's logits ``[S, vocab]`` against log-probabilities of the unquantized model."""
+def _score(reference: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, bits: float, prompt: int) -> _Window:
+    """Scores a candidate's logits ``[S, vocab]`` behind a prompt against log-probabilities of the unquantized model."""
     parts: list[torch.Tensor] = []
     ids = ids.to(logits.device)
-    for start in range(0, len(ids) - 1, _CHUNK):
+    for start in range(max(prompt - 1, 0), len(ids) - 1, _CHUNK):
         rows = slice(start, min(start + _CHUNK, len(ids) - 1))
         p, q = reference[rows], logits[rows].log_softmax(-1)
         targets = ids[rows.start + 1 : rows.stop + 1]
@@ -222,6 +226,7 @@ def run(
     windows: int = 16,
     window: int = 1024,
     first: int | None = None,
+    prompt: int = 0,
     state: Path | None = None,
     progress: Progress | None = None,
     loaded: tuple[PreTrainedModel, Any] | None = None,
@@ -235,6 +240,8 @@ def run(
         windows: Windows of text; fewer if the text has no more.
         window: Tokens per window.
         first: Measure only so many of these windows, 1 or more; ``state`` lets the others be added later.
+        prompt: First tokens of each window that are a prompt: only what follows is scored. Caches that are compacted
+            are so at its end.
         state: File of finished windows; what it holds of this model and text is not measured again.
         progress: Called after each window of each candidate.
         loaded: The model and tokenizer, if they are loaded already.
@@ -252,7 +259,8 @@ def run(
     cut = torch.from_numpy(cut_windows(tokenizer, text, windows, window))
     digest = hashlib.sha256(cut.numpy().tobytes()).hexdigest()[:16]
     number_format = "" if model.dtype == torch.float32 else f":{model.dtype}"
-    done = FinishedSteps(state, f"{source}:{digest}{number_format}")
+    behind = f":behind {prompt}" if prompt else ""
+    done = FinishedSteps(state, f"{source}:{digest}{number_format}{behind}")
     cut = cut[:first]
     tick = progress or (lambda *_: None)
     for i, ids in enumerate(cut):
@@ -262,13 +270,13 @@ def run(
             if reference is None:
                 full = simulated_logits(model, ids, Simulation.full_precision())
                 reference = full.log_softmax(-1)
-            logits = candidate.logits(model, ids)
-            scored = _score(reference, logits, ids, candidate.effective_bits(BITS_CONTEXT))
+            logits = candidate.logits(model, ids, prompt)
+            scored = _score(reference, logits, ids, candidate.effective_bits(BITS_CONTEXT), prompt)
             done.save(_step(candidate, i), scored.to_json())
             tick(candidate.name, i * len(names) + names.index(candidate.name) + 1, len(cut) * len(names))
     text_hash = hashlib.sha256(text.encode()).hexdigest()[:16]
     rows = [_result(c, [_Window.from_json(done[_step(c, i)]) for i in range(len(cut))]) for c in candidates]
-    return ComparisonResult(str(source), text_hash, window, rows)
+    return ComparisonResult(str(source), text_hash, window, rows, prompt)
 
 
 def _step(candidate: Candidate, window: int) -> str:

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from skv_export.checkpoints.pretrained import input_device
 from skv_export.errors import SkvError
+from skv_export.spec.compaction import move_tokens
 from skv_export.spec.key_basis import KeyBasis, can_be_calibrated
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.quantizer import decode_tile, encode_tile, rotate, to_half
@@ -99,6 +100,16 @@ class LayoutCache:
             read = decode_tile(layout, encode_tile(layout, content, self.basis), self.basis)
             out[:, span] = read.reshape(rows.shape[0], tiles * t, -1)
         return self._to_model(out, x.device)
+
+    def moved(self, x: torch.Tensor, chosen: NDArray[np.int64]) -> torch.Tensor:
+        """Tokens ``[H, count]`` of whole tiles of ``x``, counted after the sinks, once they are tiles of their own."""
+        layout = self.layout
+        rows = stored(layout, x.cpu().numpy())[:, layout.num_sink_tokens :]
+        heads, t = len(rows), layout.tile_tokens
+        content = rows[:, : rows.shape[1] // t * t].reshape(heads, -1, t, layout.padded_dim)
+        tiles = move_tokens(layout, encode_tile(layout, content, self.basis), chosen, self.basis)
+        read = decode_tile(layout, tiles, self.basis).reshape(heads, chosen.shape[1], layout.padded_dim)
+        return self._to_model(read, x.device)
 
     def effective_bits(self, context_length: int) -> float:
         """All bytes of the block, over the tokens that a query can see: a sliding window has no use for more."""
@@ -192,6 +203,10 @@ def _min_max(x: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
     return read
 
 
+States = tuple[torch.Tensor, torch.Tensor]
+"""A tensor ``[N_kv, S, D]`` as read back from the full-precision rows, and from the quantized part."""
+
+
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -202,6 +217,8 @@ def attend(
     softcap: float = 0.0,
     local_window_size: int = 0,
     head_sink: torch.Tensor | None = None,
+    states: tuple[States, States] | None = None,
+    first: int = 0,
 ) -> torch.Tensor:
     """Attention of one sequence, token by token through the caches, all tokens in one call.
 
@@ -214,17 +231,19 @@ def attend(
         softcap: As the op's attribute.
         local_window_size: As the op's attribute.
         head_sink: ``[N]``.
+        states: Keys and values as they are read back, each from the full-precision rows and from the quantized part;
+            None = what ``caches`` make of them.
+        first: First query that is answered; the rows of those before it mean nothing.
 
     Returns:
         ``[N, S, D]``.
     """
     heads, tokens, dim = key.shape
     grouped = (query * scale).reshape(heads, -1, tokens, dim)
-    k_states = caches[0].exact(key), caches[0].quantized(key)
-    v_states = caches[1].exact(value), caches[1].quantized(value)
+    k_states, v_states = states or [(c.exact(x), c.quantized(x)) for c, x in zip(caches, (key, value), strict=True)]
     out = torch.empty_like(grouped)
     sink = None if head_sink is None else head_sink.float().reshape(heads, -1, 1, 1)
-    for start in range(0, tokens, BLOCK):
+    for start in range(first, tokens, BLOCK):
         stop = min(start + BLOCK, tokens)
         q, own = grouped[:, :, start:stop], torch.arange(stop - start, device=query.device)
         # The query heads of a KV head share its rows: one product for all of them.
@@ -317,10 +336,13 @@ class Simulation:
     Args:
         make: Makes a layer's caches.
         observer: Told of every layer's attention.
+        attend: Computes attention in place of ``attend``, with its arguments.
     """
 
-    def __init__(self, make: CacheFactory, observer: Observer | None = None) -> None:
-        self._make, self.observer = make, observer
+    def __init__(
+        self, make: CacheFactory, observer: Observer | None = None, attend: Callable[..., torch.Tensor] = attend
+    ) -> None:
+        self._make, self.observer, self.attend = make, observer, attend
         self._caches: dict[int, tuple[TensorCache, TensorCache]] = {}
         self._shapes: dict[int, tuple[int, int]] = {}
 
@@ -340,12 +362,18 @@ class Simulation:
         return cls(make)
 
     @classmethod
-    def of_recipe(cls, recipe: Recipe, bases: Mapping[int, KeyBasis] | None = None) -> Simulation:
+    def of_recipe(
+        cls,
+        recipe: Recipe,
+        bases: Mapping[int, KeyBasis] | None = None,
+        attend: Callable[..., torch.Tensor] = attend,
+    ) -> Simulation:
         """Returns the simulation of our own cache with a recipe's options.
 
         Args:
             recipe: The options.
             bases: Of calibrated keys, by layer, where the recipe's form of keys can have one.
+            attend: As in ``Simulation``.
         """
 
         def make(index: int, head_dim: int, window: int) -> tuple[TensorCache, TensorCache]:
@@ -353,7 +381,7 @@ class Simulation:
             basis = bases.get(index) if bases and can_be_calibrated(key) else None
             return LayoutCache(key, basis=basis), LayoutCache(value)
 
-        return cls(make)
+        return cls(make, attend=attend)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -412,7 +440,7 @@ def _hook(
     caches = simulation.layer(layer, key.shape[1], key.shape[-1], options["local_window_size"])
     rows = []
     for tensors in zip(query.float(), key.float(), value.float(), strict=True):
-        rows.append(attend(*tensors, caches, **options))
+        rows.append(simulation.attend(*tensors, caches, **options))
         if simulation.observer is not None:
             simulation.observer(layer, tensors, options, rows[-1])
     return torch.stack(rows).transpose(1, 2).to(query.dtype), None

@@ -214,7 +214,7 @@ def continued(model: PreTrainedModel, prompt: torch.Tensor, count: int) -> torch
 
 def parting(candidate: Candidate, model: PreTrainedModel, ids: torch.Tensor, start: int) -> int:
     """Returns how many tokens from ``start`` on a candidate would write itself, before the first that differs."""
-    predicted = candidate.logits(model, ids)[start - 1 : -1].argmax(-1).cpu()
+    predicted = candidate.logits(model, ids, start)[start - 1 : -1].argmax(-1).cpu()
     same = predicted == ids[start:]
     return len(same) if bool(same.all()) else int((~same).int().argmax())
 

@@ -141,7 +141,7 @@ def _row(candidate: Candidate, model: PreTrainedModel, length: int, prompts: lis
     for of_depth in prompts:
         hits = []
         for ids, count in of_depth:
-            rows = candidate.logits(model, ids)[-count - 1 : -1].log_softmax(-1)
+            rows = candidate.logits(model, ids, len(ids) - count)[-count - 1 : -1].log_softmax(-1)
             answer = ids[-count:].to(rows.device)
             hits.append(bool((rows.argmax(-1) == answer).all()))
             nll.append(metrics.nll(rows, answer).mean().item())

@@ -6,6 +6,7 @@ are those that the traced graph will have. ``export_model`` reads the weights an
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from skv_export.export.to_onnx import build, save
 from skv_export.export.weight_quantization import stored_bytes
 from skv_export.model_folder.card import licence_of
 from skv_export.model_folder.labels import label_model, label_nodes
-from skv_export.model_folder.names import TOKEN_INPUTS
+from skv_export.model_folder.names import MODEL_CLASS, TOKEN_INPUTS
 from skv_export.model_folder.output import check_target, output_folder
 from skv_export.model_folder.plan import Plan
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
@@ -291,7 +292,9 @@ def _write_beside(folder: Path, planned: Plan, local: Source, config: PreTrained
     """Writes every file but the graph and its weights; ``local`` is the source on this disk."""
     generation = generation_config(local, config)
     generation.save_pretrained(folder)
-    config.save_pretrained(folder)
+    exported = copy.deepcopy(config)
+    exported.architectures = [MODEL_CLASS]  # no other class can load the folder
+    exported.save_pretrained(folder)
     given = {
         name: getattr(generation, name) for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
     }

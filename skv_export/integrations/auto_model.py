@@ -2,7 +2,8 @@
 
 transformers finds a model's class by the type of its configuration, and an export of a Llama has Llama's, which must
 stay: tokenizers and other tools go by it. So the folder decides: where it holds ``skv_config.json``, our class loads
-it, and transformers' own code does in all other cases. transformers is not loaded for that: what is here waits for it.
+it, and transformers' own code does in all other cases. `transformers serve` goes by the class that config.json names,
+which an export's says is ours. transformers is not loaded for that: what is here waits for it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 _MODULE = "transformers.models.auto.modeling_auto"
-_ADDED = {"config", "adapter_kwargs", "code_revision", "_commit_hash", "_from_auto", "_from_pipeline"}
+_ADDED = {"config", "adapter_kwargs", "code_revision", "tqdm_class", "_commit_hash", "_from_auto", "_from_pipeline"}
 """What transformers' own callers of ``from_pretrained`` pass along."""
 
 
@@ -74,3 +75,16 @@ def _join(module: ModuleType) -> None:
 
     from_pretrained.loads_exports = True  # type: ignore[attr-defined]
     auto.from_pretrained = classmethod(from_pretrained)
+    add_class(sys.modules["transformers"], auto)
+
+
+def add_class(transformers: ModuleType, auto: Any) -> None:
+    """Gives transformers the class that an exported ``config.json`` names: `transformers serve` looks for it there.
+
+    Args:
+        transformers: The module.
+        auto: ``AutoModelForCausalLM``, joined.
+    """
+    from skv_export.model_folder.names import MODEL_CLASS
+
+    setattr(transformers, MODEL_CLASS, type(MODEL_CLASS, (), {"from_pretrained": auto.from_pretrained}))

@@ -16,6 +16,7 @@ from skv_export.errors import SkvError
 from skv_export.runtime.arrays import integers
 from skv_export.runtime.cache import MAX_BATCH, Cache
 from skv_export.runtime.prefixes import Prefix
+from skv_export.runtime.prompting import prefill
 from skv_export.runtime.session import Session
 
 
@@ -84,7 +85,7 @@ class SkvCache(TransformersCache):
         Returns:
             ``[B, vocab_size]``, the logits of each prompt's last token.
         """
-        logits, self._entries = session.prefill(ids, new, self.cache)
+        logits, self._entries = prefill(session, ids, new, self.cache)
         return logits
 
     def keep(self, session: Session) -> None:

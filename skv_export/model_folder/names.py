@@ -16,6 +16,8 @@ MANIFEST_FILE = "skv_files.json"
 """The folder's own list of files: ``{"files": {name: size}}``, itself left out; written last."""
 CARD_FILE = "README.md"
 LIBRARY_FILE = FILE_NAME
+MODEL_CLASS = "SkvForCausalLM"
+"""What ``config.json`` of an exported checkpoint names under ``architectures``."""
 """onnxruntime-genai loads a custom-op library from the folder, the working directory or its own only."""
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ import secrets
 import shutil
 import signal
 import stat
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -29,14 +29,18 @@ from types import FrameType
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import MANIFEST_FILE, SKV_CONFIG_FILE
 from skv_export.model_folder.skv_config import read_json
+from skv_export.native.library import FILE_NAMES
 from skv_export.paths import to_path
+
+if sys.platform != "win32":
+    import fcntl
 
 logger = logging.getLogger(__name__)
 RESERVE_BYTES = 64 << 20
 """Room for the graph, configurations and tokenizer, on top of the weights."""
 _UNLISTED = {
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json", "genai_config.json",
-    "generation_config.json", "libskv_ops.so", "merges.txt", "model.onnx", "model.onnx.data", "recipe.toml",
+    "generation_config.json", *FILE_NAMES.values(), "merges.txt", "model.onnx", "model.onnx.data", "recipe.toml",
     "skv_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "vocab.json", "vocab.txt",
 }  # fmt: skip
@@ -46,6 +50,7 @@ _MARKER, _NEW, _OLD = "skv-export", "new", "old"
 """In the private folder: who it belongs to, what is being written, and what is about to be replaced."""
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
 
 
 # Folders.
@@ -93,6 +98,10 @@ def check_target(out: Path | str, weight_bytes: int = 0, *, force: bool = False)
     Raises:
         SkvError: It exists (with ``force``: and holds what no export wrote), or its disk can't take it.
     """
+    if sys.platform == "win32":
+        raise SkvError(
+            f"{out}: folders are not written on Windows", expected="Linux or macOS", fix="Export there, or in WSL."
+        )
     given = to_path(out, "output folder")
     target = given.resolve() if given.name in ("", "..") else given.parent.resolve() / given.name
     if os.path.lexists(target):
@@ -310,7 +319,7 @@ def _check_moved(old: Path, target: Path) -> None:
 
 
 def _sync_names(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)  # there only files come here
     try:
         os.fsync(descriptor)
     finally:
@@ -373,7 +382,7 @@ def output_file(path: Path | str) -> Iterator[Path]:
         return
     scratch = target.with_name(f".{target.stem[:40]}.{secrets.token_hex(8)}{target.suffix[:40]}")
     try:
-        os.close(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+        os.close(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW, 0o666))
         yield scratch
         _sync_names(scratch)
         scratch.replace(target)

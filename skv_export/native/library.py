@@ -1,4 +1,4 @@
-"""The native library in Python: finds and loads libskv_ops.so, and calls its C interface through ctypes.
+"""The native library in Python: finds and loads it, and calls its C interface through ctypes.
 
 The structures mirror ``native/kernels.h``. ONNX Runtime loads the same file as a custom-op library.
 """
@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
     from skv_export.spec.op import AttentionParams
 
 logger = logging.getLogger(__name__)
-FILE_NAME = "libskv_ops.so"
+FILE_NAMES = {"linux": "libskv_ops.so", "darwin": "libskv_ops.dylib", "win32": "skv_ops.dll"}
+"""By ``sys.platform``; several may lie side by side."""
+FILE_NAME = FILE_NAMES.get(sys.platform, FILE_NAMES["linux"])
 ENVIRONMENT = "SKV_OPS_LIBRARY"
 INSTRUCTION_SETS = ("scalar", "avx2", "avxvnni", "avx512vnni", "neon")
 """Of the CPU kernels; SKV_CPU_ISA in the environment names one."""
-_FIX = "Install the package with `pip install .`, or build with cmake and set SKV_OPS_LIBRARY to build/libskv_ops.so."
+_FIX = "Install the package with `pip install .`, or build with cmake and set SKV_OPS_LIBRARY to the library in build/."
 
 # The enumerations of kv_layout.h number these names in this order.
 _ENUMS = {"granularity": GRANULARITIES, "rotation": ROTATIONS, "recent_type": RECENT_TYPES}
@@ -294,7 +297,7 @@ class Library:
 
 
 def library_path() -> Path:
-    """Returns the native library's file: SKV_OPS_LIBRARY, else ``lib/libskv_ops.so`` of the installed package.
+    """Returns the native library's file: SKV_OPS_LIBRARY, else that of the installed package in ``lib``.
 
     Raises:
         SkvError: There is none; the message lists where it was looked for.

@@ -1,1 +1,1 @@
-"""Weights of few bits, fitted to what the layers read: a float checkpoint becomes a quantized one."""
+"""What is fitted to a text that a model reads, layer by layer: weights in few bits, and bases of calibrated keys."""

@@ -30,7 +30,7 @@ from skv_export.quantization.layer_by_layer import LayerByLayer
 from skv_export.quantization.solver import Form, fit_grid, gptq
 from skv_export.spec.recipe import Recipe
 
-METHODS = ("gptq", "rsq", "rtn")
+METHODS = ("rsq", "gptq", "rtn")
 """Ways to find codes; ``quantize`` says what they are."""
 
 Progress = Callable[[str, int, int], None]
@@ -54,7 +54,7 @@ class Options:
         SkvError: Values that make no sense.
     """
 
-    method: str = "gptq"
+    method: str = "rsq"
     form: Form = field(default_factory=Form)
     windows: int = 16
     window: int = 1024
@@ -124,9 +124,15 @@ def quantize(
         got = f"{len(held)} quantized matrices, {held[0]} among them"
         raise SkvError(f"{source}: its weights are quantized already", got=got, fix="Export it as it is.")
     if not any(True for _ in _matrices(model, options.form)):
+        linear = {m.in_features for m in model.model.modules() if isinstance(m, torch.nn.Linear)}
+        got = (
+            f"matrices with {', '.join(map(str, sorted(linear)))} inputs" if linear else "no torch.nn.Linear (GPT-2's)"
+        )
         raise SkvError(
-            f"{source}: nothing to quantize: no matrix of a layer has inputs in groups of {options.form.group_size}",
-            fix="Pass a smaller --group-size.",
+            f"{source}: nothing to quantize",
+            got=got,
+            expected=f"linear layers whose inputs are groups of {options.form.group_size}",
+            fix="Pass a smaller --group-size; `model --weights int4` rounds to the nearest, other matrices too.",
         )
     with output_folder(out, _file_bytes(model, options.form), force=force) as folder:
         write_tokenizer(local, folder)

@@ -8,10 +8,10 @@ and padding behind them; a graph that counts positions by the past's shape count
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,9 @@ from skv_export.rewrite.source import OnnxSource
 from skv_export.rewrite.surgery import Layer, rewrite_graph
 from skv_export.spec.op import LayerAttention
 from skv_export.spec.recipe import Recipe, as_recipe
+
+if sys.platform != "win32":
+    import fcntl
 
 DTYPES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 _FICLONE = 0x40049409  # linux/fs.h

@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,68 +22,17 @@ from skv_export.model_folder.names import TENSORS, past_name, present_name
 from skv_export.model_folder.skv_config import LayerCache
 from skv_export.native.library import Library
 from skv_export.runtime import arrays
+from skv_export.runtime.cache_state import Key, SequenceState, TensorState, held_tiles
+from skv_export.runtime.queries import LastQueries
 from skv_export.spec import reference
 from skv_export.spec.key_basis import MATRICES, KeyBasis
 from skv_export.spec.layout import Bytes, CacheLayout
 
 logger = logging.getLogger(__name__)
-Key = tuple[int, str]
-"""Names one tensor: layer, and ``key`` or ``value``."""
-
-
 MAX_BATCH = 1 << 16
 """Sequences of a cache."""
-
-
-@dataclass(frozen=True)
-class TensorState:
-    """What one tensor holds of one sequence; bytes that no token needs are left out.
-
-    Attributes:
-        first: Number of the first tile.
-        tiles: ``[N_kv, tiles, tile_bytes]``, in order.
-        rows: ``[N_kv, R * row_bytes]``, the full-precision rows.
-    """
-
-    first: int
-    tiles: Bytes
-    rows: Bytes
-
-
-@dataclass(frozen=True)
-class SequenceState:
-    """What a cache holds of one sequence, by itself or behind the states of what came before.
-
-    Attributes:
-        tokens: ``[length]``, int32, the tokens held, from the first on.
-        longest: Most tokens held since the sequence was empty, as ``reference.rewind`` wants it.
-        tensors: By layer and name.
-    """
-
-    tokens: NDArray[np.int32]
-    longest: int
-    tensors: Mapping[Key, TensorState]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the state takes."""
-        return self.tokens.nbytes + sum(x.tiles.nbytes + x.rows.nbytes for x in self.tensors.values())
-
-
-def held_tiles(layout: CacheLayout, block_bytes: int, length: int, longest: int) -> range:
-    """The tiles of a block that hold something of its sequence: with a sliding window, what the ring has not forgotten.
-
-    Args:
-        layout: The tensor's layout.
-        block_bytes: Bytes of one block.
-        length: Tokens held.
-        longest: Most tokens held since the block was empty.
-    """
-    end = layout.quantized_tokens(length) // layout.tile_tokens
-    if not layout.local_window_size:
-        return range(end)
-    forgotten = layout.quantized_tokens(longest) // layout.tile_tokens - layout.tiles_in(block_bytes)
-    return range(min(max(forgotten, 0), end), end)
+_BY_SEQUENCE = ("lengths", "_longest", "dropped", "chosen")
+"""Arrays ``[batch]`` of a cache."""
 
 
 class Cache:
@@ -107,9 +55,15 @@ class Cache:
         binding: IOBinding of the session, to which the buffers are bound.
         layers: As given.
         batch: Sequences.
-        max_length: Tokens per sequence that were asked for; ``capacity`` may be a little more.
-        lengths: ``[batch]``, tokens held; changed in place, as ``first`` shares it.
-        tokens: Which these are, by sequence; changed in place, too.
+        max_length: Tokens of a sequence that the buffers are for; ``capacity`` may be a little more.
+        lengths: ``[batch]``, tokens that have come: the position of the next one. Changed in place, as ``first`` shares
+            it, like those that follow.
+        tokens: Which these are, by sequence.
+        dropped: ``[batch]``, those of them that ``Session.compact`` has left out; 0 in a cache that was not compacted.
+        chosen: ``[batch]``, tokens at the front of the buffers that each KV head has chosen for itself: no rewind ends
+            among them.
+        queries: The last queries, where the session keeps them.
+        shared: Whether the buffers are those of another cache too; see ``first``.
     """
 
     def __init__(
@@ -129,7 +83,9 @@ class Cache:
         self.layers, self.batch, self.max_length = tuple(layers), batch, max_length
         self.lengths: NDArray[np.int64] = np.zeros(batch, np.int64)
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
-        self._longest = self.lengths.copy()  # since each was empty: up to there rows are overwritten
+        self.dropped, self.chosen = self.lengths.copy(), self.lengths.copy()
+        self.queries, self.shared = LastQueries(batch), False
+        self._longest = self.lengths.copy()  # in the buffers, since each was empty: up to there rows are overwritten
         self._onnx, self._device, self._library, self._bases, self.model = onnx, device, library, bases, model
         self._tensors: dict[Key, tuple[CacheLayout, Any]] = {}
         for i, layer in enumerate(layers):
@@ -157,8 +113,11 @@ class Cache:
         """
         if not 1 <= n <= self.batch:
             raise SkvError("cache: first sequences", got=n, expected=f"1 ... {self.batch}")
+        self.shared = True
         part = copy.copy(self)
-        part.batch, part.lengths, part._longest, part.tokens = n, self.lengths[:n], self._longest[:n], self.tokens[:n]
+        part.batch, part.tokens, part.queries = n, self.tokens[:n], self.queries.first(n)
+        for name in _BY_SEQUENCE:
+            setattr(part, name, getattr(self, name)[:n])
         part.binding = self._onnx.io_binding()
         part.bind(part.binding)
         return part
@@ -195,15 +154,20 @@ class Cache:
         Raises:
             SkvError: No such layer or name.
         """
-        if (layer, name) not in self._tensors:
-            raise SkvError("cache: tensor", got=(layer, name), expected=f"0 ... {len(self.layers) - 1}, key or value")
+        self._check_tensor(layer, name)
         return np.array(self._tensors[layer, name][1].numpy()[: self.batch])
+
+    @property
+    def held(self) -> NDArray[np.int64]:
+        """``[batch]``, tokens in the buffers: fewer than have come after ``Session.compact``."""
+        return self.lengths - self.dropped
 
     def reset(self) -> None:
         """Forgets every token; the buffers stay."""
-        self.lengths[:] = self._longest[:] = 0
+        self.lengths[:] = self._longest[:] = self.dropped[:] = self.chosen[:] = 0
         for held in self.tokens:
             held.clear()
+        self.queries.clear()
 
     @checked
     def advance(self, new: Sequence[Sequence[int]]) -> None:
@@ -213,15 +177,39 @@ class Cache:
         for held, more in zip(self.tokens, new, strict=True):
             held.extend(more)
         self.lengths[:] = [len(held) for held in self.tokens]
-        np.maximum(self._longest, self.lengths, out=self._longest)
+        np.maximum(self._longest, self.held, out=self._longest)
 
     @checked
     def rewind_floor(self, b: int) -> int:
         """Smallest length above 0 to which sequence ``b`` can be rewound."""
         self._check_sequence(b)
-        length, longest = int(self.lengths[b]), int(self._longest[b])
+        length, longest = int(self.held[b]), int(self._longest[b])
         tensors = self._tensors.values()
-        return max(reference.rewind_floor(x, math.prod(y.shape()[2:]), length, longest) for x, y in tensors)
+        floor = max(reference.rewind_floor(x, math.prod(y.shape()[2:]), length, longest) for x, y in tensors)
+        return max(floor, int(self.chosen[b])) + int(self.dropped[b])
+
+    @checked
+    def rewind_to_common(self, b: int, tokens: Sequence[int]) -> int:
+        """Takes back what sequence ``b`` does not have in common with the beginning of ``tokens``, but for their last.
+
+        Returns:
+            How many of ``tokens`` the cache holds then; none where what differs is too far back.
+        """
+        common = self.common(b, tokens)
+        if common < len(self.tokens[b]):
+            lengths = self.lengths.copy()
+            lengths[b] = common
+            self.rewind(lengths)
+        return common
+
+    @checked
+    def common(self, b: int, tokens: Sequence[int]) -> int:
+        """How many of ``tokens`` ``rewind_to_common`` would leave."""
+        self._check_sequence(b)
+        held = self.tokens[b]
+        common = next((i for i, (x, y) in enumerate(zip(held, tokens, strict=False)) if x != y), len(held))
+        common = min(common, max(len(tokens) - 1, 0))
+        return common if common >= self.rewind_floor(b) or common == len(held) else 0
 
     @checked
     def draft_room(self, b: int) -> int:
@@ -230,7 +218,8 @@ class Cache:
         Up to there no tile is written that the next tokens should see, and all of them can be taken back exactly.
         """
         self._check_sequence(b)
-        length, room = int(self.lengths[b]), self.max_length - int(self.lengths[b]) - 1
+        length = int(self.held[b])
+        room = self.max_length - length - 1
         for layout, _ in self._tensors.values():
             flush = layout.quantized_tokens(length) + layout.num_sink_tokens + layout.recent_tokens + layout.tile_tokens
             room = min(room, flush - length - 1)
@@ -262,21 +251,24 @@ class Cache:
                     expected=f"{floor} ... {held}, or 0",
                     fix="Start the sequence again, or export with more recent_tokens.",
                 )
+        packed = np.where(new == 0, 0, new - self.dropped)
         for (layer, name), (layout, buffer) in self._tensors.items():
             basis = [x.data_ptr() for x in self._constants.get(layer, ())] if name == "key" else []
             heads, block_bytes = buffer.shape()[1], math.prod(buffer.shape()[2:])
             for b in np.flatnonzero((new != 0) & (new != self.lengths)).tolist():
-                lengths_of_b = int(self.lengths[b]), int(self._longest[b]), int(new[b])
+                lengths_of_b = int(self.held[b]), int(self._longest[b]), int(packed[b])
                 self._library.rewind(
                     layout, buffer.data_ptr(), block_bytes, heads, b, *lengths_of_b, basis=basis, device=self._device
                 )
         if self._device == "cuda":  # the next call runs on a stream of ONNX Runtime's
             self._library.synchronize()
         for b in np.flatnonzero(new != self.lengths).tolist():
-            longest, wanted = int(self._longest[b]), int(new[b])
+            longest, wanted = int(self._longest[b]), int(packed[b])
             counted = (reference.longest_after_rewind(x, longest, wanted) for x, _ in self._tensors.values())
             self._longest[b] = max(counted) if wanted else 0
-            del self.tokens[b][wanted:]
+            del self.tokens[b][int(new[b]) :]
+            self.queries.clear(b)
+        self.dropped[new == 0] = self.chosen[new == 0] = 0
         self.lengths[:] = new
 
     @checked
@@ -327,15 +319,17 @@ class Cache:
         for key, (_, buffer) in self._tensors.items():
             kept = np.arange(len(order), buffer.shape()[0])  # of a cache whose first sequences this is
             buffer.update_inplace(np.ascontiguousarray(source._tensors[key][1].numpy()[[*order, *kept]]))
-        self.lengths[:], self._longest[:] = source.lengths[order], source._longest[order]
+        for name in _BY_SEQUENCE:
+            getattr(self, name)[:] = getattr(source, name)[order]
         for held, tokens in zip(self.tokens, [list(source.tokens[b]) for b in order.tolist()], strict=True):
             held[:] = tokens
+        self.queries.copy(source.queries, order)
 
     # States: what is held, apart from the buffers.
 
     @checked
     def longest(self, b: int) -> int:
-        """Most tokens that sequence ``b`` has held since it was empty, as far as ``reference.rewind`` must know."""
+        """Most tokens in the buffers of sequence ``b`` since it was empty, as far as ``reference.rewind`` must know."""
         self._check_sequence(b)
         return int(self._longest[b])
 
@@ -345,7 +339,7 @@ class Cache:
         layout, _ = self._tensors[key]
         with self._block(b, key) as block:
             tiles = layout.tiles_in(block.shape[1])
-            held = held_tiles(layout, block.shape[1], int(self.lengths[b]), self.longest(b))
+            held = held_tiles(layout, block.shape[1], int(self.held[b]), self.longest(b))
             first = max(held.start, min(held.stop, layout.quantized_tokens(behind) // layout.tile_tokens))
             slots = [tile % tiles for tile in range(first, held.stop)]
             found, rows = _parts(layout, block)
@@ -366,7 +360,9 @@ class Cache:
         """
         self._check_sequence(b)
         tensors = {key: self.tensor_state(b, key, behind) for key in self._tensors}
-        return SequenceState(np.array(self.tokens[b], np.int32), self.longest(b), tensors)
+        return SequenceState(
+            np.array(self.tokens[b], np.int32), self.longest(b), tensors, int(self.dropped[b]), int(self.chosen[b])
+        )
 
     @checked
     def restore(self, b: int, states: Sequence[SequenceState]) -> None:
@@ -388,11 +384,11 @@ class Cache:
                 fix="Allocate the cache for a larger max_length.",
             )
         for key in self._tensors:
-            self.restore_tensor(b, key, [x.tensors[key] for x in states], len(state.tokens))
-        self.note_restored(b, state.tokens.tolist(), state.longest)
+            self.restore_tensor(b, key, [x.tensors[key] for x in states], len(state.tokens) - state.dropped)
+        self.note_restored(b, state.tokens.tolist(), state.longest, state.dropped, state.chosen)
 
     def restore_tensor(self, b: int, key: Key, states: Sequence[TensorState], length: int) -> None:
-        """``restore`` for one tensor and ``length`` tokens; ``note_restored`` follows when all are done."""
+        """``restore`` for one tensor and ``length`` tokens in the buffers; ``note_restored`` follows after the last."""
         layout, _ = self._tensors[key]
         with self._block(b, key, write=True) as block:
             tiles = layout.tiles_in(block.shape[1])
@@ -407,11 +403,37 @@ class Cache:
             rows[:] = states[-1].rows
 
     @checked
-    def note_restored(self, b: int, tokens: Sequence[int], longest: int) -> None:
-        """Notes which tokens sequence ``b`` holds after ``restore_tensor``, and the most that it has held."""
+    def note_restored(self, b: int, tokens: Sequence[int], longest: int, dropped: int = 0, chosen: int = 0) -> None:
+        """Notes what sequence ``b`` is after ``restore_tensor``; see ``SequenceState``."""
         self._check_sequence(b)
         self.tokens[b][:] = tokens
         self.lengths[b], self._longest[b] = len(tokens), longest
+        self.dropped[b], self.chosen[b] = dropped, chosen
+        self.queries.clear(b)
+
+    @checked
+    def load(self, b: int, key: Key) -> NDArray[np.float32]:
+        """Reads back one tensor of sequence ``b``: ``[N_kv, held, D]``, see ``reference.load``."""
+        self._check_sequence(b)
+        self._check_tensor(*key)
+        basis = self._bases().get(key[0]) if key[1] == TENSORS[0] else None
+        with self._block(b, key) as block:
+            return reference.load(self._tensors[key][0], block, int(self.held[b]), basis)[0]
+
+    def become(self, other: Cache) -> None:
+        """Takes over what another cache of as many sequences is, its buffers included; the other is of no use then."""
+        assert other.batch == self.batch and not self.shared
+        self._tensors, self.max_length = other._tensors, other.max_length
+        for name in _BY_SEQUENCE:
+            getattr(self, name)[:] = getattr(other, name)
+        self.tokens = other.tokens
+        self.queries.clear()
+        self.__dict__.pop("capacity", None)
+        self.bind(self.binding)
+
+    def _check_tensor(self, layer: int, name: str) -> None:
+        if (layer, name) not in self._tensors:
+            raise SkvError("cache: tensor", got=(layer, name), expected=f"0 ... {len(self.layers) - 1}, key or value")
 
     def _check_sequence(self, b: int) -> None:
         """Refuses a sequence that the buffers do not have: its bytes would be another's, or nobody's."""

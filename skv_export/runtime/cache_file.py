@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,8 @@ from skv_export.model_folder.names import CALIBRATION_FILE, DATA_FILE, MODEL_FIL
 from skv_export.model_folder.output import output_file
 from skv_export.model_folder.skv_config import LayerCache
 from skv_export.paths import to_path
-from skv_export.runtime.cache import Cache, Key, TensorState, held_tiles
+from skv_export.runtime.cache import Cache
+from skv_export.runtime.cache_state import Key, TensorState, held_tiles
 from skv_export.spec.layout import LAYOUT_VERSION, CacheLayout
 
 if TYPE_CHECKING:
@@ -67,10 +68,12 @@ def layouts_digest(layers: Iterable[LayerCache]) -> str:
 
 def save(cache: Cache, path: Path | str) -> None:
     """Writes a cache; see ``Cache.save``."""
-    lengths = [len(tokens) for tokens in cache.tokens]
-    longest = [cache.longest(b) for b in range(cache.batch)]
-    metadata = _metadata(cache, lengths, longest)
-    table = _table(cache.layers, cache.max_length, lengths, longest)
+    sizes = [
+        _Sizes(len(tokens), cache.longest(b), int(cache.dropped[b]), int(cache.chosen[b]))
+        for b, tokens in enumerate(cache.tokens)
+    ]
+    metadata = _metadata(cache, sizes)
+    table = _table(cache.layers, cache.max_length, sizes)
     header = _header(table, metadata)
     digest = hashlib.sha256(header)
     with output_file(path) as scratch, scratch.open("wb") as file:
@@ -93,19 +96,20 @@ def load(session: Session, path: Path | str, room: int | None = None) -> Cache:
     try:
         file = LocalFile(source)
         entries, metadata = read_header(file), read_metadata(file)
-        lengths, longest, max_length = _checked(source, metadata, context)
+        sizes, max_length = _checked(source, metadata, context)
         _check_model(source, metadata, session)
-        table = _table(layers, max_length, lengths, longest)
+        table = _table(layers, max_length, sizes)
         found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
         if found != table:
             odd = next(name for name in (table | found) if table.get(name) != found.get(name))
             raise _damaged(source, f"tensor {odd}", found.get(odd), table.get(odd))
         _check_digest(source, file, metadata["sha256"])
-        wanted = context if room is None else max(lengths) + room
-        if wanted > context:
-            raise SkvError(f"{source}: room behind {max(lengths)} tokens", got=room, expected=context - max(lengths))
-        cache = session.cache(len(lengths), max(wanted, *longest, 1))
-        _fill(cache, entries, lengths, longest)
+        length, held = max(x.length for x in sizes), max(x.held for x in sizes)
+        wanted = context - length + held if room is None else held + room
+        if wanted - held > context - length:
+            raise SkvError(f"{source}: room behind {length} tokens", got=room, expected=context - length)
+        cache = session.cache(len(sizes), max(wanted, *(x.longest for x in sizes), 1))
+        _fill(cache, entries, sizes)
     except OSError as error:
         raise SkvError(f"{source}: can't be read", got=error.strerror or str(error)) from error
     unknown = [token for row in cache.tokens for token in row if not 0 <= token < session.config.vocab_size]
@@ -123,64 +127,85 @@ def _check_model(source: Path, metadata: dict[str, str], session: Session) -> No
             )
 
 
-def _metadata(cache: Cache, lengths: Sequence[int], longest: Sequence[int]) -> dict[str, str]:
+class _Sizes(NamedTuple):
+    """A sequence's tokens, the most in its buffers so far, and those that were left out and chosen; see ``Cache``."""
+
+    length: int
+    longest: int
+    dropped: int
+    chosen: int
+
+    @property
+    def held(self) -> int:
+        return self.length - self.dropped
+
+    @property
+    def possible(self) -> bool:
+        return 0 <= self.chosen <= self.held <= self.longest and (self.dropped > 0 or self.chosen == 0)
+
+
+_LISTS = {"lengths": "length", "longest": "longest", "dropped": "dropped", "chosen": "chosen"}
+"""Lists in the metadata, and what of each sequence they hold."""
+
+
+def _metadata(cache: Cache, sizes: Sequence[_Sizes]) -> dict[str, str]:
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "layout_version": str(LAYOUT_VERSION),
         "model": cache.model(),
         "layouts": layouts_digest(cache.layers),
-        "lengths": json.dumps(list(lengths)),
-        "longest": json.dumps(list(longest)),
+        **{name: json.dumps([getattr(x, field) for x in sizes]) for name, field in _LISTS.items()},
         "max_length": str(cache.max_length),
         "sha256": _NO_DIGEST,
     }
 
 
-def _checked(source: Path, metadata: dict[str, str], context: int) -> tuple[list[int], list[int], int]:
-    """Lengths, longest lengths and max_length out of the metadata, all of them possible."""
+def _checked(source: Path, metadata: dict[str, str], context: int) -> tuple[list[_Sizes], int]:
+    """The sequences' sizes and max_length out of the metadata, all of them possible."""
     if metadata.get("format") != FORMAT:
         raise SkvError(f"{source}: no saved cache", got=metadata.get("format"), expected=f"format {FORMAT}")
     for name, version in (("format_version", FORMAT_VERSION), ("layout_version", str(LAYOUT_VERSION))):
         if metadata.get(name) != version:
             raise SkvError(f"{source}: {name}", got=metadata.get(name), expected=version, fix=_FIX)
-    missing = {"model", "layouts", "lengths", "longest", "max_length", "sha256"} - metadata.keys()
+    missing = {"model", "layouts", "max_length", "sha256", *_LISTS} - metadata.keys()
     if missing:
         raise _damaged(source, "metadata", f"no {', '.join(sorted(missing))}", "all of them")
     try:
-        lengths, longest = (json.loads(metadata[name]) for name in ("lengths", "longest"))
+        lists = [json.loads(metadata[name]) for name in _LISTS]
         max_length = int(metadata["max_length"])
-        numbers = [*lengths, *longest, max_length]
+        numbers = [n for numbers in lists for n in numbers]
+        sizes = [_Sizes(*numbers) for numbers in zip(*lists, strict=True)]
         possible = (
-            all(type(n) is int and 0 <= n <= context for n in [*lengths, *longest])
-            and all(a <= b for a, b in zip(lengths, longest, strict=True))
-            and 1 <= len(lengths) <= MAX_SEQUENCES
+            all(type(n) is int and 0 <= n <= context for n in numbers)
+            and all(x.possible for x in sizes)
+            and 1 <= len(sizes) <= MAX_SEQUENCES
             and 1 <= max_length <= context
         )
     except (ValueError, TypeError, RecursionError) as error:
         raise _damaged(source, "metadata", str(error)[:100], "lengths") from error
     if not possible:
         raise _damaged(source, "lengths", str(numbers)[:100], f"as many of each, and at most {context} tokens")
-    return lengths, longest, max_length
+    return sizes, max_length
 
 
 def _table(
-    layers: Sequence[LayerCache], max_length: int, lengths: Sequence[int], longest: Sequence[int]
+    layers: Sequence[LayerCache], max_length: int, sizes: Sequence[_Sizes]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The tensors of a file, in order: name -> type and shape."""
     table: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for b, (length, most) in enumerate(zip(lengths, longest, strict=True)):
-        table[f"{b}.tokens"] = "I32", (length,)
+    for b, size in enumerate(sizes):
+        table[f"{b}.tokens"] = "I32", (size.length,)
         for i, layer in enumerate(layers):
             for name, layout in zip(TENSORS, (layer.key, layer.value), strict=True):
-                heads, tiles = layer.num_key_value_heads, len(_held(layout, max_length, length, most))
+                heads, tiles = layer.num_key_value_heads, len(_held(layout, max_length, size))
                 table[f"{b}.{i}.{name}.tiles"] = "U8", (heads, tiles, layout.tile_bytes)
                 table[f"{b}.{i}.{name}.rows"] = "U8", (heads, layout.full_rows * layout.row_bytes)
     return table
 
 
-def _held(layout: CacheLayout, max_length: int, length: int, longest: int) -> range:
-    return held_tiles(layout, math.prod(layout.shape(max_length)), length, longest)
+def _held(layout: CacheLayout, max_length: int, size: _Sizes) -> range:
+    return held_tiles(layout, math.prod(layout.shape(max_length)), size.held, size.longest)
 
 
 def _header(table: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
@@ -217,16 +242,17 @@ def _check_digest(source: Path, file: LocalFile, given: str) -> None:
         raise _damaged(source, "SHA-256", digest.hexdigest()[:12], given[:12])
 
 
-def _fill(cache: Cache, entries: dict[str, TensorEntry], lengths: Sequence[int], longest: Sequence[int]) -> None:
+def _fill(cache: Cache, entries: dict[str, TensorEntry], sizes: Sequence[_Sizes]) -> None:
     """Reads the tensors into the cache's buffers, one at a time."""
-    for b, (length, most) in enumerate(zip(lengths, longest, strict=True)):
+    for b, size in enumerate(sizes):
         for key in _keys(cache):
             tiles, rows = (entries[f"{b}.{key[0]}.{key[1]}.{part}"].array() for part in ("tiles", "rows"))
             layer = cache.layers[key[0]]
             layout = layer.key if key[1] == TENSORS[0] else layer.value
-            first = layout.quantized_tokens(length) // layout.tile_tokens - tiles.shape[1]
-            cache.restore_tensor(b, key, [TensorState(first, tiles, rows)], length)
-        cache.note_restored(b, entries[f"{b}.tokens"].array().tolist(), most)
+            first = layout.quantized_tokens(size.held) // layout.tile_tokens - tiles.shape[1]
+            cache.restore_tensor(b, key, [TensorState(first, tiles, rows)], size.held)
+        tokens = entries[f"{b}.tokens"].array().tolist()
+        cache.note_restored(b, tokens, size.longest, size.dropped, size.chosen)
 
 
 def _damaged(source: Path, what: str, got: object, expected: object) -> SkvError:

@@ -16,12 +16,13 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from skv_export.errors import SkvError
+from skv_export.errors import SkvError, require_module
 from skv_export.model_folder.names import (
     ATTENTION_MASK,
     INPUT_IDS,
     LOGITS,
     MODEL_FILE,
+    POSITION_IDS,
     SKV_CONFIG_FILE,
     TENSORS,
     TOKEN_INPUTS,
@@ -33,6 +34,7 @@ from skv_export.runtime.cache import Cache
 from skv_export.runtime.cuda_graph import DecodeGraph, uncaptured
 from skv_export.runtime.last_logits import with_logits
 from skv_export.runtime.providers import brief, check_kernels, load_error, open_session, ort_errors
+from skv_export.runtime.queries import QueryOutput, with_queries
 from skv_export.spec.op import OP_NAME
 
 logger = logging.getLogger(__name__)
@@ -53,12 +55,15 @@ class Graph:
         spinning: Its threads wait busily for the next op.
         model: The graph as bytes, in place of ``model.onnx``.
         num_logits: Last tokens of a call whose logits are returned, where the folder's graph returns one token's.
+        score_window: Last tokens of a call whose queries are returned; 0 = none.
 
     Attributes:
         onnx: onnxruntime's InferenceSession.
         inputs: Names of the graph's inputs beside the caches.
         cuda_graph: As asked for.
         num_logits: As asked for.
+        score_window: As asked for.
+        queries: The outputs that return queries, by layer; none without ``score_window``.
         captured: The CUDA graphs, by cache.
 
     Raises:
@@ -77,8 +82,9 @@ class Graph:
         spinning: bool,
         model: bytes | None,
         num_logits: int = 1,
+        score_window: int = 0,
     ) -> None:
-        self._config, self.cuda_graph, self.num_logits = config, cuda_graph, num_logits
+        self._config, self.cuda_graph, self.num_logits, self.score_window = config, cuda_graph, num_logits, score_window
         self.captured: WeakKeyDictionary[Cache, DecodeGraph] = WeakKeyDictionary()
         self._numbers = itertools.count(1)
         path = folder / MODEL_FILE
@@ -86,6 +92,9 @@ class Graph:
             raise SkvError(f"{path}: no such file", fix="Export the model with `skv-export model`.")
         if num_logits > 1 and not config.all_logits:
             model = with_logits(path, num_logits).SerializeToString()
+        self.queries: list[QueryOutput] = []
+        if score_window:
+            model, self.queries = _with_queries(path, model, config, score_window)
         start = time.perf_counter()
         options = session_options(folder, num_threads, spinning)
         try:
@@ -100,8 +109,17 @@ class Graph:
         logger.info("%s: %d layers of %s, loaded on %s in %.1f s", path, len(config.layers), config.bits,
                     execution_provider, taken)  # fmt: skip
         self.inputs = _token_inputs(folder, {x.name: x.shape for x in self.onnx.get_inputs()}, config)
+        if self.queries and POSITION_IDS not in self.inputs:
+            raise SkvError(
+                f"{path}: score_window: positions",
+                got="counted by the graph itself",
+                expected=f"the input {POSITION_IDS}: a compacted cache has fewer tokens than positions",
+                fix="Export the checkpoint itself.",
+            )
 
-    def run(self, cache: Cache, input_ids: Int64, attention_mask: Int64, position_ids: Int64) -> Logits:
+    def run(
+        self, cache: Cache, input_ids: Int64, attention_mask: Int64, position_ids: Int64
+    ) -> tuple[Logits, list[Logits]]:
         """Appends new tokens to a cache with room for them; the caller updates its lengths.
 
         Args:
@@ -111,7 +129,8 @@ class Graph:
             position_ids: ``[B, S]``; not looked at where the graph counts positions itself.
 
         Returns:
-            ``[B, min(S, num_logits), vocab_size]``, or ``[B, S, vocab_size]`` where the graph returns all logits.
+            ``[B, min(S, num_logits), vocab_size]``, or ``[B, S, vocab_size]`` where the graph returns all logits; and
+            the queries ``[B, min(S, score_window), width]``, by layer.
 
         Raises:
             SkvError: ONNX Runtime fails; the cache is empty then.
@@ -121,35 +140,51 @@ class Graph:
         tokens = input_ids.shape[1]
         columns = tokens if self._config.all_logits else min(tokens, self.num_logits)
         logits = np.empty((len(input_ids), columns, self._config.vocab_size), np.float32)
+        rows = len(input_ids), min(tokens, self.score_window)
+        outputs = {LOGITS: logits, **{x.name: np.empty((*rows, x.width), np.float32) for x in self.queries}}
         try:
-            if not self._replay(cache, inputs, logits):
-                self._call(cache, inputs, logits)
+            if not self._replay(cache, inputs, outputs):
+                self._call(cache, inputs, outputs)
         except ort_errors() as error:
             cache.reset()  # some layers may have appended already
             raise SkvError("ONNX Runtime: the call failed, and the cache has been emptied", got=brief(error)) from error
-        return logits
+        return logits, [outputs[x.name] for x in self.queries]
 
-    def _call(self, cache: Cache, inputs: Mapping[str, Int64], logits: Logits) -> None:
+    def _call(self, cache: Cache, inputs: Mapping[str, Int64], outputs: Mapping[str, Logits]) -> None:
         import onnxruntime as ort
 
         values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in inputs.items()}
         for name, value in values.items():
             cache.binding.bind_ortvalue_input(name, value)
-        cache.binding.bind_ortvalue_output(LOGITS, ort.OrtValue.ortvalue_from_numpy(logits))
+        for name, output in outputs.items():
+            cache.binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(output))
         self.onnx.run_with_iobinding(cache.binding, uncaptured() if self.cuda_graph else None)
 
-    def _replay(self, cache: Cache, inputs: Mapping[str, Int64], logits: Logits) -> bool:
+    def _replay(self, cache: Cache, inputs: Mapping[str, Int64], outputs: Mapping[str, Logits]) -> bool:
         """Runs a step of decoding as a CUDA graph; False where it is none, or its mask has too many columns."""
         if not self.cuda_graph or inputs[INPUT_IDS].shape[1] != 1:
             return False
         graph = self.captured.get(cache)
         if graph is None:
-            graph = DecodeGraph(self.onnx, cache, self.inputs, self._config.vocab_size, next(self._numbers))
+            widths = {name: output.shape[2] for name, output in outputs.items()}
+            graph = DecodeGraph(self.onnx, cache, self.inputs, widths, next(self._numbers))
             self.captured[cache] = graph
         if inputs[ATTENTION_MASK].shape[1] > graph.columns:
             return False
-        logits[:] = graph.run(inputs)
+        for name, output in graph.run(inputs).items():
+            outputs[name][:] = output
         return True
+
+
+def _with_queries(path: Path, model: bytes | None, config: ModelConfig, window: int) -> tuple[bytes, list[QueryOutput]]:
+    """``queries.with_queries`` of the graph in the file, or of ``model`` in its place."""
+    require_module("onnx", "queries of a call's last tokens")
+    import onnx
+
+    loaded = onnx.load(path, load_external_data=False) if model is None else onnx.load_model_from_string(model)
+    widths = [layer.num_attention_heads * layer.key.head_dim for layer in config.layers]
+    changed, outputs = with_queries(loaded, widths, window, path)
+    return changed.SerializeToString(), outputs
 
 
 def session_options(folder: Path, num_threads: int, spinning: bool) -> Any:

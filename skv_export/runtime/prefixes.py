@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from skv_export.arguments import check
 from skv_export.errors import SkvError
-from skv_export.runtime.cache import Cache, SequenceState
+from skv_export.runtime.cache import Cache
+from skv_export.runtime.cache_state import SequenceState
 
 if TYPE_CHECKING:
     from skv_export.runtime.session import Session
@@ -105,12 +106,13 @@ class PrefixStore:
             self._entries.clear()
             self._nbytes = 0
 
-    def find(self, tokens: Sequence[int], capacity: int | None = None) -> tuple[Prefix | None, int]:
+    def find(self, tokens: Sequence[int], capacity: int | None = None, fresh: int = 0) -> tuple[Prefix | None, int]:
         """Looks for what is known of a prompt.
 
         Args:
             tokens: The prompt.
             capacity: Tokens that the cache to be filled can hold; None = any number.
+            fresh: Last tokens of the prompt that the entry must not hold.
 
         Returns:
             The longest entry that the prompt begins with (one of the whole prompt only where its logits are known), and
@@ -125,6 +127,7 @@ class PrefixStore:
                 common = int(other[0]) if other.size else both
                 shared = max(shared, common)
                 fits = capacity is None or entry.state.longest <= capacity
+                fits = fits and len(entry.tokens) <= len(wanted) - fresh
                 whole = common == len(entry.tokens) and (common < len(wanted) or entry.logits is not None)
                 if whole and fits and (best is None or common > len(best.tokens)):
                     best = entry
@@ -144,11 +147,11 @@ class PrefixStore:
             logits: ``[vocab_size]``, of the last token.
 
         Returns:
-            The entry; None where these tokens are stored already, are none, or do not fit.
+            The entry; None where these tokens are stored already, are none, do not fit, or are not all in the cache.
         """
         key = np.array(cache.tokens[b], np.int32).tobytes()
         with self._lock:
-            if not key or key in self._entries:
+            if not key or key in self._entries or cache.dropped[b]:
                 return None
             if before is not None and self._entries.get(before.key) is not before:
                 before = None  # it has gone meanwhile
@@ -180,7 +183,7 @@ class PrefixStore:
             self._entries.move_to_end(x.key)
 
     def prefill(
-        self, session: Session, cache: Cache, prompts: Sequence[Sequence[int]]
+        self, session: Session, cache: Cache, prompts: Sequence[Sequence[int]], fresh: int = 0
     ) -> tuple[NDArray[np.float32], list[Prefix | None]]:
         """Runs prompts in an empty cache, from the longest entries that they begin with, and stores them.
 
@@ -191,6 +194,7 @@ class PrefixStore:
             session: Whose prompts they are.
             cache: Of as many sequences, empty.
             prompts: At least one token each.
+            fresh: Last tokens of each prompt that run in any case.
 
         Returns:
             ``[B, vocab_size]``, the logits of each prompt's last token; and the entry of each, where it was stored.
@@ -202,7 +206,7 @@ class PrefixStore:
         entries: list[Prefix | None] = []
         places = []
         for b, prompt in enumerate(prompts):
-            entry, shared = self.find(prompt, cache.capacity)
+            entry, shared = self.find(prompt, cache.capacity, fresh)
             known = 0 if entry is None else len(entry.tokens)
             if entry is not None:
                 cache.restore(b, [x.state for x in entry.chain])

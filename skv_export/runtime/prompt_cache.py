@@ -1,8 +1,13 @@
-"""A cache that remembers its tokens: a prompt that goes on from what it holds costs only what is new."""
+"""A cache that remembers its text: a prompt that goes on from what it holds costs only what is new.
+
+One text in one cache, in place: nothing is copied, and what differs at the end is taken back. ``prefixes.py`` keeps
+copies, of many texts, for caches to come.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from skv_export.errors import SkvError
 from skv_export.runtime.cache import Cache
@@ -34,11 +39,11 @@ class PromptCache:
         self._text: str | None = None if self.tokens else ""
         self._prompt = ""
 
-    def begin(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
+    def begin(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> list[int]:
         """Makes the cache hold a beginning of a prompt: as much of it as it has already.
 
         Args:
-            prompt: The whole text.
+            prompt: The whole text; or its tokens.
             add_special_tokens: Whether the tokenizer adds its own, such as one that begins a text.
 
         Returns:
@@ -47,20 +52,14 @@ class PromptCache:
         Raises:
             SkvError: The prompt is longer than the model's context or ``max_length``; nothing has changed.
         """
-        wanted = self._encode(prompt, add_special_tokens)
-        self._session.check_length(len(wanted), self.cache.max_length)
-        held = int(self.cache.lengths[0])
-        common = 0
-        for ours, theirs in zip(self.tokens[:held], wanted[:-1], strict=False):
-            if ours != theirs:
-                break
-            common += 1
-        if common < held:
-            # What an answer ends with may read otherwise in the next prompt: the few tokens are taken back.
-            common = common if common >= self.cache.rewind_floor(0) else 0
-            self.cache.rewind(common)
+        wanted = self._encode(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt)
+        common = self.cache.common(0, wanted)
+        self._session.check_length(len(wanted) - (int(self.cache.dropped[0]) if common else 0), self.cache.max_length)
+        # What an answer ends with may read otherwise in the next prompt: the few tokens are taken back.
+        self.cache.rewind_to_common(0, wanted)
         logger.info("prompt of %d tokens: %d are in the cache", len(wanted), common)
-        self.tokens, self._prompt, self._text = wanted, prompt, None
+        self.tokens, self._text = wanted, None
+        self._prompt = prompt if isinstance(prompt, str) else ""
         return wanted[common:]
 
     def go_on(self, text: str) -> list[int]:
@@ -79,7 +78,8 @@ class PromptCache:
         if not text and new:
             self.cache.rewind(len(self.tokens) - 1)
             del self.tokens[-1]
-        self._session.check_length(len(self.tokens) + len(new), self.cache.max_length)
+        self._session.check_length(len(self.tokens) + len(new))
+        self._session.check_length(len(self.tokens) + len(new) - int(self.cache.dropped[0]), self.cache.max_length)
         self.tokens, self._text = [*self.tokens, *new], None
         return new
 
@@ -92,7 +92,7 @@ class PromptCache:
         held = int(self.cache.lengths[0])
         if held > len(self.tokens):  # guesses behind a stop string
             self.cache.rewind(len(self.tokens))
-        missing = self.tokens[held : self.cache.max_length]
+        missing = self.tokens[held : held + int(self._session.room(self.cache)[0])]
         if missing:
             self._session.run([missing], None, None, self.cache)
 
@@ -107,7 +107,7 @@ class PromptCache:
             tokens = tokens[:-1]  # never appended, and the next prompt has it where its template wants it
         self.tokens = self.tokens + tokens
         whole = self._session.tokenizer.decode(tokens, skip_special_tokens=False) == text
-        self._text = self._prompt + text if whole else None
+        self._text = self._prompt + text if whole and self._prompt else None
 
     def reset(self) -> None:
         """Forgets everything; the buffers stay."""

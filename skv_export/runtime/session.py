@@ -5,7 +5,7 @@ Needs numpy, onnxruntime and tokenizers; no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,19 @@ from skv_export.model_folder.names import CALIBRATION_FILE
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import load_library
 from skv_export.paths import to_path
-from skv_export.runtime import arrays, cache_file
+from skv_export.runtime import arrays, cache_file, compaction
 from skv_export.runtime.batch import Batch
 from skv_export.runtime.cache import MAX_BATCH, Cache, load_bases
 from skv_export.runtime.graph import Graph, Int64, Logits
-from skv_export.runtime.prefixes import Prefix, PrefixStore
+from skv_export.runtime.prefixes import PrefixStore
+from skv_export.runtime.prompting import Drafter, Observer, begun, until_end
 from skv_export.runtime.prompts import chat_prompt, load_tokenizer
-from skv_export.runtime.sampling import Sampler, Sampling
+from skv_export.runtime.queries import MAX_WINDOW
+from skv_export.runtime.sampling import Sampling
 from skv_export.spec.key_basis import KeyBasis
 
 MAX_THREADS = 1024
 MAX_LOGITS = 1024
-Observer = Callable[[Logits, Int64], object]
-"""Told the logits of a step, ``[B, vocab_size]``, and the tokens that were chosen, ``[B]``."""
 
 
 class Session:
@@ -50,6 +50,7 @@ class Session:
             padding. It needs the package onnx, unless the folder was exported with all logits.
         prefix_bytes: Memory for the beginnings of sequences that ``stream`` and ``generate`` have run, so that a prompt
             that begins like one of them runs only what is new; 0 = none is kept.
+        score_window: Last tokens whose queries are kept for ``compact``; 0 = none. It needs the package onnx.
 
     Attributes:
         folder: The folder.
@@ -78,12 +79,16 @@ class Session:
         config: ModelConfig | None = None,
         num_logits: int = 1,
         prefix_bytes: int = 0,
+        score_window: int = 0,
     ) -> None:
         self.folder = to_path(folder, "exported folder")
-        if not 0 <= num_threads <= MAX_THREADS:
-            raise SkvError("num_threads", got=num_threads, expected=f"0 ... {MAX_THREADS}; 0 = ONNX Runtime's choice")
-        if not 1 <= num_logits <= MAX_LOGITS:
-            raise SkvError("num_logits", got=num_logits, expected=f"1 ... {MAX_LOGITS} tokens of a call")
+        for name, number, least, most, what in (
+            ("num_threads", num_threads, 0, MAX_THREADS, "; 0 = ONNX Runtime's choice"),
+            ("num_logits", num_logits, 1, MAX_LOGITS, " tokens of a call"),
+            ("score_window", score_window, 0, MAX_WINDOW, " tokens; 0 = none"),
+        ):
+            if not least <= number <= most:
+                raise SkvError(name, got=number, expected=f"{least} ... {most}{what}")
         self.config = config or ModelConfig.load(self.folder)
         self.execution_provider = execution_provider
         if cuda_graph and execution_provider != "cuda":
@@ -101,6 +106,7 @@ class Session:
             spinning=spinning,
             model=model,
             num_logits=num_logits,
+            score_window=score_window,
         )
         self.onnx = self.graph.onnx
 
@@ -164,6 +170,24 @@ class Session:
         """
         return cache_file.load(self, path, room)
 
+    @checked
+    def compact(self, cache: Cache, *, keep: int, room: int | None = None) -> None:
+        """Leaves out of a cache, in place, the tokens that the last queries look at least; for the end of a prompt.
+
+        Each KV head of each layer chooses for itself (docs/spec.md, Fewer tokens). Layers with a sliding window keep
+        all that they see. New tokens go on with their positions.
+
+        Args:
+            cache: Just after the call whose last ``score_window`` queries count.
+            keep: Most tokens that a sequence holds afterwards.
+            room: Tokens to append later, at most, for which the new buffers are; None = as many as before.
+
+        Raises:
+            SkvError: ``keep`` is too small, the session has no ``score_window``, or the cache no queries of its last
+                tokens; nothing has changed.
+        """
+        compaction.compact(self, cache, keep, room)
+
     @cached_property
     def bases(self) -> Mapping[int, KeyBasis]:
         """Constants of calibrated keys, by layer; see ``load_bases``."""
@@ -195,12 +219,12 @@ class Session:
                 (nothing is written); or ONNX Runtime fails (the cache is empty then).
         """
         ids = arrays.integers("input_ids", input_ids)
-        self._check_call(ids, cache)
+        self.check_call(ids, cache)
         new = np.ones(ids.shape, np.bool_)
         if attention_mask is not None:
             new = arrays.new_columns(attention_mask, ids.shape[1], cache.lengths)
         places = arrays.positions(position_ids, ids.shape, new, self.config.context_length)
-        return self._append(ids, new, places, cache)
+        return self.run_columns(ids, new, places, cache)
 
     @checked
     def append(self, rows: Sequence[Sequence[int]], cache: Cache) -> Logits:
@@ -219,13 +243,14 @@ class Session:
         if len(rows) != cache.batch:
             raise SkvError("rows", got=f"{len(rows)} sequences", expected=f"{cache.batch}, the cache's")
         ids, mask = arrays.padded(rows, self.pad_token_id)
-        past = np.arange(cache.lengths.max())[None, :] < cache.lengths[:, None]
-        return arrays.last_logits(self.run(ids, np.concatenate([past, mask], axis=1), None, cache), mask)
+        self.check_call(ids, cache)
+        return arrays.last_logits(self.run_columns(ids, mask, None, cache), mask)
 
-    def _append(self, ids: Int64, new: NDArray[np.bool_], positions: Int64 | None, cache: Cache) -> Logits:
-        """``run`` with what it has checked; ``new`` says which columns hold tokens, ``[B, S]``."""
-        lengths = cache.lengths + new.sum(axis=1)
-        self.check_length(int(lengths.max()), cache.capacity)
+    def run_columns(self, ids: Int64, new: NDArray[np.bool_], positions: Int64 | None, cache: Cache) -> Logits:
+        """``run`` with what ``check_call`` has checked; ``new`` says which columns hold tokens, ``[B, S]``."""
+        count = new.sum(axis=1)
+        self.check_length(int((cache.lengths + count).max()))
+        self.check_length(int((cache.held + count).max()), cache.capacity)
         if positions is None:
             positions = np.where(new, cache.lengths[:, None] + new.cumsum(axis=1) - 1, 0)
         place = None
@@ -236,8 +261,11 @@ class Session:
             ids, positions = (np.take_along_axis(x, place, axis=1) for x in (ids, positions))
             new = np.take_along_axis(new, place, axis=1)
         # The graph takes lengths from the mask's sums: the shortest mask that has them says the same as the caller's.
-        past = np.arange(cache.lengths.max())[None, :] < cache.lengths[:, None]
-        logits = self.graph.run(cache, ids, np.concatenate([past, new], axis=1).astype(np.int64), positions)
+        past = np.arange(cache.held.max())[None, :] < cache.held[:, None]
+        mask = np.concatenate([past, new], axis=1).astype(np.int64)
+        logits, queries = self.graph.run(cache, ids, mask, positions)
+        if queries:
+            cache.queries.add(count, new.shape[1], queries, self.graph.score_window)
         cache.advance([row[columns].tolist() for row, columns in zip(ids, new, strict=True)])
         if place is not None and self.config.all_logits and not np.array_equal(place, np.sort(place, axis=1)):
             logits = np.take_along_axis(logits, np.argsort(place, axis=1)[:, :, None], axis=1)
@@ -281,12 +309,21 @@ class Session:
                 fix="Run the sequences one by one, or rewrite a model that returns all logits.",
             )
 
-    def _check_call(self, ids: Int64, cache: Cache) -> None:
-        """Checks that the cache is this session's, and the tokens."""
+    @checked
+    def room(self, cache: Cache) -> Int64:
+        """Tokens that each sequence of a cache can still take, ``[B]``."""
+        return np.minimum(cache.max_length - cache.held, self.config.context_length - cache.lengths)
+
+    def check_call(self, ids: Int64, cache: Cache) -> None:
+        """Refuses a cache that is not this session's, and tokens that it can't take."""
+        self.check_cache(cache)
+        self.check_ids(ids, cache.batch)
+
+    def check_cache(self, cache: Cache) -> None:
+        """Refuses a cache that is not this session's."""
         if not isinstance(cache, Cache) or not cache.belongs_to(self.onnx):
             got = "that of another session" if isinstance(cache, Cache) else type(cache).__name__
             raise SkvError("cache", got=got, expected="one that this session's cache() made")
-        self.check_ids(ids, cache.batch)
 
     def check_ids(self, ids: Int64, batch: int | None) -> None:
         """Checks tokens.
@@ -318,6 +355,8 @@ class Session:
         cache: Cache | None = None,
         present: Sequence[Sequence[int]] | None = None,
         observe: Observer | None = None,
+        keep_tokens: int | None = None,
+        look_ahead: Drafter | None = None,
     ) -> Generator[Int64, None, None]:
         """Generates token by token.
 
@@ -331,6 +370,8 @@ class Session:
                 has not been appended to it.
             present: Tokens of each sequence that the penalty of repetition counts; those of ``input_ids`` if not given.
             observe: Called with the logits ``[B, vocab_size]`` of each step and the tokens ``[B]`` chosen from them.
+            keep_tokens: Leave out all but so many tokens once the prompts have run; see ``compact``.
+            look_ahead: Guesses what follows the prompt; these tokens' queries count too for what is kept.
 
         Yields:
             ``[B]``, the next token of each sequence; one that has ended gets the padding token.
@@ -345,51 +386,19 @@ class Session:
             raise SkvError("max_new_tokens", got=max_new_tokens, expected="at least 1")
         if new.shape != ids.shape:
             raise SkvError("attention_mask: shape", got=list(new.shape), expected=list(ids.shape))
-        if cache is None:
-            self.check_length(int(new.sum(axis=1).max(initial=0)))
-            cache = self.cache(len(ids), min(ids.shape[1] + max_new_tokens, self.config.context_length))
-        held = [row[real].tolist() for row, real in zip(ids, new, strict=True)] if present is None else present
-        if len(held) != len(ids):
-            raise SkvError("present", got=f"{len(held)} sequences", expected=len(ids))
-        choose = Sampler(sampling or Sampling(), self.marked(held))
-        logits, entries = self.prefill(ids, new, cache)
-        active = np.ones(len(ids), np.bool_)
-        try:
+        with begun(
+            self, ids, new, max_new_tokens=max_new_tokens, sampling=sampling, cache=cache, present=present,
+            observe=observe, keep_tokens=keep_tokens, look_ahead=look_ahead,
+        ) as run:  # fmt: skip
+            logits, cache, active = run.logits, run.cache, np.ones(len(ids), np.bool_)
             for step in range(max_new_tokens):
-                tokens = np.where(active, choose(logits), self.pad_token_id)
-                if observe is not None:
-                    observe(logits, tokens)
+                tokens = run.choose(logits, active)
                 yield tokens
-                active = active & ~np.isin(tokens, self.config.eos_token_id) & (cache.lengths < cache.max_length)
+                active = active & ~np.isin(tokens, self.config.eos_token_id) & (self.room(cache) > 0)
                 if not active.any() or step + 1 == max_new_tokens:
                     return
                 # A finished sequence gets no more tokens: its column is padding.
-                logits = self._append(tokens[:, None], active[:, None], None, cache)[:, 0]
-        finally:  # also where the caller has had enough
-            if self.prefixes is not None and entries:
-                self.prefixes.keep(cache, entries)
-
-    def prefill(self, ids: Int64, new: NDArray[np.bool_], cache: Cache) -> tuple[Logits, list[Prefix | None]]:
-        """Runs prompts, from what is kept of earlier ones where the cache is empty, and keeps them.
-
-        Args:
-            ids: ``[B, S]``, the prompts.
-            new: ``[B, S]``, which columns hold tokens.
-            cache: Of B sequences.
-
-        Returns:
-            ``[B, vocab_size]``, the logits of each prompt's last token; and the stored entry of each, none of them
-            where the store was not asked.
-
-        Raises:
-            SkvError: See ``run``.
-        """
-        self._check_call(ids, cache)
-        one_column = self.config.right_padded or self.graph.num_logits > 1
-        may_pad = self.config.all_logits or not one_column or cache.batch == 1
-        if self.prefixes is None or cache.lengths.any() or not may_pad or not new.any(axis=1).all():
-            return arrays.last_logits(self._append(ids, new, None, cache), new), []
-        return self.prefixes.prefill(self, cache, [row[at].tolist() for row, at in zip(ids, new, strict=True)])
+                logits = self.run_columns(tokens[:, None], active[:, None], None, cache)[:, 0]
 
     @checked
     def marked(self, present: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
@@ -433,7 +442,7 @@ class Session:
             raise SkvError("prompts: an empty one", got=[len(p) for p in prompts], expected="at least one token each")
         ids, mask = arrays.padded(prompts, self.pad_token_id)
         steps = np.array(list(self.stream(ids, mask, max_new_tokens=max_new_tokens, sampling=sampling)))
-        return [_until(steps[:, row].tolist(), self.config.eos_token_id) for row in range(len(prompts))]
+        return [until_end(steps[:, row].tolist(), self.config.eos_token_id) for row in range(len(prompts))]
 
     @property
     def max_drafts(self) -> int:
@@ -488,9 +497,3 @@ class Session:
             add_generation_prompt=add_generation_prompt,
             variables=variables,
         )
-
-
-def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """The tokens up to the first end token, included."""
-    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens) - 1)
-    return tokens[: stop + 1]

@@ -8,7 +8,6 @@ they are taken back.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -17,21 +16,12 @@ from skv_export.errors import SkvError
 from skv_export.runtime import arrays
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.graph import Int64, Logits
-from skv_export.runtime.sampling import Sampler, Sampling
-from skv_export.runtime.session import Observer, Session
+from skv_export.runtime.prompting import Drafter, Observer, begun
+from skv_export.runtime.sampling import Sampling
+from skv_export.runtime.session import Session
 
 MAX_NGRAM = 3
 """Tokens at the end of a text that are looked for earlier in it, at most."""
-
-
-class Drafter(Protocol):
-    """Guesses how a text goes on."""
-
-    num_tokens: int
-    """Tokens that are guessed at most."""
-
-    def __call__(self, tokens: Sequence[int], count: int) -> list[int]:
-        """Returns at most ``count`` tokens that may follow ``tokens``."""
 
 
 class PromptLookup:
@@ -86,12 +76,8 @@ class DraftModel:
         count = min(count, self._cache.max_length - len(tokens) + 1)
         if count < 1:
             return []
-        held = self._cache.tokens[0]
-        common = next((i for i, (a, b) in enumerate(zip(held, tokens, strict=False)) if a != b), len(held))
-        common = min(common, len(tokens) - 1)
-        # Too far back: from the start. A token that comes back from its codes makes a guess worse, not the text.
-        self._cache.rewind(common if common >= self._cache.rewind_floor(0) else 0)
-        new, made = list(tokens[len(self._cache.tokens[0]) :]), list[int]()
+        # A token that comes back from its codes makes a guess worse, not the text.
+        new, made = list(tokens[self._cache.rewind_to_common(0, tokens) :]), list[int]()
         while len(made) < count:
             logits = self._session.run([new], None, None, self._cache)
             made.append(int(logits[0, -1].argmax()))
@@ -137,6 +123,8 @@ class Speculation:
         cache: Cache | None = None,
         present: Sequence[Sequence[int]] | None = None,
         observe: Observer | None = None,
+        keep_tokens: int | None = None,
+        look_ahead: Drafter | None = None,
     ) -> Generator[Int64, None, None]:
         """Generates token by token, as ``Session.stream`` does for one sequence.
 
@@ -148,6 +136,8 @@ class Speculation:
                 appended to it; when it is closed before, some may have been that were not yielded.
             present: As in ``Session.stream``.
             observe: As in ``Session.stream``.
+            keep_tokens: As in ``Session.stream``.
+            look_ahead: As in ``Session.stream``.
 
         Yields:
             ``[1]``, the next token.
@@ -157,31 +147,24 @@ class Speculation:
         """
         session, ids = self.session, arrays.integers("prompts", prompts)
         session.check_ids(ids, 1)
-        if cache is None:
-            session.check_length(ids.shape[1])
-            cache = session.cache(1, min(ids.shape[1] + max_new_tokens, session.config.context_length))
-        sampler = Sampler(sampling or Sampling(), session.marked(ids.tolist() if present is None else present))
+        one = np.ones(1, np.bool_)
+        with begun(
+            session, ids, np.ones(ids.shape, np.bool_), max_new_tokens=max_new_tokens, sampling=sampling, cache=cache,
+            present=present, observe=observe, keep_tokens=keep_tokens, look_ahead=look_ahead,
+        ) as run:  # fmt: skip
 
-        def choose(logits: Logits) -> int:
-            tokens = sampler(logits[None])
-            if observe is not None:
-                observe(logits[None], tokens)
-            return int(tokens[0])
+            def choose(logits: Logits) -> int:
+                return int(run.choose(logits[None], one)[0])
 
-        ends, count = session.config.eos_token_id, 1
-        logits, entries = session.prefill(ids, np.ones(ids.shape, np.bool_), cache)
-        try:
-            new = [choose(logits[0])]
+            new, count = [choose(run.logits[0])], 1
             while True:
                 for token in new:
                     yield np.array([token], np.int64)
-                if new[-1] in ends or count >= max_new_tokens or cache.lengths[0] >= cache.max_length:
+                ended = new[-1] in session.config.eos_token_id
+                if ended or count >= max_new_tokens or session.room(run.cache)[0] <= 0:
                     return
-                new = self._step(cache, new[-1], max_new_tokens - count, choose)
+                new = self._step(run.cache, new[-1], max_new_tokens - count, choose)
                 count += len(new)
-        finally:
-            if session.prefixes is not None and entries:
-                session.prefixes.keep(cache, entries)
 
     def _step(self, cache: Cache, token: int, wanted: int, choose: Callable[[Logits], int]) -> list[int]:
         """One call: the last token and guesses behind it. Returns the tokens that follow; all but the last are held."""

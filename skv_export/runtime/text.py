@@ -12,10 +12,13 @@ from typing import Any
 from skv_export.arguments import checked
 from skv_export.errors import SkvError
 from skv_export.model_folder.output import check_file
+from skv_export.runtime.compaction import WINDOW
 from skv_export.runtime.prompt_cache import PromptCache
+from skv_export.runtime.prompt_compression import PromptCompressor
+from skv_export.runtime.prompting import Drafter, Observer
 from skv_export.runtime.sampling import Sampling
-from skv_export.runtime.session import Observer, Session
-from skv_export.runtime.speculation import Drafter, DraftModel, PromptLookup, Speculation
+from skv_export.runtime.session import Session
+from skv_export.runtime.speculation import DraftModel, PromptLookup, Speculation
 
 logger = logging.getLogger(__name__)
 REASONS = {
@@ -26,6 +29,8 @@ REASONS = {
     "interrupted": "an interrupt",
 }
 """Why a text ends, by the name in ``Generation.stop_reason``."""
+LOOK_AHEAD = 16
+"""Tokens that a draft guesses for ``keep_tokens``."""
 
 
 @dataclass
@@ -37,9 +42,11 @@ class Generation:
         prompt_tokens: Tokens of the prompt.
         cached_tokens: Those of them that were in the cache already.
         tokens: Generated token ids.
-        prefill_seconds: Until the first token.
+        given_tokens: Tokens of the prompt before a draft made it shorter; 0 = it did not.
+        prefill_seconds: Until the first token, a draft's work included.
         decode_seconds: From the first token to the last.
-        cache_bytes: Bytes of the cache.
+        cache_bytes: Bytes of the cache, at the end.
+        dropped_tokens: Tokens that the cache was compacted by.
         stop_reason: A name of ``REASONS``; empty while it goes on.
         guessed: Tokens guessed by speculative decoding.
         accepted: Those that were right.
@@ -49,9 +56,11 @@ class Generation:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
+    given_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     cache_bytes: int = 0
+    dropped_tokens: int = 0
     stop_reason: str = ""
     guessed: int = 0
     accepted: int = 0
@@ -65,12 +74,14 @@ class Generation:
     def summary(self) -> str:
         """One line of figures."""
         speed = f", {self.tokens_per_second:.1f} tokens/s" if self.tokens_per_second else ""
+        given = f" of {self.given_tokens}" if self.given_tokens else ""
         cached = f" ({self.cached_tokens} in the cache)" if self.cached_tokens else ""
         reason = REASONS.get(self.stop_reason, "nothing")
+        dropped = f", {self.dropped_tokens} tokens left out" if self.dropped_tokens else ""
         guesses = f", {self.accepted} of {self.guessed} guesses right" if self.guessed else ""
         return (
-            f"{self.prompt_tokens} prompt tokens{cached} in {self.prefill_seconds:.2f} s; {len(self.tokens)} new"
-            f"{speed}{guesses}; cache {self.cache_bytes / 2**20:.1f} MiB; stopped by {reason}"
+            f"{self.prompt_tokens}{given} prompt tokens{cached} in {self.prefill_seconds:.2f} s; {len(self.tokens)} new"
+            f"{speed}{guesses}; cache {self.cache_bytes / 2**20:.1f} MiB{dropped}; stopped by {reason}"
         )
 
 
@@ -114,10 +125,12 @@ class TextPieces:
 class TextStream:
     """Iterates over the pieces of a generated text; ``generation`` holds what has come so far.
 
+    ``seconds_before`` is what was spent on the prompt before; it counts.
+
     Args:
         session: The model.
         prompts: The cache, which may hold the beginning of the prompt.
-        prompt: The whole prompt.
+        prompt: The whole prompt, or its tokens.
         add_special_tokens: Whether the tokenizer adds its own.
         max_new_tokens: Tokens to generate at most.
         sampling: How a token is chosen; greedy if not given.
@@ -125,6 +138,8 @@ class TextStream:
         observe: Called with each token's logits and the token; see ``Session.stream``.
         goes_on: The prompt follows what the cache holds, and may be empty then, instead of being the whole of it.
         drafter: Guesses the next tokens; see ``Speculation``.
+        keep_tokens: Leave out of the cache all but so many tokens once the prompt has run; see ``Session.compact``.
+        look_ahead: Guesses what follows the prompt, for what is kept; see ``Session.stream``.
 
     Raises:
         SkvError: The prompt has no tokens or exceeds the model's context, or an empty stop string.
@@ -135,7 +150,7 @@ class TextStream:
         self,
         session: Session,
         prompts: PromptCache,
-        prompt: str,
+        prompt: str | Sequence[int],
         *,
         add_special_tokens: bool = True,
         max_new_tokens: int = 128,
@@ -144,15 +159,21 @@ class TextStream:
         observe: Observer | None = None,
         goes_on: bool = False,
         drafter: Drafter | None = None,
+        keep_tokens: int | None = None,
+        look_ahead: Drafter | None = None,
     ) -> None:
         self._session, self._prompts, self._text = session, prompts, TextPieces(session.tokenizer, stop)
-        new = prompts.go_on(prompt) if goes_on else prompts.begin(prompt, add_special_tokens=add_special_tokens)
+        if goes_on and isinstance(prompt, str):
+            new = prompts.go_on(prompt)
+        else:
+            new = prompts.begin(prompt, add_special_tokens=add_special_tokens)
         if not new:
             raise SkvError("prompt: no tokens", got=repr(prompt), expected="some text")
         held = len(prompts.tokens) - len(new)
         self.generation = Generation(
             prompt_tokens=len(prompts.tokens), cached_tokens=held, cache_bytes=prompts.cache.nbytes
         )
+        self.seconds_before = 0.0
         self._max_new_tokens = max_new_tokens
         self._speculation = None if drafter is None else Speculation(session, drafter)
         self._tokens = (self._speculation or session).stream(
@@ -162,6 +183,8 @@ class TextStream:
             cache=prompts.cache,
             present=[prompts.tokens],
             observe=observe,
+            keep_tokens=keep_tokens,
+            look_ahead=look_ahead,
         )
 
     def __iter__(self) -> Generator[str, None, None]:
@@ -180,6 +203,8 @@ class TextStream:
             self._tokens.close()
             if self._speculation is not None:
                 result.guessed, result.accepted = self._speculation.guessed, self._speculation.accepted
+            cache = self._prompts.cache
+            result.cache_bytes, result.dropped_tokens = cache.nbytes, int(cache.dropped[0])
             self._prompts.extend(result.tokens, result.text)
         if not result.stop_reason:
             ended = result.tokens and result.tokens[-1] in self._session.config.eos_token_id
@@ -192,8 +217,8 @@ class TextStream:
         start = time.perf_counter()
         for (token,) in self._tokens:
             now = time.perf_counter()
-            result.prefill_seconds = result.prefill_seconds or now - start
-            result.decode_seconds = now - start - result.prefill_seconds
+            result.prefill_seconds = result.prefill_seconds or now - start + self.seconds_before
+            result.decode_seconds = now - start + self.seconds_before - result.prefill_seconds
             result.tokens.append(int(token))
             if piece := text.add(int(token)):
                 result.text += piece
@@ -243,6 +268,10 @@ def start_text(
     draft: Path | str | None = None,
     draft_tokens: int = 4,
     load_cache: Path | str | None = None,
+    keep_tokens: int | None = None,
+    look_ahead: Path | str | None = None,
+    compress_prompt: Path | str | int | None = None,
+    keep: float = 0.25,
 ) -> TextStream:
     """Loads a model and begins to continue a prompt; the work is done as the result is iterated over.
 
@@ -266,6 +295,12 @@ def start_text(
         draft: A smaller exported model with the same tokens that guesses instead.
         draft_tokens: Tokens that it guesses at most.
         load_cache: A saved cache to go on from: the prompt, which may be empty, follows what it holds.
+        keep_tokens: Leave out of the cache all but so many tokens once the prompt has run: those that its last tokens
+            look at stay.
+        look_ahead: With ``keep_tokens``: an exported model with the same tokens whose guess at what follows looks, too.
+        compress_prompt: An exported model with the same tokens, or how many first layers of the model itself, that
+            chooses which tokens of the prompt the model gets.
+        keep: The share of them, with ``compress_prompt``.
 
     Raises:
         SkvError: See ``Session`` and ``Session.load_cache``; or the prompt has no token.
@@ -277,35 +312,63 @@ def start_text(
         raise SkvError("draft", got="prompt_lookup too", expected="one of the two")
     guesses = prompt_lookup if draft is None else draft_tokens
     session = Session(
-        folder, execution_provider=execution_provider, cuda_graph=cuda_graph, num_logits=max(guesses, 0) + 1
+        folder,
+        execution_provider=execution_provider,
+        cuda_graph=cuda_graph,
+        num_logits=max(guesses, 0) + 1,
+        score_window=0 if keep_tokens is None else WINDOW + (0 if look_ahead is None else LOOK_AHEAD),
     )
     if chat:
         said = [{"role": "system", "content": system}] if system is not None else []
         messages = [*said, {"role": "user", "content": prompt}]
         prompt = session.chat_prompt(messages, **(template_options or {}))
+    start, given = time.perf_counter(), 0
+    tokens: Sequence[int] | None = None
     if load_cache is None:
-        length = len(session.tokenizer.encode(prompt, add_special_tokens=not chat).ids)
-        session.check_length(length)
-        room = min(length + max_new_tokens, session.config.context_length)
+        tokens = session.tokenizer.encode(prompt, add_special_tokens=not chat).ids
+        if compress_prompt is not None:
+            compressor = _compressor(session, compress_prompt)
+            start, given = time.perf_counter(), len(tokens)
+            tokens = compressor(tokens, keep)
+        session.check_length(len(tokens))
+        room = min(len(tokens) + max_new_tokens, session.config.context_length)
         prompts = PromptCache(session, max(room, 1))
+    elif compress_prompt is not None:
+        raise SkvError("compress_prompt", got="load_cache too", expected="one of the two")
     else:
         prompts = PromptCache(session, cache=session.load_cache(load_cache))
-    drafter: Drafter | None = None
-    if draft is not None:
-        smaller = Session(draft, execution_provider=execution_provider)
-        drafter = DraftModel(smaller, draft_tokens, session.config.vocab_size)
-    elif prompt_lookup:
-        drafter = PromptLookup(prompt_lookup)
-    return TextStream(
+    spent = time.perf_counter() - start
+
+    def guesser(folder: Path | str, num_tokens: int) -> Drafter:
+        smaller = Session(folder, execution_provider=execution_provider)
+        return DraftModel(smaller, num_tokens, session.config.vocab_size)
+
+    lookup = PromptLookup(prompt_lookup) if prompt_lookup else None
+    stream = TextStream(
         session,
         prompts,
-        prompt,
+        tokens if given and tokens is not None else prompt,
         add_special_tokens=not chat,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop=stop,
         goes_on=load_cache is not None,
-        drafter=drafter,
+        drafter=lookup if draft is None else guesser(draft, draft_tokens),
+        keep_tokens=keep_tokens,
+        look_ahead=None if look_ahead is None else guesser(look_ahead, LOOK_AHEAD),
+    )
+    if given:
+        stream.seconds_before, stream.generation.given_tokens = spent, given
+    return stream
+
+
+def _compressor(session: Session, draft: Path | str | int) -> PromptCompressor:
+    """What makes prompts shorter: a draft, or so many first layers of the model itself."""
+    return PromptCompressor(
+        session.folder if isinstance(draft, int) else draft,
+        vocab_size=session.config.vocab_size,
+        first_layers=draft if isinstance(draft, int) else None,
+        execution_provider=session.execution_provider,
     )
 
 

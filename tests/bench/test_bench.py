@@ -94,6 +94,16 @@ def test_a_whole_model_is_timed_in_processes_of_their_own(tmp_path: Path) -> Non
     assert "| 64 | skv |" in model.format_rows([short, long])
 
 
+def test_what_lies_in_the_folder_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout of another version, say."""
+    (tmp_path / "skv_export").mkdir()
+    (tmp_path / "skv_export" / "__init__.py").write_text("raise SystemExit('another version')")
+    folder = Tiny().write(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    (row,) = model.bench_model(folder, context=(8,), threads=1, rounds=1, steps=1)
+    assert row.ms_median > 0
+
+
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(SkvError, match=r"skv at 8 tokens failed; got .*skv_config.json: no such file"):
         model.bench_model(tmp_path, context=(8,), rounds=1)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from stalling import stalling
 from tiny_graph import EXACT, Tiny
 
 from skv_export.cli.main import main
@@ -181,21 +182,7 @@ def _take(terminal: int) -> None:
 
 
 def test_in_a_terminal_ctrl_c_ends_the_answer_and_ctrl_d_the_conversation(folder: Path) -> None:
-    code = (
-        "import sys, time\n"
-        "from skv_export.runtime.graph import Graph\n"
-        "from skv_export.cli.main import main\n"
-        "run, calls = Graph.run, []\n"
-        "def slow(*arguments):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 5:\n"
-        "        print('(ready)', flush=True)\n"
-        "        time.sleep(60)\n"
-        "    return run(*arguments)\n"
-        "Graph.run = slow\n"
-        "main(sys.argv[1:])\n"
-    )
-    terminal = Terminal(sys.executable, "-c", code, "chat", str(folder), "--max-new-tokens", "400")
+    terminal = Terminal(sys.executable, "-c", stalling(5, "(ready)"), "chat", str(folder), "--max-new-tokens", "400")
     try:
         terminal.wait_for("Ctrl-D ends.")
         terminal.wait_for("> ")

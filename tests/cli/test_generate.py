@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from stalling import stalling
 from tiny_graph import CONTEXT, Tiny
 
 from skv_export.cli.main import main
@@ -80,22 +81,18 @@ def test_stop_strings_system_prompts_and_template_options(folder: Path) -> None:
 
 
 def test_ctrl_c_prints_the_figures_so_far_and_exits_with_130(folder: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys, time\n"
-        "from skv_export.runtime.graph import Graph\n"
-        "from skv_export.cli.main import main\n"
-        "run, calls = Graph.run, []\n"
-        "def slow(*arguments):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 4:\n"
-        "        print('ready', flush=True)\n"
-        "        time.sleep(60)\n"
-        "    return run(*arguments)\n"
-        "Graph.run = slow\n"
-        "main(sys.argv[1:])\n"
-    )
     report = tmp_path / "figures.json"
-    command = [sys.executable, "-c", code, "generate", str(folder), "--prompt", "Anne", "--json", str(report)]
+    command = [
+        sys.executable,
+        "-c",
+        stalling(4, "ready"),
+        "generate",
+        str(folder),
+        "--prompt",
+        "Anne",
+        "--json",
+        str(report),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and "ready" in process.stdout.readline()
         os.kill(process.pid, signal.SIGINT)

@@ -173,3 +173,29 @@ def test_a_whole_model_on_the_gpu(
     cache.reorder([1, 1])
     assert cache.lengths.tolist() == [120, 120]
     assert np.array_equal(*cache.data(0, "key"))
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_compacted_cache_on_the_gpu(
+    cuda_graph: bool, tiny_checkpoint: Callable[..., Path], tmp_path: Path, shim: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries come from the device, smaller buffers stand there, and steps are captured anew; the op alone computes."""
+    monkeypatch.setenv("SKV_SHIM_SKIP", "1")
+    recipe = Recipe(dtype="fp16")
+    out = export_model(tiny_checkpoint("qwen3"), out=tmp_path / "model", recipe=recipe, progress=lambda *_: None)
+    session = Session(out, execution_provider="cuda", cuda_graph=cuda_graph, score_window=32)
+    cache = session.cache(1, 450)
+    session.run(np.ones((1, 400), np.int64), None, None, cache)
+    session.run(np.ones((1, 1), np.int64), None, None, cache)
+    assert [x.shape for x in cache.queries.last(0, 32)] == [(32, session.graph.queries[0].width)] * len(cache.layers)
+    before, pointers, size = cache.load(0, (1, "value")), addresses(cache), cache.nbytes
+    session.compact(cache, keep=250)
+    assert (cache.held.tolist(), cache.dropped.tolist()) == ([209], [192])
+    assert cache.nbytes < size and addresses(cache) != pointers
+    after = cache.load(0, (1, "value"))
+    assert np.array_equal(after[:, :4], before[:, :4]) and np.array_equal(after[:, -141:], before[:, -141:])
+    replays, pointers = shim.skv_shim_replays(), addresses(cache)
+    for _ in range(STEPS):
+        session.run(np.ones((1, 1), np.int64), None, None, cache)
+    assert shim.skv_shim_replays() - replays == (STEPS if cuda_graph else 0)
+    assert cache.lengths.tolist() == [401 + STEPS] and addresses(cache) == pointers

@@ -1,14 +1,19 @@
-"""Every command in README, docs and help texts is understood by the command line, options and values included."""
+"""Every command in README, docs and help texts is understood by the command line, options and values included; those of
+the pages run, too, on a tiny model."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import click
 import pytest
-from tiny_models import ROOT
+from click.testing import CliRunner
+from source_graphs import SourceGraph
+from tiny_models import ROOT, make_tiny, write_tokenizer
 
 from skv_export.cli.main import main
 
@@ -79,3 +84,79 @@ def test_messages_that_the_troubleshooting_names_are_in_the_code() -> None:
     for message in messages:
         for part in re.split(r"\s*\.\.\.\s*", message):
             assert part.strip(" ;:,") in sources, message
+
+
+# They run, too: on a tiny model, page by page, each with what the ones before it have left.
+
+PARSED = {
+    "serve": "it does not end; tests/serving runs it",
+    "--execution-provider cuda": "it needs a GPU",
+    "--level op": "tests/docs/test_readme.py runs it, on the demo model",
+}
+"""Commands that are parsed alone, by what is in them, and why."""
+QUICKER = {
+    "analyze": ["--windows", "1", "--window", "192", "--choices", "2,4"],
+    "calibrate": ["--windows", "1", "--window", "128"],
+    "quality": ["--windows", "1", "--window", "128"],
+    "quantize": ["--windows", "1", "--window", "64", "--force"],
+    "model": ["--force"],
+    "verify": ["--windows", "1", "--window-tokens", "160", "--max-ppl-increase", "9", "--checkpoint", "CHECKPOINT"],
+}
+"""What is added, so that a run is short, and may be repeated. The tiny model is noise, whose quality means nothing."""
+WITHOUT_CHECKPOINT = ("analyze", "calibrate", "model", "quality")
+"""Commands that take the demo model where none is given: here a CHECKPOINT is."""
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the pages' commands name."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install '.[dev]'")
+    from transformers import AutoModelForCausalLM
+
+    from skv_export.export.pipeline import export_model
+
+    folder = tmp_path_factory.mktemp("stage")
+    checkpoint = make_tiny(folder / "CHECKPOINT", "llama", max_position_embeddings=1 << 17)
+    write_tokenizer(checkpoint, 96)
+    (checkpoint / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}[")
+    export_model(checkpoint, out=folder / "demo-model", progress=lambda phase, fraction: None)
+    for name in ("DIR", "SMALLER"):
+        shutil.copytree(folder / "demo-model", folder / name)
+    config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"])
+    for name in ("LORA", "FOLDER"):
+        peft.get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), config).save_pretrained(folder / name)
+    SourceGraph().write(folder / "genai")
+    return folder
+
+
+def runnable(line: str) -> list[str] | None:
+    """The words of a command as they run on the stage; None where it is parsed alone."""
+    if any(f" {part} " in f"{line.partition('#')[0]} " for part in PARSED):
+        return None
+    words = shlex.split(line, comments=True)[1:]
+    if words[0] in WITHOUT_CHECKPOINT and (len(words) == 1 or words[1].startswith("-")):
+        words.insert(1, "CHECKPOINT")
+    return [*words, *QUICKER.get(words[0], ())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page.read_text())], ids=lambda page: page.name)
+def test_commands_of_a_page_run(
+    page: Path, stage: Path, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(stage, tmp_path, dirs_exist_ok=True, copy_function=os.link)
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for line in commands_of(page.read_text(encoding="utf-8")):
+        words = runnable(line)
+        if words is not None:
+            done = CliRunner().invoke(main, words, input="Hello\n" if words[0] == "chat" else None)
+            assert done.exit_code == 0, (line, words, done.output, done.exception)
+            ran += 1
+    assert ran
+
+
+def test_what_is_parsed_alone_is_on_a_page() -> None:
+    for part in PARSED:
+        assert any(f" {part} " in f"{line} " for _, line in COMMANDS), part
+    assert sum(runnable(line) is None for _, line in COMMANDS) <= 7

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from letters import TEXT, Letters
 
 from skv_export.checkpoints.checkpoint import resolve
 from skv_export.checkpoints.pretrained import own_attention
@@ -29,15 +30,6 @@ from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig, Recipe
 
 SMALL = Recipe(LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32))
-TEXT = "".join(chr(97 + (i * i // 7 + i // 3) % 26) + (" " if i % 6 == 0 else "") for i in range(2000))
-
-
-class Letters:
-    """A tokenizer of one token per character, that begins every text with token 1."""
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids = [3 + ord(c) % 300 for c in text]
-        return [1, *ids] if add_special_tokens else ids
 
 
 @pytest.fixture
@@ -113,6 +105,23 @@ def test_sixteen_bits_lose_nothing_and_fewer_bits_lose_more(loaded: tuple[Any, A
     assert abs(rows[3].ppl_change_by_position[0]) < 0.1 * abs(rows[3].ppl_change_by_position[-1]) + 0.5
 
 
+def test_fewer_tokens_are_scored_behind_the_prompt(loaded: tuple[Any, Any]) -> None:
+    whole, few = candidates.of_recipe("whole", SMALL), candidates.of_recipe("few", SMALL, keep=110)
+    result = run(loaded, [whole, few], windows=1, window=480, prompt=240)
+    assert [row.positions for row in result.rows] == [240, 240]
+    assert "scored behind a prompt of 240" in result.table() and json.loads(result.to_json())["prompt"] == 240
+    by_name = {row.name: row for row in result.rows}
+    assert by_name["few keep 110"].kld_mean > 1.2 * by_name["whole"].kld_mean
+    assert by_name["few keep 110"].effective_bits < 0.6 * by_name["whole"].effective_bits
+    ids = torch.from_numpy(cut_windows(Letters(), TEXT, 1, 480))[0]
+    exact = simulated_logits(loaded[0], ids, Simulation.full_precision()).log_softmax(-1)
+    found = few.logits(loaded[0], ids, 240).log_softmax(-1)
+    divergence = (exact.exp() * (exact - found)).sum(-1)[239:-1]
+    assert by_name["few keep 110"].kld_mean == pytest.approx(divergence.mean().item(), rel=1e-3)
+    with pytest.raises(SkvError, match="tokens to keep; got 90; expected at least 100"):
+        run(loaded, [candidates.of_recipe("less", SMALL, keep=90)], windows=1, window=480, prompt=240)
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(loaded: tuple[Any, Any], tmp_path: Path) -> None:
     state = tmp_path / "state.jsonl"
     wanted = candidates.parse_configs("K4V4,K2V2", SMALL)
@@ -185,7 +194,7 @@ def test_transformers_cache_in_calls_is_token_by_token(
     ids = torch.arange(300) * 37 % 300
     candidate = candidates.TransformersCache("hf-hqq-4", "", "", "hqq", 4)
     with torch.no_grad():
-        got = candidate.logits(model, ids)
+        got = candidate.logits(model, ids, 0)
         cache = cache_utils.QuantizedCache(backend="hqq", config=model.config, nbits=4, axis_key=1, axis_value=1)
         with own_attention(model):
             calls = [ids[:64], *ids[64:].split(1)]
@@ -269,7 +278,7 @@ def test_needles_are_found_exactly_when_greedy_decoding_would_write_them() -> No
             object.__setattr__(self, "wrong", wrong)
             super().__init__(f"oracle {wrong}", "", "")
 
-        def logits(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
+        def logits(self, model: Any, ids: torch.Tensor, prompt: int) -> torch.Tensor:
             rows = torch.nn.functional.one_hot(ids.roll(-1), 400).float() * 20
             if self.wrong < 0:  # type: ignore[attr-defined]
                 rows[self.wrong - 1] = 0.0  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from letters import TEXT, Letters
 
 from skv_export.checkpoints.checkpoint import resolve
 from skv_export.cli.quality import quality_command
@@ -19,15 +20,6 @@ from skv_export.evaluation.free_running import TASKS, FreeResult, FreeRow, conti
 from skv_export.spec.recipe import LayerConfig, Recipe
 
 SMALL = Recipe(LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32))
-TEXT = "".join(chr(97 + (i * i // 7 + i // 3) % 26) + (" " if i % 6 == 0 else "") for i in range(2000))
-
-
-class Letters:
-    """A tokenizer of one token per character, that begins every text with token 1."""
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids = [3 + ord(c) % 300 for c in text]
-        return [1, *ids] if add_special_tokens else ids
 
 
 @pytest.fixture
@@ -47,7 +39,7 @@ def test_texts_part_where_decoding_token_by_token_parts_them(loaded: tuple[Any, 
         (candidate,) = candidates.parse_configs(name, SMALL)
         own = prompt
         for _ in range(24):
-            own = torch.cat([own, candidate.logits(model, own)[-1].argmax(-1, keepdim=True)])
+            own = torch.cat([own, candidate.logits(model, own, 0)[-1].argmax(-1, keepdim=True)])
         same = (own[120:] == exact[120:]).tolist()
         parted.append(parting(candidate, model, exact, 120))
         assert parted[-1] == (same.index(False) if False in same else 24)

@@ -481,9 +481,9 @@ def test_disk_space_is_checked_before_the_weights_are_read(
 
 def test_wrong_types_are_clear_errors(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     for source in (5, None, b"x", ["x"]):
-        with pytest.raises(SkvError, match="checkpoint; got"):
+        with pytest.raises(SkvError, match="source; got"):
             pipeline.export_model(source, out=tmp_path / "out")  # type: ignore[arg-type]
-    with pytest.raises(SkvError, match=r"recipe; got str; expected a skv_export.Recipe"):
+    with pytest.raises(SkvError, match=r"recipe; got str .qwen3.; expected Recipe or None"):
         pipeline.export_model(tiny_checkpoint("llama"), out=tmp_path / "out", recipe="qwen3")  # type: ignore[arg-type]
     with pytest.raises(SkvError, match="out; got int"):
         pipeline.export_model(tiny_checkpoint("llama"), out=5)  # type: ignore[arg-type]

@@ -9,6 +9,12 @@
 
 #include "kernels.h"
 
+#if defined(_WIN32)
+#include <malloc.h>
+static void* aligned_alloc(size_t alignment, size_t size) { return _aligned_malloc(size, alignment); }
+#define free _aligned_free
+#endif
+
 namespace {
 
 template <class T>

@@ -10,13 +10,14 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import native
 import numpy as np
 import pytest
 
-from skv_export.native.library import SkvAttention, library_path
+from skv_export.native.library import FILE_NAMES, SkvAttention, library_path, load_library
 from skv_export.spec.conformance import (
     Case,
     attention_cases,
@@ -109,11 +110,13 @@ def compare(cases: list[Case], calls: list[native.Call], path: Path) -> None:
         assert file.read() == b""
 
 
-def replay(emulator: list[str], compiler: str, library: Path, tmp_path: Path, cases: list[Case]) -> str:
+def replay(
+    emulator: list[str], compiler: str | list[str], library: Path, tmp_path: Path, cases: list[Case], suffix: str = ""
+) -> str:
     """Runs the cases under an emulator, compares them, and returns the instruction set that was chosen there."""
-    binary = tmp_path / "replay"
+    binary = tmp_path / f"replay{suffix}"
     command = [
-        compiler,
+        *([compiler] if isinstance(compiler, str) else compiler),
         "-std=c++17",
         "-O1",
         "-I",
@@ -173,3 +176,57 @@ def test_neon_kernels_under_emulation(tmp_path: Path) -> None:
     assert len(cases) > 70
     command = [qemu, "-cpu", "max", "-L", "/usr/aarch64-linux-gnu"]
     assert replay(command, compiler, build / "libskv_ops.so", tmp_path, cases) == "neon"
+
+
+# Other platforms, by zig.
+
+PLATFORMS = {
+    "x86_64-windows-gnu": ("skv_ops.dll", b"MZ"),
+    "aarch64-macos.11.0": ("libskv_ops.dylib", b"\xcf\xfa\xed\xfe"),
+}
+
+
+def zig() -> list[str]:
+    program = ROOT / "build" / "zig" / "ziglang" / "zig"
+    if program.is_file():
+        return [str(program)]
+    pytest.importorskip("ziglang", reason="ziglang is not installed: pip install ziglang (or .ci/install)")
+    return [sys.executable, "-m", "ziglang"]
+
+
+def built_for(target: str) -> Path:
+    build, name = ROOT / "build" / f"zig-{target}", PLATFORMS[target][0]
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DSKV_ZIG_TARGET={target}"]
+    configure += [f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'packaging' / 'zig.cmake'}", f"-DSKV_ZIG={';'.join(zig())}"]
+    for command in (configure, ["cmake", "--build", str(build), "--parallel", "2"]):
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return build / name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", PLATFORMS)
+def test_the_library_is_built_for_other_platforms(target: str) -> None:
+    data = built_for(target).read_bytes()
+    assert data.startswith(PLATFORMS[target][1])
+    assert PLATFORMS[target][0] in FILE_NAMES.values() and len(set(FILE_NAMES.values())) == len(FILE_NAMES)
+    for name in (b"RegisterCustomOps", b"skv_attention", b"skv_rewind", b"skv_version"):
+        assert name in data
+    for foreign in (b"libstdc++-6.dll", b"libgcc_s", b"libwinpthread", b"libc++.1"):  # it brings what it needs
+        assert foreign not in data
+
+
+@pytest.mark.slow
+def test_windows_kernels_under_wine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wine = shutil.which("wine")
+    if wine is None:
+        pytest.skip("wine: not installed (.ci/install adds it)")
+    target = "x86_64-windows-gnu"
+    library = built_for(target)
+    monkeypatch.setenv("WINEDEBUG", "-all")
+    monkeypatch.setenv("WINEPREFIX", str(tmp_path / "wine"))
+    shutil.copy(library, tmp_path)  # Windows looks for libraries beside the program
+    cases = [c for c in attention_cases() if any(word in c.name for word in EMULATED) and "prompt" not in c.name]
+    cases += [*token_channel_cases()[:8], *byte_channel_cases()[:8], *calibrated_cases()[:8], *not_a_number_cases()]
+    compiler, imports = [*zig(), "c++", "-target", target], library.parent / "skv_export/native/libskv_ops.dll.a"
+    assert replay([wine], compiler, imports, tmp_path, cases, ".exe") == load_library().cpu_isa

@@ -22,6 +22,7 @@ from skv_export.model_folder.skv_config import LayerCache, ModelConfig
 from skv_export.rewrite import pipeline, source
 from skv_export.rewrite.pipeline import Rewrite, rewrite_model
 from skv_export.runtime.session import Session
+from skv_export.spec import compaction
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig, Recipe
 
@@ -129,6 +130,35 @@ def test_batches_padded_on_either_side_equal_one_by_one(name: str, tmp_path: Pat
         for b, row in enumerate(real):
             np.testing.assert_allclose(got[b, row], alone[b][past[b] : past[b] + new[b]], atol=1e-4)
         past += new
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (SourceGraph(), "positions; got counted by the graph itself"),
+        (SourceGraph(rotary=DIM, positions=True), "queries of layer 0; got RoPE or QK norm inside the op"),
+        (SourceGraph(qk_norm="fused", positions=True), "queries of layer 0; got RoPE or QK norm inside the op"),
+    ],
+    ids=["no positions", "rotary", "QK norm"],
+)
+def test_a_graph_that_can_not_be_compacted_says_so(source: SourceGraph, reason: str, tmp_path: Path) -> None:
+    folder = rewrite_model(source.write(tmp_path / "source"), out=tmp_path / "out", recipe=EXACT)
+    with pytest.raises(SkvError, match=reason):
+        Session(folder, score_window=32)
+
+
+def test_a_rewritten_model_with_positions_is_compacted(tmp_path: Path) -> None:
+    folder = rewrite_model(SourceGraph(positions=True).write(tmp_path / "source"), out=tmp_path / "out", recipe=EXACT)
+    model = Session(folder, score_window=32)
+    tokens = np.random.default_rng(3).integers(3, VOCAB, 400).tolist()
+    cache, whole = model.cache(), model.cache()
+    for one in (cache, whole):
+        model.run([tokens], None, None, one)
+    keep = compaction.least_kept([x for layer in model.config.layers for x in (layer.key, layer.value)])
+    model.compact(cache, keep=keep)
+    assert cache.dropped[0] > 0 and cache.held[0] <= keep
+    few, all_of_it = (model.run([tokens[:1]], None, None, one) for one in (cache, whole))
+    assert np.isfinite(few).all() and 1e-3 < np.abs(few - all_of_it).max() < 10
 
 
 def test_only_the_last_logits_of_an_unpadded_batch(tmp_path: Path) -> None:

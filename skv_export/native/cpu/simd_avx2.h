@@ -65,7 +65,7 @@ struct Simd : SimdBytes16 {
   template <int kShift, int kWidth>
   static I field(I x) {
     if constexpr (kWidth == 8) return x;
-    return _mm256_and_si256(_mm256_srli_epi16(x, kShift), _mm256_set1_epi8((1 << kWidth) - 1));
+    return _mm256_and_si256(_mm256_srli_epi16(x, kShift), _mm256_set1_epi8(static_cast<char>((1 << kWidth) - 1)));
   }
   // Lane i of the 8 numbers at x: x[index[i]], for indices below kLanes.
   static I permute(const void* x, const int32_t* index) {

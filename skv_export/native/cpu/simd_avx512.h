@@ -44,7 +44,7 @@ struct Simd : SimdBytes16 {
   template <int kShift, int kWidth>
   static I field(I x) {
     if constexpr (kWidth == 8) return x;
-    return _mm512_and_si512(_mm512_srli_epi16(x, kShift), _mm512_set1_epi8((1 << kWidth) - 1));
+    return _mm512_and_si512(_mm512_srli_epi16(x, kShift), _mm512_set1_epi8(static_cast<char>((1 << kWidth) - 1)));
   }
   // Lane i of the 16 numbers at x: x[index[i]], for indices below kLanes.
   static I permute(const void* x, const int32_t* index) {

@@ -11,31 +11,24 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from letters import TEXT, Letters
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from skv_export.calibration.file import Calibration
-from skv_export.calibration.moments import measure
 from skv_export.checkpoints.checkpoint import resolve
 from skv_export.cli.main import main
 from skv_export.errors import SkvError
 from skv_export.evaluation import comparison
+from skv_export.quantization import key_calibration, layer_by_layer
+from skv_export.quantization.key_calibration import calibrate, measure
+from skv_export.quantization.layer_by_layer import LayerByLayer
 from skv_export.spec.recipe import LayerConfig
-
-
-class Letters:
-    """A tokenizer of one token per character, that begins every text with token 1."""
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids = [3 + ord(c) % 300 for c in text]
-        return [1, *ids] if add_special_tokens else ids
-
-
-TEXT = "".join(chr(97 + (i * i // 7 + i // 3) % 26) + (" " if i % 6 == 0 else "") for i in range(2000))
 
 
 @pytest.fixture
 def letters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "load_tokenizer", lambda _: Letters())
+    for module in (comparison, key_calibration):
+        monkeypatch.setattr(module, "load_tokenizer", lambda _: Letters())
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2"])
@@ -69,8 +62,8 @@ def test_moments_are_those_of_what_transformers_own_attention_gets(
             plain(ids[None], use_cache=False)
 
     tiles = LayerConfig(num_sink_tokens=3, tile_tokens=32)
-    model, _ = comparison.load(resolve(folder))
-    found = measure(model, windows, tiles)
+    model = LayerByLayer(resolve(folder))
+    found = {index: moments for index, moments, _ in measure(model, model.embed(windows), tiles)}
     assert set(found) == set(seen)
     for layer, moments in found.items():
         heads = moments.keys.shape[0]
@@ -87,9 +80,37 @@ def test_moments_are_those_of_what_transformers_own_attention_gets(
 
 
 def test_a_window_below_a_tile_is_refused(tiny_checkpoint: Callable[..., Path], letters: None) -> None:
-    model, _ = comparison.load(resolve(tiny_checkpoint("llama")))
+    model = LayerByLayer(resolve(tiny_checkpoint("llama")))
     with pytest.raises(SkvError, match="calibration: window; got 60 tokens; expected at least 68"):
-        measure(model, torch.zeros(1, 60, dtype=torch.int64))
+        next(measure(model, model.embed(torch.zeros(1, 60, dtype=torch.int64))))
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    tiny_checkpoint: Callable[..., Path], letters: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, state = resolve(tiny_checkpoint("gemma2")), tmp_path / "state"
+    whole = calibrate(source, TEXT, windows=2, window=128)
+    run, calls = layer_by_layer.LayerByLayer.run, []
+
+    def interrupted(model: LayerByLayer, index: int, *arguments: Any) -> torch.Tensor:
+        calls.append(index)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return run(model, index, *arguments)
+
+    monkeypatch.setattr(layer_by_layer.LayerByLayer, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(source, TEXT, windows=2, window=128, state=state)
+    found = calibrate(source, TEXT, windows=2, window=128, state=state)
+    assert calls == [0, 0, 1, 1, 2, 2, 2, 3, 3]
+    assert {index: basis.digest for index, basis in found.bases.items()} == {
+        index: basis.digest for index, basis in whole.bases.items()
+    }
+    with pytest.raises(SkvError, match="not the state of this run"):
+        calibrate(source, TEXT[5:], windows=2, window=128, state=state)
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(SkvError):
+        calibrate(source, TEXT, windows=2, window=128, state=state)
 
 
 def run(*arguments: str) -> Any:
