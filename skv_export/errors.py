@@ -16,6 +16,7 @@ EXTRAS = {
     "optimum": "optimum",
     "fastapi": "serve",
     "prometheus_client": "serve",
+    "ray": "ray",
     "uvicorn": "serve",
 }
 """Python module -> the extra that installs it; what else is needed comes with the package itself."""

@@ -114,6 +114,11 @@ class DecodeModel:
         replace_attention(self.model, ATTENTION_NAME)
         self.bits: dict[int, LayerConfig] = {}
 
+    @property
+    def layers(self) -> int:
+        """Layers of the model."""
+        return int(self.model.config.num_hidden_layers)
+
     def windows(self, text: str, window: int, count: int) -> list[Tensor]:
         """Cuts ``count`` windows of ``window`` tokens out of a text, as the text that judges is cut.
 

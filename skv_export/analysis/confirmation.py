@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,7 @@ class HeldOutText:
         from skv_export.evaluation import comparison
 
         self._source, self._base, self._options, self._progress = source, Recipe(default=cache.base), options, progress
-        self._loaded = comparison.load(source, options.placement())
+        self._loaded = None if options.ray else comparison.load(source, options.placement())
         self._known: dict[tuple[Pair, ...], CandidateResult] = {}
 
     def judge(self, cache: CacheBudget, found: Recommendation) -> Confirmation:
@@ -76,16 +77,22 @@ class HeldOutText:
             if a.bits not in self._known
         ]
         if new:
-            result = comparison.run(
-                self._source,
-                new,
-                read_text(None),
-                windows=options.confirm_windows,
-                window=options.window,
-                state=options.state.with_name(options.state.name + ".confirm.jsonl") if options.state else None,
-                progress=self._progress,
-                loaded=self._loaded,
-            )
+            with contextlib.ExitStack() as running:
+                workers = None
+                if options.ray:
+                    there = comparison.ray_workers(options.ray, self._source, options.placement())
+                    workers = running.enter_context(there)
+                result = comparison.run(
+                    self._source,
+                    new,
+                    read_text(None),
+                    windows=options.confirm_windows,
+                    window=options.window,
+                    state=options.state.with_name(options.state.name + ".confirm.jsonl") if options.state else None,
+                    progress=self._progress,
+                    loaded=self._loaded,
+                    workers=workers,
+                )
             missing = [a for a in wanted if a.bits not in self._known]
             self._known |= {a.bits: row for a, row in zip(missing, result.rows, strict=True)}
         rows = tuple(HeldOut.of(a, self._known[a.bits], cache.fits(a.bits)) for a in wanted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from torch import Tensor
 from skv_export.analysis.attention_capture import EXACT, DecodeModel, LayerActivations, grouped, tensor_cache
 from skv_export.analysis.geometry import MIDRISE_ERROR, REFERENCE_BITS, grid_error
 from skv_export.checkpoints.checkpoint import Source
-from skv_export.checkpoints.pretrained import Placement
+from skv_export.checkpoints.pretrained import Placement, load_tokenizer
 from skv_export.errors import SkvError
 from skv_export.evaluation.decode_simulation import in_tiles
 from skv_export.evaluation.finished_steps import FinishedSteps
 from skv_export.evaluation.metrics import kl_divergence
+from skv_export.evaluation.ray_workers import RayWorkers
+from skv_export.evaluation.text import cut_windows
 from skv_export.spec import reference
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig
@@ -229,6 +231,7 @@ def measure(
     progress: Progress | None = None,
     placement: Placement | None = None,
     model: DecodeModel | None = None,
+    workers: RayWorkers[DecodeModel] | None = None,
 ) -> Measurement:
     """Runs the model on text and measures every layer and bit pair.
 
@@ -244,6 +247,7 @@ def measure(
         progress: Called after each step.
         placement: Device and number format of the model; float32 on the CPU if not given.
         model: A model already loaded.
+        workers: Measure there, windows side by side, and load no model here; not with ``kl``.
 
     Raises:
         SkvError: The text is too short, or ``state`` belongs to another run.
@@ -256,24 +260,45 @@ def measure(
     parts: list[Tensor] = []
     tick = progress or (lambda *_: None)
     if not complete:  # else the model need not even be loaded
-        decoder = model or DecodeModel(source, placement)
-        parts = decoder.windows(text, window, windows)
+        if workers is None:
+            decoder = model or DecodeModel(source, placement)
+            parts = decoder.windows(text, window, windows)
+        else:
+            parts = list(torch.from_numpy(cut_windows(load_tokenizer(source), text, windows, window)))
         if "windows" not in done:
             done.save("windows", len(parts))
     count = done["windows"]
-    for i, ids in enumerate(parts):
-        if f"window {i}" not in done:
-            layers = decoder.capture(ids, seed=i)
+    missing = [i for i in range(len(parts)) if f"window {i}" not in done]
+    if workers is not None:
+        jobs = [(i, parts[i], base, choices) for i in missing]
+        for finished, (number, tables) in enumerate(workers.map(lambda theirs, job: [*_tables(theirs, *job)], jobs)):
+            done.save(f"window {missing[number]}", tables)
+            tick("measuring windows", count - len(missing) + finished + 1, count)
+    else:
+        for i in missing:
             tables = []
-            for layer, seen in enumerate(layers):
-                tables.append(vars(layer_tables(seen, base, choices)))
-                tick("measuring layers", i * len(layers) + layer + 1, count * len(layers))
+            for table in _tables(decoder, i, parts[i], base, choices):
+                tables.append(table)
+                tick("measuring layers", i * decoder.layers + len(tables), count * decoder.layers)
             done.save(f"window {i}", tables)
     result = _combine([done[f"window {i}"] for i in range(count)], options(choices), window * count)
     if not kl:
         return result
     loss = _direct_loss(decoder, parts, base, options(choices), len(result.loss), done, tick)
     return replace(result, loss=loss, direct=True)
+
+
+def ray_workers(address: str, source: Source, placement: Placement | None = None) -> RayWorkers[DecodeModel]:
+    """Returns workers that measure windows of this checkpoint; see ``RayWorkers``."""
+    return RayWorkers(address, lambda there: DecodeModel(source, there), placement)
+
+
+def _tables(
+    decoder: DecodeModel, number: int, ids: Tensor, base: LayerConfig, choices: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """A window's tables, layer by layer."""
+    for seen in decoder.capture(ids, seed=number):
+        yield vars(layer_tables(seen, base, choices))
 
 
 def _combine(windows: list[list[dict[str, Any]]], widths: list[int], tokens: int) -> Measurement:

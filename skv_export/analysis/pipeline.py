@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -116,6 +117,7 @@ class MeasureOptions:
         window: Tokens in each.
         kl: Measure the logits' KL divergence layer by layer instead of estimating it.
         state: File that makes the measurement resumable.
+        ray: Address of a Ray cluster that measures windows side by side; not with ``kl``.
         confirm_windows: Windows of held-out text on which the allocation must beat the uniform pairs; 0 = none.
         device: Where the model runs: ``cpu``, ``cuda``, ``cuda:1``.
         dtype: Its number format: ``fp32``, ``fp16``, ``bf16``.
@@ -130,6 +132,7 @@ class MeasureOptions:
     window: int = 1024
     kl: bool = False
     state: Path | None = None
+    ray: str | None = None
     confirm_windows: int = 2
     device: str = "cpu"
     dtype: str = "fp32"
@@ -140,6 +143,8 @@ class MeasureOptions:
         check_count("windows", self.windows, MAX_CONTEXT)
         check_count("window", self.window, MAX_CONTEXT, 64)
         check_count("confirm_windows", self.confirm_windows, MAX_CONTEXT, 0)
+        if self.kl and self.ray:
+            raise SkvError("--kl and --ray", got="both", expected="one of them: --kl runs on this machine")
         read_text(self.text, CALIBRATION_TEXT)
 
     def placement(self) -> Placement:
@@ -285,17 +290,21 @@ def _analyze_layer(weights: AttentionWeights, config: AttentionConfig, base: Lay
 
 
 def _measure(source: Source, cache: CacheBudget, options: MeasureOptions, progress: Progress | None) -> Measurement:
-    from skv_export.analysis.measurement import measure
+    from skv_export.analysis.measurement import measure, ray_workers
 
-    return measure(
-        source,
-        read_text(options.text, CALIBRATION_TEXT),
-        base=cache.base,
-        choices=cache.choices,
-        windows=options.windows,
-        window=options.window,
-        kl=options.kl,
-        state=options.state,
-        progress=progress,
-        placement=options.placement(),
-    )
+    placement = options.placement()
+    with contextlib.ExitStack() as running:
+        workers = running.enter_context(ray_workers(options.ray, source, placement)) if options.ray else None
+        return measure(
+            source,
+            read_text(options.text, CALIBRATION_TEXT),
+            base=cache.base,
+            choices=cache.choices,
+            windows=options.windows,
+            window=options.window,
+            kl=options.kl,
+            state=options.state,
+            progress=progress,
+            placement=placement,
+            workers=workers,
+        )

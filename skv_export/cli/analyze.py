@@ -110,7 +110,7 @@ def analyze_command(
         say(f"wrote {plot}", json_file)
 
 
-MEASURE_OPTIONS = ("text", "windows", "window", "state", "kl", "device", "dtype", "device_map")
+MEASURE_OPTIONS = ("text", "windows", "window", "state", "ray", "kl", "device", "dtype", "device_map")
 """Parameters that say how the model is run."""
 
 

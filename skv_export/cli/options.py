@@ -229,6 +229,12 @@ def device_option(command: _Command) -> _Command:
     return click.option("--device", default="cpu", show_default=True, help=text)(command)
 
 
+def ray_option(command: _Command) -> _Command:
+    """Adds --ray: machines that measure windows side by side."""
+    text = "Ray cluster that measures windows side by side (extra `ray`): auto, HOST:PORT, ray://HOST:PORT; or local."
+    return click.option("--ray", metavar="ADDRESS", help=text)(command)
+
+
 def placement_options(command: _Command) -> _Command:
     """Adds --device, --dtype and --device-map: where PyTorch runs the checkpoint's model, and how it computes."""
     options = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import click
@@ -13,9 +14,11 @@ from skv_export.cli.options import (
     json_option,
     placement_options,
     progress_options,
+    ray_option,
     say,
     write_json,
 )
+from skv_export.errors import SkvError
 from skv_export.progress import Progress
 from skv_export.spec.recipe import LayerConfig, Recipe
 
@@ -65,6 +68,7 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
     help="Also continue N prompts greedily, and ask N questions of each of four small tasks.",
 )
 @click.option("--state", type=OutputFile(), help="Keep finished windows here; go on from them.")
+@ray_option
 @click.option("--report", type=OutputFile(), help="Write the table and the Pareto plot as HTML.")
 @json_option("the figures")
 @placement_options
@@ -86,6 +90,7 @@ def quality_command(
     needle_lengths: str,
     generate: int | None,
     state: Path | None,
+    ray: str | None,
     report: Path | None,
     json_file: Path | None,
     device: str,
@@ -121,32 +126,37 @@ def quality_command(
     wanted = [*candidates.parse_configs(configs, base, bases, keep), *candidates.parse_baselines(baselines)]
     candidates.check_names(wanted)
     lengths = needle.parse_lengths(needle_lengths)
+    asked = {"--weights": weights, "--needles": needles, "--generate": generate}
+    if ray and (here := [name for name, value in asked.items() if value]):
+        got = f"{', '.join(here)} too"
+        raise SkvError("--ray", got=got, expected="windows of text alone", fix="Run these without it.")
     prose = read_text(text)
     source = resolve(checkpoint or demo_checkpoint(), adapter=adapter)
     if calibrated is not None:
         calibrated.check(download(source))
-    with Progress() as shown:
+    with Progress() as shown, contextlib.ExitStack() as running:
 
         def progress(name: str, done: int, total: int) -> None:
             shown("measuring windows of text", done, total)
 
+        workers = running.enter_context(comparison.ray_workers(ray, source, placement)) if ray else None
         shown("loading the model")
-        loaded = comparison.load(source, placement)
-        forms = load_forms(source, loaded[0], weights, placement)
+        loaded = None if workers else comparison.load(source, placement)
+        forms = load_forms(source, loaded[0], weights, placement) if loaded else []
         wanted += [candidates.OnOtherWeights.of(c, f.label, f.digest, f.model) for f in forms for c in wanted]
         candidates.check_names(wanted)
         result = comparison.run(
             source, wanted, prose, windows=windows, window=window, prompt=window // 2 if keep else 0, state=state,
-            progress=progress, loaded=loaded,
+            progress=progress, loaded=loaded, workers=workers,
         )  # fmt: skip
     say(result.table(), json_file)
     if forms:
         say("\n" + bytes_table(source, forms, result), json_file)
-    retrieval = needle.run(loaded, wanted, prose, lengths=lengths) if needles else None
+    retrieval = needle.run(loaded, wanted, prose, lengths=lengths) if needles and loaded else None
     if retrieval:
         say("\n" + retrieval.table(), json_file)
     free = None
-    if generate is not None:
+    if generate is not None and loaded:
         with Progress() as shown:
             free = free_running.run(loaded, wanted, prose, generate, shown)
         say("\n" + free.table(), json_file)

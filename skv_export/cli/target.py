@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from skv_export.cli.options import Number, OutputFile, PathOf
+from skv_export.cli.options import Number, OutputFile, PathOf, ray_option
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -75,7 +75,7 @@ class Share(click.ParamType[Any]):
 
 
 TARGET_OPTIONS = (
-    "budget", "memory", "gpu", "max_loss", "context", "batch", "measure", "text", "windows", "window", "state"
+    "budget", "memory", "gpu", "max_loss", "context", "batch", "measure", "text", "windows", "window", "state", "ray"
 )  # fmt: skip
 """Parameters that ``target_options`` adds."""
 
@@ -107,6 +107,7 @@ def target_options(command: Any) -> Any:
         click.option("--window", type=click.IntRange(64), default=1024, show_default=True, help="Tokens in each."),
         click.option("--state", type=OutputFile(), help="File that makes a measurement resumable; asks for one."),
     ]
+    command = ray_option(command)
     for option in reversed(options):
         command = option(command)
     return command

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation, 
 from skv_export.evaluation.finished_steps import FinishedSteps
 from skv_export.evaluation.free_running import FreeResult
 from skv_export.evaluation.needle import NeedleResult
+from skv_export.evaluation.ray_workers import RayWorkers
 from skv_export.evaluation.text import cut_windows
 
 Progress = Callable[[str, int, int], None]
@@ -168,6 +169,11 @@ def load(source: Source, placement: Placement | None = None) -> tuple[PreTrained
     return model, tokenizer
 
 
+def ray_workers(address: str, source: Source, placement: Placement | None = None) -> RayWorkers[PreTrainedModel]:
+    """Returns workers that measure windows of this checkpoint; see ``RayWorkers``."""
+    return RayWorkers(address, lambda there: load(source, there)[0], placement)
+
+
 # Measuring.
 
 
@@ -230,6 +236,7 @@ def run(
     state: Path | None = None,
     progress: Progress | None = None,
     loaded: tuple[PreTrainedModel, Any] | None = None,
+    workers: RayWorkers[PreTrainedModel] | None = None,
 ) -> ComparisonResult:
     """Measures every candidate on the same windows of a text.
 
@@ -245,6 +252,7 @@ def run(
         state: File of finished windows; what it holds of this model and text is not measured again.
         progress: Called after each window of each candidate.
         loaded: The model and tokenizer, if they are loaded already.
+        workers: Measure there, windows side by side, and load no model here.
 
     Raises:
         SkvError: The text is too short, two candidates have one name, or ``state`` is no state file.
@@ -254,29 +262,59 @@ def run(
     check("first", first, int | None)
     if first is not None and first < 1:
         raise SkvError("first", got=first, expected="at least 1 window")
-    names = [c.name for c in candidates]
-    model, tokenizer = loaded or load(source)
+    measured: Callable[[list[_Job]], Iterable[tuple[int, Iterable[_Window]]]]
+    if workers is None:
+        model, tokenizer = loaded or load(source)
+        dtype = model.dtype
+        measured = lambda jobs: ((number, _scores(model, job)) for number, job in enumerate(jobs))  # noqa: E731
+    else:
+        tokenizer, dtype = load_tokenizer(source), workers.placement.torch_dtype
+        measured = lambda jobs: workers.map(lambda theirs, job: [*_scores(theirs, job)], jobs)  # noqa: E731
     cut = torch.from_numpy(cut_windows(tokenizer, text, windows, window))
     digest = hashlib.sha256(cut.numpy().tobytes()).hexdigest()[:16]
-    number_format = "" if model.dtype == torch.float32 else f":{model.dtype}"
+    number_format = "" if dtype == torch.float32 else f":{dtype}"
     behind = f":behind {prompt}" if prompt else ""
     done = FinishedSteps(state, f"{source}:{digest}{number_format}{behind}")
     cut = cut[:first]
     tick = progress or (lambda *_: None)
-    for i, ids in enumerate(cut):
-        missing = [c for c in candidates if _step(c, i) not in done]
-        reference = None
-        for candidate in missing:
-            if reference is None:
-                full = simulated_logits(model, ids, Simulation.full_precision())
-                reference = full.log_softmax(-1)
-            logits = candidate.logits(model, ids, prompt)
-            scored = _score(reference, logits, ids, candidate.effective_bits(BITS_CONTEXT), prompt)
-            done.save(_step(candidate, i), scored.to_json())
-            tick(candidate.name, i * len(names) + names.index(candidate.name) + 1, len(cut) * len(names))
+    jobs = [_Job(i, ids, [c for c in candidates if _step(c, i) not in done], prompt) for i, ids in enumerate(cut)]
+    jobs = [job for job in jobs if job.candidates]
+    total = len(cut) * len(candidates)
+    finished = total - sum(len(job.candidates) for job in jobs)
+    for number, scores in measured(jobs):
+        for candidate, scored in zip(jobs[number].candidates, scores, strict=True):
+            done.save(_step(candidate, jobs[number].window), scored.to_json())
+            finished += 1
+            tick(candidate.name, finished, total)
     text_hash = hashlib.sha256(text.encode()).hexdigest()[:16]
     rows = [_result(c, [_Window.from_json(done[_step(c, i)]) for i in range(len(cut))]) for c in candidates]
     return ComparisonResult(str(source), text_hash, window, rows, prompt)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be measured on one window.
+
+    Attributes:
+        window: Its number.
+        ids: ``[S]``.
+        candidates: Those that are missing.
+        prompt: First tokens that are not scored.
+    """
+
+    window: int
+    ids: torch.Tensor
+    candidates: list[Candidate]
+    prompt: int
+
+
+@torch.no_grad()
+def _scores(model: PreTrainedModel, job: _Job) -> Iterator[_Window]:
+    """Scores each candidate of a job, in order."""
+    reference = simulated_logits(model, job.ids, Simulation.full_precision()).log_softmax(-1)
+    for candidate in job.candidates:
+        logits = candidate.logits(model, job.ids, job.prompt)
+        yield _score(reference, logits, job.ids, candidate.effective_bits(BITS_CONTEXT), job.prompt)
 
 
 def _step(candidate: Candidate, window: int) -> str:

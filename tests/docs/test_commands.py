@@ -92,6 +92,7 @@ PARSED = {
     "serve": "it does not end; tests/serving runs it",
     "--execution-provider cuda": "it needs a GPU",
     "--level op": "tests/docs/test_readme.py runs it, on the demo model",
+    "--ray auto": "it needs a cluster; tests/evaluation/test_ray_workers.py has one",
 }
 """Commands that are parsed alone, by what is in them, and why."""
 QUICKER = {
