@@ -8,7 +8,7 @@ DEMO := demo-model
 SKV_CUDA ?= auto
 
 # Tests run in two processes; a file's tests stay in one, for they share what they export.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test check lint gpu-test gpu-bench setup clean
 .DELETE_ON_ERROR:

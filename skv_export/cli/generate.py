@@ -13,6 +13,7 @@ import click
 from skv_export.cli.guard import INTERRUPTED
 from skv_export.cli.options import (
     STDOUT,
+    Number,
     OutputFile,
     PathOf,
     debug_option,
@@ -48,7 +49,7 @@ DRAFT = _Draft("draft model")
 @click.option("--draft-tokens", default=4, show_default=True, type=click.IntRange(1, 64), help="Tokens it guesses.")
 @click.option(
     "--keep-tokens",
-    type=int,
+    type=click.IntRange(1),
     help="Keep only so many tokens of the prompt in the cache: those that its last tokens look at.",
 )
 @click.option(
@@ -62,7 +63,13 @@ DRAFT = _Draft("draft model")
     type=DRAFT,
     help="Make the prompt shorter: this smaller exported model, or so many first layers of the model itself, chooses.",
 )
-@click.option("--keep", default=0.25, show_default=True, help="Share of the prompt, with --compress-prompt.")
+@click.option(
+    "--keep",
+    default=0.25,
+    show_default=True,
+    type=Number(0, 1, min_open=True),
+    help="Share of the prompt, with --compress-prompt.",
+)
 @click.option("--load-cache", type=PathOf("saved cache"), help="Go on from a saved cache; PROMPT may be empty.")
 @click.option("--save-cache", type=OutputFile(), help="Save the cache at the end, with all that was generated.")
 @json_option("text and figures")

@@ -247,7 +247,20 @@ class Session:
         return arrays.last_logits(self.run_columns(ids, mask, None, cache), mask)
 
     def run_columns(self, ids: Int64, new: NDArray[np.bool_], positions: Int64 | None, cache: Cache) -> Logits:
-        """``run`` with what ``check_call`` has checked; ``new`` says which columns hold tokens, ``[B, S]``."""
+        """``run`` with what ``check_call`` has checked.
+
+        Args:
+            ids: ``[B, S]``, the tokens.
+            new: ``[B, S]``, which columns hold tokens.
+            positions: ``[B, S]``; None = as they follow.
+            cache: Changed in place.
+
+        Returns:
+            Logits, as ``run``.
+
+        Raises:
+            SkvError: See ``run``.
+        """
         count = new.sum(axis=1)
         self.check_length(int((cache.lengths + count).max()))
         self.check_length(int((cache.held + count).max()), cache.capacity)
@@ -311,16 +324,28 @@ class Session:
 
     @checked
     def room(self, cache: Cache) -> Int64:
-        """Tokens that each sequence of a cache can still take, ``[B]``."""
+        """Returns how many tokens each sequence of a cache can still take, ``[B]``."""
         return np.minimum(cache.max_length - cache.held, self.config.context_length - cache.lengths)
 
     def check_call(self, ids: Int64, cache: Cache) -> None:
-        """Refuses a cache that is not this session's, and tokens that it can't take."""
+        """Checks a call.
+
+        Args:
+            ids: ``[B, S]``, the tokens.
+            cache: What they are to be appended to.
+
+        Raises:
+            SkvError: The cache is not this session's, or can't take these tokens.
+        """
         self.check_cache(cache)
         self.check_ids(ids, cache.batch)
 
     def check_cache(self, cache: Cache) -> None:
-        """Refuses a cache that is not this session's."""
+        """Checks a cache.
+
+        Raises:
+            SkvError: It is not this session's.
+        """
         if not isinstance(cache, Cache) or not cache.belongs_to(self.onnx):
             got = "that of another session" if isinstance(cache, Cache) else type(cache).__name__
             raise SkvError("cache", got=got, expected="one that this session's cache() made")

@@ -92,6 +92,7 @@ PARSED = {
     "serve": "it does not end; tests/serving runs it",
     "--execution-provider cuda": "it needs a GPU",
     "--level op": "tests/docs/test_readme.py runs it, on the demo model",
+    "--compress-prompt 16": "it names more layers than the tiny model has; tests/runtime runs others",
     "--ray auto": "it needs a cluster; tests/evaluation/test_ray_workers.py has one",
 }
 """Commands that are parsed alone, by what is in them, and why."""

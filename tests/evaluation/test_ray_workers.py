@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,9 @@ def cluster() -> Iterator[str]:
 
 
 @pytest.fixture
-def checkpoint(tiny_checkpoint: Callable[..., Path]) -> Path:
-    folder = tiny_checkpoint("qwen3")
-    if not (folder / "tokenizer.json").exists():
-        write_tokenizer(folder, 320)
+def checkpoint(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    folder = shutil.copytree(tiny_checkpoint("qwen3"), tmp_path / "qwen3")
+    write_tokenizer(folder, 320)
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,13 +36,15 @@ Make = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function: the tiny model of an architecture with a tokenizer beside it."""
+    """A function: the tiny model of an architecture with a tokenizer beside it, in a folder of its own."""
+    made: dict[str, Path] = {}
 
     def make(arch: str) -> Path:
-        folder = tiny_checkpoint(arch)
-        if not (folder / "tokenizer.json").exists():
-            write_tokenizer(folder, 320)
-        return folder
+        if arch not in made:
+            made[arch] = tmp_path_factory.mktemp("with-tokenizer") / arch
+            shutil.copytree(tiny_checkpoint(arch), made[arch])
+            write_tokenizer(made[arch], 320)
+        return made[arch]
 
     return make
 
