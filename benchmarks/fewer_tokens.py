@@ -23,25 +23,29 @@ from skv_export.spec.recipe import Recipe
 PAIRS = ((16, 16), (8, 8), (4, 4), (4, 2), (3, 2), (2, 2))
 
 
-def fitting(recipe: Recipe, head_dim: int, prompt: int, budget: float) -> int | None:
-    """The most tokens of a prompt that a budget in percent holds; None = not even what must stay."""
+def fitting(recipe: Recipe, head_dim: int, window: int, prompt: int, budget: float) -> int | None:
+    """The most tokens of a prompt that a budget in percent holds; None = not even what must stay.
+
+    The budget is of the layers with full attention; those with a sliding window keep the whole of it.
+    """
     layouts = CacheLayout.pair(recipe.layer(0), head_dim)
+    least = least_kept([*layouts, *CacheLayout.pair(recipe.layer(0), head_dim, window)])
     most = budget / 100 * prompt * head_dim * 2 * 2
     step = layouts[0].tile_tokens
-    for held in range(prompt, least_kept(layouts) - 1, -step):
+    for held in range(prompt, least - 1, -step):
         if sum(layout.block_bytes(held) for layout in layouts) <= most:
             return held
     return None
 
 
-def everybody(head_dim: int, prompt: int, budgets: list[float]) -> dict[float, list[candidates.Candidate]]:
+def everybody(head_dim: int, window: int, prompt: int, budgets: list[float]) -> dict[float, list[candidates.Candidate]]:
     """By budget, the pairs that fit, each with as many tokens as fit."""
     found: dict[float, list[candidates.Candidate]] = {}
     for budget in budgets:
         found[budget] = []
         for k, v in PAIRS:
             recipe = Recipe().with_options(k_bits=k, v_bits=v)
-            keep = fitting(recipe, head_dim, prompt, budget)
+            keep = fitting(recipe, head_dim, window, prompt, budget)
             if keep is not None:
                 found[budget].append(candidates.of_recipe(f"K{k}V{v}", recipe, keep=keep))
     return found
@@ -65,7 +69,8 @@ def main() -> None:
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     budgets = [float(part) for part in given.budgets.split(",")]
     prompt = given.window // 2
-    caches = everybody(head_dim, prompt, budgets)
+    window = int(config.get("sliding_window") or 0)
+    caches = everybody(head_dim, window, prompt, budgets)
     loaded = comparison.load(source)
 
     def progress(name: str, done: int, total: int) -> None:
@@ -88,7 +93,7 @@ def main() -> None:
             print(f"| {budget:g}% | {bits} | {keep} | {row.ppl_change_percent:+.2f}% | {row.kld_mean:.4f} | "
                   f"{row.top1_agreement:.1%} | {parts} |")  # fmt: skip
     if given.needles:
-        hidden = everybody(head_dim, given.needles, budgets)
+        hidden = everybody(head_dim, window, given.needles, budgets)
         wanted = {c.name: c for found in hidden.values() for c in found}
         retrieval = needle.run(loaded, list(wanted.values()), text, lengths=[given.needles], trials=given.trials)
         print("\n" + retrieval.table())
