@@ -161,4 +161,4 @@ def test_commands_of_a_page_run(
 def test_what_is_parsed_alone_is_on_a_page() -> None:
     for part in PARSED:
         assert any(f" {part} " in f"{line} " for _, line in COMMANDS), part
-    assert sum(runnable(line) is None for _, line in COMMANDS) <= 7
+    assert sum(runnable(line) is None for _, line in COMMANDS) <= 10
