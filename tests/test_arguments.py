@@ -152,7 +152,7 @@ FREE = {"dtype", "torch_dtype", "device_map", "trust_remote_code", "labels", "re
 """Parameters that several kinds of values have a meaning for: their functions tell them apart."""
 INTERNAL = {
     "belongs_to", "bind", "restore_tensor", "begins", "append_columns", "prefill", "keep", "check_ids", "run_columns",
-    "check_call", "check_cache", "become",
+    "check_cache", "become",
 }  # fmt: skip
 CLASSES = (Session, Cache, SkvForCausalLM, Recipe)
 FUNCTIONS = (analyze, export_model, plan, verify)

@@ -7,6 +7,7 @@ holds them. Formats that are not here are refused by name.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -223,17 +224,17 @@ class _Grouped(BlockMatrix):
         form = BlockFormat(name, stored, size, zero, wide=stored == 8, reordered=reordered)
         super().__init__(entry.name, form, rows, inputs)
 
+    @abstractmethod
     def stored_codes(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Reads the file's codes of some rows, ``[stop - start, K]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def group_scales(self, start: int, stop: int) -> NDArray[np.float32]:
         """Reads the scales of some rows, ``[stop - start, groups]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def group_zeros(self, start: int, stop: int) -> NDArray[Any] | None:
         """Reads the zero points of some rows, ``[stop - start, groups]``; None where all are in the middle."""
-        raise NotImplementedError
 
     @property
     def _moved(self) -> np.uint8:

@@ -139,7 +139,7 @@ def quantize(
         writer = CheckpointWriter(folder)
         plain: dict[str, str] = {}
         count = 0
-        states = model.embed(windows)
+        states = [] if options.method == "rtn" else model.embed(windows)  # rounding asks for no text
         for index in model.layers:
             tick("quantizing layers", index, len(model.layers))
             with model.loaded(index) as layer:

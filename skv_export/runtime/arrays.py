@@ -107,6 +107,36 @@ def new_columns(attention_mask: ArrayLike, columns: int, lengths: NDArray[np.int
     return found[:, -columns:]
 
 
+def check_ids(ids: NDArray[np.int64], batch: int | None, vocab_size: int) -> None:
+    """Checks tokens ``[B, S]``; ``batch`` is B, None = any number.
+
+    Raises:
+        SkvError: The shape is another one, or a token is outside the vocabulary.
+    """
+    if ids.ndim != 2 or ids.shape[0] != (batch or ids.shape[0]) or ids.size == 0:
+        wanted = "at least 1" if batch is None else batch
+        raise SkvError("input_ids: shape", got=list(ids.shape), expected=f"[{wanted}, at least 1]")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        outside = sorted({int(i) for i in ids.flat if not 0 <= i < vocab_size})
+        raise SkvError("input_ids: no such token", got=outside[:4], expected=f"0 ... {vocab_size - 1}")
+
+
+def check_unpadded(folder: object, new: NDArray[np.bool_]) -> None:
+    """Refuses padding where a graph returns the last columns' logits only; ``new`` says what is none, ``[B, S]``.
+
+    Raises:
+        SkvError: A sequence has fewer new tokens than there are columns, and some.
+    """
+    tokens = new.sum(axis=1)
+    if ((tokens > 0) & (tokens < new.shape[1])).any():
+        raise SkvError(
+            f"{folder}: it returns the logits of the last columns only, so its batches can't be padded",
+            got=f"{tokens.tolist()} new tokens",
+            expected="as many for each sequence",
+            fix="Run the sequences one by one, or rewrite a model that returns all logits.",
+        )
+
+
 def last_logits(logits: NDArray[np.float32], new: NDArray[np.bool_]) -> NDArray[np.float32]:
     """The logits of each sequence's last new token, ``[B, vocab_size]``.
 

@@ -155,7 +155,8 @@ def prefill(
     Raises:
         SkvError: See ``Session.run``.
     """
-    session.check_call(ids, cache)
+    session.check_cache(cache)
+    session.check_ids(ids, cache.batch)
     one_column = session.config.right_padded or session.graph.num_logits > 1
     may_pad = session.config.all_logits or not one_column or cache.batch == 1
     if session.prefixes is None or cache.lengths.any() or not may_pad or not new.any(axis=1).all():

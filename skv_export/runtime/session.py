@@ -219,7 +219,8 @@ class Session:
                 (nothing is written); or ONNX Runtime fails (the cache is empty then).
         """
         ids = arrays.integers("input_ids", input_ids)
-        self.check_call(ids, cache)
+        self.check_cache(cache)
+        self.check_ids(ids, cache.batch)
         new = np.ones(ids.shape, np.bool_)
         if attention_mask is not None:
             new = arrays.new_columns(attention_mask, ids.shape[1], cache.lengths)
@@ -243,11 +244,12 @@ class Session:
         if len(rows) != cache.batch:
             raise SkvError("rows", got=f"{len(rows)} sequences", expected=f"{cache.batch}, the cache's")
         ids, mask = arrays.padded(rows, self.pad_token_id)
-        self.check_call(ids, cache)
+        self.check_cache(cache)
+        self.check_ids(ids, cache.batch)
         return arrays.last_logits(self.run_columns(ids, mask, None, cache), mask)
 
     def run_columns(self, ids: Int64, new: NDArray[np.bool_], positions: Int64 | None, cache: Cache) -> Logits:
-        """``run`` with what ``check_call`` has checked.
+        """``run`` with what ``check_cache`` and ``check_ids`` have checked.
 
         Args:
             ids: ``[B, S]``, the tokens.
@@ -267,8 +269,8 @@ class Session:
         if positions is None:
             positions = np.where(new, cache.lengths[:, None] + new.cumsum(axis=1) - 1, 0)
         place = None
-        if self.config.right_padded or self.graph.num_logits > 1:
-            self._check_last(new)
+        if not self.config.all_logits and (self.config.right_padded or self.graph.num_logits > 1):
+            arrays.check_unpadded(self.folder, new)
         if self.config.right_padded:
             place = np.argsort(~new, axis=1, kind="stable")
             ids, positions = (np.take_along_axis(x, place, axis=1) for x in (ids, positions))
@@ -311,34 +313,10 @@ class Session:
                 fix="Allocate the cache for a larger max_length, or make the prompt shorter.",
             )
 
-    def _check_last(self, new: NDArray[np.bool_]) -> None:
-        """Refuses padding where the graph returns the logits of the last column only."""
-        tokens = new.sum(axis=1)
-        if not self.config.all_logits and ((tokens > 0) & (tokens < new.shape[1])).any():
-            raise SkvError(
-                f"{self.folder}: it returns the logits of the last columns only, so its batches can't be padded",
-                got=f"{tokens.tolist()} new tokens",
-                expected="as many for each sequence",
-                fix="Run the sequences one by one, or rewrite a model that returns all logits.",
-            )
-
     @checked
     def room(self, cache: Cache) -> Int64:
         """Returns how many tokens each sequence of a cache can still take, ``[B]``."""
         return np.minimum(cache.max_length - cache.held, self.config.context_length - cache.lengths)
-
-    def check_call(self, ids: Int64, cache: Cache) -> None:
-        """Checks a call.
-
-        Args:
-            ids: ``[B, S]``, the tokens.
-            cache: What they are to be appended to.
-
-        Raises:
-            SkvError: The cache is not this session's, or can't take these tokens.
-        """
-        self.check_cache(cache)
-        self.check_ids(ids, cache.batch)
 
     def check_cache(self, cache: Cache) -> None:
         """Checks a cache.
@@ -360,12 +338,7 @@ class Session:
         Raises:
             SkvError: The shape is another one, or a token is outside the vocabulary.
         """
-        if ids.ndim != 2 or ids.shape[0] != (batch or ids.shape[0]) or ids.size == 0:
-            wanted = "at least 1" if batch is None else batch
-            raise SkvError("input_ids: shape", got=list(ids.shape), expected=f"[{wanted}, at least 1]")
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            outside = sorted({int(i) for i in ids.flat if not 0 <= i < self.config.vocab_size})
-            raise SkvError("input_ids: no such token", got=outside[:4], expected=f"0 ... {self.config.vocab_size - 1}")
+        arrays.check_ids(ids, batch, self.config.vocab_size)
 
     # The token loop.
 

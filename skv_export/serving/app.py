@@ -9,6 +9,7 @@ import json
 import logging
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -202,7 +203,7 @@ def _line(values: dict[str, Any]) -> str:
 # What responses look like.
 
 
-class _Form:
+class _Form(ABC):
     """The shapes that both endpoints share."""
 
     prefix, kind, chunk_kind = "", "", ""
@@ -218,17 +219,17 @@ class _Form:
         choice = {"index": 0, **self.content(text, tokens), "finish_reason": _finish(figures)}
         return {**self._base, "object": self.kind, "choices": [choice], "usage": _usage(figures)}
 
-    def content(self, text: str, tokens: Sequence[Token]) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def content(self, text: str, tokens: Sequence[Token]) -> dict[str, Any]: ...
 
     def begin(self) -> list[dict[str, Any]]:
         return []
 
-    def piece(self, piece: Piece) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def piece(self, piece: Piece) -> dict[str, Any]: ...
 
-    def end(self, figures: Generation) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def end(self, figures: Generation) -> dict[str, Any]: ...
 
     def _text(self, token: int) -> str:
         return str(self._tokenizer.decode([token], skip_special_tokens=False))
