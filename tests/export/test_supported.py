@@ -1,0 +1,53 @@
+"""Which architectures can be exported, by their configuration alone."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_models import tiny_config
+from transformers import AutoConfig
+
+from skv_export.errors import SkvError
+from skv_export.export import supported
+
+REFUSED = {
+    "deepseek_v3": "multi-head latent attention",
+    "dots3_note_text": "multi-head latent attention",
+    "t5": "encoder-decoder",
+    "bart": "encoder-decoder",
+    "qwen3_next": "linear attention",
+    "mamba": "state-space",
+    "bloom": "ALiBi",
+    "gemma3": "more than text",
+    "llama4_text": "chunk",
+    "gemma3n_text": "share keys and values",
+    "mpt": "ALiBi",
+    "granitemoehybrid": "state-space",
+}
+
+
+@pytest.mark.parametrize(("arch", "reason"), REFUSED.items())
+def test_architectures_that_cannot_work_are_refused_by_name(arch: str, reason: str) -> None:
+    with pytest.raises(SkvError, match=rf"^{arch}: can't be exported: .*{reason}"):
+        supported.check_config(AutoConfig.for_model(arch))
+
+
+def test_llama4_without_chunks_is_refused_while_queries_are_scaled_by_position() -> None:
+    tuned = tiny_config("llama4_text", attn_temperature_tuning=True)
+    with pytest.raises(SkvError, match="scaled by their positions"):
+        supported.check_config(tuned)
+    supported.check_config(tiny_config("llama4_text", attn_temperature_tuning=True, no_rope_layers=[1, 1]))
+
+
+def test_falcon_with_alibi_is_refused() -> None:
+    with pytest.raises(SkvError, match="ALiBi"):
+        supported.check_config(tiny_config("falcon", alibi=True))
+
+
+def test_dynamic_rope_is_refused_and_longrope_ends_at_its_original_length() -> None:
+    dynamic = tiny_config("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(SkvError, match="dynamic NTK"):
+        supported.check_config(dynamic)
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config = tiny_config("phi3", rope_parameters=longrope, original_max_position_embeddings=128)
+    supported.check_config(config)
+    assert supported.context_length(config) == 128
