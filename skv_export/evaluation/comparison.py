@@ -7,6 +7,7 @@ the two perplexities.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -266,10 +267,10 @@ def run(
     if workers is None:
         model, tokenizer = loaded or load(source)
         dtype = model.dtype
-        measured = lambda jobs: ((number, _scores(model, job)) for number, job in enumerate(jobs))  # noqa: E731
+        measured = functools.partial(_measured_here, model)
     else:
         tokenizer, dtype = load_tokenizer(source), workers.placement.torch_dtype
-        measured = lambda jobs: workers.map(lambda theirs, job: [*_scores(theirs, job)], jobs)  # noqa: E731
+        measured = functools.partial(workers.map, _all_scores)
     cut = torch.from_numpy(cut_windows(tokenizer, text, windows, window))
     digest = hashlib.sha256(cut.numpy().tobytes()).hexdigest()[:16]
     number_format = "" if dtype == torch.float32 else f":{dtype}"
@@ -315,6 +316,16 @@ def _scores(model: PreTrainedModel, job: _Job) -> Iterator[_Window]:
     for candidate in job.candidates:
         logits = candidate.logits(model, job.ids, job.prompt)
         yield _score(reference, logits, job.ids, candidate.effective_bits(BITS_CONTEXT), job.prompt)
+
+
+def _all_scores(model: PreTrainedModel, job: _Job) -> list[_Window]:
+    return [*_scores(model, job)]
+
+
+def _measured_here(model: PreTrainedModel, jobs: list[_Job]) -> Iterator[tuple[int, Iterable[_Window]]]:
+    """Each job's number and its scores, which are computed as they are asked for."""
+    for number, job in enumerate(jobs):
+        yield number, _scores(model, job)
 
 
 def _step(candidate: Candidate, window: int) -> str:

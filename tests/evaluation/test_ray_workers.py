@@ -46,16 +46,15 @@ def checkpoint(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
 
 def test_workers_measure_what_is_measured_here(cluster: str, checkpoint: Path, tmp_path: Path) -> None:
     source, state = resolve(checkpoint), tmp_path / "state.jsonl"
-    wanted = lambda: parse_configs("K4V2,K2V2", Recipe())  # noqa: E731
     options: dict[str, Any] = {"windows": 3, "window": 128}
-    here = comparison.run(source, wanted(), TEXT, **options)
-    comparison.run(source, wanted(), TEXT, first=1, state=state, **options)
+    here = comparison.run(source, parse_configs("K4V2,K2V2", Recipe()), TEXT, **options)
+    comparison.run(source, parse_configs("K4V2,K2V2", Recipe()), TEXT, first=1, state=state, **options)
     seen: list[int] = []
     with comparison.ray_workers(cluster, source) as workers:
         assert len(workers) == 1
         there = comparison.run(
             source,
-            wanted(),
+            parse_configs("K4V2,K2V2", Recipe()),
             TEXT,
             state=state,
             workers=workers,
