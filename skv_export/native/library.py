@@ -114,6 +114,7 @@ class SkvCudaContext(ctypes.Structure):
         ("path", ctypes.c_int32),
         ("output_type", ctypes.c_int32),
         ("multiprocessors", ctypes.c_int32),
+        ("rows_bytes", ctypes.c_int64),
     ]
 
 
@@ -200,8 +201,16 @@ class Library:
         else:
             self._check("rewind", self._c.skv_rewind(*arguments))
 
+    def use_device(self, device_id: int) -> None:
+        """Makes a GPU the calling thread's: ``rewind`` and ``synchronize`` mean this one.
+
+        Raises:
+            SkvError: It is not there.
+        """
+        self._check("device", self._c.skv_cuda_use_device(device_id), "skv_cuda_last_error")
+
     def synchronize(self) -> None:
-        """Waits for what was started on the GPU.
+        """Waits for what was started on the thread's GPU.
 
         Raises:
             SkvError: It failed there.

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from skv_export.model_folder.names import ATTENTION_MASK
 from skv_export.runtime.cache import Cache
+from skv_export.runtime.providers import device_of
 
 _GRAPH_ID = "gpu_graph_id"
 """ONNX Runtime's run option: the graph to replay, captured when its number is new."""
@@ -51,15 +52,16 @@ class DecodeGraph:
         self.columns = cache.max_length if cache.capacity is None else cache.capacity
         self._binding = onnx.io_binding()
         cache.bind(self._binding)
+        where = device_of(cache.device)
         self._inputs: dict[str, Any] = {}
         for name in inputs:
             shape = cache.batch, self.columns if name == ATTENTION_MASK else 1
-            self._inputs[name] = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.int64), "cuda", 0)
+            self._inputs[name] = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.int64), *where)
             self._binding.bind_ortvalue_input(name, self._inputs[name])
         self._outputs: dict[str, Any] = {}
         for name, width in outputs.items():
             of_step = [cache.batch, 1, width]
-            self._outputs[name] = ort.OrtValue.ortvalue_from_shape_and_type(of_step, np.float32, "cuda")
+            self._outputs[name] = ort.OrtValue.ortvalue_from_shape_and_type(of_step, np.float32, *where)
             self._binding.bind_ortvalue_output(name, self._outputs[name])
         self._options = ort.RunOptions()
         self._options.add_run_config_entry(_GRAPH_ID, str(number))

@@ -26,6 +26,7 @@ from skv_export.runtime.graph import Graph, Int64, Logits
 from skv_export.runtime.prefixes import PrefixStore
 from skv_export.runtime.prompting import Drafter, Observer, begun, until_end
 from skv_export.runtime.prompts import chat_prompt, load_tokenizer
+from skv_export.runtime.providers import device_of
 from skv_export.runtime.queries import MAX_WINDOW
 from skv_export.runtime.sampling import Sampling
 from skv_export.spec.key_basis import KeyBasis
@@ -39,7 +40,8 @@ class Session:
 
     Args:
         folder: What ``skv-export model`` wrote.
-        execution_provider: ``cpu`` or ``cuda``; an error if it is not available, never a silent fallback.
+        execution_provider: ``cpu``, ``cuda``, or ``cuda:1`` for another GPU than the first; an error if it is not
+            available, never a silent fallback.
         cuda_graph: On a GPU, capture decoding (one new token per sequence) as a CUDA graph per cache: one launch
             instead of hundreds a token.
         num_threads: Threads inside an op; 0 = ONNX Runtime's choice.
@@ -91,7 +93,7 @@ class Session:
                 raise SkvError(name, got=number, expected=f"{least} ... {most}{what}")
         self.config = config or ModelConfig.load(self.folder)
         self.execution_provider = execution_provider
-        if cuda_graph and execution_provider != "cuda":
+        if cuda_graph and device_of(execution_provider)[0] != "cuda":
             raise SkvError("cuda_graph", got=f"execution_provider {execution_provider}", expected="cuda")
         self.cuda_graph = cuda_graph
         self.prefixes = None if prefix_bytes == 0 else PrefixStore(prefix_bytes)

@@ -113,8 +113,8 @@ template <int E>
 __global__ void __launch_bounds__(kThreads) combine_kernel(Attention a) {
   const int lane = threadIdx.x % 32, column = blockIdx.x * kWarps + threadIdx.x / 32;
   if (column >= a.columns) return;
-  const int b = blockIdx.y / a.kv_num_heads, token = column / a.group();
-  const int head = blockIdx.y % a.kv_num_heads * a.group() + column % a.group();
+  const int pair = a.first_pair + blockIdx.y, b = pair / a.kv_num_heads, kv_head = pair % a.kv_num_heads;
+  const int token = column / a.group(), head = kv_head * a.group() + column % a.group();
   const Sequence s = sequence(a.lengths, b, a.key, a.value);
   const int head_dim = a.value.layout.head_dim;
   float out[E];
@@ -150,16 +150,15 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Attention a) {
     }
 #pragma unroll
     for (int e = 0; e < E; e++) out[e] /= total;
-    if (a.lengths.tokens <= kMaxDecodeTokens) {
+    if (a.lengths.tokens <= kMaxDecodeTokens && !a.in_model_basis) {
       for (int t = a.window > 0 && token >= a.window ? token - a.window + 1 : 0; t <= token; t++) {
         float x[E];
-        if (!load_not_numbers(a.new_value, int64_t{b} * a.lengths.tokens + t, blockIdx.y % a.kv_num_heads, a.value, x))
-          continue;
+        if (!load_not_numbers(a.new_value, int64_t{b} * a.lengths.tokens + t, kv_head, a.value, x)) continue;
 #pragma unroll
         for (int e = 0; e < E; e++) out[e] = is_nan(x[e]) ? x[e] : out[e];
       }
     }
-    rotate(out, a.value);
+    if (!a.in_model_basis) rotate(out, a.value);
   }
   const int64_t row = (int64_t{b} * a.lengths.tokens + token) * a.num_heads + head;
 #pragma unroll
@@ -179,7 +178,7 @@ cudaError_t decode_simple(const Attention& a, void* stream) {
 }
 
 cudaError_t combine(const Attention& a, void* stream) {
-  const dim3 grid((a.columns + kWarps - 1) / kWarps, a.batch * a.kv_num_heads);
+  const dim3 grid((a.columns + kWarps - 1) / kWarps, a.pairs);
   return with_channels(a.key, [&](auto channels) {
     return launch(combine_kernel<decltype(channels)::value>, grid, kThreads, kWarps * a.splits * sizeof(float), stream,
                   a);

@@ -44,6 +44,11 @@ int skv_cuda_device(int32_t* multiprocessors, int32_t* architecture) {
                          device, major, minor, *architecture);
 }
 
+int skv_cuda_use_device(int32_t device) {
+  const cudaError_t error = cudaSetDevice(device);
+  return error == cudaSuccess ? SKV_OK : failed("no such device", error, "Check nvidia-smi.");
+}
+
 int skv_cuda_flag_create(int32_t** flag) {
   void* memory = nullptr;
   const cudaError_t error = cudaHostAlloc(&memory, sizeof(int32_t), cudaHostAllocMapped | cudaHostAllocPortable);
