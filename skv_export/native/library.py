@@ -209,6 +209,17 @@ class Library:
         """
         self._check("device", self._c.skv_cuda_use_device(device_id), "skv_cuda_last_error")
 
+    def set_column(self, device_id: int, address: int, row_bytes: int, rows: int) -> None:
+        """Sets the int64 at an address of a GPU, and that of each further row, from 0 to 1; it is done then.
+
+        Raises:
+            SkvError: It failed there.
+        """
+        self.use_device(device_id)
+        arguments = ctypes.c_void_p(address), ctypes.c_int64(row_bytes), rows, _DEFAULT_STREAM
+        self._check("set_column", self._c.skv_cuda_set_column(*arguments), "skv_cuda_last_error")
+        self.synchronize()
+
     def synchronize(self) -> None:
         """Waits for what was started on the thread's GPU.
 

@@ -85,6 +85,7 @@ class Graph:
         score_window: int = 0,
     ) -> None:
         self._config, self.cuda_graph, self.num_logits, self.score_window = config, cuda_graph, num_logits, score_window
+        self._library = library
         self.captured: WeakKeyDictionary[Cache, DecodeGraph] = WeakKeyDictionary()
         self._numbers = itertools.count(1)
         path = folder / MODEL_FILE
@@ -118,14 +119,14 @@ class Graph:
             )
 
     def run(
-        self, cache: Cache, input_ids: Int64, attention_mask: Int64, position_ids: Int64
+        self, cache: Cache, input_ids: Int64, new: NDArray[np.bool_], position_ids: Int64
     ) -> tuple[Logits, list[Logits]]:
         """Appends new tokens to a cache with room for them; the caller updates its lengths.
 
         Args:
             cache: Of B sequences.
             input_ids: ``[B, S]``.
-            attention_mask: ``[B, past + S]``; the graph takes lengths from its sums.
+            new: ``[B, S]``, which columns hold tokens.
             position_ids: ``[B, S]``; not looked at where the graph counts positions itself.
 
         Returns:
@@ -135,16 +136,19 @@ class Graph:
         Raises:
             SkvError: ONNX Runtime fails; the cache is empty then.
         """
-        given = dict(zip(TOKEN_INPUTS, (input_ids, attention_mask, position_ids), strict=True))
-        inputs = {name: given[name] for name in self.inputs}
+        given = {INPUT_IDS: input_ids, POSITION_IDS: position_ids}
+        inputs = {name: given[name] for name in self.inputs if name in given}
         tokens = input_ids.shape[1]
         columns = tokens if self._config.all_logits else min(tokens, self.num_logits)
         logits = np.empty((len(input_ids), columns, self._config.vocab_size), np.float32)
         rows = len(input_ids), min(tokens, self.score_window)
         outputs = {LOGITS: logits, **{x.name: np.empty((*rows, x.width), np.float32) for x in self.queries}}
         try:
-            if not self._replay(cache, inputs, outputs):
-                self._call(cache, inputs, outputs)
+            if not self._replay(cache, inputs, new, outputs):
+                # The graph takes lengths from the mask's sums: the shortest that has them says the same as any.
+                past = np.arange(cache.held.max())[None, :] < cache.held[:, None]
+                mask = np.concatenate([past, new], axis=1).astype(np.int64)
+                self._call(cache, inputs | {ATTENTION_MASK: mask}, outputs)
         except ort_errors() as error:
             cache.reset()  # some layers may have appended already
             raise SkvError("ONNX Runtime: the call failed, and the cache has been emptied", got=brief(error)) from error
@@ -160,18 +164,20 @@ class Graph:
             cache.binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(output))
         self.onnx.run_with_iobinding(cache.binding, uncaptured() if self.cuda_graph else None)
 
-    def _replay(self, cache: Cache, inputs: Mapping[str, Int64], outputs: Mapping[str, Logits]) -> bool:
-        """Runs a step of decoding as a CUDA graph; False where it is none, or its mask has too many columns."""
+    def _replay(
+        self, cache: Cache, inputs: Mapping[str, Int64], new: NDArray[np.bool_], outputs: Mapping[str, Logits]
+    ) -> bool:
+        """Runs a step of decoding as a CUDA graph; False where it is none, or its mask has too few columns."""
         if not self.cuda_graph or inputs[INPUT_IDS].shape[1] != 1:
             return False
         graph = self.captured.get(cache)
         if graph is None:
             widths = {name: output.shape[2] for name, output in outputs.items()}
-            graph = DecodeGraph(self.onnx, cache, self.inputs, widths, next(self._numbers))
+            graph = DecodeGraph(self.onnx, self._library, cache, self.inputs, widths, next(self._numbers))
             self.captured[cache] = graph
-        if inputs[ATTENTION_MASK].shape[1] > graph.columns:
+        if cache.held.max() + 1 > graph.columns:
             return False
-        for name, output in graph.run(inputs).items():
+        for name, output in graph.run(inputs, cache.held, new[:, 0]).items():
             outputs[name][:] = output
         return True
 

@@ -277,10 +277,7 @@ class Session:
             place = np.argsort(~new, axis=1, kind="stable")
             ids, positions = (np.take_along_axis(x, place, axis=1) for x in (ids, positions))
             new = np.take_along_axis(new, place, axis=1)
-        # The graph takes lengths from the mask's sums: the shortest mask that has them says the same as the caller's.
-        past = np.arange(cache.held.max())[None, :] < cache.held[:, None]
-        mask = np.concatenate([past, new], axis=1).astype(np.int64)
-        logits, queries = self.graph.run(cache, ids, mask, positions)
+        logits, queries = self.graph.run(cache, ids, new, positions)
         if queries:
             cache.queries.add(count, new.shape[1], queries, self.graph.score_window)
         cache.advance([row[columns].tolist() for row, columns in zip(ids, new, strict=True)])

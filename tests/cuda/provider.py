@@ -22,7 +22,7 @@ from tiny_graph import addresses
 from tiny_models import TINY
 
 from skv_export.export.pipeline import export_model
-from skv_export.model_folder.names import MODEL_FILE
+from skv_export.model_folder.names import ATTENTION_MASK, MODEL_FILE
 from skv_export.native.library import library_path
 from skv_export.runtime.session import Session
 from skv_export.spec.conformance import Case
@@ -176,10 +176,23 @@ def test_a_whole_model_on_a_gpu(
     cache = session.cache(2, 300)
     launches, replays, pointers = shim.skv_shim_launches(), shim.skv_shim_replays(), addresses(cache)
     session.run(np.ones((2, 100), np.int64), None, None, cache)
+    columns: list[int] = []
+    real = session.library.set_column
+    monkeypatch.setattr(session.library, "set_column", lambda *given: [columns.append(1), real(*given)])
     for _ in range(STEPS):
         session.run(np.ones((2, 1), np.int64), None, None, cache)
     if cuda_graph:
         assert shim.skv_shim_replays() - replays == STEPS
+        mask = session.graph.captured[cache]._inputs[ATTENTION_MASK]
+        assert len(columns) == STEPS - 1, "the mask is made and copied whole"
+        assert mask.numpy().sum(axis=1).tolist() == [140, 140] and set(np.unique(mask.numpy())) == {0, 1}
+        session.append([[1], []], cache)
+        assert mask.numpy().sum(axis=1).tolist() == [141, 140] and mask.numpy()[:, -1].tolist() == [1, 0]
+        session.run(np.ones((2, 1), np.int64), None, None, cache)
+        session.run(np.ones((2, 1), np.int64), None, None, cache)
+        assert mask.numpy().sum(axis=1).tolist() == [143, 142] and mask.numpy()[:, -1].tolist() == [1, 1]
+        assert len(columns) == STEPS
+        cache.rewind([140, 140])
     else:
         assert shim.skv_shim_launches() - launches >= 3 * STEPS * len(session.config.layers)
     assert cache.lengths.tolist() == [140, 140] and addresses(cache) == pointers

@@ -311,6 +311,12 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t hand
   });
   return cudaSuccess;
 }
+cudaError_t cudaMemset2DAsync(void* to, size_t pitch, int value, size_t width, size_t height, cudaStream_t handle) {
+  for (size_t row = 0; row < height; ++row) {
+    cudaMemsetAsync(static_cast<char*>(to) + row * pitch, value, width, handle);
+  }
+  return cudaSuccess;
+}
 cudaError_t cudaMemset(void* to, int value, size_t bytes) {
   return unless_capturing([&] {
     cudaMemsetAsync(to, value, bytes, nullptr);

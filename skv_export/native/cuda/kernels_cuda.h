@@ -103,6 +103,9 @@ SKV_API int skv_cuda_flag_create(int32_t** flag);
 SKV_API void skv_cuda_flag_destroy(int32_t* flag);
 SKV_API int skv_cuda_copy(void* to, const void* from, int64_t bytes, void* stream);
 
+// Sets the int64 at an address, and those so many bytes on, one for each row, from 0 to 1.
+SKV_API int skv_cuda_set_column(void* first, int64_t row_bytes, int32_t rows, void* stream);
+
 // Waits for what has been started on a stream.
 SKV_API int skv_cuda_synchronize(void* stream);
 

@@ -66,6 +66,14 @@ int skv_cuda_synchronize(void* stream) {
   return skv::cuda::fail(SKV_RUNTIME_ERROR, "CUDA: a kernel failed; got %s", cudaGetErrorString(error));
 }
 
+int skv_cuda_set_column(void* first, int64_t row_bytes, int32_t rows, void* stream) {
+  // The lowest byte of each, as numbers stand in memory here.
+  const cudaError_t error =
+      cudaMemset2DAsync(first, size_t(row_bytes), 1, 1, size_t(rows), static_cast<cudaStream_t>(stream));
+  if (error == cudaSuccess) return SKV_OK;
+  return skv::cuda::fail(SKV_RUNTIME_ERROR, "CUDA: a column of %d rows; got %s", rows, cudaGetErrorString(error));
+}
+
 int skv_cuda_copy(void* to, const void* from, int64_t bytes, void* stream) {
   const cudaError_t error =
       cudaMemcpyAsync(to, from, size_t(bytes), cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream));
