@@ -23,6 +23,7 @@ from skv_export.checkpoints.checkpoint import Checkpoint, Source, resolve
 from skv_export.checkpoints.model_config import load_config
 from skv_export.checkpoints.pretrained import DTYPES, download
 from skv_export.checkpoints.purpose import check_purpose
+from skv_export.checkpoints.shared_caches import count_caches
 from skv_export.checkpoints.snapshot import Snapshot
 from skv_export.errors import SkvError
 from skv_export.export import empty_model, repeat_layers
@@ -121,7 +122,7 @@ def _plan_of(config: PreTrainedConfig, source: Source, recipe: Recipe, as_causal
     if not as_causal_lm:
         check_purpose(config.model_type, config.architectures)
     separate_head(source, config)
-    count = int(config.num_hidden_layers)
+    count = count_caches(config)
     configs = recipe.layers(count)
     try:
         model = empty_model.build(config, DTYPES[recipe.dtype])
@@ -136,7 +137,7 @@ def _plan_of(config: PreTrainedConfig, source: Source, recipe: Recipe, as_causal
         raise SkvError(
             f"{config.model_type}: can't be exported: its model does not run with the op as its attention", got=got
         ) from error
-    check_windows(config, [layer.params.local_window_size for layer in decoder.layers])
+    check_windows(config, decoder.windows)
     weights = Weights(source, model.model)  # compares names and shapes in the files' headers, and reads no weight
     held = weights.held() if recipe.weights in ("", AS_IS) else {}
     _tokens(config, generation_config(source, config))
@@ -148,6 +149,7 @@ def _plan_of(config: PreTrainedConfig, source: Source, recipe: Recipe, as_causal
         weight_bytes=stored_bytes(model.model, recipe, held),
         context_length=context_length(config),
         held=held,
+        readers=len(decoder.sources),
     )
     return planned, model
 
@@ -246,14 +248,15 @@ class _Phases:
 
 def _build(planned: Plan, model: EmptyModel, weights: Weights, all_logits: bool) -> ir.Model:
     """Returns the graph: two traced layers of each kind, copied for the others, if possible; else all are traced."""
-    samples = repeat_layers.choose(model.model, planned.layers, planned.held)
+    # A layer that reads the keys of another is not one of a stack of layers that are alike.
+    samples = None if planned.readers else repeat_layers.choose(model.model, planned.layers, planned.held)
     if samples is not None:
         with repeat_layers.cut(model.model, samples):
             program = _trace(planned, model, samples.traced, all_logits)
         if (graph := build(program, weights, planned.layers, planned.recipe, samples)) is not None:
             return graph
     program = _trace(planned, model, range(len(planned.layers)), all_logits)
-    whole = build(program, weights, planned.layers, planned.recipe)
+    whole = build(program, weights, planned.layers, planned.recipe, readers=planned.readers)
     assert whole is not None
     return whole
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from skv_export.errors import SkvError
+from skv_export.export import gemma3n_sparsity
 from skv_export.export.architectures import TESTED
 
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
@@ -54,8 +55,6 @@ def _reasons(config: PreTrainedConfig) -> Iterator[str]:
         yield f"layers without a cache of keys and values, such as linear attention ({', '.join(other)})"
     if senses := has(*_OTHER_SENSES):
         yield f"it reads more than text ({', '.join(senses)}): export its text model alone"
-    if has("num_kv_shared_layers"):
-        yield "layers share keys and values (num_kv_shared_layers)"
     if has("attn_temperature_tuning") and not all(getattr(config, "no_rope_layers", None) or ()):
         yield "queries are scaled by their positions (attn_temperature_tuning)"
     if has("alibi") or config.model_type in _ALIBI_MODELS:
@@ -133,5 +132,7 @@ def prepare_model(model: PreTrainedModel) -> None:
     for module in model.modules():
         if getattr(module, "rope_type", None) == "longrope":  # within context_length, it is plain RoPE
             vars(module)["rope_type"] = "default"
+        if type(module).__name__ == gemma3n_sparsity.MLP:
+            gemma3n_sparsity.use_constant_threshold(module)
         if isinstance(module, PreTrainedModel):  # it looks at the tokens only to warn
             vars(module)["warn_if_padding_and_no_attention_mask"] = lambda *_: None

@@ -31,11 +31,12 @@ class Plan:
         source: The checkpoint, or the ONNX model.
         recipe: The options.
         model_type: Hugging Face's name of the architecture.
-        layers: Attention of each layer, as the graph will have it.
+        layers: Attention of each layer that has a cache, as the graph will have it.
         weight_bytes: Size of the weights as the recipe wants them, tied ones once.
         context_length: Tokens that the model can attend to.
         calibrated: Layers whose keys are calibrated.
         held: Matrices that are stored as the checkpoint quantized them, by the parameters' names.
+        readers: Further layers, which read the cache of one of ``layers``.
     """
 
     source: Source
@@ -46,6 +47,7 @@ class Plan:
     context_length: int
     calibrated: frozenset[int] = frozenset()
     held: Mapping[str, BlockMatrix] = field(default_factory=dict)
+    readers: int = 0
 
     def cache_bytes(self, length: int) -> int:
         """Returns the bytes that the cache of one sequence of ``length`` tokens takes."""
@@ -90,6 +92,7 @@ class Plan:
                 }
                 for layer in self.layers
             ],
+            "layers_without_cache": self.readers,
             "weight_bytes": self.weight_bytes,
             "bytes_per_token": self.bytes_per_token,
             "cache": [
@@ -101,12 +104,17 @@ class Plan:
 
     def table(self) -> str:
         """Returns the plan as text."""
+        count = len(self.layers) + self.readers
         lines = [
-            f"{self.source}: {self.model_type}, {len(self.layers)} layers, context {self.context_length:,}",
+            f"{self.source}: {self.model_type}, {count} layers, context {self.context_length:,}",
             self._weights_row(),
             "",
         ]
         lines += [f"  {row}" for row in self._layer_rows()]
+        if self.readers:
+            lines.append(
+                f"  layers {len(self.layers)}-{count - 1}: read the cache of the last layer of their kind above"
+            )
         lines += ["", f"cache: {self.bytes_per_token:,.0f} bytes per token and sequence"]
         for length in self.lengths:
             ours, half = self.cache_bytes(length), self.half_cache_bytes(length)

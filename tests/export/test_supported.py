@@ -19,7 +19,6 @@ REFUSED = {
     "bloom": "ALiBi",
     "gemma3": "more than text",
     "llama4_text": "chunk",
-    "gemma3n_text": "share keys and values",
     "mpt": "ALiBi",
     "granitemoehybrid": "state-space",
 }
