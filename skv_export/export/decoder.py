@@ -340,7 +340,7 @@ class SkvDecoder(torch.nn.Module):
         super().__init__()
         self.model, self.all_logits, self.bases = model, all_logits, bases
         self.configs = dict(configs) if isinstance(configs, Mapping) else dict(enumerate(configs))
-        self.sources = cache_sources(model.config)
+        self.sources = cache_sources(model.config.get_text_config())
         self._seen = _Seen()
         self._keep: torch.Tensor | None = None
         head: torch.nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -368,6 +368,7 @@ class SkvDecoder(torch.nn.Module):
         position_ids: torch.Tensor,
         past_keys: Sequence[torch.Tensor],
         past_values: Sequence[torch.Tensor],
+        inputs_embeds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
         """Runs the model on new tokens.
 
@@ -377,9 +378,10 @@ class SkvDecoder(torch.nn.Module):
         Args:
             input_ids: int64 ``[B, S]``.
             attention_mask: int64 ``[B, past + S]``; 0 = padding.
-            position_ids: int64 ``[B, S]``.
+            position_ids: int64 ``[B, S]``, or ``[3, B, S]`` with multimodal RoPE.
             past_keys: uint8 ``[B, N_kv, rows, W]``, layer by layer.
             past_values: The same.
+            inputs_embeds: float32 ``[B, S, hidden]`` in the place of the tokens' embeddings, or of length 0.
 
         Returns:
             logits float32 ``[B, 1, vocab]`` (``[B, S, vocab]`` with ``all_logits``), present keys, present values.
@@ -390,19 +392,35 @@ class SkvDecoder(torch.nn.Module):
         count = mask.sum(1, keepdim=True)
         # A stable partition: where each token goes, real ones first.
         place = torch.where(mask > 0, mask.cumsum(1) - 1, count + (mask == 0).long().cumsum(1) - 1)
-        packed_ids = torch.zeros_like(input_ids).scatter(1, place, input_ids)
-        packed_positions = torch.zeros_like(position_ids).scatter(1, place, position_ids)
+        where = place if position_ids.dim() == 2 else place[None].expand(position_ids.shape[0], -1, -1)
+        packed_positions = torch.zeros_like(position_ids).scatter(-1, where, position_ids)
+        if inputs_embeds is None:
+            given = {"input_ids": torch.zeros_like(input_ids).scatter(1, place, input_ids)}
+        else:
+            given = {"inputs_embeds": self._embed(input_ids, inputs_embeds, place)}
         self._keep = place if self.all_logits else (count - 1).clamp(min=0)
         lengths = Lengths((attention_mask.sum(1) - 1).to(torch.int32), count.squeeze(1).to(torch.int32), columns)
         call = AttentionCall(self.configs, lengths, past_keys, past_values, self.bases, self.sources)
         with call.running():
-            logits = self.model(
-                input_ids=packed_ids, position_ids=packed_positions, past_key_values=call, use_cache=True
-            ).logits
+            logits = self.model(position_ids=packed_positions, past_key_values=call, use_cache=True, **given).logits
         self._keep = None
         self._seen.layers = self._check(call)
         present = [call.present[i] for i in self.configs]
         return logits.float(), [p[0] for p in present], [p[1] for p in present]
+
+    def _embed(self, ids: torch.Tensor, given: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """Returns what the model reads, packed ``[B, S, hidden]``: the given embeddings, or the tokens' without any.
+
+        Both stand in one list of rows, of which the wanted ones are taken: no branch, and no cost without embeddings
+        beyond a copy of the rows.
+        """
+        batch, tokens = ids.shape
+        own = self.model.get_input_embeddings()(ids)
+        extra = given.to(own.dtype).flatten(0, 1)
+        rows = torch.cat([own.flatten(0, 1), extra])
+        come_from = torch.zeros_like(ids).scatter(1, place, torch.arange(tokens).expand(batch, -1))
+        index = come_from + torch.arange(batch)[:, None] * tokens + extra.shape[0]
+        return rows.index_select(0, index.flatten()).view(batch, tokens, -1)
 
     def _select(self, _module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         """Leaves the output embedding only the hidden states whose logits are wanted, unpacked."""

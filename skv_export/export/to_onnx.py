@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript
@@ -28,6 +29,7 @@ from skv_export.model_folder.names import (
     ATTENTION_MASK,
     CALIBRATION_FILE,
     DATA_FILE,
+    INPUTS_EMBEDS,
     LOGITS,
     MODEL_FILE,
     TENSORS,
@@ -85,6 +87,8 @@ def build(
     traced = range(len(layers)) if samples is None else samples.traced
     caches = [(i, tensor) for tensor in TENSORS for i in traced]
     inputs = [*TOKEN_INPUTS, *(past_name(*cache) for cache in caches)]
+    if len(program.graph_signature.user_inputs) > len(inputs):
+        inputs.append(INPUTS_EMBEDS)
     model = translate(program, inputs, [LOGITS, *(present_name(*cache) for cache in caches)])
     _store_weights(model.graph, weights, samples.original if samples is not None else str)
     simplify(model)
@@ -183,7 +187,8 @@ def _name(graph: ir.Graph, layers: Sequence[LayerAttention]) -> None:
     by_name = {str(value.name): value for value in (*graph.inputs, *graph.outputs)}
     for name in TOKEN_INPUTS:
         columns = "total_sequence_length" if name == ATTENTION_MASK else "sequence_length"
-        by_name[name].shape = ir.Shape(["batch_size", columns])
+        axes = [3] if len(by_name[name].shape or ()) == 3 else []  # positions of multimodal RoPE
+        by_name[name].shape = ir.Shape([*axes, "batch_size", columns])
     logits = by_name[LOGITS]
     assert logits.shape is not None
     logits.shape = ir.Shape(["batch_size", 1 if logits.shape[1] == 1 else "sequence_length", logits.shape[2]])
@@ -200,6 +205,14 @@ def _name(graph: ir.Graph, layers: Sequence[LayerAttention]) -> None:
             for value, where in ((by_name[past_name(i, tensor)], inputs), (by_name[present_name(i, tensor)], outputs)):
                 value.shape = ir.Shape(shape)
                 where.append(value)
+    if (embeds := by_name.get(INPUTS_EMBEDS)) is not None:
+        # A default of length 0 makes the input one that may be left out; its batch is its own for the same reason.
+        hidden = embeds.shape[2] if embeds.shape is not None else None
+        assert isinstance(hidden, int)
+        embeds.shape = ir.Shape(["embeds_batch_size", "embeds_length", hidden])
+        embeds.const_value = ir.tensor(np.zeros((1, 0, hidden), np.float32), name=INPUTS_EMBEDS)
+        graph.register_initializer(embeds)
+        inputs.append(embeds)
     graph.inputs[:], graph.outputs[:] = inputs, outputs
     for node in graph:  # shapes inside the graph are torch's symbols: nothing reads them
         for value in node.outputs:

@@ -37,6 +37,8 @@ class Plan:
         calibrated: Layers whose keys are calibrated.
         held: Matrices that are stored as the checkpoint quantized them, by the parameters' names.
         readers: Further layers, which read the cache of one of ``layers``.
+        inputs_embeds: Channels of the embeddings that the graph takes in place of tokens; 0 = it takes none.
+        position_axes: Positions of a token.
     """
 
     source: Source
@@ -48,6 +50,8 @@ class Plan:
     calibrated: frozenset[int] = frozenset()
     held: Mapping[str, BlockMatrix] = field(default_factory=dict)
     readers: int = 0
+    inputs_embeds: int = 0
+    position_axes: int = 1
 
     def cache_bytes(self, length: int) -> int:
         """Returns the bytes that the cache of one sequence of ``length`` tokens takes."""
@@ -121,7 +125,13 @@ class Plan:
             ratio = f"{half / ours:.1f}x smaller"
             lines.append(f"  {length:>7,} tokens: {_size(ours):>9} instead of {_size(half):>9} in fp16, {ratio}")
         pairs = [layer.layouts for layer in self.layers]
-        return "\n".join([*lines, "", advice(self.recipe.layers(len(pairs)), pairs, self.context_length)])
+        if self.inputs_embeds:
+            axes = f", positions [{self.position_axes}, B, S]" if self.position_axes > 1 else ""
+            lines.append(f"takes embeddings [B, S, {self.inputs_embeds}] in the place of tokens, too{axes}")
+        said = advice(self.recipe.layers(len(pairs)), pairs, self.context_length)
+        if self.position_axes > 1:
+            said = "onnxruntime-genai: does not run this folder: a token has several positions."
+        return "\n".join([*lines, "", said])
 
     def _weights_row(self) -> str:
         recipe = self.recipe

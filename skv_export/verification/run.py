@@ -388,7 +388,8 @@ def _check_same_model(source: Source, config: ModelConfig) -> PreTrainedConfig:
     from skv_export.checkpoints.shared_caches import count_caches
 
     given = load_config(source)
-    found = {"model_type": given.model_type, "vocab_size": given.vocab_size, "layers": count_caches(given)}
+    text = given.get_text_config()
+    found = {"model_type": given.model_type, "vocab_size": text.vocab_size, "layers": count_caches(text)}
     expected = {"model_type": config.model_type, "vocab_size": config.vocab_size, "layers": len(config.layers)}
     if found != expected:
         raise SkvError(f"{source}: not what the folder was exported from", got=found, expected=expected)
