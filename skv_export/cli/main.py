@@ -194,6 +194,11 @@ def _resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
     "--all-logits", is_flag=True, help="Logits of every position, for evaluation; default: of the last token."
 )
 @click.option("--as-causal-lm", is_flag=True, help="Export a classifier, reward or embedding model's layers anyway.")
+@click.option(
+    "--inputs-embeds/--no-inputs-embeds",
+    default=None,
+    help="The graph takes embeddings in the place of tokens, too.  [default: of vision-language models]",
+)
 @adapter_option
 @click.option("--copy-weights", is_flag=True, help="ONNX in: copy the weights instead of linking to them.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -208,6 +213,7 @@ def model(
     force: bool,
     all_logits: bool,
     as_causal_lm: bool,
+    inputs_embeds: bool | None,
     adapter: Path | None,
     copy_weights: bool,
     dry_run: bool,
@@ -254,16 +260,23 @@ def model(
         resolved = _recommended(source, resolved, options, {**target, "adapter": adapter}, as_causal_lm, json_file)
     elif target["context"] is not None or target["measure"] is not None:
         raise SkvError("--context and --measure: nothing chooses bits", fix="Add --auto, or --budget and its like.")
-    if rewriting and (all_logits or options["dtype"] or options["weights"] or adapter):
+    if rewriting and (all_logits or options["dtype"] or options["weights"] or adapter or inputs_embeds):
         raise SkvError(
-            "--all-logits, --dtype, --weights and --adapter",
+            "--all-logits, --dtype, --weights, --adapter and --inputs-embeds",
             got="an ONNX model",
             fix="Leave them out: its weights stay as they are.",
         )
     if rewriting:
         plan: Any = rewrite.plan(source, resolved)
     else:
-        plan = export.plan(source, resolved, as_causal_lm=as_causal_lm, adapter=adapter, calibration=calibrated)
+        plan = export.plan(
+            source,
+            resolved,
+            as_causal_lm=as_causal_lm,
+            adapter=adapter,
+            calibration=calibrated,
+            inputs_embeds=inputs_embeds,
+        )
     say(plan.table(), json_file)
     if json_file:
         write_json(json_file, plan.to_dict())
@@ -281,6 +294,7 @@ def model(
             as_causal_lm=as_causal_lm,
             adapter=adapter,
             calibration=calibrated,
+            inputs_embeds=inputs_embeds,
         )
     name = shlex.quote(f"./{folder}" if str(folder).startswith("-") else str(folder))
     written = f"\nWritten to {folder}. Next:\n  skv-export verify {name}\n  skv-export generate {name} --prompt ..."

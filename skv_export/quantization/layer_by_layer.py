@@ -19,6 +19,7 @@ from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.model_config import load_config
 from skv_export.checkpoints.pretrained import replace_attention
 from skv_export.checkpoints.purpose import check_purpose
+from skv_export.checkpoints.shared_caches import refuse_shared
 from skv_export.errors import SkvError
 from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation
 from skv_export.export import empty_model
@@ -53,6 +54,7 @@ class LayerByLayer:
     def __init__(self, source: Source, device: str = "cpu") -> None:
         self.config = load_config(source)
         check_config(self.config)
+        refuse_shared(self.config.to_dict(), str(source))
         check_purpose(self.config.model_type, self.config.architectures)
         separate_head(source, self.config)
         self.model = empty_model.build(self.config, torch.float32).model

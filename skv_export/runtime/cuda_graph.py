@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from skv_export.model_folder.names import ATTENTION_MASK
+from skv_export.model_folder.names import ATTENTION_MASK, POSITION_IDS
 from skv_export.runtime.cache import Cache
 
 _GRAPH_ID = "gpu_graph_id"
@@ -37,13 +37,14 @@ class DecodeGraph:
         inputs: Names of the graph's inputs beside the caches.
         outputs: Width of each output beside the caches, the logits among them.
         number: One that no other graph of the session has.
+        axes: Positions of a token.
 
     Attributes:
         columns: Of the mask: the most tokens that a sequence can hold here.
     """
 
     def __init__(
-        self, onnx: Any, cache: Cache, inputs: tuple[str, ...], outputs: Mapping[str, int], number: int
+        self, onnx: Any, cache: Cache, inputs: tuple[str, ...], outputs: Mapping[str, int], number: int, axes: int = 1
     ) -> None:
         import onnxruntime as ort
 
@@ -53,7 +54,9 @@ class DecodeGraph:
         cache.bind(self._binding)
         self._inputs: dict[str, Any] = {}
         for name in inputs:
-            shape = cache.batch, self.columns if name == ATTENTION_MASK else 1
+            shape: tuple[int, ...] = cache.batch, self.columns if name == ATTENTION_MASK else 1
+            if name == POSITION_IDS and axes > 1:
+                shape = axes, *shape
             self._inputs[name] = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.int64), "cuda", 0)
             self._binding.bind_ortvalue_input(name, self._inputs[name])
         self._outputs: dict[str, Any] = {}

@@ -20,6 +20,7 @@ from skv_export.errors import SkvError, require_module
 from skv_export.model_folder.names import (
     ATTENTION_MASK,
     INPUT_IDS,
+    INPUTS_EMBEDS,
     LOGITS,
     MODEL_FILE,
     POSITION_IDS,
@@ -109,6 +110,14 @@ class Graph:
         logger.info("%s: %d layers of %s, loaded on %s in %.1f s", path, len(config.layers), config.bits,
                     execution_provider, taken)  # fmt: skip
         self.inputs = _token_inputs(folder, {x.name: x.shape for x in self.onnx.get_inputs()}, config)
+        hidden = {x.name: x.shape[2] for x in self.onnx.get_overridable_initializers()}.get(INPUTS_EMBEDS, 0)
+        if hidden != config.inputs_embeds:
+            raise SkvError(
+                f"{folder}: {MODEL_FILE} and {SKV_CONFIG_FILE} do not belong together: {INPUTS_EMBEDS}",
+                got=f"{hidden} channels",
+                expected=config.inputs_embeds,
+                fix="Export the model again.",
+            )
         if self.queries and POSITION_IDS not in self.inputs:
             raise SkvError(
                 f"{path}: score_window: positions",
@@ -118,7 +127,12 @@ class Graph:
             )
 
     def run(
-        self, cache: Cache, input_ids: Int64, attention_mask: Int64, position_ids: Int64
+        self,
+        cache: Cache,
+        input_ids: Int64,
+        attention_mask: Int64,
+        position_ids: Int64,
+        inputs_embeds: Logits | None = None,
     ) -> tuple[Logits, list[Logits]]:
         """Appends new tokens to a cache with room for them; the caller updates its lengths.
 
@@ -126,7 +140,9 @@ class Graph:
             cache: Of B sequences.
             input_ids: ``[B, S]``.
             attention_mask: ``[B, past + S]``; the graph takes lengths from its sums.
-            position_ids: ``[B, S]``; not looked at where the graph counts positions itself.
+            position_ids: ``[B, S]``; not looked at where the graph counts positions itself. With several axes
+                ``[axes, B, S]``, or one row that stands for all.
+            inputs_embeds: ``[B, S, hidden]``, in the place of the tokens.
 
         Returns:
             ``[B, min(S, num_logits), vocab_size]``, or ``[B, S, vocab_size]`` where the graph returns all logits; and
@@ -135,8 +151,13 @@ class Graph:
         Raises:
             SkvError: ONNX Runtime fails; the cache is empty then.
         """
+        if self._config.position_axes > 1:
+            position_ids = np.broadcast_to(position_ids, (self._config.position_axes, *input_ids.shape))
         given = dict(zip(TOKEN_INPUTS, (input_ids, attention_mask, position_ids), strict=True))
-        inputs = {name: given[name] for name in self.inputs}
+        inputs: dict[str, Int64 | Logits] = {name: given[name] for name in self.inputs}
+        if self._config.inputs_embeds:  # bound in every call: a binding would keep those of the call before
+            none = np.zeros((1, 0, self._config.inputs_embeds), np.float32)
+            inputs[INPUTS_EMBEDS] = none if inputs_embeds is None else inputs_embeds
         tokens = input_ids.shape[1]
         columns = tokens if self._config.all_logits else min(tokens, self.num_logits)
         logits = np.empty((len(input_ids), columns, self._config.vocab_size), np.float32)
@@ -150,7 +171,7 @@ class Graph:
             raise SkvError("ONNX Runtime: the call failed, and the cache has been emptied", got=brief(error)) from error
         return logits, [outputs[x.name] for x in self.queries]
 
-    def _call(self, cache: Cache, inputs: Mapping[str, Int64], outputs: Mapping[str, Logits]) -> None:
+    def _call(self, cache: Cache, inputs: Mapping[str, Int64 | Logits], outputs: Mapping[str, Logits]) -> None:
         import onnxruntime as ort
 
         values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in inputs.items()}
@@ -160,14 +181,17 @@ class Graph:
             cache.binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(output))
         self.onnx.run_with_iobinding(cache.binding, uncaptured() if self.cuda_graph else None)
 
-    def _replay(self, cache: Cache, inputs: Mapping[str, Int64], outputs: Mapping[str, Logits]) -> bool:
+    def _replay(self, cache: Cache, inputs: Mapping[str, Any], outputs: Mapping[str, Logits]) -> bool:
         """Runs a step of decoding as a CUDA graph; False where it is none, or its mask has too many columns."""
         if not self.cuda_graph or inputs[INPUT_IDS].shape[1] != 1:
+            return False
+        if INPUTS_EMBEDS in inputs and inputs[INPUTS_EMBEDS].size:
             return False
         graph = self.captured.get(cache)
         if graph is None:
             widths = {name: output.shape[2] for name, output in outputs.items()}
-            graph = DecodeGraph(self.onnx, cache, self.inputs, widths, next(self._numbers))
+            axes = self._config.position_axes
+            graph = DecodeGraph(self.onnx, cache, self.inputs, widths, next(self._numbers), axes)
             self.captured[cache] = graph
         if inputs[ATTENTION_MASK].shape[1] > graph.columns:
             return False
