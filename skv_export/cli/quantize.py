@@ -24,10 +24,11 @@ from skv_export.progress import Progress
 @adapter_option
 @click.option(
     "--method",
-    type=click.Choice(["rsq", "gptq", "rtn"]),
-    default="rsq",
+    type=click.Choice(["qep", "rsq", "gptq", "rtn"]),
+    default="qep",
     show_default=True,
-    help="rsq: GPTQ with tokens weighed by attention; gptq: errors are made up for on the text; rtn: to the nearest.",
+    help="qep: each matrix makes up for the errors before it; gptq: for its own; rsq: GPTQ with tokens weighed by "
+    "attention; rtn: to the nearest.",
 )
 @click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Bits of a weight.")
 @click.option(

@@ -25,12 +25,13 @@ from skv_export.model_folder.output import check_target, output_folder
 from skv_export.model_folder.tokenizer import write_tokenizer
 from skv_export.model_folder.writer import generation_config
 from skv_export.quantization.checkpoint_writer import CheckpointWriter, packed
+from skv_export.quantization.error_propagation import fit_layer, run_exactly
 from skv_export.quantization.importance import token_importance
 from skv_export.quantization.layer_by_layer import LayerByLayer
-from skv_export.quantization.solver import Form, fit_grid, gptq
+from skv_export.quantization.solver import Form, Grid, fit_grid, gptq
 from skv_export.spec.recipe import Recipe
 
-METHODS = ("rsq", "gptq", "rtn")
+METHODS = ("qep", "rsq", "gptq", "rtn")
 """Ways to find codes; ``quantize`` says what they are."""
 
 Progress = Callable[[str, int, int], None]
@@ -42,7 +43,8 @@ class Options:
     """How a checkpoint is quantized.
 
     Attributes:
-        method: ``gptq``; ``rsq``, GPTQ in which tokens count as much as attention reads them; ``rtn``, rounding to the
+        method: ``qep``, fitted to the unquantized model's outputs, each matrix making up for the errors before it;
+            ``gptq``; ``rsq``, GPTQ in which tokens count as much as attention reads them; ``rtn``, rounding to the
             nearest.
         form: Bits and size of the groups.
         windows: Windows of text; fewer if the text has no more.
@@ -54,7 +56,7 @@ class Options:
         SkvError: Values that make no sense.
     """
 
-    method: str = "rsq"
+    method: str = "qep"
     form: Form = field(default_factory=Form)
     windows: int = 16
     window: int = 1024
@@ -140,10 +142,11 @@ def quantize(
         plain: dict[str, str] = {}
         count = 0
         states = [] if options.method == "rtn" else model.embed(windows)  # rounding asks for no text
+        exact = states if options.method == "qep" else []
         for index in model.layers:
             tick("quantizing layers", index, len(model.layers))
             with model.loaded(index) as layer:
-                done, left = _quantize_layer(model, index, layer, states, options)
+                done, left, exact = _quantize_layer(model, index, layer, states, exact, options)
                 writer.add(_layer_tensors(model, index, layer, done))
                 states = [model.run(index, hidden, _simulation(options)) for hidden in states]
             count += sum(name.endswith("weight_packed") for tensors in done.values() for name in tensors)
@@ -181,12 +184,18 @@ def _simulation(options: Options) -> Simulation:
 
 
 def _quantize_layer(
-    model: LayerByLayer, index: int, layer: torch.nn.Module, states: list[Tensor], options: Options
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    model: LayerByLayer,
+    index: int,
+    layer: torch.nn.Module,
+    states: list[Tensor],
+    exact: list[Tensor],
+    options: Options,
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], list[Tensor]]:
     """Puts each matrix's quantized form in its place.
 
     Returns:
-        The packed tensors by the names of the parameters, and the matrices that stay as they are with the reason.
+        The packed tensors by the names of the parameters; the matrices that stay as they are with the reason; and what
+        the next layer reads in the unquantized model, if ``exact`` is what this one does.
     """
     chosen, plain = {}, {}
     for name, module in layer.named_modules():
@@ -196,22 +205,30 @@ def _quantize_layer(
                 plain[whole] = f"{module.in_features} inputs are no multiple of {options.form.group_size}"
             else:
                 chosen[name] = module
-    moments = {} if options.method == "rtn" else _moments(model, index, chosen, states, options)
-    done = {}
-    for name, module in chosen.items():
-        whole = model.name(index, f"{name}.weight")
-        weight = module.weight.data
-        if options.method == "rtn":
-            grid = fit_grid(weight, options.form)
-            codes = grid.codes(weight)
-        else:
+    fitted: dict[str, tuple[Tensor, Grid]] = {}
+    if options.method == "qep":
+        runs = [run_exactly(model, index, chosen, hidden) for hidden in exact]
+        exact = [run.out for run in runs]
+        forms = dict.fromkeys(chosen, options.form)
+        fitted = fit_layer(model, index, chosen, runs, states, _simulation(options), forms)
+    elif options.method == "rtn":
+        for name, module in chosen.items():
+            grid = fit_grid(module.weight.data, options.form)
+            fitted[name] = grid.codes(module.weight.data), grid
+    else:
+        moments = _moments(model, index, chosen, states, options)
+        for name, module in chosen.items():
             if not moments[name].isfinite().all():
+                whole = model.name(index, f"{name}.weight")
                 raise SkvError(f"{whole}: what it reads is not finite", fix="Check the checkpoint with `quality`.")
-            grid = fit_grid(weight, options.form, moments[name].diagonal())
-            codes = gptq(weight, moments[name], grid)
-        module.weight.data = grid.values(codes)
+            grid = fit_grid(module.weight.data, options.form, moments[name].diagonal())
+            fitted[name] = gptq(module.weight.data, moments[name], grid), grid
+    done = {}
+    for name, (codes, grid) in fitted.items():
+        whole = model.name(index, f"{name}.weight")
+        chosen[name].weight.data = grid.values(codes)
         done[whole] = packed(whole, codes, grid)
-    return done, plain
+    return done, plain, exact
 
 
 def _moments(

@@ -91,11 +91,11 @@ def test_gptq_loses_less_than_rounding(arch: str, checkpoint: Callable[[str], Pa
     ids = torch.from_numpy(cut_windows(load_tokenizer(resolve(folder)), read_text(None)[:9000], 4, 128))
     reference = logits(folder, ids)
     losses = {}
-    for method in ("rtn", "gptq", "rsq"):
+    for method in ("rtn", "gptq", "rsq", "qep"):
         options = Options(method=method, form=SMALL.form, windows=SMALL.windows, window=SMALL.window)
         quantize(resolve(folder), TEXT, tmp_path / method, options)
         losses[method] = divergence(reference, logits(tmp_path / method, ids))
-    assert losses["gptq"] < losses["rtn"] and losses["rsq"] < losses["rtn"], losses
+    assert all(losses[method] < losses["rtn"] for method in ("gptq", "rsq", "qep")), losses
 
 
 def test_others_read_what_is_written(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
