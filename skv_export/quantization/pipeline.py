@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from skv_export.quantization.checkpoint_writer import CheckpointWriter, packed
 from skv_export.quantization.error_propagation import fit_layer, run_exactly
 from skv_export.quantization.importance import token_importance
 from skv_export.quantization.layer_by_layer import LayerByLayer
+from skv_export.quantization.sensitivity import Unit, allocate, measure
 from skv_export.quantization.solver import Form, Grid, fit_grid, gptq
 from skv_export.spec.recipe import Recipe
 
@@ -49,6 +52,8 @@ class Options:
         form: Bits and size of the groups.
         windows: Windows of text; fewer if the text has no more.
         window: Tokens per window.
+        budget: Bits per weight, scales and zero points included, over all matrices: those that need it most get 8.
+            None = all as ``form`` says.
         cache: The recipe of the cache that the layers have while they read, as the exported model will; None =
             unquantized.
 
@@ -60,6 +65,7 @@ class Options:
     form: Form = field(default_factory=Form)
     windows: int = 16
     window: int = 1024
+    budget: float | None = None
     cache: Recipe | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +75,14 @@ class Options:
             raise SkvError("bits", got=self.form.bits, expected="4 or 8")
         if self.form.group_size not in (16, 32, 64, 128):
             raise SkvError("group_size", got=self.form.group_size, expected="16, 32, 64 or 128")
+        if self.budget is not None and not self.form.effective_bits <= self.budget < math.inf:
+            raise SkvError(
+                "weight_bits_budget",
+                got=f"{self.budget:g} bits per weight",
+                expected=f"at least {self.form.effective_bits:.3f}, {self.form.bits} bits in groups of "
+                f"{self.form.group_size} with scales and zero points",
+                fix="Raise it, or take larger groups (--group-size).",
+            )
 
 
 @dataclass(frozen=True)
@@ -79,11 +93,17 @@ class Quantized:
         matrices: Matrices in few bits.
         plain: Names of those that stay as they were, and why.
         nbytes: Bytes of all tensors.
+        effective_bits: Per weight of these matrices in an export with 16 bits, scales and zero points included.
+        wide: Names of the modules that got more bits than the others.
+        kld: What rounding matrices alone does to the model's tokens, in nats; empty unless there is a budget.
     """
 
     matrices: int
     plain: dict[str, str]
     nbytes: int
+    effective_bits: float
+    wide: list[str]
+    kld: dict[str, float]
 
 
 def quantize(
@@ -136,7 +156,16 @@ def quantize(
             expected=f"linear layers whose inputs are groups of {options.form.group_size}",
             fix="Pass a smaller --group-size; `model --weights int4` rounds to the nearest, other matrices too.",
         )
-    with output_folder(out, _file_bytes(model, options.form), force=force) as folder:
+    units: list[Unit] = []
+    forms = {name: options.form for name, _ in _matrices(model, options.form)}
+    if options.budget is not None:
+
+        def chosen(index: int, layer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+            return _choose(model, index, layer, forms)
+
+        units = measure(model, windows, options.form, chosen, tick)
+        forms = allocate(units, options.form, options.budget)
+    with output_folder(out, _file_bytes(model, forms), force=force) as folder:
         write_tokenizer(local, folder)
         writer = CheckpointWriter(folder)
         plain: dict[str, str] = {}
@@ -146,37 +175,57 @@ def quantize(
         for index in model.layers:
             tick("quantizing layers", index, len(model.layers))
             with model.loaded(index) as layer:
-                done, left, exact = _quantize_layer(model, index, layer, states, exact, options)
+                done, left, exact = _quantize_layer(model, index, layer, states, exact, options, forms)
                 writer.add(_layer_tensors(model, index, layer, done))
                 states = [model.run(index, hidden, _simulation(options)) for hidden in states]
             count += sum(name.endswith("weight_packed") for tensors in done.values() for name in tensors)
             plain |= left
         tick("quantizing layers", len(model.layers), len(model.layers))
         writer.add(_outside(model))
-        about = {"method": options.method, **asdict(options.form), "windows": len(windows), "window": windows.shape[1]}
+        about: dict[str, Any] = {"method": options.method, **asdict(options.form)}
+        about |= {"windows": len(windows), "window": windows.shape[1]}
+        if options.budget is not None:
+            about["weight_bits_budget"] = options.budget
         about["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
         config = model.config.to_dict()
         config["architectures"] = [type(model.model).__name__]
         generation_config(local, model.config).save_pretrained(folder)
-        writer.finish(config, options.form, [*plain, *_outside_modules(model)], about)
+        writer.finish(config, forms, [*plain, *_outside_modules(model)], about)
         before.check()
         nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return Quantized(count, plain, nbytes)
+    elements = sum(module.weight.numel() for _, module in _matrices(model, options.form))
+    return Quantized(
+        count, plain, nbytes, _bits(model, forms) / elements,
+        [name for name, form in forms.items() if form != options.form],
+        {name: unit.kld for unit in units for name in unit.names},
+    )  # fmt: skip
 
 
-def _file_bytes(model: LayerByLayer, form: Form) -> int:
+def _bits(model: LayerByLayer, forms: Mapping[str, Form]) -> float:
+    """Bits of all quantized matrices, scales and zero points included."""
+    return sum(form.effective_bits * model.model.get_submodule(name).weight.numel() for name, form in forms.items())
+
+
+def _file_bytes(model: LayerByLayer, forms: Mapping[str, Form]) -> int:
     """About what the files will take: 16 bits for what is not quantized."""
-    matrices = sum(module.weight.numel() for module in _matrices(model, form))
+    matrices = sum(model.model.get_submodule(name).weight.numel() for name in forms)
     every = sum(parameter.numel() for parameter in model.model.parameters())
-    return matrices * (form.bits + 32 // form.group_size) // 8 + 2 * (every - matrices)
+    return math.ceil(_bits(model, forms) / 8) + 2 * (every - matrices)
 
 
-def _matrices(model: LayerByLayer, form: Form) -> Iterator[torch.nn.Linear]:
-    """The modules whose matrices are quantized."""
+def _matrices(model: LayerByLayer, form: Form) -> Iterator[tuple[str, torch.nn.Linear]]:
+    """The modules whose matrices are quantized, by name."""
     for name, module in model.model.named_modules():
         inside = isinstance(module, torch.nn.Linear) and name.startswith(f"{model.path}.")
         if inside and module.in_features % form.group_size == 0:
-            yield module
+            yield name, module
+
+
+def _choose(
+    model: LayerByLayer, index: int, layer: torch.nn.Module, forms: Mapping[str, Form]
+) -> dict[str, torch.nn.Linear]:
+    """The modules of a layer whose matrices are quantized, by their names in it."""
+    return {name: module for name, module in layer.named_modules() if model.name(index, name) in forms}
 
 
 def _simulation(options: Options) -> Simulation:
@@ -190,6 +239,7 @@ def _quantize_layer(
     states: list[Tensor],
     exact: list[Tensor],
     options: Options,
+    forms: Mapping[str, Form],
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], list[Tensor]]:
     """Puts each matrix's quantized form in its place.
 
@@ -197,23 +247,21 @@ def _quantize_layer(
         The packed tensors by the names of the parameters; the matrices that stay as they are with the reason; and what
         the next layer reads in the unquantized model, if ``exact`` is what this one does.
     """
-    chosen, plain = {}, {}
-    for name, module in layer.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            whole = model.name(index, name)
-            if module.in_features % options.form.group_size:
-                plain[whole] = f"{module.in_features} inputs are no multiple of {options.form.group_size}"
-            else:
-                chosen[name] = module
+    chosen = _choose(model, index, layer, forms)
+    plain = {
+        model.name(index, name): f"{module.in_features} inputs are no multiple of {options.form.group_size}"
+        for name, module in layer.named_modules()
+        if isinstance(module, torch.nn.Linear) and name not in chosen
+    }
+    own = {name: forms[model.name(index, name)] for name in chosen}
     fitted: dict[str, tuple[Tensor, Grid]] = {}
     if options.method == "qep":
         runs = [run_exactly(model, index, chosen, hidden) for hidden in exact]
         exact = [run.out for run in runs]
-        forms = dict.fromkeys(chosen, options.form)
-        fitted = fit_layer(model, index, chosen, runs, states, _simulation(options), forms)
+        fitted = fit_layer(model, index, chosen, runs, states, _simulation(options), own)
     elif options.method == "rtn":
         for name, module in chosen.items():
-            grid = fit_grid(module.weight.data, options.form)
+            grid = fit_grid(module.weight.data, own[name])
             fitted[name] = grid.codes(module.weight.data), grid
     else:
         moments = _moments(model, index, chosen, states, options)
@@ -221,7 +269,7 @@ def _quantize_layer(
             if not moments[name].isfinite().all():
                 whole = model.name(index, f"{name}.weight")
                 raise SkvError(f"{whole}: what it reads is not finite", fix="Check the checkpoint with `quality`.")
-            grid = fit_grid(module.weight.data, options.form, moments[name].diagonal())
+            grid = fit_grid(module.weight.data, own[name], moments[name].diagonal())
             fitted[name] = gptq(module.weight.data, moments[name], grid), grid
     done = {}
     for name, (codes, grid) in fitted.items():

@@ -42,6 +42,11 @@ class Form:
         """The largest code."""
         return 2**self.bits - 1
 
+    @property
+    def effective_bits(self) -> float:
+        """Bits per weight of an export in 16 bits: a code, and the group's share of a scale and a zero point."""
+        return self.bits + (16 + self.bits) / self.group_size
+
 
 @dataclass(frozen=True)
 class Grid:

@@ -25,7 +25,7 @@ from skv_export.evaluation.decode_simulation import Simulation
 from skv_export.evaluation.text import CALIBRATION_TEXT, cut_windows, read_text
 from skv_export.quantization.layer_by_layer import LayerByLayer
 from skv_export.quantization.pipeline import Options, quantize
-from skv_export.quantization.solver import Form
+from skv_export.quantization.solver import Form, fit_grid
 from skv_export.runtime.session import Session
 from skv_export.spec.recipe import Recipe
 
@@ -230,3 +230,67 @@ def test_command_and_comparison(checkpoint: Callable[[str], Path], tmp_path: Pat
     other = str(checkpoint("gemma2"))
     result = run(main, ["quality", folder, *text, "--configs", "K4V2", "--weights", other])
     assert result.exit_code == 1 and "not a form of the same model" in result.output
+
+
+# Bits where they are needed.
+
+
+@pytest.fixture(scope="module")
+def uneven(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama whose second layer's MLP gives next to nothing: its bits do not matter."""
+    folder = tmp_path_factory.mktemp("uneven") / "llama"
+    shutil.copytree(checkpoint("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e-3
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_budget_goes_where_rounding_does_most(uneven: Path, tmp_path: Path) -> None:
+    """The divergence that is measured is that of the model with these matrices rounded, and bits follow it."""
+    options = Options("rtn", Form(4, 16), windows=2, window=128, budget=7.0)
+    made = quantize(resolve(uneven), TEXT, tmp_path / "out", options)
+    dead = {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert made.wide and not dead & set(made.wide)
+    assert 5.25 < made.effective_bits <= 7.0
+    assert all(made.kld[name] < 1e-3 * max(made.kld.values()) for name in dead)
+    ids = torch.from_numpy(cut_windows(load_tokenizer(resolve(uneven)), TEXT, 2, 128))
+    exact, model = load_model(resolve(uneven)), load_model(resolve(uneven))
+    module = model.model.layers[0].self_attn.o_proj
+    grid = fit_grid(module.weight.data, Form(4, 16))
+    module.weight.data = grid.values(grid.codes(module.weight.data))
+    with torch.no_grad():
+        p, q = (m(ids).logits.log_softmax(-1) for m in (exact, model))
+    assert made.kld["model.layers.0.self_attn.o_proj"] == pytest.approx(divergence(p, q), rel=1e-3)
+
+
+def test_matrices_of_two_widths_lose_less(uneven: Path, tmp_path: Path) -> None:
+    """And the library compressed-tensors reads each matrix as our loader does, by its group's scheme."""
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    from compressed_tensors.quantization import QuantizationScheme
+
+    ids = torch.arange(3, 67)[None]
+    reference, losses = logits(uneven, ids), {}
+    for name, budget in (("narrow", None), ("mixed", 7.0)):
+        options = Options("qep", Form(4, 16), windows=2, window=128, budget=budget)
+        quantize(resolve(uneven), TEXT, tmp_path / name, options)
+        losses[name] = divergence(reference, logits(tmp_path / name, ids))
+    assert losses["mixed"] < 0.5 * losses["narrow"], losses
+    ours = load_model(resolve(tmp_path / "mixed")).state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    for file in (tmp_path / "mixed").glob("*.safetensors"):
+        tensors |= load_file(file)
+    config = json.loads((tmp_path / "mixed" / "config.json").read_text())["quantization_config"]
+    library = compressors.BaseCompressor.get_value_from_registry(config["format"])
+    assert sorted(g["weights"]["num_bits"] for g in config["config_groups"].values()) == [4, 8]
+    for group in config["config_groups"].values():
+        for module in group["targets"]:
+            parts = {n.removeprefix(f"{module}."): t for n, t in tensors.items() if n.startswith(f"{module}.")}
+            theirs = library.decompress(parts, QuantizationScheme(**group))["weight"]
+            torch.testing.assert_close(theirs.float(), ours[f"{module}.weight"].float(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_budget_that_holds_no_codes_is_refused() -> None:
+    with pytest.raises(SkvError, match=r"at least 5\.250.*larger groups"):
+        Options(form=Form(4, 16), budget=5.0)
+    assert Options(form=Form(4, 128), budget=4.25).budget == 4.25
