@@ -40,6 +40,13 @@ from skv_export.progress import Progress
     help="Inputs that share a scale.",
 )
 @click.option(
+    "--head-bits",
+    type=click.Choice(["8", "16"]),
+    default="16",
+    show_default=True,
+    help="Bits of the embeddings: 16 leaves them as they are.",
+)
+@click.option(
     "--weight-bits-budget",
     type=Number(),
     help="Bits per weight, scales and zero points included: the matrices that need it most get 8.  [default: alike]",
@@ -62,6 +69,7 @@ def quantize_command(
     method: str,
     bits: str,
     group_size: str,
+    head_bits: str,
     weight_bits_budget: float | None,
     text: Path | None,
     windows: int,
@@ -98,6 +106,7 @@ def quantize_command(
         form=Form(int(bits), int(group_size)),
         windows=windows,
         window=window,
+        head_bits=int(head_bits),
         budget=weight_bits_budget,
         cache=Recipe.load(cache) if cache else None,
     )

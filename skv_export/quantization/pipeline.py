@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Options:
         form: Bits and size of the groups.
         windows: Windows of text; fewer if the text has no more.
         window: Tokens per window.
+        head_bits: Of the input and output embedding: 16 = as they are, 8 = rounded to the nearest.
         budget: Bits per weight, scales and zero points included, over all matrices: those that need it most get 8.
             None = all as ``form`` says.
         cache: The recipe of the cache that the layers have while they read, as the exported model will; None =
@@ -65,6 +66,7 @@ class Options:
     form: Form = field(default_factory=Form)
     windows: int = 16
     window: int = 1024
+    head_bits: int = 16
     budget: float | None = None
     cache: Recipe | None = None
 
@@ -73,6 +75,8 @@ class Options:
             raise SkvError("method", got=self.method, expected=" | ".join(METHODS))
         if self.form.bits not in (4, 8):
             raise SkvError("bits", got=self.form.bits, expected="4 or 8")
+        if self.head_bits not in (8, 16):
+            raise SkvError("head_bits", got=self.head_bits, expected="8 or 16")
         if self.form.group_size not in (16, 32, 64, 128):
             raise SkvError("group_size", got=self.form.group_size, expected="16, 32, 64 or 128")
         if self.budget is not None and not self.form.effective_bits <= self.budget < math.inf:
@@ -181,7 +185,8 @@ def quantize(
             count += sum(name.endswith("weight_packed") for tensors in done.values() for name in tensors)
             plain |= left
         tick("quantizing layers", len(model.layers), len(model.layers))
-        writer.add(_outside(model))
+        embeddings = _embeddings(model, options)
+        writer.add(_outside(model, embeddings))
         about: dict[str, Any] = {"method": options.method, **asdict(options.form)}
         about |= {"windows": len(windows), "window": windows.shape[1]}
         if options.budget is not None:
@@ -190,7 +195,8 @@ def quantize(
         config = model.config.to_dict()
         config["architectures"] = [type(model.model).__name__]
         generation_config(local, model.config).save_pretrained(folder)
-        writer.finish(config, forms, [*plain, *_outside_modules(model)], about)
+        kept = [name for name in _outside_modules(model) if name not in embeddings]
+        writer.finish(config, {**forms, **embeddings}, [*plain, *kept], about)
         before.check()
         nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     elements = sum(module.weight.numel() for _, module in _matrices(model, options.form))
@@ -340,10 +346,35 @@ def _layer_tensors(
     return tensors
 
 
-def _outside(model: LayerByLayer) -> dict[str, Tensor]:
+def _embeddings(model: LayerByLayer, options: Options) -> dict[str, Form]:
+    """The embeddings that are rounded, by the names of their modules; tied ones under the name that the file has."""
+    if options.head_bits == 16:
+        return {}
+    form = replace(options.form, bits=options.head_bits)
+    inner, outer = model.model.get_input_embeddings(), model.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    found = {}
+    for name, module in model.model.named_modules():
+        whole = f"{name}.weight"
+        stored = module in (inner, outer) and whole in model.weights and model.weights.canonical(whole) == whole
+        if stored and module.weight.shape[1] % form.group_size == 0:
+            found[name] = form
+    return found
+
+
+def _outside(model: LayerByLayer, embeddings: Mapping[str, Form]) -> dict[str, Tensor]:
     """The tensors of no layer, in the file's number formats; tied ones once."""
     names = [name for name in model.model.state_dict() if not name.startswith(f"{model.path}.")]
-    return {name: model.weights.tensor(name).clone() for name in names if model.weights.canonical(name) == name}
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if model.weights.canonical(name) != name:
+            continue
+        if form := embeddings.get(name.removesuffix(".weight")):
+            weight = model.weights.tensor(name).float()
+            grid = fit_grid(weight, form)
+            tensors |= packed(name, grid.codes(weight), grid)
+        else:
+            tensors[name] = model.weights.tensor(name).clone()
+    return tensors
 
 
 def _outside_modules(model: LayerByLayer) -> list[str]:

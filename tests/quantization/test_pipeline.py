@@ -17,7 +17,7 @@ from tiny_models import write_tokenizer
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from skv_export.checkpoints.checkpoint import resolve
+from skv_export.checkpoints.checkpoint import Checkpoint, resolve
 from skv_export.checkpoints.pretrained import load_model, load_tokenizer
 from skv_export.cli.main import main
 from skv_export.errors import SkvError
@@ -128,6 +128,21 @@ def test_an_export_of_it_keeps_the_codes(arch: str, checkpoint: Callable[[str], 
     assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 7 * len(session.config.layers)
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])  # two matrices; one that is tied
+def test_embeddings_in_8_bits_lose_next_to_nothing(
+    arch: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for bits in (16, 8):
+        quantize(resolve(checkpoint(arch)), TEXT, tmp_path / str(bits), Options("rtn", SMALL.form, head_bits=bits))
+    ids = torch.arange(3, 67)[None]
+    exact, rounded = logits(tmp_path / "16", ids), logits(tmp_path / "8", ids)
+    assert 0 < divergence(exact, rounded) < 5e-3  # 4 bits in the layers: 0.36
+    names = Checkpoint.open(tmp_path / "8").entries
+    embeddings = [name for name in names if "embed_tokens" in name or name.startswith("lm_head")]
+    assert len(embeddings) == (1 if arch == "gemma2" else 2)
+    assert all(names[name].blocks().format.bits == 8 for name in embeddings)  # type: ignore[union-attr]
+
+
 def test_tensors_that_are_not_quantized_stay_as_they_are(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     folder = checkpoint("llama")
     quantize(resolve(folder), TEXT, tmp_path / "out", SMALL)
@@ -209,6 +224,31 @@ def test_matrices_whose_inputs_make_no_groups_stay(checkpoint: Callable[[str], P
 
 
 # The command line.
+
+
+def test_an_export_that_fits_its_weights_on_the_way(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """One command: the export holds the codes of the checkpoint that stands beside it, and names it."""
+    (tmp_path / "text.txt").write_text(TEXT * 8)
+    folder, out = str(checkpoint("llama")), str(tmp_path / "out")
+    fitting = ["--weight-method", "qep", "--weight-text", str(tmp_path / "text.txt")]
+    run = CliRunner().invoke
+    for wrong, message in (
+        (["--weight-text", str(tmp_path / "text.txt")], "nothing is fitted"),
+        (fitting, "int4 or int8"),
+        ([*fitting, "--weights", "int4", "--calibration", "x"], "both"),
+        ([*fitting, "--weights", "int4", "--weight-bits-budget", "4"], "at least 4.625"),
+    ):
+        result = run(main, ["model", folder, "--out", out, *wrong])
+        assert result.exit_code == 1 and message in result.output, result.output
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out-weights").exists()
+    result = run(main, ["model", folder, "--out", out, *fitting, "--weights", "int4", "--head-bits", "8"])
+    assert result.exit_code == 0, result.output
+    session = Session(tmp_path / "out")
+    assert (session.config.source["name"], session.config.weights) == ("out-weights", "as-is")
+    ids = list(range(3, 43))
+    got = torch.from_numpy(session.append([ids], session.cache(max_length=64)))[0].log_softmax(-1)
+    expected = logits(tmp_path / "out-weights", torch.tensor([ids]))[0, -1]
+    torch.testing.assert_close(got.flatten(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_command_and_comparison(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
