@@ -12,7 +12,7 @@ from skv_export.errors import SkvError
 from skv_export.progress import Progress
 from skv_export.spec.recipe import AS_IS, WEIGHT_BITS, Recipe
 
-METHODS = ("qep", "gptq", "rsq", "rtn")
+METHODS = ("qep", "gptq", "rsq", "awq", "rtn")
 """As ``quantization.pipeline`` has them, which loads torch."""
 FITTED_OPTIONS = ("weight_method", "weight_text", "weight_bits_budget", "weight_cache", "head_bits")
 """Parameters that ``fitted_options`` adds."""

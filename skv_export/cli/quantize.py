@@ -25,11 +25,11 @@ from skv_export.progress import Progress
 @adapter_option
 @click.option(
     "--method",
-    type=click.Choice(["qep", "rsq", "gptq", "rtn"]),
+    type=click.Choice(["qep", "rsq", "gptq", "awq", "rtn"]),
     default="qep",
     show_default=True,
     help="qep: each matrix makes up for the errors before it; gptq: for its own; rsq: GPTQ with tokens weighed by "
-    "attention; rtn: to the nearest.",
+    "attention; awq: to the nearest with scales in the norms; rtn: without.",
 )
 @click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Bits of a weight.")
 @click.option(

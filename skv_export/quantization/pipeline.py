@@ -30,11 +30,12 @@ from skv_export.quantization.checkpoint_writer import CheckpointWriter, packed
 from skv_export.quantization.error_propagation import fit_layer, run_exactly
 from skv_export.quantization.importance import token_importance
 from skv_export.quantization.layer_by_layer import LayerByLayer
+from skv_export.quantization.scaling import scale_inputs
 from skv_export.quantization.sensitivity import Unit, allocate, measure
 from skv_export.quantization.solver import Form, Grid, fit_grid, gptq
 from skv_export.spec.recipe import Recipe
 
-METHODS = ("qep", "rsq", "gptq", "rtn")
+METHODS = ("qep", "rsq", "gptq", "awq", "rtn")
 """Ways to find codes; ``quantize`` says what they are."""
 
 Progress = Callable[[str, int, int], None]
@@ -47,8 +48,8 @@ class Options:
 
     Attributes:
         method: ``qep``, fitted to the unquantized model's outputs, each matrix making up for the errors before it;
-            ``gptq``; ``rsq``, GPTQ in which tokens count as much as attention reads them; ``rtn``, rounding to the
-            nearest.
+            ``gptq``; ``rsq``, GPTQ in which tokens count as much as attention reads them; ``awq``, rounding to the
+            nearest with scales in the norms; ``rtn``, without.
         form: Bits and size of the groups.
         windows: Windows of text; fewer if the text has no more.
         window: Tokens per window.
@@ -261,6 +262,7 @@ def _quantize_layer(
     }
     own = {name: forms[model.name(index, name)] for name in chosen}
     fitted: dict[str, tuple[Tensor, Grid]] = {}
+    norms: dict[str, Tensor] = {}
     if options.method == "qep":
         runs = [run_exactly(model, index, chosen, hidden) for hidden in exact]
         exact = [run.out for run in runs]
@@ -271,13 +273,17 @@ def _quantize_layer(
             fitted[name] = grid.codes(module.weight.data), grid
     else:
         moments = _moments(model, index, chosen, states, options)
-        for name, module in chosen.items():
+        for name in chosen:
             if not moments[name].isfinite().all():
                 whole = model.name(index, f"{name}.weight")
                 raise SkvError(f"{whole}: what it reads is not finite", fix="Check the checkpoint with `quality`.")
-            grid = fit_grid(module.weight.data, own[name], moments[name].diagonal())
-            fitted[name] = gptq(module.weight.data, moments[name], grid), grid
-    done = {}
+        if options.method == "awq":
+            norms = scale_inputs(model, index, layer, chosen, states[0], moments, own)
+        for name, module in chosen.items():
+            weight = module.weight.data
+            grid = fit_grid(weight, own[name], moments[name].diagonal())
+            fitted[name] = (grid.codes(weight) if options.method == "awq" else gptq(weight, moments[name], grid)), grid
+    done = {model.name(index, name): {model.name(index, name): tensor} for name, tensor in norms.items()}
     for name, (codes, grid) in fitted.items():
         whole = model.name(index, f"{name}.weight")
         chosen[name].weight.data = grid.values(codes)
