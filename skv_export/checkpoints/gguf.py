@@ -101,7 +101,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Mapping[str, TensorEntry]]:
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
-    """Metadata and tensors of one file, which an export asks for again and again: parsed once for each of its states."""
+    """Metadata and tensors of one file, parsed once for each of its states: an export asks for them many times."""
     metadata, entries = _parsed(path, stamp(path.stat()))
     return dict(metadata), dict(entries)
 
