@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from skv_export.checkpoints.checkpoint import Checkpoint
 from skv_export.checkpoints.gguf_config import ARCHITECTURES
+from skv_export.checkpoints.shared_caches import refuse_shared
 from skv_export.errors import SkvError
 
 Array = npt.NDArray[Any]
@@ -267,6 +268,7 @@ class AttentionReader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+        refuse_shared(checkpoint.config, f"{checkpoint.source}: bits by layer")
         self.config = AttentionConfig.from_config(checkpoint.config)
         self._row, self._prefix = self._locate()
 

@@ -26,7 +26,7 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
 """Pattern of a tensor's name, what a checkpoint with such tensors is, and what to do."""
 _NO_PLACE_NEEDED = re.compile(
     r"rotary_emb\.inv_freq|\.masked_bias$|\.attn\.bias$|\.attention\.bias$"  # buffers that older versions saved
-    r"|vision|visual|audio|speech|image|multi_modal|encoder\.|mtp\.|draft"  # of parts that a language model is without
+    r"|vision|visual|audio|speech|image|multi_modal|connector|encoder\.|mtp\.|draft"  # of what is no language model
 )
 _HEADS = re.compile(r"(^|\.)(score|classifier|classification_head|v_head|reward_head|value_head)\.")
 

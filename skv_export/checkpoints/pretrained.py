@@ -17,7 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
@@ -246,6 +252,8 @@ def _model_class(source: Source, config: PreTrainedConfig) -> tuple[Any, PreTrai
     if isinstance(found, tuple | list):
         named = [kind for kind in found if kind.__name__ in (config.architectures or ())]
         found = (named or found)[0]
+    if found is None and (found := MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)) is not None:
+        return found, config  # whole: its text tower has no class of its own
     if found is None:
         raise SkvError(f"{source}: transformers has no causal language model of type {config.model_type}")
     text = config.sub_configs.get("text_config")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from transformers import AttentionInterface, PreTrainedModel
 
 from skv_export.checkpoints.pretrained import input_device
+from skv_export.checkpoints.shared_caches import cache_sources
 from skv_export.errors import SkvError
 from skv_export.spec.compaction import move_tokens
 from skv_export.spec.key_basis import KeyBasis, can_be_calibrated
@@ -431,13 +432,14 @@ def _hook(
     if simulation is None:
         raise SkvError(f"{type(module).__name__}: no simulation is active", fix="Run the model in simulation.active().")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    owner = cache_sources(getattr(module, "config", None)).get(layer, layer)
     options: AttentionOptions = {
         "scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling),
         "softcap": float(softcap or 0.0),
         "local_window_size": int(sliding_window or 0),
         "head_sink": s_aux,
     }
-    caches = simulation.layer(layer, key.shape[1], key.shape[-1], options["local_window_size"])
+    caches = simulation.layer(owner, key.shape[1], key.shape[-1], options["local_window_size"])
     rows = []
     for tensors in zip(query.float(), key.float(), value.float(), strict=True):
         rows.append(simulation.attend(*tensors, caches, **options))

@@ -11,6 +11,8 @@ TESTED: Mapping[str, str] = {
     "qwen3": "QK norm",
     "gemma2": "softcap, alternating windows",
     "gemma3_text": "two sets of RoPE frequencies",
+    "gemma3n_text": "layers that share keys and values",
+    "gemma4_text": "layers that share keys and values",
     "phi3": "fused projections",
     "granite": "its own scales",
     "granitemoehybrid": "attention layers only",

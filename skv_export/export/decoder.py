@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from skv_export.checkpoints.pretrained import replace_attention
+from skv_export.checkpoints.shared_caches import cache_sources
 from skv_export.errors import SkvError
 from skv_export.export.llama4_attention import PATCHES
 from skv_export.spec.key_basis import MATRICES, KeyBasis
@@ -214,6 +216,7 @@ class AttentionCall:
         past_keys: uint8 ``[B, N_kv, rows, W]``, in the order of ``configs``.
         past_values: The same.
         bases: Of calibrated keys, by layer.
+        sources: Layers that read the cache of another one, and of which.
     """
 
     is_compileable = False
@@ -225,8 +228,9 @@ class AttentionCall:
         past_keys: Sequence[torch.Tensor],
         past_values: Sequence[torch.Tensor],
         bases: Mapping[int, KeyBasis] | None = None,
+        sources: Mapping[int, int] | None = None,
     ) -> None:
-        self.configs, self.lengths, self.bases = configs, lengths, bases or {}
+        self.configs, self.lengths, self.bases, self.sources = configs, lengths, bases or {}, sources or {}
         self.past = dict(zip(configs, zip(past_keys, past_values, strict=True), strict=True))
         self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.layers: dict[int, LayerAttention] = {}
@@ -249,26 +253,40 @@ class AttentionCall:
         value: torch.Tensor,
         head_sink: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Runs the op for layer ``index`` and keeps what it returns; tensors as the hook gets them."""
-        if index in self.layers or index not in self.configs:
+        """Runs the op for layer ``index`` and keeps what it returns; tensors as the hook gets them.
+
+        A layer that reads the cache of another gets that one's new keys and values from the model. Each of them returns
+        the same presents: in the exported graph the last one alone appends, after all others have read the past.
+        """
+        owner = self.sources.get(index, index)
+        if index in self.layers or owner not in self.configs:
             raise SkvError(
                 f"layer {index}: attention runs twice, or in a layer that num_hidden_layers does not count",
-                expected=f"once in each of {len(self.configs)} layers",
+                expected=f"once in each of {len(self.configs) + len(self.sources)} layers",
                 fix=_UNSUPPORTED,
             )
-        layer = LayerAttention.build(self.configs[index], int(query.shape[-1]), params)
+        layer = LayerAttention.build(self.configs[owner], int(query.shape[-1]), params)
         self.layers[index] = layer
+        shared = self.layers.get(owner, layer)
+        if (shared.layouts, shared.params.kv_num_heads) != (layer.layouts, layer.params.kv_num_heads):
+            raise SkvError(
+                f"layer {index}: can't read the cache of layer {owner}",
+                got=f"{params.kv_num_heads} heads of {query.shape[-1]}, window {params.local_window_size}",
+                expected=f"{shared.params.kv_num_heads} heads of {shared.layouts[0].head_dim}, "
+                f"window {shared.params.local_window_size}",
+                fix=_UNSUPPORTED,
+            )
         output, *present = torch.ops.skv.quantized_kv_attention(
             *(x.transpose(1, 2).flatten(2) for x in (query, key, value)),
-            *self.past[index],
+            *self.past[owner],
             self.lengths.seqlens_k,
             self.lengths.total_sequence_length,
             head_sink,
             self.lengths.query_seqlens,
-            *_matrices(self.bases.get(index)),
+            *_matrices(self.bases.get(owner)),
             **layer.attributes(),
         )
-        self.present[index] = (present[0], present[1])
+        self.present[owner] = (present[0], present[1])
         return output
 
     # What transformers asks of a cache. The new tokens are all that it sees: the past stays inside the op.
@@ -294,7 +312,7 @@ def _matrices(basis: KeyBasis | None) -> list[torch.Tensor | None]:
 class _Seen:
     """What the last pass showed of the layers; an object, because torch.export puts a module's own attributes back."""
 
-    layers: tuple[LayerAttention, ...] = ()
+    layers: Mapping[int, LayerAttention] = MappingProxyType({})
 
 
 class SkvDecoder(torch.nn.Module):
@@ -302,7 +320,8 @@ class SkvDecoder(torch.nn.Module):
 
     Args:
         model: A causal language model; its attention implementation is set to the hook.
-        configs: The recipe's options, layer by layer; by index for a model that holds a few of its layers only.
+        configs: The recipe's options, by layer that has a cache; by index for a model that holds a few of its layers
+            only.
         all_logits: Return the logits of every token instead of the last real one of each sequence.
         bases: Of calibrated keys, by layer.
 
@@ -321,6 +340,7 @@ class SkvDecoder(torch.nn.Module):
         super().__init__()
         self.model, self.all_logits, self.bases = model, all_logits, bases
         self.configs = dict(configs) if isinstance(configs, Mapping) else dict(enumerate(configs))
+        self.sources = cache_sources(model.config.get_text_config())
         self._seen = _Seen()
         self._keep: torch.Tensor | None = None
         head: torch.nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -333,8 +353,13 @@ class SkvDecoder(torch.nn.Module):
 
     @property
     def layers(self) -> tuple[LayerAttention, ...]:
-        """Attention of each layer, as the last pass showed it."""
-        return self._seen.layers
+        """Attention of each layer that has a cache, as the last pass showed it."""
+        return tuple(self._seen.layers[i] for i in self.configs if i in self._seen.layers)
+
+    @property
+    def windows(self) -> list[int]:
+        """Tokens that each layer's queries see, those without a cache included; 0 = all."""
+        return [layer.params.local_window_size for _, layer in sorted(self._seen.layers.items())]
 
     def forward(
         self,
@@ -343,6 +368,7 @@ class SkvDecoder(torch.nn.Module):
         position_ids: torch.Tensor,
         past_keys: Sequence[torch.Tensor],
         past_values: Sequence[torch.Tensor],
+        inputs_embeds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
         """Runs the model on new tokens.
 
@@ -352,9 +378,10 @@ class SkvDecoder(torch.nn.Module):
         Args:
             input_ids: int64 ``[B, S]``.
             attention_mask: int64 ``[B, past + S]``; 0 = padding.
-            position_ids: int64 ``[B, S]``.
+            position_ids: int64 ``[B, S]``, or ``[3, B, S]`` with multimodal RoPE.
             past_keys: uint8 ``[B, N_kv, rows, W]``, layer by layer.
             past_values: The same.
+            inputs_embeds: float32 ``[B, S, hidden]`` in the place of the tokens' embeddings, or of length 0.
 
         Returns:
             logits float32 ``[B, 1, vocab]`` (``[B, S, vocab]`` with ``all_logits``), present keys, present values.
@@ -365,19 +392,35 @@ class SkvDecoder(torch.nn.Module):
         count = mask.sum(1, keepdim=True)
         # A stable partition: where each token goes, real ones first.
         place = torch.where(mask > 0, mask.cumsum(1) - 1, count + (mask == 0).long().cumsum(1) - 1)
-        packed_ids = torch.zeros_like(input_ids).scatter(1, place, input_ids)
-        packed_positions = torch.zeros_like(position_ids).scatter(1, place, position_ids)
+        where = place if position_ids.dim() == 2 else place[None].expand(position_ids.shape[0], -1, -1)
+        packed_positions = torch.zeros_like(position_ids).scatter(-1, where, position_ids)
+        if inputs_embeds is None:
+            given = {"input_ids": torch.zeros_like(input_ids).scatter(1, place, input_ids)}
+        else:
+            given = {"inputs_embeds": self._embed(input_ids, inputs_embeds, place)}
         self._keep = place if self.all_logits else (count - 1).clamp(min=0)
         lengths = Lengths((attention_mask.sum(1) - 1).to(torch.int32), count.squeeze(1).to(torch.int32), columns)
-        call = AttentionCall(self.configs, lengths, past_keys, past_values, self.bases)
+        call = AttentionCall(self.configs, lengths, past_keys, past_values, self.bases, self.sources)
         with call.running():
-            logits = self.model(
-                input_ids=packed_ids, position_ids=packed_positions, past_key_values=call, use_cache=True
-            ).logits
+            logits = self.model(position_ids=packed_positions, past_key_values=call, use_cache=True, **given).logits
         self._keep = None
         self._seen.layers = self._check(call)
         present = [call.present[i] for i in self.configs]
         return logits.float(), [p[0] for p in present], [p[1] for p in present]
+
+    def _embed(self, ids: torch.Tensor, given: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """Returns what the model reads, packed ``[B, S, hidden]``: the given embeddings, or the tokens' without any.
+
+        Both stand in one list of rows, of which the wanted ones are taken: no branch, and no cost without embeddings
+        beyond a copy of the rows.
+        """
+        batch, tokens = ids.shape
+        own = self.model.get_input_embeddings()(ids)
+        extra = given.to(own.dtype).flatten(0, 1)
+        rows = torch.cat([own.flatten(0, 1), extra])
+        come_from = torch.zeros_like(ids).scatter(1, place, torch.arange(tokens).expand(batch, -1))
+        index = come_from + torch.arange(batch)[:, None] * tokens + extra.shape[0]
+        return rows.index_select(0, index.flatten()).view(batch, tokens, -1)
 
     def _select(self, _module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         """Leaves the output embedding only the hidden states whose logits are wanted, unpacked."""
@@ -386,13 +429,14 @@ class SkvDecoder(torch.nn.Module):
         hidden = args[0]
         return (hidden.gather(1, self._keep[..., None].expand(-1, -1, hidden.shape[-1])), *args[1:])
 
-    def _check(self, call: AttentionCall) -> tuple[LayerAttention, ...]:
-        missing = sorted(set(self.configs) - set(call.layers))
+    def _check(self, call: AttentionCall) -> Mapping[int, LayerAttention]:
+        wanted = {*self.configs, *self.sources}
+        missing = sorted(wanted - set(call.layers))
         if missing:
             raise SkvError(
                 f"{self.model.config.model_type}: layers without attention that the op replaces",
                 got=f"layers {missing}",
-                expected=f"attention in each of {len(self.configs)} layers",
+                expected=f"attention in each of {len(wanted)} layers",
                 fix=_UNSUPPORTED,
             )
-        return tuple(call.layers[i] for i in self.configs)
+        return call.layers

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from accelerate import init_empty_weights
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
+from skv_export.export import vision_language
 from skv_export.export.supported import prepare_model
 
 
@@ -58,9 +59,13 @@ def build(config: PreTrainedConfig, dtype: torch.dtype) -> EmptyModel:
         Whatever transformers raises where the configuration is no such model's.
     """
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        towers = vision_language.is_vision_language(config)
+        made_by = AutoModelForImageTextToText if towers else AutoModelForCausalLM
+        model: PreTrainedModel = made_by.from_config(  # type: ignore[no-untyped-call]
             config, dtype=dtype, trust_remote_code=False
         )
+    if towers:
+        vision_language.keep_text_tower(model)
     model.tie_weights()
     prepare_model(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -23,9 +23,10 @@ from skv_export.checkpoints.checkpoint import Checkpoint, Source, resolve
 from skv_export.checkpoints.model_config import load_config
 from skv_export.checkpoints.pretrained import DTYPES, download
 from skv_export.checkpoints.purpose import check_purpose
+from skv_export.checkpoints.shared_caches import count_caches
 from skv_export.checkpoints.snapshot import Snapshot
 from skv_export.errors import SkvError
-from skv_export.export import empty_model, repeat_layers
+from skv_export.export import empty_model, repeat_layers, rope_by_length, vision_language
 from skv_export.export.checkpoint_weights import Weights, separate_head
 from skv_export.export.decoder import SkvDecoder
 from skv_export.export.empty_model import EmptyModel
@@ -66,6 +67,7 @@ def plan(
     as_causal_lm: bool = False,
     adapter: str | Path | None = None,
     calibration: Calibration | None = None,
+    inputs_embeds: bool | None = None,
 ) -> Plan:
     """Plans an export: what it would write. Reads the configuration and the files' headers, and no weights.
 
@@ -75,12 +77,13 @@ def plan(
         as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
         adapter: Folder of a LoRA adapter to merge into the weights.
         calibration: Of keys; whether it is this checkpoint's is seen when the weights are there.
+        inputs_embeds: As ``export_model``'s.
 
     Raises:
         SkvError: The checkpoint, its architecture or the recipe can't be used; the message says why.
     """
     resolved = resolve(source, adapter=adapter)
-    planned = _plan(resolved, as_recipe(recipe), as_causal_lm)[0]
+    planned = _plan(resolved, as_recipe(recipe), as_causal_lm, inputs_embeds)[0]
     return _calibrated(planned, calibration)[0]
 
 
@@ -105,10 +108,12 @@ def _calibrated(planned: Plan, calibration: Calibration | None) -> tuple[Plan, C
     return dataclasses.replace(planned, calibrated=frozenset(bases)), dataclasses.replace(calibration, bases=bases)
 
 
-def _plan(source: Source, recipe: Recipe, as_causal_lm: bool) -> tuple[Plan, EmptyModel]:
+def _plan(
+    source: Source, recipe: Recipe, as_causal_lm: bool, inputs_embeds: bool | None = None
+) -> tuple[Plan, EmptyModel]:
     config = load_config(source)
     try:
-        return _plan_of(config, source, recipe, as_causal_lm)
+        return _plan_of(config, source, recipe, as_causal_lm, inputs_embeds)
     except SkvError:
         raise
     except Exception as error:  # values of other types than ours and transformers' code expect
@@ -116,12 +121,24 @@ def _plan(source: Source, recipe: Recipe, as_causal_lm: bool) -> tuple[Plan, Emp
         raise SkvError(f"{source}: its configuration makes no sense", got=got, fix="Correct config.json.") from error
 
 
-def _plan_of(config: PreTrainedConfig, source: Source, recipe: Recipe, as_causal_lm: bool) -> tuple[Plan, EmptyModel]:
+def _plan_of(
+    config: PreTrainedConfig, source: Source, recipe: Recipe, as_causal_lm: bool, inputs_embeds: bool | None
+) -> tuple[Plan, EmptyModel]:
     check_config(config)
+    text = config.get_text_config()
+    sees = vision_language.is_vision_language(config)
+    embeds = sees if inputs_embeds is None else inputs_embeds
+    if embeds and getattr(text, "hidden_size_per_layer_input", None):
+        raise SkvError(
+            f"{config.model_type}: inputs_embeds",
+            got="a model with embeddings of the tokens for each layer (hidden_size_per_layer_input)",
+            expected="one that reads embeddings alone",
+            fix="Leave --inputs-embeds out.",
+        )
     if not as_causal_lm:
         check_purpose(config.model_type, config.architectures)
     separate_head(source, config)
-    count = int(config.num_hidden_layers)
+    count = count_caches(text)
     configs = recipe.layers(count)
     try:
         model = empty_model.build(config, DTYPES[recipe.dtype])
@@ -136,26 +153,38 @@ def _plan_of(config: PreTrainedConfig, source: Source, recipe: Recipe, as_causal
         raise SkvError(
             f"{config.model_type}: can't be exported: its model does not run with the op as its attention", got=got
         ) from error
-    check_windows(config, [layer.params.local_window_size for layer in decoder.layers])
+    check_windows(text, decoder.windows)
     weights = Weights(source, model.model)  # compares names and shapes in the files' headers, and reads no weight
     held = weights.held() if recipe.weights in ("", AS_IS) else {}
-    _tokens(config, generation_config(source, config))
+    _tokens(text, generation_config(source, config))
+    if sees:
+        vision_language.warn_of_images(config)
     planned = Plan(
         source=source,
         recipe=dataclasses.replace(recipe, weights=AS_IS if held else recipe.weights.removeprefix(AS_IS)),
         model_type=config.model_type,
         layers=decoder.layers,
         weight_bytes=stored_bytes(model.model, recipe, held),
-        context_length=context_length(config),
+        context_length=context_length(text),
         held=held,
+        readers=len(decoder.sources),
+        inputs_embeds=int(text.hidden_size) if embeds else 0,
+        position_axes=vision_language.position_axes(config),
     )
     return planned, model
 
 
-def _example_inputs(past_keys: list[torch.Tensor], past_values: list[torch.Tensor]) -> tuple[Any, ...]:
-    """Inputs for tracing: two sequences of three tokens after four: lengths differ, and none is 0 or 1."""
+def _example_inputs(
+    past_keys: list[torch.Tensor], past_values: list[torch.Tensor], axes: int = 1, hidden: int = 0
+) -> tuple[Any, ...]:
+    """Inputs for tracing: two sequences of three tokens after four: lengths differ, and none is 0 or 1.
+
+    With ``axes`` of positions, and with embeddings of ``hidden`` channels, where there are any.
+    """
     ids, mask = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64)
-    return ids, mask, torch.zeros_like(ids), past_keys, past_values
+    positions = torch.zeros_like(ids) if axes == 1 else torch.zeros(axes, *ids.shape, dtype=torch.int64)
+    given = (ids, mask, positions, past_keys, past_values)
+    return (*given, torch.zeros(5, 6, hidden)) if hidden else given
 
 
 @checked
@@ -169,6 +198,7 @@ def export_model(
     as_causal_lm: bool = False,
     adapter: str | Path | None = None,
     calibration: Calibration | str | Path | None = None,
+    inputs_embeds: bool | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Exports a checkpoint.
@@ -182,6 +212,7 @@ def export_model(
         as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
         adapter: Folder of a LoRA adapter to merge into the weights.
         calibration: Of keys: what ``skv-export calibrate`` wrote for this checkpoint.
+        inputs_embeds: Whether the graph takes embeddings in the place of tokens too; None = of vision-language models.
         progress: Told of each phase; a bar on standard error if not given.
 
     Returns:
@@ -200,7 +231,7 @@ def export_model(
         phases = _Phases(progress or shown)
         phases.start("reading the configuration")
         before = Snapshot.take(resolved)
-        planned, model = _plan(resolved, chosen, as_causal_lm)
+        planned, model = _plan(resolved, chosen, as_causal_lm, inputs_embeds)
         planned, constants = _calibrated(planned, calibration)
         with output_folder(target, planned.weight_bytes, force=force) as folder:
             phases.start("opening the weights")
@@ -246,14 +277,15 @@ class _Phases:
 
 def _build(planned: Plan, model: EmptyModel, weights: Weights, all_logits: bool) -> ir.Model:
     """Returns the graph: two traced layers of each kind, copied for the others, if possible; else all are traced."""
-    samples = repeat_layers.choose(model.model, planned.layers, planned.held)
+    # A layer that reads the keys of another is not one of a stack of layers that are alike.
+    samples = None if planned.readers else repeat_layers.choose(model.model, planned.layers, planned.held)
     if samples is not None:
         with repeat_layers.cut(model.model, samples):
             program = _trace(planned, model, samples.traced, all_logits)
         if (graph := build(program, weights, planned.layers, planned.recipe, samples)) is not None:
             return graph
     program = _trace(planned, model, range(len(planned.layers)), all_logits)
-    whole = build(program, weights, planned.layers, planned.recipe)
+    whole = build(program, weights, planned.layers, planned.recipe, readers=planned.readers)
     assert whole is not None
     return whole
 
@@ -269,12 +301,15 @@ def _trace(planned: Plan, model: EmptyModel, traced: Sequence[int], all_logits: 
             ]
             for which, rows in ((0, 2), (1, 3))
         )
-        inputs = _example_inputs(keys, values)
+        inputs = _example_inputs(keys, values, planned.position_axes, planned.inputs_embeds)
     dim = torch.export.Dim
     batch, tokens, columns = dim("batch_size"), dim("sequence_length"), dim("total_sequence_length")
     ids = {0: batch, 1: tokens}
     caches = [{0: batch, 2: dim.DYNAMIC}] * len(traced)
-    shapes = (ids, {0: batch, 1: columns}, ids, caches, caches)
+    positions = ids if planned.position_axes == 1 else {1: batch, 2: tokens}
+    shapes: tuple[Any, ...] = (ids, {0: batch, 1: columns}, positions, caches, caches)
+    if planned.inputs_embeds:
+        shapes = (*shapes, {0: dim.DYNAMIC, 1: dim.DYNAMIC})
     try:
         with torch.no_grad():
             return torch.export.export(decoder, inputs, dynamic_shapes=shapes, strict=False)
@@ -301,18 +336,19 @@ def _write_beside(folder: Path, planned: Plan, local: Source, config: PreTrained
     base = {"search": {name: value for name, value in given.items() if value is not None}}
     metadata = Checkpoint(local).gguf_metadata if local.kind == "gguf" else None
     licence = licence_of(None if local.kind == "gguf" else local.path, metadata)
-    write_configs(folder, planned.recipe, ours, int(config.hidden_size), TOKEN_INPUTS, base, licence=licence)
+    hidden_size = int(config.get_text_config().hidden_size)
+    write_configs(folder, planned.recipe, ours, hidden_size, TOKEN_INPUTS, base, licence=licence)
 
 
 def _model_config(
     planned: Plan, config: PreTrainedConfig, generation: GenerationConfig, all_logits: bool
 ) -> ModelConfig:
     source, recipe = planned.source, planned.recipe
-    bos, ends, pad = _tokens(config, generation)
+    bos, ends, pad = _tokens(config.get_text_config(), generation)
     return ModelConfig(
         model_type=planned.model_type,
         dtype=recipe.dtype,
-        vocab_size=int(config.vocab_size),
+        vocab_size=int(config.get_text_config().vocab_size),
         context_length=planned.context_length,
         bos_token_id=bos[0] if bos else None,
         eos_token_id=ends,
@@ -329,6 +365,9 @@ def _model_config(
             **({"adapter": source.adapter.resolve().name} if source.adapter else {}),
         },
         layers=tuple(LayerCache.of(layer, i in planned.calibrated) for i, layer in enumerate(planned.layers)),
+        inputs_embeds=planned.inputs_embeds,
+        position_axes=planned.position_axes,
+        rope_switch=rope_by_length.switch_length(config.get_text_config()),
     )
 
 

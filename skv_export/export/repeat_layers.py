@@ -88,7 +88,7 @@ def choose(
         return None
     path, stack = found
     held = held or {}
-    lists_of_config = _per_layer(model.config, len(layers))
+    lists_of_config = _per_layer(model.config.get_text_config(), len(layers))
     signatures = [
         (
             layer,
@@ -140,7 +140,7 @@ def cut(model: PreTrainedModel, samples: Samples) -> Iterator[None]:
     owner = model.get_submodule(parent)
     whole: torch.nn.ModuleList = getattr(owner, name)
     traced = [whole[i] for i in samples.traced]
-    config = model.config
+    config = model.config.get_text_config()
     changed: dict[str, Any] = {
         key: [values[i] for i in samples.traced] for key, values in _per_layer(config, len(samples.kinds)).items()
     }

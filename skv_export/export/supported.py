@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from skv_export.errors import SkvError
+from skv_export.export import gemma3n_sparsity, rope_by_length, vision_language
 from skv_export.export.architectures import TESTED
 
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
@@ -28,13 +29,15 @@ def check_config(config: PreTrainedConfig) -> None:
         SkvError: Names the architecture and the reason.
     """
     reason = next(_reasons(config), None)
+    if reason is None and vision_language.is_vision_language(config):
+        reason = next(_reasons(config.get_text_config(), has_class=False), None)
     if reason is not None:
         expected = f"a decoder such as {', '.join(TESTED)}"
         raise SkvError(f"{config.model_type}: can't be exported: {reason}", expected=expected)
 
 
-def _reasons(config: PreTrainedConfig) -> Iterator[str]:
-    """Yields the reasons why a model cannot be exported, the most specific first."""
+def _reasons(config: PreTrainedConfig, has_class: bool = True) -> Iterator[str]:
+    """Yields the reasons why a model cannot be exported, the most specific first; a text tower has no class."""
 
     def has(*names: str) -> list[str]:
         return [name for name in names if _is_set(config, name)]
@@ -52,18 +55,17 @@ def _reasons(config: PreTrainedConfig) -> Iterator[str]:
         yield "attention within chunks (attention_chunk_size)"
     if other := sorted(kinds - _PLAIN_LAYERS):
         yield f"layers without a cache of keys and values, such as linear attention ({', '.join(other)})"
-    if senses := has(*_OTHER_SENSES):
+    if config.model_type in vision_language.REFUSED:
+        yield vision_language.REFUSED[config.model_type]
+    if not vision_language.is_vision_language(config) and (senses := has(*_OTHER_SENSES)):
         yield f"it reads more than text ({', '.join(senses)}): export its text model alone"
-    if has("num_kv_shared_layers"):
-        yield "layers share keys and values (num_kv_shared_layers)"
     if has("attn_temperature_tuning") and not all(getattr(config, "no_rope_layers", None) or ()):
         yield "queries are scaled by their positions (attn_temperature_tuning)"
     if has("alibi") or config.model_type in _ALIBI_MODELS:
         yield "positions are biases on the scores (ALiBi), which the op does not add"
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or vision_language.is_vision_language(config)
+    if has_class and not known:
         yield "transformers has no causal language model of this type"
-    if any("dynamic" in str(rope.get("rope_type")) for rope in _ropes(config)):
-        yield "RoPE frequencies that change with the length (dynamic NTK) would make the cached keys wrong"
 
 
 def _is_set(config: PreTrainedConfig, name: str) -> bool:
@@ -105,20 +107,18 @@ def check_windows(config: PreTrainedConfig, windows: Sequence[int]) -> None:
 def context_length(config: PreTrainedConfig) -> int:
     """Returns the tokens that the exported model can attend to.
 
-    A longrope model has two sets of frequencies, one beyond its original length; a cache can't hold keys of both, so
-    the export keeps the first set and ends where it does. YaRN reaches ``factor`` times its original length, whether or
-    not ``max_position_embeddings`` was raised with it.
+    YaRN reaches ``factor`` times its original length, whether or not ``max_position_embeddings`` was raised with it;
+    dynamic NTK ``factor`` times ``max_position_embeddings``.
     """
     full = int(getattr(config, "max_position_embeddings", None) or 2048)
-    limits = []
+    reached = [full]
     for rope in _ropes(config):
-        original = int(rope.get("original_max_position_embeddings") or full)
-        if rope.get("rope_type") == "longrope":
-            limits.append(original)
-        if rope.get("rope_type") == "yarn":
-            stated = bool(rope.get("original_max_position_embeddings"))
-            full = max(full, int(original * float(rope.get("factor") or 1.0))) if stated else full
-    return min([full, *limits])
+        factor, original = float(rope.get("factor") or 1.0), rope.get("original_max_position_embeddings")
+        if rope.get("rope_type") == "yarn" and original:
+            reached.append(int(int(original) * factor))
+        if rope.get("rope_type") == rope_by_length.DYNAMIC:
+            reached.append(int(full * factor))
+    return max(reached)
 
 
 def prepare_model(model: PreTrainedModel) -> None:
@@ -131,7 +131,8 @@ def prepare_model(model: PreTrainedModel) -> None:
         vars(model).update(hf_quantizer=None, is_quantized=False)
         del model.config.quantization_config
     for module in model.modules():
-        if getattr(module, "rope_type", None) == "longrope":  # within context_length, it is plain RoPE
-            vars(module)["rope_type"] = "default"
+        rope_by_length.choose_by_length(module)
+        if type(module).__name__ == gemma3n_sparsity.MLP:
+            gemma3n_sparsity.use_constant_threshold(module)
         if isinstance(module, PreTrainedModel):  # it looks at the tokens only to warn
             vars(module)["warn_if_padding_and_no_attention_mask"] = lambda *_: None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript
@@ -28,6 +29,7 @@ from skv_export.model_folder.names import (
     ATTENTION_MASK,
     CALIBRATION_FILE,
     DATA_FILE,
+    INPUTS_EMBEDS,
     LOGITS,
     MODEL_FILE,
     TENSORS,
@@ -64,15 +66,17 @@ def build(
     layers: Sequence[LayerAttention],
     recipe: Recipe,
     samples: Samples | None = None,
+    readers: int = 0,
 ) -> ir.Model | None:
     """Returns the graph of a traced ``SkvDecoder``, with the ecosystem's names of inputs and outputs.
 
     Args:
         program: The trace, of a model without weights.
         weights: Where they are when the graph is written.
-        layers: Attention of each layer of the model.
+        layers: Attention of each layer of the model that has a cache.
         recipe: Says which weights are quantized.
         samples: Which of them the trace has, if not all.
+        readers: How many further layers read the cache of one of these.
 
     Returns:
         The graph; None if the traced layers can't stand for the others.
@@ -83,15 +87,20 @@ def build(
     traced = range(len(layers)) if samples is None else samples.traced
     caches = [(i, tensor) for tensor in TENSORS for i in traced]
     inputs = [*TOKEN_INPUTS, *(past_name(*cache) for cache in caches)]
+    if len(program.graph_signature.user_inputs) > len(inputs):
+        inputs.append(INPUTS_EMBEDS)
     model = translate(program, inputs, [LOGITS, *(present_name(*cache) for cache in caches)])
     _store_weights(model.graph, weights, samples.original if samples is not None else str)
     simplify(model)
     quantize_graph(model.graph, recipe)
     if samples is not None and not repeat(model.graph, samples):
         return None
-    count = sum(node.op_type == OP_NAME and node.domain == DOMAIN for node in model.graph)
-    if count != len(layers):
-        raise SkvError("graph: attention nodes", got=count, expected=f"one in each of {len(layers)} layers")
+    nodes = [node for node in model.graph if node.op_type == OP_NAME and node.domain == DOMAIN]
+    if len(nodes) != len(layers) + readers:
+        raise SkvError(
+            "graph: attention nodes", got=len(nodes), expected=f"one in each of {len(layers) + readers} layers"
+        )
+    _let_the_last_append(nodes)
     _name(model.graph, layers)
     if any(node.domain == MICROSOFT for node in model.graph):
         model.opset_imports[MICROSOFT] = 1
@@ -162,12 +171,24 @@ def _store_weights(graph: ir.Graph, weights: Weights, original: Callable[[str], 
         graph.register_initializer(value)
 
 
+def _let_the_last_append(nodes: Sequence[ir.Node]) -> None:
+    """Takes the presents off the nodes whose presents nobody wants: they read a cache that a later node appends to.
+
+    Past and present are one buffer when the graph runs, and such a node reads the past. It runs before the one that
+    appends because that one's queries are made from its output.
+    """
+    for node in nodes:
+        if not any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
+            node.resize_outputs(1)
+
+
 def _name(graph: ir.Graph, layers: Sequence[LayerAttention]) -> None:
     """Names dimensions, and orders inputs and outputs so that each layer's keys and values are adjacent."""
     by_name = {str(value.name): value for value in (*graph.inputs, *graph.outputs)}
     for name in TOKEN_INPUTS:
         columns = "total_sequence_length" if name == ATTENTION_MASK else "sequence_length"
-        by_name[name].shape = ir.Shape(["batch_size", columns])
+        axes = [3] if len(by_name[name].shape or ()) == 3 else []  # positions of multimodal RoPE
+        by_name[name].shape = ir.Shape([*axes, "batch_size", columns])
     logits = by_name[LOGITS]
     assert logits.shape is not None
     logits.shape = ir.Shape(["batch_size", 1 if logits.shape[1] == 1 else "sequence_length", logits.shape[2]])
@@ -184,6 +205,14 @@ def _name(graph: ir.Graph, layers: Sequence[LayerAttention]) -> None:
             for value, where in ((by_name[past_name(i, tensor)], inputs), (by_name[present_name(i, tensor)], outputs)):
                 value.shape = ir.Shape(shape)
                 where.append(value)
+    if (embeds := by_name.get(INPUTS_EMBEDS)) is not None:
+        # A default of length 0 makes the input one that may be left out; its batch is its own for the same reason.
+        hidden = embeds.shape[2] if embeds.shape is not None else None
+        assert isinstance(hidden, int)
+        embeds.shape = ir.Shape(["embeds_batch_size", "embeds_length", hidden])
+        embeds.const_value = ir.tensor(np.zeros((1, 0, hidden), np.float32), name=INPUTS_EMBEDS)
+        graph.register_initializer(embeds)
+        inputs.append(embeds)
     graph.inputs[:], graph.outputs[:] = inputs, outputs
     for node in graph:  # shapes inside the graph are torch's symbols: nothing reads them
         for value in node.outputs:
@@ -272,6 +301,7 @@ def translate(
         torch.ops.aten.to.dtype: _to_dtype,
     }
     _drop_no_ops(program.graph_module)
+    _mutate_nothing(program.graph_module)
     if _is_plain(program.graph_module):
         # An operator without a translation is an error: then it is decomposed after all.
         with contextlib.suppress(torch.onnx.OnnxExporterError), _taken_for_decomposed(program):
@@ -330,6 +360,38 @@ def _is_plain(module: torch.fx.GraphModule) -> bool:
     overloads = {t for t in targets if isinstance(t, torch._ops.OpOverload)}
     others = {t for t in targets - overloads if isinstance(t, torch._ops.OperatorBase)}
     return not others and not any(t._schema.is_mutable for t in overloads)
+
+
+_IN_PLACE = {
+    torch.ops.aten.mul_.Tensor: torch.ops.aten.mul.Tensor,
+    torch.ops.aten.add_.Tensor: torch.ops.aten.add.Tensor,
+    torch.ops.aten.sub_.Tensor: torch.ops.aten.sub.Tensor,
+    torch.ops.aten.div_.Tensor: torch.ops.aten.div.Tensor,
+}
+
+
+def _mutate_nothing(module: torch.fx.GraphModule) -> None:
+    """Puts ``x * y`` in place of ``x *= y`` and the like, where x is an operator's result that shares no memory."""
+    for node in module.graph.nodes:
+        target = node.args[0] if node.target in _IN_PLACE else None
+        if not isinstance(target, torch.fx.Node) or not _owns_its_result(target):
+            continue
+        if any(isinstance(user.target, torch._ops.OpOverload) and _has_views(user.target) for user in target.users):
+            continue  # what shares its memory would have to change, too
+        node.target = _IN_PLACE[node.target]
+        for user in [user for user in target.users if user > node]:
+            user.replace_input_with(target, node)
+    module.recompile()
+
+
+def _owns_its_result(node: torch.fx.Node) -> bool:
+    overload = node.target
+    return node.op == "call_function" and isinstance(overload, torch._ops.OpOverload) and not _has_views(overload)
+
+
+def _has_views(overload: torch._ops.OpOverload) -> bool:
+    """Whether what an operator returns may share its input's memory."""
+    return overload not in _IN_PLACE and any(value.alias_info is not None for value in overload._schema.returns)
 
 
 def _drop_no_ops(module: torch.fx.GraphModule) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Self
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from skv_export.arguments import checked
 from skv_export.errors import SkvError
@@ -47,12 +47,27 @@ class FrozenModel:
         Args:
             only_trainable: None of an exported model's is.
             exclude_embeddings: Leave out those of embeddings.
+
+        Raises:
+            SkvError: It is the text tower of a vision-language model, which has no class of its own.
         """
         if only_trainable:
             return 0
+        if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise SkvError(
+                f"num_parameters: transformers has no class of a language model for {self.config.model_type}"
+            )
         with torch.device("meta"):  # no memory is taken
             model = AutoModelForCausalLM.from_config(self.config)  # type: ignore[no-untyped-call]
         return int(model.num_parameters(exclude_embeddings=exclude_embeddings))
+
+    def load_custom_generate(self, *_: Any, **__: Any) -> NoReturn:
+        """Not supported: code of a generation mode on the hub is not loaded.
+
+        Raises:
+            SkvError: Always.
+        """
+        raise SkvError("custom_generate: not supported, as it runs code from a hub", fix="Leave it out.")
 
     def to(self, *targets: torch.device | torch.dtype | str | int, dtype: torch.dtype | None = None) -> Self:
         """Returns the model: inputs and outputs are float32 on the CPU, whichever provider computes.

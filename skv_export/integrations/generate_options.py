@@ -77,12 +77,53 @@ def check_options(
             raise SkvError(f"generate: {name}: shape", got=list(ids.shape), expected="[batch, tokens]")
 
 
-def check_labels(labels: torch.Tensor, input_ids: torch.Tensor, *, all_logits: bool) -> None:
+def new_shape(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> tuple[int, int]:
+    """Returns sequences and new tokens of a call of ``forward``, ``(B, S)``.
+
+    Args:
+        input_ids: ``[B, S]``, or None.
+        inputs_embeds: ``[B, S, hidden]``, or None.
+
+    Raises:
+        SkvError: Both or neither are given, or the shape is another one.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise SkvError(
+            "input_ids and inputs_embeds", got="both" if input_ids is not None else "neither", expected="one of them"
+        )
+    if input_ids is not None:
+        if input_ids.ndim != 2:
+            raise SkvError("input_ids: shape", got=list(input_ids.shape), expected="[batch, tokens]")
+        return input_ids.shape[0], input_ids.shape[1]
+    assert inputs_embeds is not None
+    if inputs_embeds.ndim != 3:
+        raise SkvError("inputs_embeds: shape", got=list(inputs_embeds.shape), expected="[batch, tokens, hidden]")
+    return inputs_embeds.shape[0], inputs_embeds.shape[1]
+
+
+def new_inputs(
+    input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Returns what of a call's new tokens ``forward`` gets.
+
+    Args:
+        input_ids: ``[B, S]``.
+        inputs_embeds: ``[B, S, hidden]``, the prompt in the place of tokens; None behind it.
+        position_ids: ``[3, B, columns]`` of multimodal RoPE; others follow from the mask.
+    """
+    new = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+    if position_ids is not None and position_ids.ndim == 3:
+        (tokens,) = new.values()
+        new["position_ids"] = position_ids[..., -tokens.shape[1] :]
+    return new
+
+
+def check_labels(labels: torch.Tensor, shape: tuple[int, int], *, all_logits: bool) -> None:
     """Checks the labels of ``forward``.
 
     Args:
         labels: ``[B, S]``.
-        input_ids: ``[B, S]``.
+        shape: ``(B, S)``, of the call's new tokens.
         all_logits: Whether the call returns the logits of every token.
 
     Raises:
@@ -94,5 +135,5 @@ def check_labels(labels: torch.Tensor, input_ids: torch.Tensor, *, all_logits: b
             got="the last token's",
             fix="Export with --all-logits, and leave logits_to_keep out.",
         )
-    if labels.shape != input_ids.shape:
-        raise SkvError("labels: shape", got=list(labels.shape), expected=list(input_ids.shape))
+    if labels.shape != shape:
+        raise SkvError("labels: shape", got=list(labels.shape), expected=list(shape))

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.model_config import load_config
 from skv_export.errors import SkvError
 from skv_export.integrations.frozen_model import FrozenModel, check_dtype, provider_of
-from skv_export.integrations.generate_options import check_labels, check_options
+from skv_export.integrations.generate_options import check_labels, check_options, new_inputs, new_shape
 from skv_export.integrations.transformers_cache import Candidates, SkvCache
 from skv_export.model_folder import hub
 from skv_export.model_folder.names import LIBRARY_FILE
@@ -290,7 +290,7 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
     @checked
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: TransformersCache | None = None,
         use_cache: bool | None = None,
@@ -298,6 +298,7 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         logits_to_keep: int = 0,
         position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Runs new tokens.
 
@@ -311,6 +312,7 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
             position_ids: ``[B, S]``; None = as the mask says.
             labels: ``[B, S]``, as ``input_ids``, -100 = not counted: adds ``loss``, the mean cross entropy of each
                 token given those before it in this call.
+            inputs_embeds: ``[B, S, hidden]``, in place of ``input_ids``, where the export takes embeddings.
 
         Returns:
             ``logits`` ``[B, 1, vocab]`` (``[B, S, vocab]`` if exported with all logits), and ``past_key_values``.
@@ -318,11 +320,9 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         Raises:
             SkvError: ``labels`` where the graph returns the last logits only, or see ``Session.run``.
         """
-        if input_ids.ndim != 2:
-            raise SkvError("input_ids: shape", got=list(input_ids.shape), expected="[batch, tokens]")
+        batch, tokens = new_shape(input_ids, inputs_embeds)
         if labels is not None:
-            check_labels(labels, input_ids, all_logits=self.session.config.all_logits and not logits_to_keep)
-        batch, tokens = input_ids.shape
+            check_labels(labels, (batch, tokens), all_logits=self.session.config.all_logits and not logits_to_keep)
         state = past_key_values
         if state is None:
             state = self.new_cache(batch, tokens if use_cache is False else None)
@@ -336,11 +336,17 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         if mask is not None and mask.shape != (batch, state.columns + tokens):
             raise SkvError("attention_mask: shape", got=list(mask.shape), expected=[batch, state.columns + tokens])
         new = np.ones((batch, tokens), np.bool_) if mask is None else mask[:, -tokens:] != 0
-        if logits_to_keep == 1 and position_ids is None and state.columns == 0 and use_cache is not False:
+        kept = logits_to_keep == 1 and position_ids is None and state.columns == 0 and use_cache is not False
+        if kept and input_ids is not None:
             logits = state.prefill(self.session, input_ids.numpy(), new)[:, None]
         else:
             positions = None if position_ids is None else position_ids.numpy()
-            logits = self.session.run(input_ids.numpy(), mask, positions, state.cache)
+            if input_ids is not None:
+                logits = self.session.run(input_ids.numpy(), mask, positions, state.cache)
+            else:
+                assert inputs_embeds is not None  # new_shape has seen to it
+                embeds = inputs_embeds.detach().float().numpy()
+                logits = self.session.run_embeds(embeds, mask, positions, state.cache)
             if logits_to_keep == 1:
                 logits = last_logits(logits, new)[:, None]
         state.append_columns(new)
@@ -354,14 +360,16 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
 
     # What GenerationMixin asks of a model.
 
-    def prepare_inputs_for_generation(  # type: ignore[override]  # there are no inputs_embeds to take
+    def prepare_inputs_for_generation(  # type: ignore[override]  # it finds out by itself what is the first call
         self,
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
         past_key_values: TransformersCache | None = None,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 1,
+        position_ids: torch.Tensor | None = None,
         **_: Any,
     ) -> dict[str, Any]:
         """Selects the new tokens for ``forward``; called by ``generate``.
@@ -371,17 +379,20 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
             next_sequence_length: New tokens, at the end of ``input_ids``; None = all behind the cache's.
             past_key_values: The cache of the tokens before; None = empty.
             attention_mask: ``[B, columns]``; the runtime derives positions from it.
+            inputs_embeds: ``[B, S, hidden]``, the prompt; ``input_ids`` are the tokens behind it then.
             use_cache: As in ``forward``.
             logits_to_keep: As in ``forward``.
+            position_ids: ``[3, B, columns]`` of multimodal RoPE; others are not looked at.
 
         Returns:
             The arguments of ``forward``.
         """
         new = input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
-        if next_sequence_length is None and isinstance(past_key_values, SkvCache):
+        if next_sequence_length is None and inputs_embeds is None and isinstance(past_key_values, SkvCache):
             new = input_ids[:, past_key_values.begins(input_ids, attention_mask) :]
+        begun = isinstance(past_key_values, SkvCache) and past_key_values.columns > 0
         return {
-            "input_ids": new,
+            **new_inputs(new, None if begun else inputs_embeds, position_ids),
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
             "use_cache": use_cache,
@@ -420,14 +431,6 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
             )
         found = super()._get_candidate_generator(*arguments, **options)  # type: ignore[misc]  # its self is a Protocol
         return Candidates(found, options["model_kwargs"]["past_key_values"], self.session.max_drafts)
-
-    def load_custom_generate(self, *_: Any, **__: Any) -> NoReturn:
-        """Not supported: code of a generation mode on the hub is not loaded.
-
-        Raises:
-            SkvError: Always.
-        """
-        raise SkvError("custom_generate: not supported, as it runs code from a hub", fix="Leave it out.")
 
     def _prepare_generated_length(
         self,

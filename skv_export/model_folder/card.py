@@ -98,21 +98,28 @@ def model_card(config: ModelConfig, name: str, *, licence: str = "", evidence: s
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
             "```",
             "",
-            "In onnxruntime-genai, which loads the op's library from the folder:",
-            "",
-            "```python",
-            "import onnxruntime_genai as og",
-            "",
-            f'model = og.Model("{name}")',
-            "tokenizer = og.Tokenizer(model)",
-            "params = og.GeneratorParams(model)",
-            f"params.set_search_options(max_length={min(config.context_length, 2048)}, do_sample=False)",
-            "generator = og.Generator(model, params)",
-            'generator.append_tokens(tokenizer.encode("The capital of France is"))',
-            "for _ in range(20):",
-            "    generator.generate_next_token()",
-            "print(tokenizer.decode(generator.get_sequence(0)))",
-            "```",
-            "",
+            *(_genai_lines(config, name) if config.position_axes == 1 else []),
         ]
     )
+
+
+def _genai_lines(config: ModelConfig, name: str) -> list[str]:
+    """How to run it in onnxruntime-genai."""
+    return [
+        "In onnxruntime-genai, which loads the op's library from the folder:",
+        "",
+        "```python",
+        "import onnxruntime_genai as og",
+        "",
+        f'model = og.Model("{name}")',
+        "tokenizer = og.Tokenizer(model)",
+        "params = og.GeneratorParams(model)",
+        f"params.set_search_options(max_length={min(config.context_length, 2048)}, do_sample=False)",
+        "generator = og.Generator(model, params)",
+        'generator.append_tokens(tokenizer.encode("The capital of France is"))',
+        "for _ in range(20):",
+        "    generator.generate_next_token()",
+        "print(tokenizer.decode(generator.get_sequence(0)))",
+        "```",
+        "",
+    ]

@@ -141,7 +141,7 @@ def genai_config(
     model.setdefault("type", MODEL_TYPE)
     model.update(
         vocab_size=config.vocab_size,
-        context_length=config.context_length,
+        context_length=config.rope_switch or config.context_length,  # beyond it, a sequence would have to run anew
         bos_token_id=_or_first_end(config.bos_token_id, config),
         eos_token_id=list(config.eos_token_id) if len(config.eos_token_id) != 1 else config.eos_token_id[0],
         pad_token_id=_or_first_end(config.pad_token_id, config),
@@ -172,7 +172,7 @@ def genai_config(
     decoder.pop("sliding_window", None)
     search = _table(values, "search")
     search.update(past_present_share_buffer=True, num_beams=1)
-    search.setdefault("max_length", config.context_length)
+    search.setdefault("max_length", config.rope_switch or config.context_length)
     search.setdefault("do_sample", False)
     return values
 

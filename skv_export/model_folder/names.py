@@ -32,6 +32,8 @@ ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"
 TOKEN_INPUTS = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS)
 """The graph's inputs beside the caches; a rewritten one that counts positions itself does without the last."""
+INPUTS_EMBEDS = "inputs_embeds"
+"""Embeddings in the place of tokens: an input that may be left out, of graphs that take them."""
 LOGITS = "logits"
 PAST, PRESENT = "past_key_values", "present"
 TENSORS = ("key", "value")

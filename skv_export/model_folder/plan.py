@@ -31,11 +31,14 @@ class Plan:
         source: The checkpoint, or the ONNX model.
         recipe: The options.
         model_type: Hugging Face's name of the architecture.
-        layers: Attention of each layer, as the graph will have it.
+        layers: Attention of each layer that has a cache, as the graph will have it.
         weight_bytes: Size of the weights as the recipe wants them, tied ones once.
         context_length: Tokens that the model can attend to.
         calibrated: Layers whose keys are calibrated.
         held: Matrices that are stored as the checkpoint quantized them, by the parameters' names.
+        readers: Further layers, which read the cache of one of ``layers``.
+        inputs_embeds: Channels of the embeddings that the graph takes in place of tokens; 0 = it takes none.
+        position_axes: Positions of a token.
     """
 
     source: Source
@@ -46,6 +49,9 @@ class Plan:
     context_length: int
     calibrated: frozenset[int] = frozenset()
     held: Mapping[str, BlockMatrix] = field(default_factory=dict)
+    readers: int = 0
+    inputs_embeds: int = 0
+    position_axes: int = 1
 
     def cache_bytes(self, length: int) -> int:
         """Returns the bytes that the cache of one sequence of ``length`` tokens takes."""
@@ -90,6 +96,7 @@ class Plan:
                 }
                 for layer in self.layers
             ],
+            "layers_without_cache": self.readers,
             "weight_bytes": self.weight_bytes,
             "bytes_per_token": self.bytes_per_token,
             "cache": [
@@ -101,19 +108,30 @@ class Plan:
 
     def table(self) -> str:
         """Returns the plan as text."""
+        count = len(self.layers) + self.readers
         lines = [
-            f"{self.source}: {self.model_type}, {len(self.layers)} layers, context {self.context_length:,}",
+            f"{self.source}: {self.model_type}, {count} layers, context {self.context_length:,}",
             self._weights_row(),
             "",
         ]
         lines += [f"  {row}" for row in self._layer_rows()]
+        if self.readers:
+            lines.append(
+                f"  layers {len(self.layers)}-{count - 1}: read the cache of the last layer of their kind above"
+            )
         lines += ["", f"cache: {self.bytes_per_token:,.0f} bytes per token and sequence"]
         for length in self.lengths:
             ours, half = self.cache_bytes(length), self.half_cache_bytes(length)
             ratio = f"{half / ours:.1f}x smaller"
             lines.append(f"  {length:>7,} tokens: {_size(ours):>9} instead of {_size(half):>9} in fp16, {ratio}")
         pairs = [layer.layouts for layer in self.layers]
-        return "\n".join([*lines, "", advice(self.recipe.layers(len(pairs)), pairs, self.context_length)])
+        if self.inputs_embeds:
+            axes = f", positions [{self.position_axes}, B, S]" if self.position_axes > 1 else ""
+            lines.append(f"takes embeddings [B, S, {self.inputs_embeds}] in the place of tokens, too{axes}")
+        said = advice(self.recipe.layers(len(pairs)), pairs, self.context_length)
+        if self.position_axes > 1:
+            said = "onnxruntime-genai: does not run this folder: a token has several positions."
+        return "\n".join([*lines, "", said])
 
     def _weights_row(self) -> str:
         recipe = self.recipe

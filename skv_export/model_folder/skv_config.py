@@ -27,6 +27,7 @@ MAX_VOCAB = 1 << 24
 MAX_CONTEXT = 1 << 28
 MAX_HEADS = 1 << 16
 MAX_HEAD_DIM = 1024
+MAX_HIDDEN = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class ModelConfig:
         weights: ``int8`` or ``int4`` where the export quantized weights; else "".
         quantize_head: Whether the output embedding is among them.
         quantize_embeddings: Whether the input embedding is.
+        inputs_embeds: Channels of the embeddings that the graph takes in place of tokens; 0 = it takes none.
+        position_axes: Positions of a token: 3 with multimodal RoPE, whose ``position_ids`` are ``[3, B, S]``; else 1.
+        rope_switch: The longest sequence that has longrope's first set of frequencies: beyond it a sequence runs anew;
+            0 = there is one set.
     """
 
     model_type: str
@@ -91,6 +96,9 @@ class ModelConfig:
     weights: str = ""
     quantize_head: bool = True
     quantize_embeddings: bool = False
+    inputs_embeds: int = 0
+    position_axes: int = 1
+    rope_switch: int = 0
 
     @property
     def bits(self) -> str:
@@ -143,6 +151,9 @@ class ModelConfig:
                 weights=_text({"weights": "", **values}, "weights"),
                 quantize_head=bool(values.get("quantize_head", True)),
                 quantize_embeddings=bool(values.get("quantize_embeddings", False)),
+                inputs_embeds=_number({"inputs_embeds": 0, **values}, "inputs_embeds", 0, MAX_HIDDEN),
+                position_axes=_number({"position_axes": 1, **values}, "position_axes", 1, 3),
+                rope_switch=_number({"rope_switch": 0, **values}, "rope_switch", 0, MAX_CONTEXT),
             )
         except (AttributeError, KeyError, TypeError, ValueError, SkvError) as error:
             got = f"no key {error}" if isinstance(error, KeyError) else str(error)

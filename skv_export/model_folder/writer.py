@@ -70,7 +70,8 @@ def write_configs(
     """
     (folder / RECIPE_FILE).write_text(recipe.to_toml(), encoding="utf-8")
     write_json(folder / SKV_CONFIG_FILE, config.to_dict(hidden_size))
-    write_json(folder / GENAI_CONFIG_FILE, genai_config(config, hidden_size, inputs, genai_base))
+    if config.position_axes == 1:  # onnxruntime-genai gives a text model positions [B, S]
+        write_json(folder / GENAI_CONFIG_FILE, genai_config(config, hidden_size, inputs, genai_base))
     card = model_card(config, ".", licence=licence, evidence=recipe.description)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     shutil.copyfile(library_path(), folder / LIBRARY_FILE)

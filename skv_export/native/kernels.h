@@ -79,6 +79,9 @@ typedef struct SkvAttention {
 // Any number of tokens; meant for few (prompts go through GroupQueryAttention, see ort/kernel_cpu.cc).
 SKV_API int skv_attention(const SkvAttention* call, const SkvThreads* threads);
 
+// The same, and appends nothing: the caches are read only.
+SKV_API int skv_attend(const SkvAttention* call, const SkvThreads* threads);
+
 // Appends keys and values only (query, output, head_sink are not looked at).
 SKV_API int skv_append(const SkvAttention* call, const SkvThreads* threads);
 

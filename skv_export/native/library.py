@@ -175,7 +175,7 @@ class Library:
         new_length: int,
         *,
         basis: Sequence[int] = (),
-        device: str = "cpu",
+        device: tuple[str, int] = ("cpu", 0),
     ) -> None:
         """Makes the blocks of sequence ``b`` a cache of ``new_length`` tokens (``reference.rewind``), in place.
 
@@ -189,14 +189,15 @@ class Library:
             longest_length: Most tokens held since the sequence was empty.
             new_length: Tokens to hold.
             basis: Of calibrated keys: the addresses of ``KeyBasis``' matrices, in its order.
-            device: Where both are, ``cpu`` or ``cuda``; there it is done when ``synchronize`` returns.
+            device: Where both are, and which GPU: ``("cuda", 1)``; there it is done when ``synchronize`` returns.
 
         Raises:
             SkvError: Too far back, or an unusable block.
         """
         held = SkvCache(SkvLayout.of(layout), data, block_bytes, *basis)
         arguments = ctypes.byref(held), kv_num_heads, b, length, longest_length, new_length
-        if device == "cuda":
+        if device[0] == "cuda":
+            self.use_device(device[1])
             self._check("rewind", self._c.skv_cuda_rewind(*arguments, _DEFAULT_STREAM), "skv_cuda_last_error")
         else:
             self._check("rewind", self._c.skv_rewind(*arguments))

@@ -19,6 +19,7 @@ from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.model_config import load_config
 from skv_export.checkpoints.pretrained import replace_attention
 from skv_export.checkpoints.purpose import check_purpose
+from skv_export.checkpoints.shared_caches import refuse_shared
 from skv_export.errors import SkvError
 from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation
 from skv_export.export import empty_model
@@ -53,6 +54,7 @@ class LayerByLayer:
     def __init__(self, source: Source, device: str = "cpu") -> None:
         self.config = load_config(source)
         check_config(self.config)
+        refuse_shared(self.config.to_dict(), str(source))
         check_purpose(self.config.model_type, self.config.architectures)
         separate_head(source, self.config)
         self.model = empty_model.build(self.config, torch.float32).model
@@ -64,6 +66,7 @@ class LayerByLayer:
         self.path, self._stack = found
         replace_attention(self.model, ATTENTION_NAME)
         self._arguments: list[_Arguments] = []
+        self._gives_tuples = False
 
     @property
     def layers(self) -> range:
@@ -125,7 +128,31 @@ class LayerByLayer:
         arguments = self._arguments[index]
         with simulation.active():
             out = self._stack[index](hidden, *arguments.positional, **arguments.named)
+        self._gives_tuples = isinstance(out, tuple)
         return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """What the model makes of the last layer's output for a window: float32 ``[S, vocabulary]``.
+
+        Args:
+            hidden: ``[1, S, hidden]``.
+            ids: The window's tokens, ``[S]``.
+        """
+        forwards = [layer.forward for layer in self._stack]
+        given = (hidden,) if self._gives_tuples else hidden
+        inner = [module for name, module in self.model.named_modules() if not name.startswith(f"{self.path}.")]
+        with contextlib.ExitStack() as loaded:
+            for module in inner:
+                loaded.enter_context(self._with_weights(module, recurse=False))
+            try:
+                for layer in self._stack:
+                    layer.forward = lambda *_, **__: given
+                out = self.model(ids[None].to(self.device), use_cache=False).logits[0]
+            finally:
+                for layer, forward in zip(self._stack, forwards, strict=True):
+                    layer.forward = forward
+        return out.float()
 
     @contextlib.contextmanager
     def _with_weights(self, top: torch.nn.Module, recurse: bool = True) -> Iterator[None]:

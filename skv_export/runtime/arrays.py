@@ -11,6 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 from skv_export.arguments import shown
 from skv_export.errors import SkvError
 
+NO_TOKEN = -1
+"""Stands in a cache's list of tokens for what came as an embedding: it is no token, so no prompt begins like it."""
+
 
 def integers(name: str, value: ArrayLike) -> NDArray[np.int64]:
     """Returns whole numbers as an array; an empty one may have any type.
@@ -53,14 +56,12 @@ def _array(name: str, value: ArrayLike, expected: str) -> NDArray[Any]:
         raise SkvError(name, got=shown(value), expected=f"{expected}, in rows of one length") from error
 
 
-def positions(value: ArrayLike | None, shape: tuple[int, ...], new: NDArray[np.bool_], context: int) -> (
-    NDArray[np.int64] | None
-):  # fmt: skip
+def positions(value: ArrayLike | None, axes: int, new: NDArray[np.bool_], context: int) -> NDArray[np.int64] | None:
     """Returns the positions of new tokens, checked; None where none are given.
 
     Args:
-        value: ``[B, S]``, or what broadcasts to it.
-        shape: ``(B, S)``.
+        value: ``[B, S]``, or what broadcasts to it; with several axes ``[axes, B, S]``, too.
+        axes: Positions of a token.
         new: ``[B, S]``, which columns hold tokens.
         context: The model's: positions are below it.
 
@@ -70,11 +71,12 @@ def positions(value: ArrayLike | None, shape: tuple[int, ...], new: NDArray[np.b
     if value is None:
         return None
     found = integers("position_ids", value)
+    shape = (axes, *new.shape) if axes > 1 and found.ndim == 3 else new.shape
     try:
         found = np.broadcast_to(found, shape)
     except ValueError as error:
         raise SkvError("position_ids: shape", got=list(found.shape), expected=list(shape)) from error
-    outside = found[new & ((found < 0) | (found >= context))]
+    outside = found[np.broadcast_to(new, shape) & ((found < 0) | (found >= context))]
     if outside.size:
         raise SkvError("position_ids", got=outside[:4].tolist(), expected=f"0 ... {context - 1}, the model's context")
     return found

@@ -23,7 +23,7 @@ from skv_export.arguments import checked
 from skv_export.errors import SkvError
 from skv_export.runtime import arrays
 from skv_export.runtime.prefixes import MIN_SHARED, Prefix
-from skv_export.runtime.sampling import Sampler, Sampling
+from skv_export.runtime.sampling import Sampler, Sampling, marked
 from skv_export.spec.layout import cache_bytes
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Batch:
             raise SkvError("max_new_tokens", got=max_new_tokens, expected="at least 1")
         self._count += 1
         ids = [int(token) for token in prompt]
-        choose = Sampler(sampling or Sampling(), self._session.marked([ids]))
+        choose = Sampler(sampling or Sampling(), marked(self._session.config.vocab_size, [ids]))
         self._waiting.append(_Sequence(self._count, ids, max_new_tokens, choose, observe))
         return self._count
 

@@ -32,7 +32,7 @@ from skv_export.spec.layout import Bytes, CacheLayout
 logger = logging.getLogger(__name__)
 MAX_BATCH = 1 << 16
 """Sequences of a cache."""
-_BY_SEQUENCE = ("lengths", "_longest", "dropped", "chosen")
+_BY_SEQUENCE = ("lengths", "_longest", "dropped", "chosen", "second_rope")
 """Arrays ``[batch]`` of a cache."""
 
 
@@ -57,12 +57,12 @@ class Cache:
         layers, device: As given.
         batch: Sequences.
         max_length: Tokens of a sequence that the buffers are for; ``capacity`` may be a little more.
-        lengths: ``[batch]``, tokens that have come: the position of the next one. Changed in place, as ``first`` shares
-            it, like those that follow.
+        lengths: ``[batch]``, tokens that have come: the position of the next one; ``first`` shares it and what follows.
         tokens: Which these are, by sequence.
         dropped: ``[batch]``, those of them that ``Session.compact`` has left out; 0 in a cache that was not compacted.
         chosen: ``[batch]``, tokens at the front of the buffers that each KV head has chosen for itself: no rewind ends
             among them.
+        second_rope: ``[batch]``, whose keys have longrope's second set of frequencies.
         queries: The last queries, where the session keeps them.
         shared: Whether the buffers are those of another cache too; see ``first``.
     """
@@ -85,6 +85,7 @@ class Cache:
         self.lengths: NDArray[np.int64] = np.zeros(batch, np.int64)
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.dropped, self.chosen = self.lengths.copy(), self.lengths.copy()
+        self.second_rope: NDArray[np.bool_] = np.zeros(batch, np.bool_)
         self.queries, self.shared = LastQueries(batch), False
         self._longest = self.lengths.copy()  # in the buffers, since each was empty: up to there rows are overwritten
         self._onnx, self._library, self._bases, self.model = onnx, library, bases, model
@@ -166,7 +167,8 @@ class Cache:
 
     def reset(self) -> None:
         """Forgets every token; the buffers stay."""
-        self.lengths[:] = self._longest[:] = self.dropped[:] = self.chosen[:] = 0
+        for name in _BY_SEQUENCE:
+            getattr(self, name)[:] = 0
         for held in self.tokens:
             held.clear()
         self.queries.clear()
@@ -254,15 +256,13 @@ class Cache:
                     fix="Start the sequence again, or export with more recent_tokens.",
                 )
         packed = np.where(new == 0, 0, new - self.dropped)
-        if self._where[0] == "cuda":
-            self._library.use_device(self._where[1])
         for (layer, name), (layout, buffer) in self._tensors.items():
             basis = [x.data_ptr() for x in self._constants.get(layer, ())] if name == "key" else []
             heads, block_bytes = buffer.shape()[1], math.prod(buffer.shape()[2:])
             for b in np.flatnonzero((new != 0) & (new != self.lengths)).tolist():
                 lengths_of_b = int(self.held[b]), int(self._longest[b]), int(packed[b])
                 self._library.rewind(
-                    layout, buffer.data_ptr(), block_bytes, heads, b, *lengths_of_b, basis=basis, device=self._where[0]
+                    layout, buffer.data_ptr(), block_bytes, heads, b, *lengths_of_b, basis=basis, device=self._where
                 )
         if self._where[0] == "cuda":  # the next call runs on a stream of ONNX Runtime's
             self._library.synchronize()
@@ -364,9 +364,8 @@ class Cache:
         """
         self._check_sequence(b)
         tensors = {key: self.tensor_state(b, key, behind) for key in self._tensors}
-        return SequenceState(
-            np.array(self.tokens[b], np.int32), self.longest(b), tensors, int(self.dropped[b]), int(self.chosen[b])
-        )
+        notes = int(self.dropped[b]), int(self.chosen[b]), bool(self.second_rope[b])
+        return SequenceState(np.array(self.tokens[b], np.int32), self.longest(b), tensors, *notes)
 
     @checked
     def restore(self, b: int, states: Sequence[SequenceState]) -> None:
@@ -390,6 +389,7 @@ class Cache:
         for key in self._tensors:
             self.restore_tensor(b, key, [x.tensors[key] for x in states], len(state.tokens) - state.dropped)
         self.note_restored(b, state.tokens.tolist(), state.longest, state.dropped, state.chosen)
+        self.second_rope[b] = state.second_rope
 
     def restore_tensor(self, b: int, key: Key, states: Sequence[TensorState], length: int) -> None:
         """``restore`` for one tensor and ``length`` tokens in the buffers; ``note_restored`` follows after the last."""

@@ -24,6 +24,7 @@ from skv_export.model_folder.names import CALIBRATION_FILE, DATA_FILE, MODEL_FIL
 from skv_export.model_folder.output import output_file
 from skv_export.model_folder.skv_config import LayerCache
 from skv_export.paths import to_path
+from skv_export.runtime import arrays
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.cache_state import Key, TensorState, held_tiles
 from skv_export.spec.layout import LAYOUT_VERSION, CacheLayout
@@ -112,7 +113,10 @@ def load(session: Session, path: Path | str, room: int | None = None) -> Cache:
         _fill(cache, entries, sizes)
     except OSError as error:
         raise SkvError(f"{source}: can't be read", got=error.strerror or str(error)) from error
-    unknown = [token for row in cache.tokens for token in row if not 0 <= token < session.config.vocab_size]
+    if switch := session.config.rope_switch:
+        cache.second_rope[:] = [cache.longest(b) > switch for b in range(cache.batch)]
+    least = arrays.NO_TOKEN if session.config.inputs_embeds else 0
+    unknown = [token for row in cache.tokens for token in row if not least <= token < session.config.vocab_size]
     if unknown:
         raise _damaged(source, "tokens", unknown[:4], f"0 ... {session.config.vocab_size - 1}")
     return cache

@@ -39,6 +39,7 @@ class SequenceState:
         tensors: By layer and name.
         dropped: Those of the tokens that are not in the buffers; see ``Cache``.
         chosen: Tokens at the front of the buffers that were chosen; see ``Cache``.
+        second_rope: Whether the keys have longrope's second set of frequencies.
     """
 
     tokens: NDArray[np.int32]
@@ -46,6 +47,7 @@ class SequenceState:
     tensors: Mapping[Key, TensorState]
     dropped: int = 0
     chosen: int = 0
+    second_rope: bool = False
 
     @property
     def nbytes(self) -> int:

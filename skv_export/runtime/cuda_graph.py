@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from skv_export.model_folder.names import ATTENTION_MASK
+from skv_export.model_folder.names import ATTENTION_MASK, POSITION_IDS
 from skv_export.native.library import Library
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.providers import device_of
@@ -42,6 +42,7 @@ class DecodeGraph:
         inputs: Names of the graph's inputs beside the caches.
         outputs: Width of each output beside the caches, the logits among them.
         number: One that no other graph of the session has.
+        axes: Positions of a token.
 
     Attributes:
         columns: Of the mask: the most tokens that a sequence can hold here.
@@ -55,6 +56,7 @@ class DecodeGraph:
         inputs: tuple[str, ...],
         outputs: Mapping[str, int],
         number: int,
+        axes: int = 1,
     ) -> None:
         import onnxruntime as ort
 
@@ -67,7 +69,9 @@ class DecodeGraph:
         self._free = -1  # the last column that is 0 in all rows, before those that are not
         self._inputs: dict[str, Any] = {}
         for name in inputs:
-            shape = cache.batch, self.columns if name == ATTENTION_MASK else 1
+            shape: tuple[int, ...] = cache.batch, self.columns if name == ATTENTION_MASK else 1
+            if name == POSITION_IDS and axes > 1:
+                shape = axes, *shape
             self._inputs[name] = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.int64), *where)
             self._binding.bind_ortvalue_input(name, self._inputs[name])
         self._outputs: dict[str, Any] = {}
@@ -91,8 +95,9 @@ class DecodeGraph:
         Returns:
             The outputs by name, ``[B, 1, width]``.
         """
-        for name, x in inputs.items():
-            self._inputs[name].update_inplace(np.ascontiguousarray(x))
+        for name, value in self._inputs.items():
+            if name != ATTENTION_MASK:
+                value.update_inplace(np.ascontiguousarray(inputs[name]))
         self._say(held + new, new)
         # The first run is several: the same step again writes the same bytes.
         self._onnx.run_with_iobinding(self._binding, self._options)

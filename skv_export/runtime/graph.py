@@ -20,6 +20,7 @@ from skv_export.errors import SkvError, require_module
 from skv_export.model_folder.names import (
     ATTENTION_MASK,
     INPUT_IDS,
+    INPUTS_EMBEDS,
     LOGITS,
     MODEL_FILE,
     POSITION_IDS,
@@ -110,6 +111,14 @@ class Graph:
         logger.info("%s: %d layers of %s, loaded on %s in %.1f s", path, len(config.layers), config.bits,
                     execution_provider, taken)  # fmt: skip
         self.inputs = _token_inputs(folder, {x.name: x.shape for x in self.onnx.get_inputs()}, config)
+        hidden = {x.name: x.shape[2] for x in self.onnx.get_overridable_initializers()}.get(INPUTS_EMBEDS, 0)
+        if hidden != config.inputs_embeds:
+            raise SkvError(
+                f"{folder}: {MODEL_FILE} and {SKV_CONFIG_FILE} do not belong together: {INPUTS_EMBEDS}",
+                got=f"{hidden} channels",
+                expected=config.inputs_embeds,
+                fix="Export the model again.",
+            )
         if self.queries and POSITION_IDS not in self.inputs:
             raise SkvError(
                 f"{path}: score_window: positions",
@@ -119,7 +128,12 @@ class Graph:
             )
 
     def run(
-        self, cache: Cache, input_ids: Int64, new: NDArray[np.bool_], position_ids: Int64
+        self,
+        cache: Cache,
+        input_ids: Int64,
+        new: NDArray[np.bool_],
+        position_ids: Int64,
+        inputs_embeds: Logits | None = None,
     ) -> tuple[Logits, list[Logits]]:
         """Appends new tokens to a cache with room for them; the caller updates its lengths.
 
@@ -127,7 +141,9 @@ class Graph:
             cache: Of B sequences.
             input_ids: ``[B, S]``.
             new: ``[B, S]``, which columns hold tokens.
-            position_ids: ``[B, S]``; not looked at where the graph counts positions itself.
+            position_ids: ``[B, S]``; not looked at where the graph counts positions itself. With several axes
+                ``[axes, B, S]``, or one row that stands for all.
+            inputs_embeds: ``[B, S, hidden]``, in the place of the tokens.
 
         Returns:
             ``[B, min(S, num_logits), vocab_size]``, or ``[B, S, vocab_size]`` where the graph returns all logits; and
@@ -136,8 +152,13 @@ class Graph:
         Raises:
             SkvError: ONNX Runtime fails; the cache is empty then.
         """
+        if self._config.position_axes > 1:
+            position_ids = np.broadcast_to(position_ids, (self._config.position_axes, *input_ids.shape))
         given = {INPUT_IDS: input_ids, POSITION_IDS: position_ids}
-        inputs = {name: given[name] for name in self.inputs if name in given}
+        inputs: dict[str, Int64 | Logits] = {name: given[name] for name in self.inputs if name in given}
+        if self._config.inputs_embeds:  # bound in every call: a binding would keep those of the call before
+            none = np.zeros((1, 0, self._config.inputs_embeds), np.float32)
+            inputs[INPUTS_EMBEDS] = none if inputs_embeds is None else inputs_embeds
         tokens = input_ids.shape[1]
         columns = tokens if self._config.all_logits else min(tokens, self.num_logits)
         logits = np.empty((len(input_ids), columns, self._config.vocab_size), np.float32)
@@ -154,7 +175,7 @@ class Graph:
             raise SkvError("ONNX Runtime: the call failed, and the cache has been emptied", got=brief(error)) from error
         return logits, [outputs[x.name] for x in self.queries]
 
-    def _call(self, cache: Cache, inputs: Mapping[str, Int64], outputs: Mapping[str, Logits]) -> None:
+    def _call(self, cache: Cache, inputs: Mapping[str, Int64 | Logits], outputs: Mapping[str, Logits]) -> None:
         import onnxruntime as ort
 
         values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in inputs.items()}
@@ -165,15 +186,18 @@ class Graph:
         self.onnx.run_with_iobinding(cache.binding, uncaptured() if self.cuda_graph else None)
 
     def _replay(
-        self, cache: Cache, inputs: Mapping[str, Int64], new: NDArray[np.bool_], outputs: Mapping[str, Logits]
+        self, cache: Cache, inputs: Mapping[str, Any], new: NDArray[np.bool_], outputs: Mapping[str, Logits]
     ) -> bool:
         """Runs a step of decoding as a CUDA graph; False where it is none, or its mask has too few columns."""
         if not self.cuda_graph or inputs[INPUT_IDS].shape[1] != 1:
             return False
+        if INPUTS_EMBEDS in inputs and inputs[INPUTS_EMBEDS].size:
+            return False
         graph = self.captured.get(cache)
         if graph is None:
             widths = {name: output.shape[2] for name, output in outputs.items()}
-            graph = DecodeGraph(self.onnx, self._library, cache, self.inputs, widths, next(self._numbers))
+            axes = self._config.position_axes
+            graph = DecodeGraph(self.onnx, self._library, cache, self.inputs, widths, next(self._numbers), axes)
             self.captured[cache] = graph
         if cache.held.max() + 1 > graph.columns:
             return False

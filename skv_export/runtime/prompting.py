@@ -15,7 +15,7 @@ from skv_export.runtime import arrays, compaction
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.graph import Int64, Logits
 from skv_export.runtime.prefixes import Prefix
-from skv_export.runtime.sampling import Sampler, Sampling
+from skv_export.runtime.sampling import Sampler, Sampling, marked
 
 if TYPE_CHECKING:
     from skv_export.runtime.session import Session
@@ -91,7 +91,7 @@ def begun(
     held = [row[real].tolist() for row, real in zip(ids, new, strict=True)] if present is None else present
     if len(held) != len(ids):
         raise SkvError("present", got=f"{len(held)} sequences", expected=len(ids))
-    sampler = Sampler(sampling or Sampling(), session.marked(held))
+    sampler = Sampler(sampling or Sampling(), marked(session.config.vocab_size, held))
 
     def choose(logits: Logits, active: NDArray[np.bool_]) -> Int64:
         tokens = np.where(active, sampler(logits), session.pad_token_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from skv_export.arguments import check_fields
 from skv_export.errors import SkvError
+from skv_export.runtime import arrays
 
 Int64 = NDArray[np.int64]
 
@@ -103,3 +105,25 @@ class Sampler:
         if self.sampling.min_p > 0:
             weights = np.where(weights < self.sampling.min_p * weights.max(axis=-1, keepdims=True), 0.0, weights)
         return weights
+
+
+def marked(vocab_size: int, present: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
+    """Marks the tokens that sequences have; what came as an embedding is none.
+
+    Args:
+        vocab_size: Tokens of the model.
+        present: The tokens of each of B sequences.
+
+    Returns:
+        ``[B, vocab_size]``.
+
+    Raises:
+        SkvError: No such token.
+    """
+    found = np.zeros((len(present), vocab_size), np.bool_)
+    for row, tokens in zip(found, present, strict=True):
+        ids = arrays.integers("present", [token for token in tokens if token != arrays.NO_TOKEN])
+        if ids.size:
+            arrays.check_ids(ids[None], 1, vocab_size)
+            row[ids] = True
+    return found

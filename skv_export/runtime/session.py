@@ -19,11 +19,10 @@ from skv_export.model_folder.names import CALIBRATION_FILE
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import load_library
 from skv_export.paths import to_path
-from skv_export.runtime import arrays, cache_file, compaction
+from skv_export.runtime import arrays, cache_file, compaction, embeddings, rope_switch
 from skv_export.runtime.batch import Batch
 from skv_export.runtime.cache import MAX_BATCH, Cache, load_bases
 from skv_export.runtime.graph import Graph, Int64, Logits
-from skv_export.runtime.prefixes import PrefixStore
 from skv_export.runtime.prompting import Drafter, Observer, begun, until_end
 from skv_export.runtime.prompts import chat_prompt, load_tokenizer
 from skv_export.runtime.providers import device_of
@@ -96,7 +95,7 @@ class Session:
         if cuda_graph and device_of(execution_provider)[0] != "cuda":
             raise SkvError("cuda_graph", got=f"execution_provider {execution_provider}", expected="cuda")
         self.cuda_graph = cuda_graph
-        self.prefixes = None if prefix_bytes == 0 else PrefixStore(prefix_bytes)
+        self.prefixes = rope_switch.prefix_store(prefix_bytes, self.config)
         self.library = load_library()
         self.graph = Graph(
             self.folder,
@@ -209,7 +208,7 @@ class Session:
             input_ids: ``[B, S]``, new tokens.
             attention_mask: ``[B, columns]``, 0 = padding, left or right; its last S columns are the new tokens', those
                 before are the past's. None = the past as the cache holds it, and no padding among the new.
-            position_ids: ``[B, S]``; None = as the mask says.
+            position_ids: ``[B, S]``; None = as the mask says. With multimodal RoPE ``[3, B, S]``, too.
             cache: Of this session; holds B sequences.
 
         Returns:
@@ -226,8 +225,24 @@ class Session:
         new = np.ones(ids.shape, np.bool_)
         if attention_mask is not None:
             new = arrays.new_columns(attention_mask, ids.shape[1], cache.lengths)
-        places = arrays.positions(position_ids, ids.shape, new, self.config.context_length)
+        places = arrays.positions(position_ids, self.config.position_axes, new, self.config.context_length)
         return self.run_columns(ids, new, places, cache)
+
+    @checked
+    def run_embeds(
+        self,
+        inputs_embeds: ArrayLike,
+        attention_mask: ArrayLike | None,
+        position_ids: ArrayLike | None,
+        cache: Cache,
+    ) -> Logits:
+        """``run`` with embeddings ``[B, S, hidden]`` in the place of tokens, such as a prompt with an image.
+
+        The other arguments, what is returned and the errors are ``run``'s. The model's embeddings of tokens are the
+        caller's to make: they are what transformers calls ``inputs_embeds``.
+        """
+        self.check_cache(cache)
+        return embeddings.run(self, inputs_embeds, attention_mask, position_ids, cache)
 
     @checked
     def append(self, rows: Sequence[Sequence[int]], cache: Cache) -> Logits:
@@ -250,7 +265,9 @@ class Session:
         self.check_ids(ids, cache.batch)
         return arrays.last_logits(self.run_columns(ids, mask, None, cache), mask)
 
-    def run_columns(self, ids: Int64, new: NDArray[np.bool_], positions: Int64 | None, cache: Cache) -> Logits:
+    def run_columns(
+        self, ids: Int64, new: NDArray[np.bool_], positions: Int64 | None, cache: Cache, embeds: Logits | None = None
+    ) -> Logits:
         """``run`` with what ``check_cache`` and ``check_ids`` have checked.
 
         Args:
@@ -258,6 +275,7 @@ class Session:
             new: ``[B, S]``, which columns hold tokens.
             positions: ``[B, S]``; None = as they follow.
             cache: Changed in place.
+            embeds: ``[B, S, hidden]``, in the place of the tokens.
 
         Returns:
             Logits, as ``run``.
@@ -268,6 +286,8 @@ class Session:
         count = new.sum(axis=1)
         self.check_length(int((cache.lengths + count).max()))
         self.check_length(int((cache.held + count).max()), cache.capacity)
+        if rope_switch.passes(cache, count, self.config.rope_switch):
+            return rope_switch.run_anew(self, ids, new, cache)
         if positions is None:
             positions = np.where(new, cache.lengths[:, None] + new.cumsum(axis=1) - 1, 0)
         place = None
@@ -277,10 +297,11 @@ class Session:
             place = np.argsort(~new, axis=1, kind="stable")
             ids, positions = (np.take_along_axis(x, place, axis=1) for x in (ids, positions))
             new = np.take_along_axis(new, place, axis=1)
-        logits, queries = self.graph.run(cache, ids, new, positions)
+        logits, queries = self.graph.run(cache, ids, new, positions, embeds)
         if queries:
             cache.queries.add(count, new.shape[1], queries, self.graph.score_window)
-        cache.advance([row[columns].tolist() for row, columns in zip(ids, new, strict=True)])
+        held = ids if embeds is None else np.full_like(ids, arrays.NO_TOKEN)
+        cache.advance([row[columns].tolist() for row, columns in zip(held, new, strict=True)])
         if place is not None and self.config.all_logits and not np.array_equal(place, np.sort(place, axis=1)):
             logits = np.take_along_axis(logits, np.argsort(place, axis=1)[:, :, None], axis=1)
         return logits
@@ -396,27 +417,6 @@ class Session:
                     return
                 # A finished sequence gets no more tokens: its column is padding.
                 logits = self.run_columns(tokens[:, None], active[:, None], None, cache)[:, 0]
-
-    @checked
-    def marked(self, present: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
-        """Marks the tokens that sequences have.
-
-        Args:
-            present: The tokens of each of B sequences.
-
-        Returns:
-            ``[B, vocab_size]``.
-
-        Raises:
-            SkvError: No such token.
-        """
-        marked = np.zeros((len(present), self.config.vocab_size), np.bool_)
-        for row, tokens in zip(marked, present, strict=True):
-            if len(tokens):
-                ids = arrays.integers("present", tokens)
-                self.check_ids(ids[None], 1)
-                row[ids] = True
-        return marked
 
     @checked
     def generate(

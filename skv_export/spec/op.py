@@ -71,7 +71,11 @@ INPUTS = (
     Parameter("key_feedback", "tensor(float)", optional=True),
 )
 """In the schema's order; the op refuses ``attention_bias`` and the reserved ones, which keep places of other ops."""
-OUTPUTS = (Parameter("output"), Parameter("present_key", "tensor(uint8)"), Parameter("present_value", "tensor(uint8)"))
+OUTPUTS = (
+    Parameter("output"),
+    Parameter("present_key", "tensor(uint8)", optional=True),
+    Parameter("present_value", "tensor(uint8)", optional=True),
+)
 INPUT_NAMES = tuple(parameter.name for parameter in INPUTS)
 OUTPUT_NAMES = tuple(parameter.name for parameter in OUTPUTS)
 

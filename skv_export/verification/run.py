@@ -385,9 +385,11 @@ def load_original(source: Source, config: ModelConfig, placement: Placement) -> 
 def _check_same_model(source: Source, config: ModelConfig) -> PreTrainedConfig:
     """Returns a checkpoint's configuration; refuses another model than the folder's."""
     from skv_export.checkpoints.model_config import load_config
+    from skv_export.checkpoints.shared_caches import count_caches
 
     given = load_config(source)
-    found = {"model_type": given.model_type, "vocab_size": given.vocab_size, "layers": given.num_hidden_layers}
+    text = given.get_text_config()
+    found = {"model_type": given.model_type, "vocab_size": text.vocab_size, "layers": count_caches(text)}
     expected = {"model_type": config.model_type, "vocab_size": config.vocab_size, "layers": len(config.layers)}
     if found != expected:
         raise SkvError(f"{source}: not what the folder was exported from", got=found, expected=expected)

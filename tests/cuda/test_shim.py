@@ -26,7 +26,15 @@ from harness import (
 )
 
 from skv_export.native.library import SkvCache
-from skv_export.spec.conformance import Case, all_layouts, make_basis, make_inputs, not_a_number_cases, op_cases
+from skv_export.spec.conformance import (
+    Case,
+    all_layouts,
+    make_basis,
+    make_inputs,
+    not_a_number_cases,
+    op_cases,
+    output_error,
+)
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.quantizer import decode_tile, rotate
 from skv_export.spec.recipe import LayerConfig
@@ -204,6 +212,22 @@ def test_some_of_the_constants_are_refused(kernels: Library) -> None:
     values = SkvCache.of(case.layouts[1], 256, 1 << 16, make_basis(2, 64, 64))
     status = kernels.lib.skv_cuda_rewind(ctypes.byref(values), 2, 0, *3 * [ctypes.c_int64(0)], None)
     assert status == INVALID_ARGUMENT and b"value cache: basis; got 2 bits" in kernels.lib.skv_cuda_last_error()
+
+
+@pytest.mark.parametrize("name", ["decode_mma", "decode_simple", "prefill"])
+def test_attending_alone_appends_nothing(kernels: Library, name: str) -> None:
+    """What layers do that read another layer's cache."""
+    ways = {"decode_mma": ("float16", 1), "decode_simple": ("float32", 1), "prefill": ("float16", 40)}
+    dtype, tokens = ways[name]
+    case = Case("reads", LayerConfig(), past_lengths=(200, 90), new_tokens=tokens, dtype=dtype)
+    inputs = make_inputs(case)
+    buffers, call, context = kernels.prepare(case, inputs)
+    assert name.encode() in kernels.lib.skv_cuda_path(ctypes.byref(call), ctypes.byref(context))
+    kernels.check(kernels.lib.skv_cuda_attend(ctypes.byref(call), ctypes.byref(context)))
+    got = kernels.memory.get(buffers["output"]).astype(np.float32)
+    assert output_error(got, kernels.attention(case, inputs).output) == 0
+    for past in ("past_key", "past_value"):
+        assert np.array_equal(kernels.memory.get(buffers[past]), getattr(inputs, past))
 
 
 LAYOUTS = list(itertools.islice(all_layouts(), 0, None, 7))

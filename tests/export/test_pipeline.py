@@ -20,6 +20,7 @@ from tiny_models import ROOT, TINY, make_tiny, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from skv_export.checkpoints import pretrained
+from skv_export.checkpoints.shared_caches import count_caches
 from skv_export.checkpoints.tensor_files import TensorEntry
 from skv_export.errors import SkvError
 from skv_export.export import lazy_weights, pipeline, supported, to_onnx
@@ -113,7 +114,7 @@ def assert_decoder_is_the_plain_model(checkpoint: Path, chunk: int) -> None:
     count = 49 if chunk == 7 else 12
     expected = torch_logits(model, ids := token_ids(count))
     supported.prepare_model(model)
-    decoder = SkvDecoder(model, EXACT.layers(model.config.num_hidden_layers), all_logits=True)
+    decoder = SkvDecoder(model, EXACT.layers(count_caches(model.config)), all_logits=True)
     planned = pipeline.plan(checkpoint, EXACT)
     past = [
         [

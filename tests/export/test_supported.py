@@ -17,9 +17,8 @@ REFUSED = {
     "qwen3_next": "linear attention",
     "mamba": "state-space",
     "bloom": "ALiBi",
-    "gemma3": "more than text",
+    "gemma3n": "more than text",
     "llama4_text": "chunk",
-    "gemma3n_text": "share keys and values",
     "mpt": "ALiBi",
     "granitemoehybrid": "state-space",
 }
@@ -41,13 +40,3 @@ def test_llama4_without_chunks_is_refused_while_queries_are_scaled_by_position()
 def test_falcon_with_alibi_is_refused() -> None:
     with pytest.raises(SkvError, match="ALiBi"):
         supported.check_config(tiny_config("falcon", alibi=True))
-
-
-def test_dynamic_rope_is_refused_and_longrope_ends_at_its_original_length() -> None:
-    dynamic = tiny_config("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-    with pytest.raises(SkvError, match="dynamic NTK"):
-        supported.check_config(dynamic)
-    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
-    config = tiny_config("phi3", rope_parameters=longrope, original_max_position_embeddings=128)
-    supported.check_config(config)
-    assert supported.context_length(config) == 128

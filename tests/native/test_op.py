@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
-from op_nodes import Arrays, arrays_of, assert_same, attributes_of, expected_of, run, session_of
+from op_nodes import Arrays, arrays_of, assert_same, attributes_of, expected_of, model_of, run, session_of
 
+from skv_export.native.library import library_path
 from skv_export.spec.conformance import Case, make_basis, not_a_number_cases, op_cases, output_error
 from skv_export.spec.key_basis import INPUTS, MATRICES
 from skv_export.spec.recipe import LayerConfig
@@ -375,6 +377,45 @@ def test_attributes_left_out_are_the_defaults() -> None:
     arrays = arrays_of(case)
     attributes = {"num_heads": 4, "kv_num_heads": 2, "layout_version": 1, "k_bits": 4, "v_bits": 2}
     assert_same(run(arrays, attributes), expected_of(case.params, case.layouts, arrays), case.tolerance)
+
+
+# A cache that another node appends to.
+
+
+@pytest.mark.parametrize("outputs", [["output"], ["output", "", ""]], ids=["one output", "empty names"])
+@pytest.mark.parametrize("new_tokens", [1, 5, 40])
+def test_a_node_without_presents_attends_and_appends_nothing(new_tokens: int, outputs: list[str]) -> None:
+    case = Case("reads", SMALL, past_lengths=(200, 50), new_tokens=new_tokens, query_seqlens=(new_tokens, 1))
+    arrays = arrays_of(case)
+    session = session_without_presents(case, arrays, outputs)
+    key, value = (aligned(arrays[f"past_{t}"])[0] for t in ("key", "value"))
+    (got,) = session.run(None, arrays | {"past_key": key, "past_value": value})
+    expected = expected_of(case.params, case.layouts, arrays)
+    assert np.abs(got - expected[0]).max() <= case.tolerance * np.abs(expected[0]).max()
+    assert np.array_equal(key, arrays["past_key"]) and np.array_equal(value, arrays["past_value"])
+
+
+def test_one_of_the_presents_alone_is_refused() -> None:
+    case = Case("one present", SMALL)
+    arrays = arrays_of(case)
+    session = session_without_presents(case, arrays, ["output", "present_key"])
+    with pytest.raises(
+        Exception, match=r"present_key and present_value; got the key's alone; expected both, or neither"
+    ):
+        session.run(None, arrays)
+
+
+def session_without_presents(case: Case, arrays: Arrays, outputs: list[str]) -> ort.InferenceSession:
+    model = onnx.load_model_from_string(model_of(arrays, attributes_of(case.params, case.layouts)))
+    del model.graph.node[0].output[:]
+    model.graph.node[0].output.extend(outputs)
+    kept = [output for output in model.graph.output if output.name in outputs]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library_path()))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 # What ONNX Runtime is told.

@@ -35,6 +35,16 @@ TINY: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4, "layer_types": _ALTERNATING, "sliding_window": 24, "query_pre_attn_scalar": 48,
         "tie_word_embeddings": True, "head_dim": 64,
     },
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "layer_types": _ALTERNATING, "num_kv_shared_layers": 2, "sliding_window": 24,
+        "head_dim": 64, "tie_word_embeddings": True, "vocab_size_per_layer_input": 256,
+        "hidden_size_per_layer_input": 16, "laurel_rank": 8, "activation_sparsity_pattern": [0.9, *[0.0] * 3],
+    },
+    "gemma4_text": {
+        "num_hidden_layers": 4, "layer_types": _ALTERNATING, "num_kv_shared_layers": 2, "sliding_window": 24,
+        "global_head_dim": 64, "num_global_key_value_heads": 1, "attention_k_eq_v": False,
+        "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 320, "tie_word_embeddings": True,
+    },
     "phi3": {"head_dim": 16, "sliding_window": 24},
     "granite": {
         "attention_multiplier": 0.11, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.5,

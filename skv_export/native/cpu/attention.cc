@@ -283,12 +283,22 @@ void Attention::merge_row(int64_t b, int64_t head, int64_t t, int64_t first, int
 }  // namespace
 }  // namespace skv
 
-extern "C" int skv_attention(const SkvAttention* call, const SkvThreads* threads) {
+extern "C" int skv_attend(const SkvAttention* call, const SkvThreads* threads) {
   using namespace skv;
-  if (call == nullptr) return fail(SKV_INVALID_ARGUMENT, "skv_attention: call; got null; expected a pointer");
+  if (call == nullptr) return fail(SKV_INVALID_ARGUMENT, "skv_attend: call; got null; expected a pointer");
   if (int status = check_call(*call, false)) return status;
   try {
     Attention(*call, threads).run();
+    return SKV_OK;
+  } catch (const std::bad_alloc&) {
+    return fail(SKV_RUNTIME_ERROR, "skv_attend: out of memory");
+  }
+}
+
+extern "C" int skv_attention(const SkvAttention* call, const SkvThreads* threads) {
+  using namespace skv;
+  if (int status = skv_attend(call, threads)) return status;
+  try {
     return append_call(*call, threads);
   } catch (const std::bad_alloc&) {
     return fail(SKV_RUNTIME_ERROR, "skv_attention: out of memory");

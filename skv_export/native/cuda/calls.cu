@@ -311,7 +311,7 @@ using skv::quantized_tokens;
 using skv::rewind_floor;
 using skv::ring_tokens;
 
-int skv_cuda_attention(const SkvAttention* call, const SkvCudaContext* context) {
+int skv_cuda_attend(const SkvAttention* call, const SkvCudaContext* context) {
   if (const int status = check_call(*call, *context, true)) return status;
   if (call->batch == 0 || call->tokens == 0) return SKV_OK;
   Attention a = describe(*call, *context);
@@ -321,8 +321,12 @@ int skv_cuda_attention(const SkvAttention* call, const SkvCudaContext* context) 
     return fail(SKV_INVALID_ARGUMENT, "scratch; got %lld bytes; expected %lld",
                 static_cast<long long>(context->scratch_bytes), static_cast<long long>(p.scratch_bytes));
   }
-  if (const int status = attend(a, p, *context)) return status;
-  return finished(append(a, call->not_finite, context->stream), "append");
+  return attend(a, p, *context);
+}
+
+int skv_cuda_attention(const SkvAttention* call, const SkvCudaContext* context) {
+  if (const int status = skv_cuda_attend(call, context)) return status;
+  return skv_cuda_append(call, context);
 }
 
 int skv_cuda_append(const SkvAttention* call, const SkvCudaContext* context) {

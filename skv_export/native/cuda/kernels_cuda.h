@@ -56,6 +56,9 @@ SKV_API int skv_cuda_prepare(const SkvCudaPreparation* preparation, float* rows,
 // ever set to 1.
 SKV_API int skv_cuda_attention(const SkvAttention* call, const SkvCudaContext* context);
 
+// The same, and appends nothing: the caches are read only.
+SKV_API int skv_cuda_attend(const SkvAttention* call, const SkvCudaContext* context);
+
 // Appends keys and values only.
 SKV_API int skv_cuda_append(const SkvAttention* call, const SkvCudaContext* context);
 

@@ -115,7 +115,8 @@ class CpuKernel : public Kernel {
     const Call call(context, attributes_, type_);
     const int64_t output_shape[] = {call.batch, call.tokens, call.hidden_size()};
     void* output = output_tensor(context, kOutput, output_shape, 3).data;
-    SkvAttention attention = describe(context, call, output);
+    const CacheBuffers caches(context, call);
+    SkvAttention attention = describe(call, caches, output);
     if (output_size(call) == 0) return copy_past(call, attention);
     check_kernel(check_call(attention, false));
     check_total(call, attention);
@@ -126,10 +127,10 @@ class CpuKernel : public Kernel {
     const NewTokens tokens = in_float ? to_float(context, call, scratch, attention) : tokens_in_place(call);
     copy_past(call, attention);
     if (many) {
-      attend_to_many(context, call, tokens, attention);
+      attend_to_many(context, call, tokens, attention, caches.appends);
     } else {
       log_path(call, "the op's kernel");
-      attend_to_few(context, attention);
+      attend_to_few(context, attention, caches.appends);
     }
     if (attention.output != output) {
       float_to_half(static_cast<const float*>(attention.output), static_cast<uint16_t*>(output), output_size(call));
@@ -139,17 +140,16 @@ class CpuKernel : public Kernel {
  private:
   static int64_t output_size(const Call& call) { return int64_t{call.batch} * call.tokens * call.hidden_size(); }
 
-  // The call as the kernels take it, on the inputs as they are; the caches are the presents.
-  static SkvAttention describe(OrtKernelContext* context, const Call& call, void* output) {
-    const auto cache = [&](Output index, const Tensor& past, const SkvLayout& layout) {
-      const Tensor present = output_tensor(context, index, past.shape, past.rank);
-      return SkvCache{layout, static_cast<uint8_t*>(present.data), past.shape[2] * past.shape[3], {}};
+  // The call as the kernels take it, on the inputs as they are.
+  static SkvAttention describe(const Call& call, const CacheBuffers& caches, void* output) {
+    const auto cache = [&](uint8_t* data, const Tensor& past, const SkvLayout& layout) {
+      return SkvCache{layout, data, past.shape[2] * past.shape[3], {}};
     };
     const NewTokens tokens = tokens_in_place(call);
     SkvAttention attention{};
-    attention.key_cache = cache(kPresentKey, call.past_key, call.attributes.key_layout);
+    attention.key_cache = cache(caches.key, call.past_key, call.attributes.key_layout);
     attention.key_cache.basis = call.basis;
-    attention.value_cache = cache(kPresentValue, call.past_value, call.attributes.value_layout);
+    attention.value_cache = cache(caches.value, call.past_value, call.attributes.value_layout);
     attention.query = tokens.query;
     attention.key = tokens.key;
     attention.value = tokens.value;
@@ -204,7 +204,7 @@ class CpuKernel : public Kernel {
 
   // All that can fail comes first: once a sequence is appended to, the call must succeed.
   void attend_to_many(OrtKernelContext* context, const Call& call, const NewTokens& tokens,
-                      const SkvAttention& attention) const {
+                      const SkvAttention& attention, bool appends) const {
     log_path(call, "GroupQueryAttention");
     const int64_t hidden = call.hidden_size();
     std::vector<char> own(call.batch);
@@ -219,15 +219,15 @@ class CpuKernel : public Kernel {
     for (int64_t b = 0; b < call.batch; ++b) {
       SkvAttention one = sequence(attention, b);
       if (own[b]) {
-        attend_to_few(context, one);
-      } else {
+        attend_to_few(context, one, appends);
+      } else if (appends) {
         run(context, one, skv_append);
       }
     }
   }
 
-  void attend_to_few(OrtKernelContext* context, SkvAttention& attention) const {
-    run(context, attention, skv_attention);
+  void attend_to_few(OrtKernelContext* context, SkvAttention& attention, bool appends) const {
+    run(context, attention, appends ? skv_attention : skv_attend);
   }
 
   void run(OrtKernelContext* context, SkvAttention& attention,

@@ -53,7 +53,8 @@ class CudaKernel : public Kernel {
     device.output_type = kernel_type(type_);
     device.multiprocessors = multiprocessors_;
 
-    SkvAttention attention = describe(context, call);
+    const CacheBuffers caches(context, call);
+    SkvAttention attention = describe(context, call, caches);
     if (call.batch > 0 && call.tokens > 0) {
       // The checks, before anything is written. Prepared tokens will be float.
       SkvAttention prepared = attention;
@@ -65,7 +66,7 @@ class CudaKernel : public Kernel {
     if (call.batch == 0 || call.tokens == 0) return;
 
     DeviceScratch scratch(context, device.stream);
-    if (prefill_.can_run(call) && prefill_.run(context, call, attention, device, scratch)) {
+    if (prefill_.can_run(call) && prefill_.run(context, call, attention, caches.appends, device, scratch)) {
       return log_path(attention, [] { return CudaPrefill::kPath; });
     }
     if (call.needs_preparation()) {
@@ -75,21 +76,21 @@ class CudaKernel : public Kernel {
     }
     device.scratch = scratch.take(device.scratch_bytes);
     log_path(attention, [&] { return skv_cuda_path(&attention, &device); });
+    if (!caches.appends) return check_kernel(skv_cuda_attend(&attention, &device));
     check_kernel(skv_cuda_attention(&attention, &device));
   }
 
  private:
-  SkvAttention describe(OrtKernelContext* context, const Call& call) const {
-    const auto cache = [&](Output index, const Tensor& past, const SkvLayout& layout) {
-      const Tensor present = output_tensor(context, index, past.shape, past.rank);
-      return SkvCache{layout, static_cast<uint8_t*>(present.data), past.shape[2] * past.shape[3], {}};
+  SkvAttention describe(OrtKernelContext* context, const Call& call, const CacheBuffers& caches) const {
+    const auto cache = [&](uint8_t* data, const Tensor& past, const SkvLayout& layout) {
+      return SkvCache{layout, data, past.shape[2] * past.shape[3], {}};
     };
     const int64_t output_shape[] = {call.batch, call.tokens, call.hidden_size()};
     SkvAttention attention{};
     attention.output = output_tensor(context, kOutput, output_shape, 3).data;
-    attention.key_cache = cache(kPresentKey, call.past_key, call.attributes.key_layout);
+    attention.key_cache = cache(caches.key, call.past_key, call.attributes.key_layout);
     attention.key_cache.basis = call.basis;
-    attention.value_cache = cache(kPresentValue, call.past_value, call.attributes.value_layout);
+    attention.value_cache = cache(caches.value, call.past_value, call.attributes.value_layout);
     attention.type = kernel_type(type_);
     set_tokens(call, attention);
     attention.seqlens_k = call.seqlens_k.as<int32_t>();

@@ -175,6 +175,21 @@ Call::Call(OrtKernelContext* context, const Attributes& node_attributes, Element
   basis = read_basis(inputs, attributes);
 }
 
+CacheBuffers::CacheBuffers(OrtKernelContext* context, const Call& call) {
+  const auto present = [&](Output output, const Tensor& past) {
+    return optional_output(context, output, past.shape, past.rank);
+  };
+  const Tensor present_key = present(kPresentKey, call.past_key);
+  const Tensor present_value = present(kPresentValue, call.past_value);
+  appends = static_cast<bool>(present_key);
+  if (appends != static_cast<bool>(present_value)) {
+    fail("present_key and present_value", appends ? "the key's alone" : "the value's alone",
+         "both, or neither: then nothing is appended");
+  }
+  key = static_cast<uint8_t*>(appends ? present_key.data : call.past_key.data);
+  value = static_cast<uint8_t*>(appends ? present_value.data : call.past_value.data);
+}
+
 namespace {
 
 const Definition& self(const CustomOp* op) { return *static_cast<const Definition*>(op); }
@@ -323,7 +338,9 @@ Definition::Definition(const char* provider, ElementType type, Make make)
   GetOutputType = [](const CustomOp* op, size_t index) {
     return index == kOutput ? self(op).type : ElementType::kUint8;
   };
-  GetOutputCharacteristic = [](const CustomOp*, size_t) { return Characteristic::kRequired; };
+  GetOutputCharacteristic = [](const CustomOp*, size_t index) {
+    return index == kOutput ? Characteristic::kRequired : Characteristic::kOptional;
+  };
   GetVariadicInputMinArity = [](const CustomOp*) { return 0; };
   GetVariadicInputHomogeneity = [](const CustomOp*) { return 0; };
   GetVariadicOutputMinArity = [](const CustomOp*) { return 0; };

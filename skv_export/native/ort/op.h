@@ -70,6 +70,14 @@ struct Call {
   int64_t row_size() const { return hidden_size() + 2 * kv_hidden_size(); }  // a token's queries, keys and values
 };
 
+// Where a call's caches are: the presents; or the pasts, and nothing is appended, where the node leaves out both.
+struct CacheBuffers {
+  uint8_t *key, *value;
+  bool appends;
+
+  CacheBuffers(OrtKernelContext* context, const Call& call);
+};
+
 // Throws what a function of kernels.h, or of kernels_cuda.h, returned, if it failed; `reason` says why.
 void check_status(int status, const char* (*reason)());
 

@@ -130,7 +130,7 @@ SkvAttention piece_of(const SkvAttention& attention, int64_t b, int64_t first, i
 
 }  // namespace
 
-bool CudaPrefill::run(OrtKernelContext* context, const Call& call, const SkvAttention& attention,
+bool CudaPrefill::run(OrtKernelContext* context, const Call& call, const SkvAttention& attention, bool appends,
                       const SkvCudaContext& device, DeviceScratch& scratch) {
   constexpr int64_t kMask = 32;  // tokens of a mask's word
   const int64_t tokens = call.tokens, heads = attention.kv_num_heads, head_dim = call.head_dim, row = call.row_size();
@@ -183,7 +183,7 @@ bool CudaPrefill::run(OrtKernelContext* context, const Call& call, const SkvAtte
         refused_ = true;
         return false;
       }
-      check_kernel(skv_cuda_append(&piece, &device));  // nothing reads this sequence's cache any more
+      if (appends) check_kernel(skv_cuda_append(&piece, &device));  // nothing reads this sequence's cache any more
     }
   }
   check_kernel(skv_cuda_finish_rows(&attention, &device, masks));

@@ -52,10 +52,10 @@ class CudaPrefill {
   // Many new tokens.
   bool can_run(const Call& call) const;
 
-  // Attention of the call's tokens, as the node has them, and append. False, and a warning in the log, where
-  // GroupQueryAttention refuses: nothing has been written then, and it is not asked again.
-  bool run(OrtKernelContext* context, const Call& call, const SkvAttention& attention, const SkvCudaContext& device,
-           DeviceScratch& scratch);
+  // Attention of the call's tokens, as the node has them, and append where the node has presents. False, and a warning
+  // in the log, where GroupQueryAttention refuses: nothing has been written then, and it is not asked again.
+  bool run(OrtKernelContext* context, const Call& call, const SkvAttention& attention, bool appends,
+           const SkvCudaContext& device, DeviceScratch& scratch);
 
  private:
   const Handle<OrtOp> op_;

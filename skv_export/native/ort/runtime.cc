@@ -106,14 +106,15 @@ Tensor tensor(const OrtValue* value) {
   return result;
 }
 
-Tensor output_tensor(OrtKernelContext* context, size_t index, const int64_t* shape, size_t rank) {
+Tensor optional_output(OrtKernelContext* context, size_t index, const int64_t* shape, size_t rank) {
   OrtValue* value = nullptr;
   check(api().KernelContext_GetOutput(context, index, shape, rank, &value));
-  if (value == nullptr) fail("output " + std::to_string(index), "none", "a tensor");
-  Tensor result;
-  result.shape = shape;
-  result.rank = rank;
-  check(api().GetTensorMutableData(value, &result.data));
+  return value == nullptr ? Tensor{} : tensor(value);
+}
+
+Tensor output_tensor(OrtKernelContext* context, size_t index, const int64_t* shape, size_t rank) {
+  const Tensor result = optional_output(context, index, shape, rank);
+  if (!result) fail("output " + std::to_string(index), "none", "a tensor");
   return result;
 }
 

@@ -70,6 +70,8 @@ struct Tensor {
 };
 Tensor tensor(const OrtValue* value);
 Tensor output_tensor(OrtKernelContext* context, size_t index, const int64_t* shape, size_t rank);
+// The same; absent where the node leaves it out.
+Tensor optional_output(OrtKernelContext* context, size_t index, const int64_t* shape, size_t rank);
 
 // CPU memory from the session's arena, given back when the call ends.
 class Scratch {
