@@ -151,7 +151,8 @@ Attention describe(const SkvAttention& call, const SkvCudaContext& context) {
 struct Plan {
   int path;
   const MmaInstance* mma;
-  int pairs;  // sequences and heads that are dequantized at a time
+  const char* reason;  // why not decode_mma
+  int pairs;           // sequences and heads that are dequantized at a time
   int64_t partial_bytes, peak_bytes, query_bytes, rows_bytes, mask_bytes, scratch_bytes;
 };
 
@@ -219,7 +220,6 @@ Plan plan(Attention& a, const SkvCudaContext& context) {
   if (context.path == SKV_CUDA_AUTO || context.path == SKV_CUDA_MMA) p.mma = find_mma(a, &reason);
   if ((many || context.path == SKV_CUDA_PREFILL) && prefill_covers(a.key.dim) && !in_float) {
     p.path = SKV_CUDA_PREFILL;
-    snprintf(path_text, sizeof path_text, "prefill D%d", a.key.dim);
     const int64_t one = context.max_length * a.key.dim * int64_t{sizeof(half)};
     const int64_t fitting = (context.rows_bytes > 0 ? context.rows_bytes : kRowsBytes) / (2 * one + 1);
     p.pairs = int(fitting < 1 ? 1 : fitting < a.pairs ? fitting : a.pairs);
@@ -237,11 +237,9 @@ Plan plan(Attention& a, const SkvCudaContext& context) {
   }
   if (p.mma) {
     p.path = SKV_CUDA_MMA;
-    snprintf(path_text, sizeof path_text, "decode_mma K%dV%d D%d, keys %s, values %s", p.mma->k_bits, p.mma->v_bits,
-             p.mma->dim, kGranularities[a.key.layout.granularity], kGranularities[a.value.layout.granularity]);
   } else {
     p.path = SKV_CUDA_SIMPLE;
-    snprintf(path_text, sizeof path_text, "decode_simple: %s", reason);
+    p.reason = reason;
   }
   a.splits = splits_for(a, context.multiprocessors, p.mma ? p.mma->columns : 4);
   const int64_t rows = int64_t{a.batch} * a.kv_num_heads * a.splits * a.columns;
@@ -307,6 +305,7 @@ int attend(Attention& a, const Plan& p, const SkvCudaContext& context) {
 }  // namespace skv::cuda
 
 using namespace skv::cuda;
+using skv::kGranularities;
 using skv::quantized_tokens;
 using skv::rewind_floor;
 using skv::ring_tokens;
@@ -390,7 +389,15 @@ int64_t skv_cuda_scratch_bytes(const SkvAttention* call, const SkvCudaContext* c
 const char* skv_cuda_path(const SkvAttention* call, const SkvCudaContext* context) {
   if (check_call(*call, *context, true)) return nullptr;
   Attention a = describe(*call, *context);
-  plan(a, *context);
+  const Plan p = plan(a, *context);
+  if (p.path == SKV_CUDA_PREFILL) {
+    snprintf(path_text, sizeof path_text, "prefill D%d", a.key.dim);
+  } else if (p.mma) {
+    snprintf(path_text, sizeof path_text, "decode_mma K%dV%d D%d, keys %s, values %s", p.mma->k_bits, p.mma->v_bits,
+             p.mma->dim, kGranularities[a.key.layout.granularity], kGranularities[a.value.layout.granularity]);
+  } else {
+    snprintf(path_text, sizeof path_text, "decode_simple: %s", p.reason);
+  }
   return path_text;
 }
 
