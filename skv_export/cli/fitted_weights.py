@@ -115,6 +115,7 @@ def fit_weights(
             resolve(source, adapter=adapter), prose, out, options, device=device, force=force, progress=shown
         )
     said = f"{made.effective_bits:.3f} bits per weight with scales and zero points"
-    say(f"{out}: {made.matrices} matrices by {options.method}, {said}; `verify` compares with it,", json_file)
-    say(f"  `skv-export quality {source} --weights {out}` says what it costs", json_file)
+    say(f"{out}: {made.matrices} matrices by {options.method}, {said}", json_file)
+    say(f"  `verify --checkpoint {out}` holds the export to it;", json_file)
+    say(f"  `quality {source} --weights {out}` says what it costs", json_file)
     return recipe.with_options(weights=AS_IS)

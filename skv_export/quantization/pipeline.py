@@ -162,7 +162,8 @@ def quantize(
             fix="Pass a smaller --group-size; `model --weights int4` rounds to the nearest, other matrices too.",
         )
     units: list[Unit] = []
-    forms = {name: options.form for name, _ in _matrices(model, options.form)}
+    sizes = {name: module.weight.numel() for name, module in _matrices(model, options.form)}
+    forms = dict.fromkeys(sizes, options.form)
     if options.budget is not None:
 
         def chosen(index: int, layer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
@@ -170,7 +171,8 @@ def quantize(
 
         units = measure(model, windows, options.form, chosen, tick)
         forms = allocate(units, options.form, options.budget)
-    with output_folder(out, _file_bytes(model, forms), force=force) as folder:
+    bits = sum(forms[name].effective_bits * size for name, size in sizes.items())
+    with output_folder(out, _file_bytes(model, bits, sum(sizes.values())), force=force) as folder:
         write_tokenizer(local, folder)
         writer = CheckpointWriter(folder)
         plain: dict[str, str] = {}
@@ -200,24 +202,17 @@ def quantize(
         writer.finish(config, {**forms, **embeddings}, [*plain, *kept], about)
         before.check()
         nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    elements = sum(module.weight.numel() for _, module in _matrices(model, options.form))
     return Quantized(
-        count, plain, nbytes, _bits(model, forms) / elements,
+        count, plain, nbytes, bits / sum(sizes.values()),
         [name for name, form in forms.items() if form != options.form],
         {name: unit.kld for unit in units for name in unit.names},
     )  # fmt: skip
 
 
-def _bits(model: LayerByLayer, forms: Mapping[str, Form]) -> float:
-    """Bits of all quantized matrices, scales and zero points included."""
-    return sum(form.effective_bits * model.model.get_submodule(name).weight.numel() for name, form in forms.items())
-
-
-def _file_bytes(model: LayerByLayer, forms: Mapping[str, Form]) -> int:
-    """About what the files will take: 16 bits for what is not quantized."""
-    matrices = sum(model.model.get_submodule(name).weight.numel() for name in forms)
+def _file_bytes(model: LayerByLayer, bits: float, elements: int) -> int:
+    """About what the files will take: so many bits of so many weights, and 16 for what is not quantized."""
     every = sum(parameter.numel() for parameter in model.model.parameters())
-    return math.ceil(_bits(model, forms) / 8) + 2 * (every - matrices)
+    return math.ceil(bits / 8) + 2 * (every - elements)
 
 
 def _matrices(model: LayerByLayer, form: Form) -> Iterator[tuple[str, torch.nn.Linear]]:

@@ -7,6 +7,7 @@ then costs the heavy inputs less, and the light ones more; the layer computes th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,9 +119,9 @@ def _best(chosen: Matrices, moments: Tensor, forms: Mapping[str, Form]) -> Tenso
     return best
 
 
-def _divide(norm: torch.nn.Module, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def _divide(norm: Any, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Divides a norm's output by scales, in a number format of the file; returns the scales that it has then."""
-    weight = norm.weight.data
+    weight: Tensor = norm.weight.data
     # Gemma's norms multiply by one more than their weights.
     more = 1.0 if _probe(norm).abs().max() > 0 else 0.0
     new = ((weight + more) / scales - more).to(dtype).float()
@@ -131,13 +132,14 @@ def _divide(norm: torch.nn.Module, scales: Tensor, dtype: torch.dtype) -> Tensor
     return made
 
 
-def _probe(norm: torch.nn.Module) -> Tensor:
+def _probe(norm: Any) -> Tensor:
     """What a norm whose weights are 0 makes of a vector, less its bias."""
-    weight = norm.weight.data
+    weight: Tensor = norm.weight.data
     try:
         norm.weight.data = torch.zeros_like(weight)
         x = torch.linspace(-1, 2, len(weight), device=weight.device)[None, None]
         bias = getattr(norm, "bias", None)
-        return norm(x)[0, 0] - (0 if bias is None else bias.data)
+        made: Tensor = norm(x)[0, 0] - (0 if bias is None else bias.data)
+        return made
     finally:
         norm.weight.data = weight

@@ -152,7 +152,7 @@ def test_an_export_of_it_keeps_the_codes(arch: str, checkpoint: Callable[[str], 
     assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 7 * len(session.config.layers)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma2"])  # two matrices; one that is tied
+@pytest.mark.parametrize("arch", ["mistral", "gemma2"])  # two matrices; one that is tied
 def test_embeddings_in_8_bits_lose_next_to_nothing(
     arch: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
