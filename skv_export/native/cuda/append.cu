@@ -314,8 +314,7 @@ SKV_DEVICE void encode(const Target<E>& target, Shared<E>& shared, uint8_t* tile
   }
 }
 
-// Grid: the parts of the tiles that the call may fill (or a share of its rows), sequence and head, keys or values. With
-// one block at least per multiprocessor ptxas takes the registers it needs; else it spills some on sm_90.
+// Grid: the parts of the tiles that the call may fill (or a share of its rows), sequence and head, keys or values.
 template <int E>
 __global__ void __launch_bounds__(kThreads, 1) append_kernel(Append a) {
   SKV_DYNAMIC_SHARED(memory);

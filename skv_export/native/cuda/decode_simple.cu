@@ -26,7 +26,7 @@ struct Shared {
 
 // Grid: splits, sequence and head, groups of kColumns columns.
 template <int E>
-__global__ void __launch_bounds__(kThreads) decode_simple_kernel(Attention a) {
+__global__ void __launch_bounds__(kThreads, 1) decode_simple_kernel(Attention a) {
   SKV_DYNAMIC_SHARED(memory);
   Shared<E>& shared = *reinterpret_cast<Shared<E>*>(memory);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads) decode_simple_kernel(Attention a) {
 // Grid: columns, sequence and head. A block per output row, whose warps share the splits: there are few rows where a
 // context is split most.
 template <int E>
-__global__ void __launch_bounds__(kThreads) combine_kernel(Attention a) {
+__global__ void __launch_bounds__(kThreads, 1) combine_kernel(Attention a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x;
   const int pair = a.first_pair + blockIdx.y, b = pair / a.kv_num_heads, kv_head = pair % a.kv_num_heads;
   const int token = column / a.group(), head = kv_head * a.group() + column % a.group();

@@ -75,7 +75,7 @@ SKV_DEVICE void write_slab(const Cache& c, const uint8_t* tile, int first, int p
 // Grid: groups of 32 positions, sequence and head. A block takes 32 positions at a time: first those in tiles, then the
 // others, a warp each. `length`: of the sequence, where the host knows it; -1 = the call's.
 template <int E, bool kHasBasis>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     dequantize_kernel(Attention a, Rows rows, bool is_value, bool with_new, int length) {
   SKV_DYNAMIC_SHARED(shared);
   Slab<E>& slab = *reinterpret_cast<Slab<E>*>(shared);
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Grid: groups of kWarps tokens of the tile.
 template <int E>
-__global__ void __launch_bounds__(kThreads) decode_tile_kernel(Cache c, const uint8_t* tile, float* out) {
+__global__ void __launch_bounds__(kThreads, 1) decode_tile_kernel(Cache c, const uint8_t* tile, float* out) {
   const int t = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   float x[E];
   decode_token(c, tile, t, x);
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads) decode_tile_kernel(Cache c, const ui
 
 // Grid: groups of kWarps tokens that leave their tiles and have no rows, heads.
 template <int E>
-__global__ void __launch_bounds__(kThreads) rewind_kernel(Cache c, int64_t first_block, int from, int to) {
+__global__ void __launch_bounds__(kThreads, 1) rewind_kernel(Cache c, int64_t first_block, int from, int to) {
   uint8_t* block = block_of(c, first_block + blockIdx.y);
   const int lane = threadIdx.x % 32, sinks = c.layout.num_sink_tokens, tokens = c.layout.tile_tokens;
   for (int position = from + blockIdx.x * kWarps + threadIdx.x / 32; position < to; position += gridDim.x * kWarps) {

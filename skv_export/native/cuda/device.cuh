@@ -11,7 +11,9 @@
 
 namespace skv::cuda {
 
-constexpr int kThreads = 128;  // of every kernel but decode_mma
+// Of every kernel but decode_mma. Their launch bounds say "and one block per multiprocessor": ptxas takes the registers
+// it needs then, and spills none.
+constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxDim = 256;
 

@@ -204,7 +204,7 @@ struct Prefill {
 
 // Grid: groups of kRows columns, sequence and head, splits.
 template <int D>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     prefill_kernel(Attention a, const half* keys, const half* values, int64_t head_stride) {
   SKV_DYNAMIC_SHARED(shared);
   const int pair = a.first_pair + blockIdx.y, b = pair / a.kv_num_heads, head = pair % a.kv_num_heads;

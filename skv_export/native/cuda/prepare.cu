@@ -35,7 +35,7 @@ SKV_DEVICE void rope(float* row, const SkvCudaPreparation& p, int64_t position) 
 
 // Grid: tokens of all sequences, groups of kWarps heads (queries, keys, values in a row).
 template <int E>
-__global__ void __launch_bounds__(kThreads) prepare_kernel(SkvCudaPreparation p, float* out) {
+__global__ void __launch_bounds__(kThreads, 1) prepare_kernel(SkvCudaPreparation p, float* out) {
   SKV_DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, heads = p.num_heads + 2 * p.kv_num_heads;
   const int64_t token = blockIdx.x;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(SkvCudaPreparation p,
 
 // Grid: tokens of all sequences, groups of kWarps query heads.
 template <int E>
-__global__ void __launch_bounds__(kThreads) turn_queries_kernel(Attention a, float* out) {
+__global__ void __launch_bounds__(kThreads, 1) turn_queries_kernel(Attention a, float* out) {
   const int lane = threadIdx.x % 32, head = blockIdx.y * kWarps + threadIdx.x / 32;
   if (head >= a.num_heads) return;
   float x[E];

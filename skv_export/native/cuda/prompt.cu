@@ -6,7 +6,7 @@ namespace skv::cuda {
 namespace {
 
 // One thread per piece and sequence.
-__global__ void __launch_bounds__(kThreads) piece_lengths_kernel(Attention a, int piece, int32_t* lengths) {
+__global__ void __launch_bounds__(kThreads, 1) piece_lengths_kernel(Attention a, int piece, int32_t* lengths) {
   const int tokens = a.lengths.tokens, pieces = (tokens + piece - 1) / piece;
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= pieces * a.batch) return;
@@ -30,7 +30,7 @@ SKV_DEVICE float number(float x, int type) {
 // Grid: chunks of kChunk tokens, groups of kWarps heads (queries, keys, values in a row) from the first head on,
 // sequences.
 template <int E>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     pack_rows_kernel(Attention a, void* rows, NotNumbers found, int first_head) {
   const int lane = threadIdx.x % 32, index = first_head + blockIdx.y * kWarps + threadIdx.x / 32;
   const int heads = a.num_heads + 2 * a.kv_num_heads, b = blockIdx.z;
@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kThreads)
 // Grid: chunks of kChunk tokens, sequence and head. A warp writes the rows of some of the chunk's tokens, having seen
 // all tokens before them that are not numbers: of each channel the last.
 template <int E>
-__global__ void __launch_bounds__(kThreads) spread_not_numbers_kernel(Attention a, NotNumbers found, bool values_only) {
+__global__ void __launch_bounds__(kThreads, 1)
+    spread_not_numbers_kernel(Attention a, NotNumbers found, bool values_only) {
   const int b = blockIdx.y / a.kv_num_heads, head = blockIdx.y % a.kv_num_heads, lane = threadIdx.x % 32;
   const int chunk = blockIdx.x, heads = a.num_heads + 2 * a.kv_num_heads;
   const Sequence s = sequence(a.lengths, b, a.key, a.value);
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(kThreads) spread_not_numbers_kernel(Attention 
 }
 
 // Grid: tokens, sequences.
-__global__ void __launch_bounds__(kThreads) clear_padding_kernel(Attention a) {
+__global__ void __launch_bounds__(kThreads, 1) clear_padding_kernel(Attention a) {
   const int b = blockIdx.y;
   const Sequence s = sequence(a.lengths, b, a.key, a.value);
   const int64_t width = int64_t{a.num_heads} * a.value.layout.head_dim;
