@@ -129,13 +129,6 @@ MUTATIONS = (
         "for (int quad = target.part + 1; quad",
     ),
     Mutation(
-        "every block writes the means",
-        "append.cu",
-        "const bool writes = target.part == 0 && threadIdx.x < 32;",
-        "const bool writes = threadIdx.x < 32;",
-        "thread",
-    ),
-    Mutation(
         "splits that overlap",
         "prefill.cu",
         "end = from + share < all ? from + share : all;",
@@ -146,13 +139,6 @@ MUTATIONS = (
         "prefill.cu",
         "make_float2(peak[y] * unit * kLn2, sum[y])",
         "make_float2(peak[y] * unit, sum[y])",
-    ),
-    Mutation(
-        "the slab overwritten while it is read",
-        "dequantize.cu",
-        "  __syncthreads();  // the slab is the next one's",
-        "  // the slab is the next one's",
-        "thread",
     ),
     Mutation(
         "keys overwritten while other warps read them",
