@@ -26,7 +26,7 @@ from skv_export.checkpoints.purpose import check_purpose
 from skv_export.checkpoints.shared_caches import count_caches
 from skv_export.checkpoints.snapshot import Snapshot
 from skv_export.errors import SkvError
-from skv_export.export import empty_model, repeat_layers, rope_by_length, vision_language
+from skv_export.export import empty_model, experts, repeat_layers, rope_by_length, vision_language
 from skv_export.export.checkpoint_weights import Weights, separate_head
 from skv_export.export.decoder import SkvDecoder
 from skv_export.export.empty_model import EmptyModel
@@ -311,7 +311,7 @@ def _trace(planned: Plan, model: EmptyModel, traced: Sequence[int], all_logits: 
     if planned.inputs_embeds:
         shapes = (*shapes, {0: dim.DYNAMIC, 1: dim.DYNAMIC})
     try:
-        with torch.no_grad():
+        with torch.no_grad(), experts.as_operators(model.model, planned.recipe):
             return torch.export.export(decoder, inputs, dynamic_shapes=shapes, strict=False)
     except SkvError:
         raise

@@ -19,6 +19,7 @@ from onnxscript import opset23
 
 from skv_export.calibration.file import Calibration, entries_of
 from skv_export.errors import SkvError
+from skv_export.export import experts
 from skv_export.export.checkpoint_weights import Weights
 from skv_export.export.lazy_weights import LazyWeight, Named, write_external
 from skv_export.export.passes.simplify import simplify
@@ -92,6 +93,7 @@ def build(
     model = translate(program, inputs, [LOGITS, *(present_name(*cache) for cache in caches)])
     _store_weights(model.graph, weights, samples.original if samples is not None else str)
     simplify(model)
+    experts.place(model.graph, recipe, MICROSOFT)
     quantize_graph(model.graph, recipe)
     if samples is not None and not repeat(model.graph, samples):
         return None
@@ -239,6 +241,23 @@ def register_schema() -> None:
     onnx.defs.register_schema(schema(BOUNDARY, DOMAIN, OP_VERSION, inputs=one, outputs=same, type_constraints=[floats]))
     onnx.defs.register_schema(
         schema(
+            experts.EXPERTS,
+            DOMAIN,
+            OP_VERSION,
+            inputs=[
+                formal(Parameter(name, optional=name.endswith("bias")))
+                for name in ("hidden", "router", "gate_up", "gate_up_bias", "down", "down_bias")
+            ],
+            outputs=[formal(Parameter("output"))],
+            type_constraints=[floats],
+            attributes=[
+                *(schema.Attribute(name, schema.AttrType.INT, "") for name in ("k", "interleaved", "transposed")),
+                *(schema.Attribute(name, schema.AttrType.FLOAT, "") for name in ("alpha", "beta", "limit")),
+            ],
+        )
+    )
+    onnx.defs.register_schema(
+        schema(
             OP_NAME,
             DOMAIN,
             OP_VERSION,
@@ -281,6 +300,11 @@ def _boundary(hidden):  # type: ignore[no-untyped-def]
     return onnxscript.values.Opset(DOMAIN, OP_VERSION).LayerBoundary(hidden)
 
 
+def _experts(hidden, router, gate_up, gate_up_bias, down, down_bias, **attributes):  # type: ignore[no-untyped-def]
+    opset = onnxscript.values.Opset(DOMAIN, OP_VERSION)
+    return opset.Experts(hidden, router, gate_up, gate_up_bias, down, down_bias, **attributes)
+
+
 def _to_dtype(x, dtype, non_blocking=False, copy=False, memory_format=None):  # type: ignore[no-untyped-def]
     return opset23.Cast(x, to=dtype)
 
@@ -298,6 +322,7 @@ def translate(
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.skv.quantized_kv_attention.default: _attention,
         torch.ops.skv.layer_boundary.default: _boundary,
+        torch.ops.skv.experts.default: _experts,
         torch.ops.aten.to.dtype: _to_dtype,
     }
     _drop_no_ops(program.graph_module)

@@ -41,7 +41,7 @@ def read_with_exact_products(path: Path) -> onnx.ModelProto:
     """Reads a graph, without the weights beside it; its products with quantized weights do not round activations."""
     model = _read(path)
     for node in model.graph.node:
-        for attribute in node.attribute if node.op_type == "MatMulNBits" else ():
+        for attribute in node.attribute if node.op_type in ("MatMulNBits", "QMoE") else ():
             if attribute.name == "accuracy_level":
                 attribute.i = 1  # float32
     return model
