@@ -22,10 +22,12 @@ from transformers import AttentionInterface, PreTrainedModel
 from skv_export.checkpoints.pretrained import replace_attention
 from skv_export.errors import SkvError
 from skv_export.export.llama4_attention import PATCHES
+from skv_export.export.recurrent_states import RecurrentStates, replace_functions
 from skv_export.spec.key_basis import MATRICES, KeyBasis
 from skv_export.spec.op import ATTRIBUTE_TYPES, AttentionParams, Attributes, LayerAttention
 from skv_export.spec.recipe import LayerConfig
 from skv_export.spec.reference import quantized_kv_attention
+from skv_export.spec.state import LayerState
 
 ATTENTION_NAME = "skv"
 """Name under which the hook is registered with transformers."""
@@ -205,7 +207,7 @@ class Lengths:
     total_sequence_length: int
 
 
-class AttentionCall:
+class AttentionCall(RecurrentStates):
     """One forward pass: transformers takes it as its cache, the hook finds the caches in it while it is ``running``.
 
     Args:
@@ -214,6 +216,8 @@ class AttentionCall:
         past_keys: uint8 ``[B, N_kv, rows, W]``, in the order of ``configs``.
         past_values: The same.
         bases: Of calibrated keys, by layer.
+        past_states: Of recurrent layers; None = zeros, see ``RecurrentStates``.
+        width: Columns of new tokens.
     """
 
     is_compileable = False
@@ -225,7 +229,10 @@ class AttentionCall:
         past_keys: Sequence[torch.Tensor],
         past_values: Sequence[torch.Tensor],
         bases: Mapping[int, KeyBasis] | None = None,
+        past_states: Mapping[tuple[int, str], torch.Tensor] | None = None,
+        width: int = 0,
     ) -> None:
+        super().__init__(past_states, lengths.query_seqlens, width)
         self.configs, self.lengths, self.bases = configs, lengths, bases or {}
         self.past = dict(zip(configs, zip(past_keys, past_values, strict=True), strict=True))
         self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -236,7 +243,8 @@ class AttentionCall:
         """While the block runs, the hook works on this call."""
         token = _current_call.set(self)
         try:
-            yield
+            with self.computing_states():
+                yield
         finally:
             _current_call.reset(token)
 
@@ -295,6 +303,7 @@ class _Seen:
     """What the last pass showed of the layers; an object, because torch.export puts a module's own attributes back."""
 
     layers: tuple[LayerAttention, ...] = ()
+    states: tuple[LayerState, ...] = ()
 
 
 class SkvDecoder(torch.nn.Module):
@@ -302,9 +311,11 @@ class SkvDecoder(torch.nn.Module):
 
     Args:
         model: A causal language model; its attention implementation is set to the hook.
-        configs: The recipe's options, layer by layer; by index for a model that holds a few of its layers only.
+        configs: The recipe's options, layer by layer; by index for a model that holds a few of its layers only, or of
+            which only these have attention.
         all_logits: Return the logits of every token instead of the last real one of each sequence.
         bases: Of calibrated keys, by layer.
+        states: Of recurrent layers, in the order of ``past_states``.
 
     Raises:
         SkvError: The model's attention can't be replaced.
@@ -317,9 +328,10 @@ class SkvDecoder(torch.nn.Module):
         *,
         all_logits: bool = False,
         bases: Mapping[int, KeyBasis] | None = None,
+        states: Sequence[LayerState] = (),
     ) -> None:
         super().__init__()
-        self.model, self.all_logits, self.bases = model, all_logits, bases
+        self.model, self.all_logits, self.bases, self._states = model, all_logits, bases, tuple(states)
         self.configs = dict(configs) if isinstance(configs, Mapping) else dict(enumerate(configs))
         self._seen = _Seen()
         self._keep: torch.Tensor | None = None
@@ -330,11 +342,17 @@ class SkvDecoder(torch.nn.Module):
             )
         head.register_forward_pre_hook(self._select)
         replace_attention(model, ATTENTION_NAME, PATCHES)
+        replace_functions(model)
 
     @property
     def layers(self) -> tuple[LayerAttention, ...]:
-        """Attention of each layer, as the last pass showed it."""
+        """Attention of each layer that has it, as the last pass showed it."""
         return self._seen.layers
+
+    @property
+    def states(self) -> tuple[LayerState, ...]:
+        """States of recurrent layers, as the last pass showed them."""
+        return self._seen.states
 
     def forward(
         self,
@@ -343,7 +361,11 @@ class SkvDecoder(torch.nn.Module):
         position_ids: torch.Tensor,
         past_keys: Sequence[torch.Tensor],
         past_values: Sequence[torch.Tensor],
-    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        past_states: Sequence[torch.Tensor] | None = None,
+    ) -> (
+        tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
+        | tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
+    ):
         """Runs the model on new tokens.
 
         Padding may stand anywhere in the new columns of the mask: real tokens are packed to the front before the model
@@ -355,9 +377,12 @@ class SkvDecoder(torch.nn.Module):
             position_ids: int64 ``[B, S]``.
             past_keys: uint8 ``[B, N_kv, rows, W]``, layer by layer.
             past_values: The same.
+            past_states: ``[B, *LayerState.shape]`` of recurrent layers, in the order of ``states``; None = at the
+                beginning of a sequence.
 
         Returns:
-            logits float32 ``[B, 1, vocab]`` (``[B, S, vocab]`` with ``all_logits``), present keys, present values.
+            logits float32 ``[B, 1, vocab]`` (``[B, S, vocab]`` with ``all_logits``), present keys, present values, and,
+            of a model that has such layers, present states.
         """
         tokens, columns = input_ids.shape[1], attention_mask.shape[1]
         # An index, not a slice: a slice's strides would tie the traced lengths to each other.
@@ -369,15 +394,21 @@ class SkvDecoder(torch.nn.Module):
         packed_positions = torch.zeros_like(position_ids).scatter(1, place, position_ids)
         self._keep = place if self.all_logits else (count - 1).clamp(min=0)
         lengths = Lengths((attention_mask.sum(1) - 1).to(torch.int32), count.squeeze(1).to(torch.int32), columns)
-        call = AttentionCall(self.configs, lengths, past_keys, past_values, self.bases)
+        given = None
+        if past_states is not None:
+            given = {(x.layer, x.name): past for x, past in zip(self._states, past_states, strict=True)}
+        call = AttentionCall(self.configs, lengths, past_keys, past_values, self.bases, given, tokens)
         with call.running():
             logits = self.model(
                 input_ids=packed_ids, position_ids=packed_positions, past_key_values=call, use_cache=True
             ).logits
         self._keep = None
-        self._seen.layers = self._check(call)
+        self._seen.layers, self._seen.states = self._check(call), call.states()
         present = [call.present[i] for i in self.configs]
-        return logits.float(), [p[0] for p in present], [p[1] for p in present]
+        keys_values = [p[0] for p in present], [p[1] for p in present]
+        if not call.present_states:
+            return logits.float(), *keys_values
+        return logits.float(), *keys_values, [call.present_states[x.layer, x.name] for x in self._seen.states]
 
     def _select(self, _module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         """Leaves the output embedding only the hidden states whose logits are wanted, unpacked."""
@@ -387,6 +418,7 @@ class SkvDecoder(torch.nn.Module):
         return (hidden.gather(1, self._keep[..., None].expand(-1, -1, hidden.shape[-1])), *args[1:])
 
     def _check(self, call: AttentionCall) -> tuple[LayerAttention, ...]:
+        call.check_used()
         missing = sorted(set(self.configs) - set(call.layers))
         if missing:
             raise SkvError(

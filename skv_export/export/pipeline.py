@@ -29,7 +29,7 @@ from skv_export.export import empty_model, repeat_layers
 from skv_export.export.checkpoint_weights import Weights, separate_head
 from skv_export.export.decoder import SkvDecoder
 from skv_export.export.empty_model import EmptyModel
-from skv_export.export.supported import check_config, check_windows, context_length
+from skv_export.export.supported import attention_layers, check_config, check_windows, context_length
 from skv_export.export.to_onnx import build, save
 from skv_export.export.weight_quantization import stored_bytes
 from skv_export.model_folder.card import licence_of
@@ -88,6 +88,8 @@ def _calibrated(planned: Plan, calibration: Calibration | None) -> tuple[Plan, C
     """The plan with a calibration, and what of that its layers can have."""
     if calibration is None:
         return planned, None
+    if len(planned.layers) < planned.num_hidden_layers:
+        raise SkvError("calibration", got="layers without attention", expected="attention in each", fix="Leave it out.")
     bases = {}
     for index, basis in calibration.bases.items():
         if index >= len(planned.layers):
@@ -121,13 +123,13 @@ def _plan_of(config: PreTrainedConfig, source: Source, recipe: Recipe, as_causal
     if not as_causal_lm:
         check_purpose(config.model_type, config.architectures)
     separate_head(source, config)
-    count = int(config.num_hidden_layers)
-    configs = recipe.layers(count)
+    indices = attention_layers(config)
+    configs = recipe.layers(int(config.num_hidden_layers))
     try:
         model = empty_model.build(config, DTYPES[recipe.dtype])
-        decoder = SkvDecoder(model.model, configs)
+        decoder = SkvDecoder(model.model, {i: configs[i] for i in indices})
         with model.running():
-            cache = [torch.empty(2, 1, 1, 1, dtype=torch.uint8)] * count  # its bytes don't matter to shapes
+            cache = [torch.empty(2, 1, 1, 1, dtype=torch.uint8)] * len(indices)  # its bytes don't matter to shapes
             decoder(*_example_inputs(cache, cache))
     except SkvError:
         raise
@@ -148,14 +150,17 @@ def _plan_of(config: PreTrainedConfig, source: Source, recipe: Recipe, as_causal
         weight_bytes=stored_bytes(model.model, recipe, held),
         context_length=context_length(config),
         held=held,
+        indices=tuple(indices),
+        num_hidden_layers=int(config.num_hidden_layers),
+        states=decoder.states,
     )
     return planned, model
 
 
-def _example_inputs(past_keys: list[torch.Tensor], past_values: list[torch.Tensor]) -> tuple[Any, ...]:
+def _example_inputs(past_keys: list[torch.Tensor], past_values: list[torch.Tensor], *states: Any) -> tuple[Any, ...]:
     """Inputs for tracing: two sequences of three tokens after four: lengths differ, and none is 0 or 1."""
     ids, mask = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64)
-    return ids, mask, torch.zeros_like(ids), past_keys, past_values
+    return ids, mask, torch.zeros_like(ids), past_keys, past_values, *states
 
 
 @checked
@@ -246,35 +251,40 @@ class _Phases:
 
 def _build(planned: Plan, model: EmptyModel, weights: Weights, all_logits: bool) -> ir.Model:
     """Returns the graph: two traced layers of each kind, copied for the others, if possible; else all are traced."""
-    samples = repeat_layers.choose(model.model, planned.layers, planned.held)
+    every = range(planned.num_hidden_layers)
+    layers = planned.by_index
+    samples = repeat_layers.choose(model.model, [layers.get(i) for i in every], planned.held)
     if samples is not None:
         with repeat_layers.cut(model.model, samples):
             program = _trace(planned, model, samples.traced, all_logits)
-        if (graph := build(program, weights, planned.layers, planned.recipe, samples)) is not None:
+        if (graph := build(program, weights, layers, planned.recipe, samples, planned.states)) is not None:
             return graph
-    program = _trace(planned, model, range(len(planned.layers)), all_logits)
-    whole = build(program, weights, planned.layers, planned.recipe)
+    program = _trace(planned, model, every, all_logits)
+    whole = build(program, weights, layers, planned.recipe, states=planned.states)
     assert whole is not None
     return whole
 
 
 def _trace(planned: Plan, model: EmptyModel, traced: Sequence[int], all_logits: bool) -> torch.export.ExportedProgram:
-    configs = planned.recipe.layers(len(planned.layers))
-    decoder = SkvDecoder(model.model, {i: configs[i] for i in traced}, all_logits=all_logits).eval()
+    configs = planned.recipe.layers(planned.num_hidden_layers)
+    layers = {i: layer for i, layer in planned.by_index.items() if i in traced}
+    states = [state for state in planned.states if state.layer in traced]
+    decoder = SkvDecoder(model.model, {i: configs[i] for i in layers}, all_logits=all_logits, states=states).eval()
     with model.running():
         keys, values = (
             [
                 torch.zeros(2, layer.params.kv_num_heads, rows, layer.layouts[which].width, dtype=torch.uint8)
-                for layer in (planned.layers[i] for i in traced)
+                for layer in layers.values()
             ]
             for which, rows in ((0, 2), (1, 3))
         )
-        inputs = _example_inputs(keys, values)
+        pasts = [torch.zeros(2, *state.shape) for state in states]
+        inputs = _example_inputs(keys, values, *([pasts] if pasts else []))
     dim = torch.export.Dim
     batch, tokens, columns = dim("batch_size"), dim("sequence_length"), dim("total_sequence_length")
     ids = {0: batch, 1: tokens}
-    caches = [{0: batch, 2: dim.DYNAMIC}] * len(traced)
-    shapes = (ids, {0: batch, 1: columns}, ids, caches, caches)
+    caches = [{0: batch, 2: dim.DYNAMIC}] * len(layers)
+    shapes = (ids, {0: batch, 1: columns}, ids, caches, caches, *([[{0: batch}] * len(pasts)] if pasts else []))
     try:
         with torch.no_grad():
             return torch.export.export(decoder, inputs, dynamic_shapes=shapes, strict=False)
@@ -328,7 +338,10 @@ def _model_config(
             "sha256": digest(source, config),
             **({"adapter": source.adapter.resolve().name} if source.adapter else {}),
         },
-        layers=tuple(LayerCache.of(layer, i in planned.calibrated) for i, layer in enumerate(planned.layers)),
+        layers=tuple(LayerCache.of(layer, i in planned.calibrated) for i, layer in planned.by_index.items()),
+        indices=planned.indices,
+        num_hidden_layers=planned.num_hidden_layers,
+        states=planned.states,
     )
 
 

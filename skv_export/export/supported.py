@@ -13,9 +13,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from skv_export.errors import SkvError
-from skv_export.export.architectures import TESTED
+from skv_export.export.architectures import HYBRID, TESTED
 
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+_WITH_ATTENTION = {*_PLAIN_LAYERS, "hybrid"}
+"""The last has a recurrent state beside its cache."""
 _OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "thinker_config")
 _STATE_SPACE = ("ssm_cfg", "state_size", "mamba_d_state", "time_step_rank", "rescale_every")
 _ALIBI_MODELS = ("bloom", "mpt")
@@ -29,7 +31,7 @@ def check_config(config: PreTrainedConfig) -> None:
     """
     reason = next(_reasons(config), None)
     if reason is not None:
-        expected = f"a decoder such as {', '.join(TESTED)}"
+        expected = f"a decoder such as {', '.join([*TESTED, *HYBRID])}"
         raise SkvError(f"{config.model_type}: can't be exported: {reason}", expected=expected)
 
 
@@ -46,11 +48,12 @@ def _reasons(config: PreTrainedConfig) -> Iterator[str]:
         yield "cross attention (add_cross_attention) has a cache of another kind"
     if has("kv_lora_rank"):
         yield "multi-head latent attention (kv_lora_rank) caches one compressed vector, not keys and values"
-    if (state := has(*_STATE_SPACE)) and not (kinds and kinds <= _PLAIN_LAYERS):
+    hybrid = config.model_type in HYBRID and attention_layers(config)
+    if (state := has(*_STATE_SPACE)) and not hybrid and not (kinds and kinds <= _PLAIN_LAYERS):
         yield f"a state-space model ({', '.join(state)}) has a recurrent state, not keys and values"
     if "chunked_attention" in kinds or (has("attention_chunk_size") and not kinds):
         yield "attention within chunks (attention_chunk_size)"
-    if other := sorted(kinds - _PLAIN_LAYERS):
+    if (other := sorted(kinds - _PLAIN_LAYERS)) and not hybrid:
         yield f"layers without a cache of keys and values, such as linear attention ({', '.join(other)})"
     if senses := has(*_OTHER_SENSES):
         yield f"it reads more than text ({', '.join(senses)}): export its text model alone"
@@ -64,6 +67,13 @@ def _reasons(config: PreTrainedConfig) -> Iterator[str]:
         yield "transformers has no causal language model of this type"
     if any("dynamic" in str(rope.get("rope_type")) for rope in _ropes(config)):
         yield "RoPE frequencies that change with the length (dynamic NTK) would make the cached keys wrong"
+
+
+def attention_layers(config: PreTrainedConfig) -> list[int]:
+    """Returns the numbers of the layers with attention: all, but for a hybrid model."""
+    count = int(config.num_hidden_layers)
+    kinds = getattr(config, "layer_types", None) if config.model_type in HYBRID else None
+    return [i for i in range(count) if kinds is None or kinds[i] in _WITH_ATTENTION]
 
 
 def _is_set(config: PreTrainedConfig, name: str) -> bool:
@@ -93,6 +103,8 @@ def check_windows(config: PreTrainedConfig, windows: Sequence[int]) -> None:
     window = window if getattr(config, "use_sliding_window", True) else None
     kinds = local_layers or getattr(config, "layer_types", None)
     kinds = kinds or ["sliding_attention" if window else "full_attention"] * len(windows)
+    if config.model_type in HYBRID:
+        kinds = [kind for kind in kinds if kind in _WITH_ATTENTION]
     expected = [int(window or 0) if kind in ("sliding_attention", "local") else 0 for kind in kinds]
     if list(windows) != expected:
         raise SkvError(

@@ -15,7 +15,8 @@ from skv_export.model_folder.genai_config import advice
 from skv_export.provenance import versions
 from skv_export.spec.layout import cache_bytes
 from skv_export.spec.op import LayerAttention
-from skv_export.spec.recipe import Recipe
+from skv_export.spec.recipe import LayerConfig, Recipe
+from skv_export.spec.state import LayerState
 
 PARAMETER_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
 """Bits of a block's scale and offset, by the ``dtype``."""
@@ -31,11 +32,14 @@ class Plan:
         source: The checkpoint, or the ONNX model.
         recipe: The options.
         model_type: Hugging Face's name of the architecture.
-        layers: Attention of each layer, as the graph will have it.
+        layers: Attention of each layer that has it, as the graph will have it.
         weight_bytes: Size of the weights as the recipe wants them, tied ones once.
         context_length: Tokens that the model can attend to.
         calibrated: Layers whose keys are calibrated.
         held: Matrices that are stored as the checkpoint quantized them, by the parameters' names.
+        indices: Numbers of ``layers`` in the model; empty = from 0 on.
+        num_hidden_layers: Of the model; 0 = as many as ``layers``.
+        states: Of recurrent layers, for each sequence.
     """
 
     source: Source
@@ -46,16 +50,37 @@ class Plan:
     context_length: int
     calibrated: frozenset[int] = frozenset()
     held: Mapping[str, BlockMatrix] = field(default_factory=dict)
+    indices: tuple[int, ...] = ()
+    num_hidden_layers: int = 0
+    states: tuple[LayerState, ...] = ()
+
+    @property
+    def by_index(self) -> dict[int, LayerAttention]:
+        """Attention by the layer's number in the model."""
+        return dict(zip(self.indices or range(len(self.layers)), self.layers, strict=True))
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one sequence's recurrent states, whatever its length."""
+        return sum(state.nbytes for state in self.states)
+
+    @property
+    def configs(self) -> list[LayerConfig]:
+        """The recipe's options for ``layers``."""
+        configs = self.recipe.layers(self.num_hidden_layers or len(self.layers))
+        return [configs[i] for i in self.by_index]
 
     def cache_bytes(self, length: int) -> int:
-        """Returns the bytes that the cache of one sequence of ``length`` tokens takes."""
-        return cache_bytes(
+        """Returns the bytes that the cache of one sequence of ``length`` tokens takes, recurrent states included."""
+        caches = cache_bytes(
             [layer.layouts for layer in self.layers], [layer.params.kv_num_heads for layer in self.layers], length
         )
+        return caches + self.state_bytes
 
     def half_cache_bytes(self, length: int) -> int:
-        """Returns what an fp16 cache takes that keeps every token in every layer."""
-        return sum(2 * 2 * length * layer.params.kv_num_heads * layer.layouts[0].head_dim for layer in self.layers)
+        """Returns what an fp16 cache takes that keeps every token in every layer; recurrent states are the same."""
+        caches = (2 * 2 * length * x.params.kv_num_heads * x.layouts[0].head_dim for x in self.layers)
+        return sum(caches) + self.state_bytes
 
     @property
     def bytes_per_token(self) -> float:
@@ -82,14 +107,17 @@ class Plan:
             "recipe": tomllib.loads(self.recipe.to_toml()),
             "layers": [
                 {
+                    "layer": i,
                     "num_attention_heads": layer.params.num_heads,
                     "num_key_value_heads": layer.params.kv_num_heads,
                     "local_window_size": layer.params.local_window_size,
                     "key": dataclasses.asdict(layer.layouts[0]),
                     "value": dataclasses.asdict(layer.layouts[1]),
                 }
-                for layer in self.layers
+                for i, layer in self.by_index.items()
             ],
+            "states": [dataclasses.asdict(state) for state in self.states],
+            "state_bytes": self.state_bytes,
             "weight_bytes": self.weight_bytes,
             "bytes_per_token": self.bytes_per_token,
             "cache": [
@@ -102,18 +130,25 @@ class Plan:
     def table(self) -> str:
         """Returns the plan as text."""
         lines = [
-            f"{self.source}: {self.model_type}, {len(self.layers)} layers, context {self.context_length:,}",
+            f"{self.source}: {self.model_type}, {self.num_hidden_layers or len(self.layers)} layers, context "
+            f"{self.context_length:,}",
             self._weights_row(),
             "",
         ]
         lines += [f"  {row}" for row in self._layer_rows()]
+        if self.states:
+            count = len({state.layer for state in self.states})
+            lines.append(
+                f"  and {count} layer{'s' * (count > 1)} with a recurrent state: {_size(self.state_bytes)} per "
+                "sequence, in full precision, whatever its length"
+            )
         lines += ["", f"cache: {self.bytes_per_token:,.0f} bytes per token and sequence"]
         for length in self.lengths:
             ours, half = self.cache_bytes(length), self.half_cache_bytes(length)
             ratio = f"{half / ours:.1f}x smaller"
             lines.append(f"  {length:>7,} tokens: {_size(ours):>9} instead of {_size(half):>9} in fp16, {ratio}")
         pairs = [layer.layouts for layer in self.layers]
-        return "\n".join([*lines, "", advice(self.recipe.layers(len(pairs)), pairs, self.context_length)])
+        return "\n".join([*lines, "", advice(self.configs, pairs, self.context_length)])
 
     def _weights_row(self) -> str:
         recipe = self.recipe
@@ -135,22 +170,28 @@ class Plan:
 
     def _layer_rows(self) -> list[str]:
         """One line for each run of equal layers."""
-        rows: list[tuple[int, int, str]] = []
-        for i, layer in enumerate(self.layers):
+        rows: list[tuple[list[int], str]] = []
+        for place, (i, layer) in enumerate(self.by_index.items()):
             key, value = layer.layouts
             params = layer.params
             window = f", window {params.local_window_size}" if params.local_window_size else ""
-            form = f"{key.granularity}, calibrated" if i in self.calibrated else key.granularity
+            form = f"{key.granularity}, calibrated" if place in self.calibrated else key.granularity
             text = (
                 f"K{key.bits}V{value.bits}, {params.num_heads} query heads on {params.kv_num_heads}, "
                 f"head_dim {key.head_dim}{window}, keys per {form}, values per {value.granularity}, "
                 f"first {key.num_sink_tokens} and last {key.recent_tokens} tokens exact"
             )
-            if rows and rows[-1][2] == text:
-                rows[-1] = (rows[-1][0], i, text)
+            if rows and rows[-1][1] == text:
+                rows[-1][0].append(i)
             else:
-                rows.append((i, i, text))
-        return [f"layer{'s' if a < b else ''} {a if a == b else f'{a}-{b}'}: {text}" for a, b, text in rows]
+                rows.append(([i], text))
+        return [f"layer{'s' * (len(numbers) > 1)} {_numbers(numbers)}: {text}" for numbers, text in rows]
+
+
+def _numbers(rising: list[int]) -> str:
+    """``0-3``, or ``3, 7, 11`` where there are others between."""
+    dense = len(rising) > 1 and rising[-1] - rising[0] == len(rising) - 1
+    return f"{rising[0]}-{rising[-1]}" if dense else ", ".join(map(str, rising))
 
 
 def _size(count: float) -> str:
