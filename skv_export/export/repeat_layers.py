@@ -279,12 +279,7 @@ def _alike(graph: ir.Graph, samples: Samples, a: _Region, b: _Region) -> bool:
         return False
     same: dict[ir.Value | None, ir.Value | None] = {a.start: b.start, None: None}
     for one, other in zip(a.nodes, b.nodes, strict=True):
-        attributes = {name: x.value for name, x in one.attributes.items()}
-        if (one.domain, one.op_type, attributes) != (
-            other.domain,
-            other.op_type,
-            {name: x.value for name, x in other.attributes.items()},
-        ):
+        if (one.domain, one.op_type, _attributes(one)) != (other.domain, other.op_type, _attributes(other)):
             return False
         for x, y in zip(one.inputs, other.inputs, strict=True):
             if x not in same and x is not None:
@@ -293,6 +288,15 @@ def _alike(graph: ir.Graph, samples: Samples, a: _Region, b: _Region) -> bool:
                 return False
         same.update(zip(one.outputs, other.outputs, strict=True))
     return same[a.end] is b.end
+
+
+def _attributes(node: ir.Node) -> dict[str, object]:
+    """A node's attributes, tensors by what they hold: two of them are never equal."""
+    values = ((name, attribute.value) for name, attribute in node.attributes.items())
+    return {
+        name: (x.dtype, tuple(x.shape.numpy()), x.tobytes()) if isinstance(x, ir.TensorProtocol) else x
+        for name, x in values
+    }
 
 
 def _counterpart(samples: Samples, x: ir.Value, y: ir.Value | None, a: int, b: int) -> bool:

@@ -122,7 +122,7 @@ def test_stamped_graph_is_the_graph_of_all_layers(arch: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["lfm2", "nemotron_h", "qwen3_5_text"])
+@pytest.mark.parametrize("arch", ["lfm2", "nemotron_h"])
 def test_stamped_graph_of_recurrent_layers_is_the_graph_of_all_layers(arch: str) -> None:
     given = HYBRID[arch]
     name = "layers_block_type" if arch == "nemotron_h" else "layer_types"
