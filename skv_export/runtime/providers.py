@@ -15,6 +15,8 @@ from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import Library
 
 EXECUTION_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+QMOE_SINCE = "1.31"
+"""The first onnxruntime whose QMoE has the attributes that exports give it."""
 _RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
 """Session option ("1") without which ``check_placement`` learns nothing."""
 
@@ -229,4 +231,7 @@ def load_error(path: Path, error: Exception) -> SkvError:
                 fix="Put the file itself there, or a hard link: cp -rL FOLDER COPY makes a folder without links. "
                 "A model of the hub loads by its id.",
             )
-    return SkvError(f"{path}: ONNX Runtime can't load it", got=brief(error), fix="Export the model again.")
+    fix = "Export the model again."
+    if "QMoE" in said:  # its experts in 4 bits; older versions don't know the form of their weights
+        fix = f"Install onnxruntime {QMOE_SINCE} or newer, or export with other --weights."
+    return SkvError(f"{path}: ONNX Runtime can't load it", got=brief(error), fix=fix)
