@@ -202,7 +202,9 @@ def test_rewind_of_a_cache_on_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
     """Cache.rewind by addresses of the device; without a CUDA provider they are the host's."""
     if PROVIDERS[0] == "CPUExecutionProvider":
         on_host = ort.OrtValue.ortvalue_from_shape_and_type
-        monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", lambda shape, dtype, *_: on_host(shape, dtype))
+        monkeypatch.setattr(
+            ort.OrtValue, "ortvalue_from_shape_and_type", lambda shape, dtype, *_: on_host(shape, dtype)
+        )
     unbound = SimpleNamespace(bind_input=lambda *_: None, bind_output=lambda *_: None)
     both = dataclasses.replace(SMALL, k_granularity="token_channel", v_granularity="token_channel")
     layers = [LayerCache(4, 2, 0, *CacheLayout.pair(config, 64)) for config in (SMALL, both)]
