@@ -128,24 +128,19 @@ __global__ void __launch_bounds__(kThreads, 1) decode_tile_kernel(Cache c, const
 }
 
 // Grid: groups of kWarps tokens that leave their tiles and have no rows, heads.
-template <int E>
+template <int E, bool kHasBasis>
 __global__ void __launch_bounds__(kThreads, 1) rewind_kernel(Cache c, int64_t first_block, int from, int to) {
+  const int position = from + blockIdx.x * kWarps + threadIdx.x / 32;
+  if (position >= to) return;
   uint8_t* block = block_of(c, first_block + blockIdx.y);
   const int lane = threadIdx.x % 32, sinks = c.layout.num_sink_tokens, tokens = c.layout.tile_tokens;
-  for (int position = from + blockIdx.x * kWarps + threadIdx.x / 32; position < to; position += gridDim.x * kWarps) {
-    const int tile = (position - sinks) / tokens;
-    float x[E];
-    decode_token(c, block + tile_start(c, tile), (position - sinks) % tokens, x);
-    if (c.basis.query) from_tile(x, c, blockIdx.y);
-    uint8_t* row = block + row_start(c, position);
+  const int tile = (position - sinks) / tokens;
+  float x[E];
+  decode_token(c, block + tile_start(c, tile), (position - sinks) % tokens, x);
+  if constexpr (kHasBasis) from_tile(x, c, blockIdx.y);
+  uint8_t* row = block + row_start(c, position);
 #pragma unroll
-    for (int e = 0; e < E; e++) store(row, lane + 32 * e, c.layout.recent_type, x[e]);
-  }
-}
-
-unsigned groups_of_warps(int64_t tokens) {
-  const int64_t groups = (tokens + kWarps - 1) / kWarps;
-  return unsigned(groups < 1 ? 1 : groups < 4096 ? groups : 4096);
+  for (int e = 0; e < E; e++) store(row, lane + 32 * e, c.layout.recent_type, x[e]);
 }
 
 cudaError_t write_rows(const Attention& a, const Rows& rows, bool is_value, bool with_new, int32_t length,
@@ -187,8 +182,10 @@ cudaError_t decode_tile(const SkvLayout& layout, const uint8_t* tile, float* out
 
 cudaError_t rewind(const Cache& cache, int32_t kv_num_heads, int32_t b, int32_t from, int32_t to, void* stream) {
   return with_channels(cache, [&](auto channels) {
-    return launch(rewind_kernel<decltype(channels)::value>, dim3(groups_of_warps(to - from), kv_num_heads), kThreads, 0,
-                  stream, cache, int64_t{b} * kv_num_heads, from, to);
+    constexpr int E = decltype(channels)::value;
+    const auto kernel = cache.basis.query ? rewind_kernel<E, true> : rewind_kernel<E, false>;
+    return launch(kernel, dim3((to - from + kWarps - 1) / kWarps, kv_num_heads), kThreads, 0, stream, cache,
+                  int64_t{b} * kv_num_heads, from, to);
   });
 }
 
