@@ -18,6 +18,7 @@ import numpy as np
 from skv_export.bench.noise import CLOCKS
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import GENAI_CONFIG_FILE, SKV_CONFIG_FILE
+from skv_export.paths import to_path
 
 
 @dataclass(frozen=True)
@@ -88,20 +89,19 @@ def parse(text: str) -> tuple[str, Path]:
     Raises:
         SkvError: An unknown name, a path that does not exist, a content that no name goes with, a package is missing.
     """
-    name, separator, path = text.partition("=")
-    if not separator or (name not in PEERS and Path(text).exists()):
-        name, path = "", text
-    if not Path(path).exists():
-        raise SkvError(
-            "bench: what to time", got=text, expected=f"a file or folder that exists, as NAME={path or 'PATH'}"
-        )
+    name, separator, rest = text.partition("=")
+    if not separator or (name not in PEERS and to_path(text, "--against").exists()):
+        name, rest = "", text
+    path = to_path(rest, "--against")
+    if not path.exists():
+        raise SkvError("bench: what to time", got=text, expected="a file or folder that exists, or NAME=PATH with one")
     if not name:
-        name = _told_by(Path(path))
+        name = _told_by(path)
     if name not in PEERS:
         raise SkvError("bench: the name of a runtime", got=name, expected=", ".join(PEERS))
     if PEERS[name].module and importlib.util.find_spec(PEERS[name].module) is None:
         raise SkvError(f"bench: {name} is not installed", got=text, fix=f"pip install {PEERS[name].package}")
-    return name, Path(path)
+    return name, path
 
 
 def _told_by(path: Path) -> str:

@@ -21,6 +21,7 @@ from skv_export.cli.options import (
     DEBUG,
     Number,
     PathOf,
+    Provider,
     adapter_option,
     debug_option,
     default_name,
@@ -333,7 +334,7 @@ def model(
 @click.option("--max-kld-mean", type=Number(), help="Quality: fails above it, in nats.")
 @click.option("--max-kld-p99", type=Number(), help="Quality: fails above it, in nats.")
 @click.option("--min-top1-agreement", type=Number(0, 1), help="Quality: fails below it.")
-@click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
+@click.option("--execution-provider", default="cpu", show_default=True, type=Provider())
 @placement_options
 @progress_options
 def verify(

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from skv_export.checkpoints.block_weights import SCALES, ZERO_POINTS, BlockFormat, BlockMatrix
+from skv_export.export.expert_gates import gate_of
 from skv_export.export.lazy_weights import TORCH_TYPES, Named, Reader
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.spec.recipe import WEIGHT_BITS, Recipe
@@ -111,6 +112,12 @@ class Rounded:
         return dataclasses.replace(self, source=self.source.renamed(rename))
 
 
+def is_experts(module: Any, tensor: torch.Tensor) -> bool:
+    """Whether a parameter holds the matrices of experts that QMoE can take in blocks."""
+    across = getattr(module, "is_transposed", None)
+    return across is not None and tensor.shape[1 if across else 2] % BLOCK == 0 and gate_of(module) is not None
+
+
 def stored_bytes(model: PreTrainedModel, recipe: Recipe, held: Mapping[str, BlockMatrix]) -> int:
     """Returns the bytes of a model's weights in the graph and its data file; works on fake parameters.
 
@@ -133,6 +140,11 @@ def stored_bytes(model: PreTrainedModel, recipe: Recipe, held: Mapping[str, Bloc
             if stored is not None and isinstance(module, torch.nn.Linear | Conv1D | torch.nn.Embedding):
                 form = stored.format.stored(recipe.exact_products)
                 quantized[id(tensor)] = form.nbytes(stored.rows, stored.inputs, tensor.element_size())
+            elif bits == 4 and tensor.dim() == 3 and is_experts(module, tensor):
+                experts, *sizes = tensor.shape
+                inputs, rows = sizes if module.is_transposed else reversed(sizes)
+                part = rounded_format(bits).nbytes(rows, inputs, tensor.element_size())
+                quantized[id(tensor)] = experts * part
             elif chosen and name == "weight":
                 rows, inputs = reversed(tensor.shape) if isinstance(module, Conv1D) else tensor.shape
                 quantized[id(tensor)] = rounded_format(bits).nbytes(rows, inputs, tensor.element_size())
@@ -157,21 +169,32 @@ def rounded(model: PreTrainedModel, quantized: Iterable[str], config: ModelConfi
         yield
         return
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    modules = [model.get_submodule(name.rpartition(".")[0]) for name in quantized]
-    chosen = [module for module in modules if module not in (inner, outer)]
-    chosen += [outer] if config.quantize_head else []
-    chosen += [inner] if config.quantize_embeddings else []
-    before: dict[torch.nn.Module, Any] = {module: module.weight for module in chosen}
+    places = [name.rpartition(".")[::2] for name in quantized]
+    chosen = [(model.get_submodule(path), name) for path, name in places]
+    chosen = [(module, name) for module, name in chosen if module not in (inner, outer)]
+    chosen += [(outer, "weight")] if config.quantize_head else []
+    chosen += [(inner, "weight")] if config.quantize_embeddings else []
+    before: dict[tuple[torch.nn.Module, str], Any] = {place: getattr(*place) for place in chosen}
     try:
-        for module, weight in before.items():  # two may share a weight, of which one is not rounded
-            module.weight = torch.nn.Parameter(_rounded(module, weight, bits), requires_grad=False)
+        for (module, name), weight in before.items():  # two may share a weight, of which one is not rounded
+            setattr(module, name, torch.nn.Parameter(_rounded(module, weight, bits), requires_grad=False))
         yield
     finally:
-        for module, weight in before.items():
-            module.weight = weight
+        for (module, name), weight in before.items():
+            setattr(module, name, weight)
 
 
 def _rounded(module: torch.nn.Module, weight: torch.Tensor, bits: int) -> torch.Tensor:
-    matrix = (weight.T if isinstance(module, Conv1D) else weight).float().numpy()
-    result = torch.from_numpy(dequantize(*quantize(matrix, bits), bits, matrix.shape[1]))
-    return result.T if isinstance(module, Conv1D) else result
+    if weight.dim() == 3:  # of experts, one behind the other
+        across = bool(getattr(module, "is_transposed", False))
+        rows = [_rounded_rows(expert.T if across else expert, bits) for expert in weight]
+        return torch.stack([expert.T if across else expert for expert in rows])
+    if isinstance(module, Conv1D):
+        return _rounded_rows(weight.T, bits).T
+    return _rounded_rows(weight, bits)
+
+
+def _rounded_rows(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """``[N, K]`` as its codes represent it."""
+    matrix = weight.detach().float().contiguous().numpy()
+    return torch.from_numpy(dequantize(*quantize(matrix, bits), bits, matrix.shape[1]))

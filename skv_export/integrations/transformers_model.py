@@ -79,6 +79,7 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         if not 1 <= self.max_length <= context:
             raise SkvError("max_length", got=max_length, expected=f"1 ... {context}, the model's context")
         self.session, self.config, self.generation_config = session, config, generation_config
+        self._is_stateful = bool(session.config.states)  # recurrent states can't be taken back
         self._running: list[SkvCache] = []  # the cache that the call of generate under way has made
         self.device, self.dtype = torch.device("cpu"), torch.float32  # of what goes in and comes out
 
@@ -122,7 +123,7 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
             local_files_only: Take what has been downloaded already, and ask no server.
             dtype: The export's number format is what it is: this one or ``auto``, else an error.
             torch_dtype: The old name of ``dtype``.
-            device_map: ``auto``, or one device for the whole model: a GPU means execution_provider ``cuda``.
+            device_map: ``auto``, or one device for the whole model: ``cuda:1`` means execution_provider ``cuda:1``.
             trust_remote_code: Without effect: code is never taken from a model's folder.
             others: Refused, by name.
 
