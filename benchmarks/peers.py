@@ -230,6 +230,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "peers.json")
     parser.add_argument("--render", type=Path, help="Figures of an earlier run: measure nothing.")
+    parser.add_argument("--quality-only", action="store_true", help="Perplexity alone, printed; writes nothing.")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
@@ -251,6 +252,9 @@ def main() -> None:
             recipe = Recipe().with_options(**options)
             export_model(file, out=folders[name], recipe=recipe, progress=lambda phase, fraction: None)
         figures["quality"] = quality(file, folders, given.windows, given.window)
+        if given.quality_only:
+            print(quality_table(figures))
+            return
         figures["attention"] = attention(given.threads, given.clock, given.repetitions)
         figures["model"] = models(file, folders, given)
     given.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Matrices of floats in few bits: FP8 and MXFP4, which a graph holds dequantized."""
+"""Matrices that a graph holds dequantized: FP8, MXFP4, and bitsandbytes' LLM.int8."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ def _fp8(entry: PackedEntry) -> NDArray[Any]:
     return weight * scale[tuple(slice(n) for n in weight.shape)]
 
 
+def _int8_rows(entry: PackedEntry) -> NDArray[Any]:
+    """bitsandbytes' LLM.int8: 127 stands for the largest weight of its row."""
+    rows = entry.parts["weight"].shape[0]
+    if "weight_format" in entry.parts and entry.number("weight_format"):
+        raise entry.error("its weight_format", entry.number("weight_format"), "0, rows one below the other")
+    largest = entry.expect("SCB", (rows,)).array().astype(np.float32)
+    return entry.parts["weight"].array().astype(np.float32) * (largest / 127)[:, None]
+
+
 def _mxfp4_shape(entry: PackedEntry) -> tuple[int, ...]:
     """Experts are ``[E, K, N]``; in the file ``[E, N, K / 32, 16]``."""
     shape = entry.parts["blocks"].shape
@@ -49,4 +58,5 @@ def _mxfp4(entry: PackedEntry) -> NDArray[Any]:
 
 
 FP8 = PackedFormat((".weight", ".weight_scale", ".weight_scale_inv"), ".weight", _fp8_shape, _fp8)
+LLM_INT8 = PackedFormat((".weight", ".SCB", ".weight_format"), ".weight", _fp8_shape, _int8_rows)
 MXFP4 = PackedFormat(("_blocks", "_scales"), "", _mxfp4_shape, _mxfp4)

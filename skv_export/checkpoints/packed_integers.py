@@ -314,6 +314,8 @@ def hqq_dequantized(entry: PackedEntry) -> NDArray[np.float32]:
     """Returns the matrix."""
     shape, codes = hqq_shape(entry), _hqq_rows(entry).astype(np.float32)
     scale, zero = (entry.parts[part].array().astype(np.float32) for part in ("scale", "zero"))
+    if codes.shape[1 if entry.number("axis") else 0] != entry.number("group_size"):
+        raise entry.error("its group_size", entry.number("group_size"), f"that of {codes.shape}")
     if any(x.ndim != 2 or x.shape not in ((len(codes), 1), (1, codes.shape[1])) for x in (scale, zero)):
         raise entry.error("its scale and zero", [scale.shape, zero.shape], f"one for each group of {codes.shape}")
     found: NDArray[np.float32] = ((codes - zero) * scale).reshape(shape)

@@ -1,4 +1,4 @@
-"""Checkpoints that other tools quantized: GPTQ, AWQ, compressed-tensors, Olive, HQQ, FP8 and MXFP4.
+"""Checkpoints that other tools quantized: GPTQ, AWQ, compressed-tensors, Olive, HQQ, LLM.int8, FP8 and MXFP4.
 
 Which tensors make up a matrix follows from their names, what their bits mean from ``quantization_config``. Each such
 group becomes one entry under the matrix's own name: ``array`` dequantizes it, ``blocks`` gives its codes as a graph
@@ -12,16 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from skv_export.checkpoints.packed_entry import Entries, PackedEntry, PackedFormat
-from skv_export.checkpoints.packed_floats import FP8, MXFP4
+from skv_export.checkpoints.packed_floats import FP8, LLM_INT8, MXFP4
 from skv_export.checkpoints.packed_integers import AWQ, GPTQ, HQQ, OLIVE, PACK_QUANTIZED
 from skv_export.errors import SkvError
 
 _OF_ACTIVATIONS = (".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".k_scale", ".v_scale")
 """Ends of names of what activations are rounded with, which an export does not do."""
 _FORMATS: Mapping[str, PackedFormat] = {
-    "gptq": GPTQ, "awq": AWQ, "pack-quantized": PACK_QUANTIZED, "olive": OLIVE, "hqq": HQQ, "fp8": FP8, "mxfp4": MXFP4
+    "gptq": GPTQ, "awq": AWQ, "pack-quantized": PACK_QUANTIZED, "olive": OLIVE, "hqq": HQQ, "fp8": FP8, "mxfp4": MXFP4,
+    "llm.int8": LLM_INT8,
 }  # fmt: skip
-_READ = "gptq, awq, compressed-tensors, olive, hqq, fp8 or mxfp4"
+_READ = "gptq, awq, compressed-tensors, olive, hqq, fp8, mxfp4, or bitsandbytes in 8 bits"
+_EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "I8")
 CONV1D = ("gpt2",)
 """Architectures whose matrices are ``[K, N]`` in the model; quantizers store them as those of others."""
 _CONV1D_MODULES = re.compile(r"\.(c_attn|c_proj|c_fc)$")
@@ -55,7 +57,7 @@ def unpack_checkpoint(config: Mapping[str, Any], entries: Entries, source: str) 
                 continue
             stem = name.removesuffix(layout.suffixes[0])
             found = {suffix: stem + suffix for suffix in layout.suffixes if stem + suffix in merged}
-            if kind == "fp8" and (len(found) == 1 or merged[name].dtype not in ("F8_E4M3", "F8_E5M2", "I8")):
+            if layout.suffixes[0] == ".weight" and (len(found) == 1 or merged[name].dtype not in _EIGHT_BITS):
                 continue
             chosen, options = scheme(stem)
             if chosen != kind:
@@ -98,6 +100,9 @@ def _uniform(method: str, given: Mapping[str, Any], source: str) -> Scheme:
     bits, size = given.get("bits"), given.get("group_size", 128)
     if method == "gptq":
         version = str(given.get("checkpoint_format", "gptq"))
+        own = given.get("dynamic")
+        if isinstance(own, Mapping) and any(own.values()):  # without values: modules that are not quantized
+            raise _refusal(source, "GPTQ with modules of other widths (dynamic)", "one width for all")
         if bits in (2, 4, 8) and version in ("gptq", "gptq_v2") and type(size) is int:
             return "gptq", {
                 "bits": bits, "group_size": size, "sym": bool(given.get("sym", True)), "v1": version == "gptq",
@@ -113,6 +118,8 @@ def _uniform(method: str, given: Mapping[str, Any], source: str) -> Scheme:
         return "hqq", _hqq(given, source)
     if method in ("fp8", "mxfp4"):
         return method, {}
+    if method == "bitsandbytes" and given.get("load_in_8bit") and not given.get("load_in_4bit"):
+        return "llm.int8", {}
     if method == "bitsandbytes":
         reason = "its weights are entries of a table with steps of different sizes, which MatMulNBits does not have"
         raise _refusal(source, f"bitsandbytes: {reason}", _READ)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from packed_files import Writer, awq, exact, fp8, gptq, hqq, mxfp4, olive, pack_folder, pack_quantized
+from packed_files import Writer, awq, exact, fp8, gptq, hqq, llm_int8, mxfp4, olive, pack_folder, pack_quantized
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -72,6 +72,7 @@ FORMATS: dict[str, tuple[Writer, Mapping[str, Any]]] = {
     "hqq, 2 bits, as floats": (hqq(2, 16, as_floats=True), of_hqq(2, 16)),
     "hqq, 8 bits": (hqq(8), of_hqq(8)),
     "hqq, groups of outputs": (hqq(4, 32, 0), of_hqq(axis=0)),
+    "LLM.int8": (llm_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}),
     "FP8, blocks": (fp8((16, 32), "weight_scale_inv"), {"quant_method": "fp8", "weight_block_size": [16, 32]}),
 }  # fmt: skip
 
@@ -226,11 +227,25 @@ DAMAGE: dict[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor], str]] 
     "scales of too few outputs": ("awq", "scales", lambda t: t[:, :-8], "its scales"),
     "zero points of too few groups": ("gptq", "qzeros", lambda t: t[:-1], "its qzeros"),
     "another shape": ("W4A16", "weight_shape", first(7), "its weight_shape"),
-    "groups across outputs": ("hqq", "group_size", first(48), "groups across outputs"),
-    "a shape of another matrix": ("hqq", "shape", first(7), "its shape"),
-    "a zero point that is no number": ("hqq", "zero", first(float("nan")), "infinite or not a number"),
     "too few codes": ("gptq", "qweight", lambda t: t[:-4], "up_proj"),
 }
+
+
+READING: dict[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "another order of rows": ("LLM.int8", "weight_format", lambda t: t + 1, "its weight_format"),
+    "groups of another size": ("hqq", "group_size", first(48), "its group_size"),
+    "a shape of another matrix": ("hqq", "shape", first(7), "its shape"),
+    "a zero point that is no number": ("hqq", "zero", first(float("nan")), "infinite or not a number"),
+    "too few zero points": ("olive, asymmetric", "qzeros", lambda t: t[:, :0], "its qzeros"),
+}
+
+
+@pytest.mark.parametrize("case", READING)
+def test_damage_that_reading_finds(case: str, packed: Callable[..., Path]) -> None:
+    name, part, change, message = READING[case]
+    folder = changed(packed(name), part, change)
+    with pytest.raises(SkvError, match=rf"up_proj.*{message}"):
+        Checkpoint.open(folder).tensor("model.layers.1.mlp.up_proj.weight")
 
 
 @pytest.mark.parametrize("case", DAMAGE)
@@ -249,6 +264,7 @@ def test_damaged_parts_are_named_and_leave_nothing_behind(
     [
         (of_gptq(bits=3), "GPTQ with 3 bits"),
         (of_gptq(checkpoint_format="marlin"), "marlin"),
+        (of_gptq(dynamic={"+:.*down.*": {"bits": 8}}), "modules of other widths"),
         (AWQ | {"version": "gemv"}, "gemv"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "entries of a table"),
         ({"quant_method": "quark"}, "quark"),

@@ -171,6 +171,14 @@ def fp8(block: tuple[int, int] | None = None, suffix: str = "weight_scale") -> W
     return write
 
 
+def llm_int8(matrix: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+    """bitsandbytes: rows of int8, of which 127 is the row's largest weight."""
+    largest = np.abs(matrix).max(1).astype(np.float32)
+    codes = np.round(matrix / largest[:, None] * 127).astype(np.int8)
+    tensors = {"weight": torch.from_numpy(codes), "SCB": torch.from_numpy(largest)}
+    return tensors | {"weight_format": torch.tensor(0, dtype=torch.uint8)}, codes * (largest / 127)[:, None]
+
+
 def mxfp4(experts: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
     """gpt-oss: blocks of 32 inputs of ``[E, K, N]``, two E2M1 numbers in a byte, a power of two for each block."""
     numbers = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
