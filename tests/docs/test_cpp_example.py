@@ -6,14 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 from tiny_graph import SMALL, VOCAB, Tiny
-from tiny_models import ROOT
+from tiny_models import HYBRID, ROOT
 
+from skv_export.export.pipeline import export_model
 from skv_export.runtime.session import Session
 
 SOURCES = ROOT / "examples" / "cpp"
@@ -56,6 +58,19 @@ def test_it_gives_the_runtimes_tokens(program: Path, tiny: Tiny, library: Path, 
     assert result.returncode == 0, result.stderr
     made = [int(token) for token in result.stdout.split()]
     assert [made] == Session(folder).generate([PROMPT], max_new_tokens=150) and len(made) == 150
+
+
+@pytest.mark.slow
+def test_it_keeps_the_states_of_a_hybrid_model(
+    program: Path, library: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("falcon_h1", **HYBRID["falcon_h1"])
+    folder = export_model(source, out=tmp_path / "model", progress=lambda *_: None)
+    prompt = [token % 317 + 3 for token in PROMPT]
+    result = run(program, folder, library, 40, *prompt)
+    assert result.returncode == 0, result.stderr
+    made = [int(token) for token in result.stdout.split()]
+    assert [made] == Session(folder).generate([prompt], max_new_tokens=40)
 
 
 def test_it_stops_at_an_end_token(program: Path, library: Path, tmp_path: Path) -> None:
