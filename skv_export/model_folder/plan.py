@@ -39,6 +39,7 @@ class Plan:
         readers: Further layers, which read the cache of one of ``layers``.
         inputs_embeds: Channels of the embeddings that the graph takes in place of tokens; 0 = it takes none.
         position_axes: Positions of a token.
+        latent: The cache holds latents, which an fp16 cache has once and this one as keys and as values.
     """
 
     source: Source
@@ -52,6 +53,7 @@ class Plan:
     readers: int = 0
     inputs_embeds: int = 0
     position_axes: int = 1
+    latent: bool = False
 
     def cache_bytes(self, length: int) -> int:
         """Returns the bytes that the cache of one sequence of ``length`` tokens takes."""
@@ -61,7 +63,8 @@ class Plan:
 
     def half_cache_bytes(self, length: int) -> int:
         """Returns what an fp16 cache takes that keeps every token in every layer."""
-        return sum(2 * 2 * length * layer.params.kv_num_heads * layer.layouts[0].head_dim for layer in self.layers)
+        copies = 1 if self.latent else 2
+        return sum(copies * 2 * length * x.params.kv_num_heads * x.layouts[0].head_dim for x in self.layers)
 
     @property
     def bytes_per_token(self) -> float:
