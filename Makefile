@@ -49,8 +49,8 @@ lint: setup  ## Style and types
 # On a machine with a GPU: the source tree, nvcc, torch and numpy are all they need; no environment is set up.
 gpu-test:  ## The CUDA kernels' tests, on a GPU
 	$(PYTHON) tests/cuda/gpu_test.py
-	$(PYTHON) tests/cuda/gpu_test.py --sanitizer memcheck
-	$(PYTHON) tests/cuda/gpu_test.py --sanitizer racecheck
+	for tool in memcheck racecheck synccheck initcheck; do \
+		$(PYTHON) tests/cuda/gpu_test.py --sanitizer $$tool || exit 1; done
 
 gpu-bench:  ## The CUDA kernels' benchmark
 	$(PYTHON) benchmarks/gpu_bench.py --json gpu-bench.json

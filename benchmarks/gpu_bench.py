@@ -121,7 +121,7 @@ class GroupQueryAttention:
     def __init__(self, batch: int, heads: int, kv_heads: int, length: int, bits: int, device: str = "cuda") -> None:
         import onnxruntime as ort
 
-        from skv_export.bench.attention import AttentionShape, group_query_attention
+        from skv_export.bench.attention_candidates import AttentionShape, group_query_attention
         from skv_export.spec.op import one_node_model
 
         shape = AttentionShape(length, heads, kv_heads, D, batch)

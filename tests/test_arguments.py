@@ -141,6 +141,7 @@ def test_fields_of_a_dataclass() -> None:
 NEEDED: dict[str, Any] = {
     "source": "x", "checkpoint": "x", "out": "x", "folder": "x", "model": "x", "repo_id": "x/y", "save_directory": "x",
     "path": "x", "cache": Cache.__new__(Cache), "session": Session.__new__(Session), "attention_mask": None,
+    "inputs_embeds": np.zeros((1, 1, 4), np.float32),
     "position_ids": None, "input_ids": torch.ones(1, 1, dtype=torch.int64), "batch": 1, "slots": 1, "rows": [[1]],
     "length": 1, "present": [[1]], "prompts": [[1]], "messages": [], "num_hidden_layers": 1, "bits": [(4, 2)],
     "values": {}, "index": 0, "n": 1, "b": 0, "layer": 0, "name": "key", "states": [], "new": [], "tokens": [],
@@ -273,7 +274,6 @@ def test_session(folder: Path) -> None:
     answers(lambda **o: scored.compact(**({"cache": cache.fork(1)} | o)), "cache", "keep", "room", keep=200, room=0)
     answers(session.room, "cache", cache=cache)
     answers(session.generate, "prompts", "max_new_tokens", "sampling", prompts=one, max_new_tokens=2)
-    answers(session.marked, "present", present=one)
     answers(session.check_length, "length", "capacity", length=3)
     answers(lambda **o: session.batch(1).add(**o), "prompt", "max_new_tokens", "sampling", prompt=[3])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from skv_export.analysis.budget import MAX_CONTEXT, CacheBudget, Pair
 from skv_export.checkpoints.block_weights import BlockFormat
@@ -124,6 +125,50 @@ def context_table(cache: CacheBudget, bits: Sequence[Pair], room: int) -> dict[s
         "recommended": lambda tokens: cache.memory(bits, tokens),
     }
     return {name: _most_tokens(size, room) for name, size in sizes.items()}
+
+
+_CACHES: tuple[Pair, ...] = ((8, 8), (4, 4), (4, 2), (3, 2), (2, 2))
+"""Caches that are tried, best first; the third is the default."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a card holds with one form of the weights.
+
+    Attributes:
+        weights: The form.
+        weight_bytes: What they take.
+        room: Bytes that are left for the cache; negative where the weights alone are too large.
+        cache: The best cache whose tokens fit at the context: ``fp16``, ``K8V8``, ...; "" where none does.
+        longest: Tokens of each sequence that fit with the default cache.
+    """
+
+    weights: str
+    weight_bytes: int
+    room: int
+    cache: str
+    longest: int
+
+
+def splits(opened: Checkpoint, cache: CacheBudget, memory: int) -> list[Split]:
+    """Returns how a card's memory can be split between weights and cache: a line for each form of the weights.
+
+    Args:
+        opened: The checkpoint.
+        cache: Its cache, at a context and for a batch.
+        memory: The card's, in bytes.
+    """
+    layers = cache.config.num_hidden_layers
+    found = []
+    for form in dict.fromkeys([usual_weights(opened, "fp16"), "fp16", "int8", "int4"]):
+        taken = weight_bytes(opened, form)
+        room = memory - taken - activation_bytes(opened, cache.batch)
+        sizes = {"fp16": cache.plain_memory(2 * cache.config.head_dim)}
+        sizes |= {f"K{k}V{v}": cache.memory([(k, v)] * layers) for k, v in _CACHES}
+        best = next((name for name, size in sizes.items() if size <= room), "")
+        longest = _most_tokens(lambda tokens: cache.memory([_CACHES[2]] * layers, tokens), room)
+        found.append(Split(form, taken, room, best, longest))
+    return found
 
 
 def _most_tokens(size: Callable[[int], int], room: int) -> int:

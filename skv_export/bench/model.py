@@ -1,4 +1,4 @@
-"""Times a whole exported model, alone or in turns with an onnxruntime-genai export of the same model.
+"""Times a whole exported model, alone or in turns with other runtimes of the same model.
 
 Each measurement runs in its own process, so that its peak memory is its own: load, prefill a prompt of ``context``
 tokens, decode. The candidates take turns, context by context and round by round.
@@ -7,20 +7,19 @@ tokens, decode. The candidates take turns, context by context and round by round
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from skv_export.bench.attention import CLOCKS
-from skv_export.bench.noise import spread
+from skv_export.bench import model_peers
+from skv_export.bench.model_peers import Job, Run
+from skv_export.bench.noise import CLOCKS, spread
 from skv_export.errors import SkvError
-from skv_export.model_folder.names import GENAI_CONFIG_FILE
 from skv_export.progress import track
 
 CONTEXTS = (128, 2048, 7000)
@@ -28,26 +27,11 @@ DECODE_STEPS = 32
 
 
 @dataclass(frozen=True)
-class Run:
-    """One process's measurement.
-
-    Attributes:
-        prefill_seconds: From the prompt to its logits, by the clock that was asked for, as is ``decode_ms``.
-        decode_ms: Milliseconds of each decode step.
-        peak_bytes: Peak resident memory of the process, weights and imports included.
-    """
-
-    prefill_seconds: float
-    decode_ms: tuple[float, ...]
-    peak_bytes: int
-
-
-@dataclass(frozen=True)
 class ModelRow:
     """One candidate at one context, over all rounds.
 
     Attributes:
-        name: ``skv`` or ``genai``.
+        name: Of the candidate: ``skv``, or as ``--against`` has it.
         context: Tokens of the prompt.
         prefill_seconds: Median.
         ms_median: Milliseconds per decoded token, median over steps and rounds.
@@ -55,7 +39,7 @@ class ModelRow:
         ms_max: The slowest step.
         tokens_per_s: 1000 / ``ms_median``.
         peak_bytes: Largest of the rounds.
-        speedup: Decode, the other candidate's median over this one's; None without another.
+        speedup: Decode, the median of each other candidate over this one's.
         spread: Of the steps' times; see ``noise.spread``.
     """
 
@@ -67,14 +51,14 @@ class ModelRow:
     ms_max: float
     tokens_per_s: float
     peak_bytes: int
-    speedup: float | None
+    speedup: dict[str, float]
     spread: float
 
 
 def bench_model(
     folder: Path | str,
     *,
-    against: Path | str | None = None,
+    against: Sequence[Path | str] | Path | str | None = None,
     context: Sequence[int] = CONTEXTS,
     threads: int = 0,
     rounds: int = 2,
@@ -85,8 +69,8 @@ def bench_model(
 
     Args:
         folder: What ``skv-export model`` wrote.
-        against: A folder that onnxruntime-genai's model builder wrote, whatever its weights are stored in; needs the
-            package onnxruntime-genai.
+        against: Other candidates, each ``NAME=PATH`` with a name of ``model_peers.PEERS``, or a path alone: a folder of
+            onnxruntime-genai's model builder, a GGUF file for llama.cpp, a checkpoint for transformers, another export.
         context: Prompt lengths.
         threads: Threads inside an op; 0 = the runtime's choice.
         rounds: Processes per candidate and context, in turns.
@@ -95,30 +79,35 @@ def bench_model(
             not count.
 
     Raises:
-        SkvError: A process failed; the message carries the end of what it said.
+        SkvError: A candidate that can't be run, or whose process failed; the message carries the end of what it said.
     """
     if clock not in CLOCKS:
         raise SkvError("bench: clock", got=clock, expected=" or ".join(CLOCKS))
-    subjects = {"skv": str(folder)} | ({"genai": str(against)} if against is not None else {})
+    others = [against] if isinstance(against, (str, Path)) else list(against or ())
+    subjects = {"skv": ("skv", str(folder))}
+    for text in others:
+        name, path = model_peers.parse(str(text))
+        label = name if name not in subjects else f"{name} {path.name}"
+        if label in subjects:
+            raise SkvError("bench: the same candidate twice", got=str(text), expected="each once")
+        subjects[label] = name, str(path)
     runs: dict[tuple[int, str], list[Run]] = {}
-    turns = [(length, name) for length in context for _ in range(rounds) for name in subjects]
-    for length, name in track(turns, "bench"):
-        job = {"name": name, "folder": subjects[name], "context": length, "threads": threads, "steps": steps}
-        job["clock"] = clock
-        runs.setdefault((length, name), []).append(_in_a_process(job))
+    turns = [(length, label) for length in context for _ in range(rounds) for label in subjects]
+    for length, label in track(turns, "bench"):
+        job = Job(*subjects[label], length, threads, steps, clock)
+        runs.setdefault((length, label), []).append(_in_a_process(job))
     medians = {key: _median(each) for key, each in runs.items()}
-    return [_row(name, length, each, medians) for (length, name), each in runs.items()]
+    return [_row(label, length, each, medians) for (length, label), each in runs.items()]
 
 
-def _in_a_process(job: dict[str, Any]) -> Run:
+def _in_a_process(job: Job) -> Run:
     # -P: this package, whatever lies in the folder that the command was given in.
-    command = [sys.executable, "-P", "-m", "skv_export.bench.model", json.dumps(job)]
+    command = [sys.executable, "-P", "-m", "skv_export.bench.model", json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SkvError(
-            f"bench: the run of {job['name']} at {job['context']} tokens failed",
+            f"bench: the run of {job.name} at {job.context} tokens failed",
             got=(done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1],
-            fix="pip install onnxruntime-genai, for --against." if job["name"] == "genai" else None,
         )
     values = json.loads(done.stdout.splitlines()[-1])
     return Run(values["prefill_seconds"], tuple(values["decode_ms"]), values["peak_bytes"])
@@ -131,7 +120,6 @@ def _median(runs: Sequence[Run]) -> float:
 def _row(name: str, length: int, runs: Sequence[Run], medians: dict[tuple[int, str], float]) -> ModelRow:
     steps = [ms for run in runs for ms in run.decode_ms]
     median = medians[length, name]
-    others = [other for (at, who), other in medians.items() if at == length and who != name]
     return ModelRow(
         name=name,
         context=length,
@@ -141,86 +129,26 @@ def _row(name: str, length: int, runs: Sequence[Run], medians: dict[tuple[int, s
         ms_max=max(steps),
         tokens_per_s=1e3 / median,
         peak_bytes=max(run.peak_bytes for run in runs),
-        speedup=others[0] / median if others else None,
+        speedup={who: other / median for (at, who), other in medians.items() if at == length and who != name},
         spread=spread(steps),
     )
 
 
 def format_rows(rows: Sequence[ModelRow]) -> str:
-    """The rows as a table in Markdown."""
-    lines = [["context", "", "prefill s", "ms per token", "min", "max", "tokens/s", "peak MiB", "decode speedup"]]
+    """The rows as a table in Markdown; the ratio is that of the exported folder to each other candidate."""
+    lines = [["context", "", "prefill s", "ms per token", "min", "max", "tokens/s", "peak MiB", "skv is faster by"]]
     lines.append(["---"] * len(lines[0]))
     for row in rows:
         numbers = [f"{x:.1f}" for x in (row.ms_median, row.ms_min, row.ms_max, row.tokens_per_s)]
-        ratio = f"{row.speedup:.2f}x" if row.speedup else ""
+        ratio = f"{1 / row.speedup['skv']:.2f}x" if "skv" in row.speedup else ""
         peak = f"{row.peak_bytes / 2**20:.0f}"
         lines.append([f"{row.context:,}", row.name, f"{row.prefill_seconds:.2f}", *numbers, peak, ratio])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-# The measured process.
-
-
-def _measure(prefill: Callable[[], None], step: Callable[[], None], steps: int, clock: str) -> Run:
-    now = CLOCKS[clock]
-    start = now()
-    prefill()
-    prefill_seconds = now() - start
-    step()  # the first one sizes the runtime's buffers for a single token
-    taken = []
-    for _ in range(steps):
-        start = now()
-        step()
-        taken.append(1e3 * (now() - start))
-    return Run(prefill_seconds, tuple(taken), _peak_bytes())
-
-
-def _peak_bytes() -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    if found is None:
-        raise SkvError("bench: peak memory", got="no VmHWM in /proc/self/status", fix="Measure on Linux.")
-    return int(found[1]) * 1024
-
-
-def _skv(folder: str, context: int, threads: int, steps: int, clock: str) -> Run:
-    from skv_export.runtime.session import Session
-
-    session = Session(folder, num_threads=threads)
-    cache = session.cache(1, context + steps + 2)
-    pending: Any = np.random.default_rng(0).integers(0, session.config.vocab_size, context)
-
-    def call() -> None:
-        nonlocal pending
-        pending = [session.run([pending], None, None, cache)[0, -1].argmax()]
-
-    return _measure(call, call, steps, clock)
-
-
-def _genai(folder: str, context: int, threads: int, steps: int, clock: str) -> Run:
-    import onnxruntime_genai as og
-
-    config = og.Config(folder)
-    if threads:
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
-    model = og.Model(config)
-    params = og.GeneratorParams(model)
-    params.set_search_options(max_length=context + steps + 2, do_sample=False)
-    generator = og.Generator(model, params)
-    vocab_size = json.loads((Path(folder) / GENAI_CONFIG_FILE).read_text(encoding="utf-8"))["model"]["vocab_size"]
-    tokens = np.random.default_rng(0).integers(0, vocab_size, context).astype(np.int32)
-
-    def prefill() -> None:
-        generator.append_tokens(tokens)
-        generator.generate_next_token()
-
-    return _measure(prefill, generator.generate_next_token, steps, clock)
-
-
 def main(job: dict[str, Any]) -> None:
     """Runs one measurement in this process and prints it as JSON."""
-    name = job.pop("name")
-    print(json.dumps(asdict((_skv if name == "skv" else _genai)(**job))))
+    print(json.dumps(asdict(model_peers.measure(Job(**job)))))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Whether the times of a bench can be read: how far they spread, and what to do where it is too far."""
+"""The clocks of a bench, and whether its times can be read: how far they spread, what to do where it is too far."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""By the names of the options: seconds of the wall, and of all threads of this process."""
 MAX_SPREAD = 0.25
 """Of a row that can be read: on idle machines the middle half of the times lies within a tenth of the median."""
 

@@ -24,7 +24,8 @@ from skv_export.checkpoints import adapter as adapter_module
 from skv_export.checkpoints.gguf import read_gguf, shard_names
 from skv_export.checkpoints.gguf_config import gguf_config
 from skv_export.checkpoints.limits import check_claims
-from skv_export.checkpoints.packed_weights import PackedEntry, unpack_checkpoint
+from skv_export.checkpoints.packed_entry import PackedEntry
+from skv_export.checkpoints.packed_weights import unpack_checkpoint
 from skv_export.checkpoints.tensor_files import LocalFile, RemoteFile, TensorEntry, read_header
 from skv_export.errors import SkvError
 from skv_export.paths import looks_like_path, to_path

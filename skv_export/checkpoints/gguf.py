@@ -10,6 +10,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from skv_export.checkpoints.block_weights import BlockMatrix, check_numbers
 from skv_export.checkpoints.gguf_blocks import FORMATS, GgufMatrix
-from skv_export.checkpoints.tensor_files import MAX_TENSORS, LocalFile, TensorEntry
+from skv_export.checkpoints.tensor_files import MAX_TENSORS, LocalFile, TensorEntry, stamp
 from skv_export.errors import SkvError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -100,6 +101,13 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Mapping[str, TensorEntry]]:
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
+    """Metadata and tensors of one file, parsed once for each of its states: an export asks for them many times."""
+    metadata, entries = _parsed(path, stamp(path.stat()))
+    return dict(metadata), dict(entries)
+
+
+@lru_cache(maxsize=8)
+def _parsed(path: Path, _state: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
     reader = _Reader(LocalFile(path))
     if bytes(reader.take(4)) != b"GGUF":
         raise reader.error("no GGUF magic", bytes(reader.file.read(0, 4)), "b'GGUF'")

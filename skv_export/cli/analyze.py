@@ -91,10 +91,13 @@ def analyze_command(
         require_module("matplotlib", "--plot")
     base = {f: options.pop(f) for f in LayerConfig.__dataclass_fields__ if f in options}
     layer = LayerConfig(**{key: value for key, value in base.items() if value is not None})
-    found, room = run(checkpoint or demo_checkpoint(), layer, options)
+    asked = {name: options[name] for name in ("memory", "gpu", "weights", "revision", "adapter")}
+    source = checkpoint or demo_checkpoint()
+    found, room = run(source, layer, options)
     say(summary(found), json_file)
     if room:
         say(planner(found, room), json_file)
+        say(spending(source, found, asked), json_file)
     from skv_export.model_folder.output import output_file, write_text
 
     write_json(json_file, _json(found))
@@ -203,6 +206,35 @@ def planner(found: Analysis, room: int) -> str:
     lines += [f"  {name:<12} {count:>12,}" for name, count in tokens.items()]
     if longest and tokens["fp16"] >= longest:
         lines.append("In fp16 the model's whole context fits: nothing has to be quantized to have the room.")
+    return "\n".join(lines)
+
+
+def spending(source: str | Path, found: Analysis, asked: dict[str, Any]) -> str:
+    """Returns what a card's memory holds, for each form of the weights: where a gigabyte is better spent.
+
+    Args:
+        source: The checkpoint.
+        found: Its analysis.
+        asked: The flags ``memory`` and ``gpu``, of which one is given, ``revision`` and ``adapter``.
+    """
+    from skv_export.analysis.card import card_memory, splits
+    from skv_export.checkpoints.checkpoint import Checkpoint
+
+    memory = asked["memory"] or card_memory(asked["gpu"])
+    opened = Checkpoint.open(source, revision=asked["revision"], adapter=asked["adapter"])
+    budget = found.budget
+    lines = [
+        f"\nWeights or cache: what {memory / 2**30:.1f} GiB hold, activations counted, with {budget.batch} x "
+        f"{budget.context:,} tokens:",
+        f"  {'weights':<8} {'GiB':>7} {'left GiB':>9}  {'best cache':<10} {'tokens with K4V2':>16}",
+    ]
+    for split in splits(opened, budget, memory):
+        left = f"{split.room / 2**30:9.2f}" if split.room > 0 else f"{'none':>9}"
+        weights = f"{split.weight_bytes / 2**30:7.2f}"
+        lines.append(f"  {split.weights:<8} {weights} {left}  {split.cache or 'none':<10} {split.longest:>16,}")
+    lines.append(
+        "What each form loses: `skv-export quantize`, then `skv-export quality --configs ... --weights FOLDERS`."
+    )
     return "\n".join(lines)
 
 

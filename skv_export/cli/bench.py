@@ -41,7 +41,12 @@ def bench_command() -> None:
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--k-bits", default=4, show_default=True, type=click.Choice(BITS))
 @click.option("--v-bits", default=2, show_default=True, type=click.Choice(BITS))
-@click.option("--baseline", default="ort-gqa-fp32,ort-gqa-int8,ort-gqa-int4", show_default=True, help="Commas between.")
+@click.option(
+    "--baseline",
+    default="ort-gqa-fp32,ort-gqa-int8,ort-gqa-int8-vnni,ort-gqa-int4",
+    show_default=True,
+    help="Commas between; also ggml-f16, ggml-q8_0 and ggml-q4_0, which are llama.cpp's and need llama-cpp-python.",
+)
 @click.option("--calibrated", is_flag=True, help="Also with calibrated keys.")
 @click.option("--repetitions", default=30, show_default=True, type=click.IntRange(1))
 @_THREADS
@@ -59,15 +64,20 @@ def attention(
     calibrated: bool,
     **shape: int,
 ) -> None:
-    """Time one decode step of one layer's attention, in turns with ONNX Runtime's own GroupQueryAttention.
+    """Time one decode step of one layer's attention, in turns with that of other runtimes.
+
+    ort-gqa is ONNX Runtime's GroupQueryAttention: its float32 code is plain (SSE2), a weak baseline; int8-vnni, with a
+    scale per tensor and rounded products, is its fastest.
 
     \b
     skv-export bench attention --context 32768 --num-heads 32 --kv-num-heads 8 --head-dim 128 --threads 2
+    skv-export bench attention --baseline ort-gqa-int8-vnni,ggml-f16,ggml-q8_0,ggml-q4_0 --threads 2
     """
     from skv_export.bench import attention, noise
+    from skv_export.bench.attention_candidates import AttentionShape
 
     rows = attention.bench_attention(
-        attention.AttentionShape(**shape),
+        AttentionShape(**shape),
         [LayerConfig(k_bits=k_bits, v_bits=v_bits)],
         baselines=[name for name in baseline.split(",") if name],
         threads=threads,
@@ -82,8 +92,11 @@ def attention(
 @click.argument("folder", type=PathOf("exported folder"))
 @click.option(
     "--against",
-    type=PathOf("--against"),
-    help="A folder of onnxruntime-genai's model builder, with weights of any kind.",
+    multiple=True,
+    help="What takes turns with it, as often as you like: a folder of onnxruntime-genai's model builder, a GGUF file "
+    "(llama.cpp), a checkpoint (transformers), another export; or NAME=PATH with NAME one of genai, llama.cpp, "
+    "llama.cpp-q8_0, llama.cpp-q4_0, openvino, openvino-u8, openvino-u8-u4, transformers, transformers-quanto-4, "
+    "transformers-hqq-4, skv.",
 )
 @click.option("--context", default="128,2048,7000", show_default=True, help="Prompt lengths, commas between.")
 @click.option("--rounds", default=2, show_default=True, type=click.IntRange(1), help="Processes each, in turns.")
@@ -92,11 +105,14 @@ def attention(
 @_CLOCK
 @_JSON
 @progress_options
-def bench_model_command(folder: Path, context: str, json_file: Path | None, **options: Any) -> None:
+def bench_model_command(
+    folder: Path, against: tuple[str, ...], context: str, json_file: Path | None, **options: Any
+) -> None:
     """Time prefill and decode of FOLDER, and its peak memory.
 
     \b
     skv-export bench model smollm2 --against smollm2-genai --context 128,2048,7000
+    skv-export bench model smollm2 --against llama.cpp-q4_0=model.gguf --against openvino-u8=model.gguf
     skv-export bench model smollm2-int4 --against smollm2-genai-int4 --threads 1 --clock cpu
     """
     from skv_export.bench import model, noise
@@ -105,7 +121,7 @@ def bench_model_command(folder: Path, context: str, json_file: Path | None, **op
     if not all(part.isdecimal() and int(part) > 0 for part in context.split(",")):
         raise SkvError("--context", got=repr(context), expected="lengths such as 128,2048")
     lengths = [int(part) for part in context.split(",")]
-    rows = model.bench_model(folder, context=lengths, **options)
+    rows = model.bench_model(folder, against=against, context=lengths, **options)
     _print(model.format_rows(rows), rows, noise.remark(rows), json_file)
 
 

@@ -15,11 +15,13 @@ import click
 
 from skv_export import __version__
 from skv_export.cli.choice import Choice
+from skv_export.cli.fitted_weights import FITTED_OPTIONS, check_fitted, fit_weights, fitted_options
 from skv_export.cli.guard import guarded
 from skv_export.cli.options import (
     DEBUG,
     Number,
     PathOf,
+    Provider,
     adapter_option,
     debug_option,
     default_name,
@@ -184,7 +186,10 @@ def _resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
 @_recipe_options
 @click.option("--auto", is_flag=True, help="Bits per layer as `analyze` recommends; so do the flags from --budget on.")
 @target_options
-@click.option("--device", default="cpu", show_default=True, help="Where PyTorch's model runs that is measured.")
+@fitted_options
+@click.option(
+    "--device", default="cpu", show_default=True, help="Where PyTorch's model runs that is measured or fitted."
+)
 @click.option(
     "--calibration", type=PathOf("--calibration"), help="What `calibrate` wrote for this checkpoint: keys lose less."
 )
@@ -232,21 +237,24 @@ def model(
     skv-export model ./Qwen3-0.6B --budget 3.25          # or --auto, --gpu rtx4090 --context 128k, --max-loss 0.5%
     skv-export model ./Qwen3-0.6B --adapter ./my-lora    # merged into the weights
     skv-export model model.gguf --k-bits 8 --v-bits 4 --dtype fp16
-    skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --weights int4
+    skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --weights int4 --weight-method qep
     skv-export model ./Qwen3-0.6B --k-bits 3 --v-bits 2 --calibration calibration.safetensors
     skv-export model genai-folder/model.onnx --k-bits 4 --v-bits 4
     """
     from skv_export.model_folder.output import check_target
 
     target = {name: options.pop(name) for name in (*TARGET_OPTIONS, "device")}
+    fitted = {name: options.pop(name) for name in FITTED_OPTIONS}
     asked = auto or any(target[name] is not None for name in ("budget", "memory", "gpu", "max_loss"))
     resolved = _resolve_recipe(recipe, options)
     source = _checkpoint_or_demo(checkpoint, json_file)
     budget = target["budget"]
     bits = resolved.default.name if not asked else "auto" if budget is None else f"{budget:g}bits"
     folder = out or Path(default_name(source, bits))
-    if not dry_run:
-        check_target(folder, force=force)
+    quantized = check_fitted(fitted, resolved, calibration, folder)
+    for path in (folder, quantized) if not dry_run else ():
+        if path is not None:
+            check_target(path, force=force)
     from skv_export.calibration.file import Calibration
     from skv_export.export import pipeline as export
     from skv_export.rewrite import pipeline as rewrite
@@ -266,6 +274,12 @@ def model(
             got="an ONNX model",
             fix="Leave them out: its weights stay as they are.",
         )
+    if quantized is not None and not dry_run:
+        resolved = fit_weights(
+            source, quantized, fitted, resolved,
+            adapter=adapter, device=target["device"], force=force, json_file=json_file,
+        )  # fmt: skip
+        source, adapter = str(quantized), None
     if rewriting:
         plan: Any = rewrite.plan(source, resolved)
     else:
@@ -320,7 +334,7 @@ def model(
 @click.option("--max-kld-mean", type=Number(), help="Quality: fails above it, in nats.")
 @click.option("--max-kld-p99", type=Number(), help="Quality: fails above it, in nats.")
 @click.option("--min-top1-agreement", type=Number(0, 1), help="Quality: fails below it.")
-@click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
+@click.option("--execution-provider", default="cpu", show_default=True, type=Provider())
 @placement_options
 @progress_options
 def verify(

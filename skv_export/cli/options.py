@@ -56,6 +56,23 @@ class PathOf(click.ParamType[Any]):
         return to_path(value, self._what)
 
 
+class Provider(click.ParamType[Any]):
+    """An execution provider: ``cpu``, ``cuda``, or ``cuda:N`` for the N-th GPU."""
+
+    name = "cpu|cuda|cuda:N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Returns the name."""
+        from skv_export.errors import SkvError
+        from skv_export.runtime.providers import device_of
+
+        try:
+            device_of(value)
+        except SkvError:
+            self.fail(f"{value!r} is not one of cpu, cuda, cuda:N", param, ctx)
+        return str(value)
+
+
 class OutputFile(click.ParamType[Any]):
     """A file to write: its place is checked while the command line is read; an old one is replaced at the end."""
 
@@ -204,7 +221,7 @@ def sampling_options(command: _Command) -> _Command:
             "--template-option", "template_options", multiple=True, type=TemplateOption(),
             help="For the chat template: enable_thinking=false; may be given several times.",
         ),
-        click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"])),
+        click.option("--execution-provider", default="cpu", show_default=True, type=Provider()),
         click.option("--cuda-graph", is_flag=True, help="On a GPU: decode as one captured CUDA graph per token."),
     )  # fmt: skip
     for option in reversed(options):

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from skv_export.cli.options import (
+    Number,
     PathOf,
     adapter_option,
     default_name,
@@ -24,10 +25,11 @@ from skv_export.progress import Progress
 @adapter_option
 @click.option(
     "--method",
-    type=click.Choice(["rsq", "gptq", "rtn"]),
-    default="rsq",
+    type=click.Choice(["qep", "rsq", "gptq", "awq", "rtn"]),
+    default="qep",
     show_default=True,
-    help="rsq: GPTQ with tokens weighed by attention; gptq: errors are made up for on the text; rtn: to the nearest.",
+    help="qep: each matrix makes up for the errors before it; gptq: for its own; rsq: GPTQ with tokens weighed by "
+    "attention; awq: to the nearest with scales in the norms; rtn: without.",
 )
 @click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Bits of a weight.")
 @click.option(
@@ -36,6 +38,18 @@ from skv_export.progress import Progress
     default="32",
     show_default=True,
     help="Inputs that share a scale.",
+)
+@click.option(
+    "--head-bits",
+    type=click.Choice(["8", "16"]),
+    default="16",
+    show_default=True,
+    help="Bits of the embeddings: 16 leaves them as they are.",
+)
+@click.option(
+    "--weight-bits-budget",
+    type=Number(),
+    help="Bits per weight, scales and zero points included: the matrices that need it most get 8.  [default: alike]",
 )
 @click.option("--text", type=PathOf("--text"), help="Text to read, UTF-8.  [default: shipped, on optics]")
 @click.option("--windows", default=16, show_default=True, type=click.IntRange(1), help="Windows of text.")
@@ -55,6 +69,8 @@ def quantize_command(
     method: str,
     bits: str,
     group_size: str,
+    head_bits: str,
+    weight_bits_budget: float | None,
     text: Path | None,
     windows: int,
     window: int,
@@ -73,12 +89,14 @@ def quantize_command(
 
     \b
     skv-export quantize ./Qwen3-0.6B --out qwen3-int4
+    skv-export quantize ./Qwen3-0.6B --weight-bits-budget 5.5 --out qwen3-int4
     skv-export model qwen3-int4 --k-bits 4 --v-bits 2
     """
     from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
     from skv_export.checkpoints.pretrained import Placement
     from skv_export.evaluation.text import CALIBRATION_TEXT, read_text
     from skv_export.quantization.pipeline import Options, quantize
+    from skv_export.quantization.sensitivity import WIDE_BITS
     from skv_export.quantization.solver import Form
     from skv_export.spec.recipe import Recipe
 
@@ -88,6 +106,8 @@ def quantize_command(
         form=Form(int(bits), int(group_size)),
         windows=windows,
         window=window,
+        head_bits=int(head_bits),
+        budget=weight_bits_budget,
         cache=Recipe.load(cache) if cache else None,
     )
     prose = read_text(text, CALIBRATION_TEXT)
@@ -95,7 +115,9 @@ def quantize_command(
     target = out or Path(default_name(str(checkpoint or source), f"{method}-int{bits}"))
     with Progress() as shown:
         made = quantize(source, prose, target, options, device=device, force=force, progress=shown)
-    say(f"{source}: {made.matrices} matrices in {bits} bits by {method}", json_file)
+    wide = f", {len(made.wide)} of them in {WIDE_BITS}" if made.wide else ""
+    said = f"{made.effective_bits:.3f} bits per weight with scales and zero points"
+    say(f"{source}: {made.matrices} matrices in {bits} bits by {method}{wide}: {said}", json_file)
     for name, reason in made.plain.items():
         say(f"  {name} stays as it is: {reason}", json_file)
     say(f"wrote {target} ({made.nbytes / 2**20:,.1f} MiB)", json_file)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from skv_export.cli.options import Number, debug_option, exported_model
+from skv_export.cli.options import Number, Provider, debug_option, exported_model
 from skv_export.errors import SkvError, require_module
 
 DEFAULT_SLOTS = 4
@@ -42,7 +42,7 @@ LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
     help="Tokens of a prompt that run between two tokens of the others.",
 )
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="0 = the runtime's choice.")
-@click.option("--execution-provider", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
+@click.option("--execution-provider", default="cpu", show_default=True, type=Provider())
 @click.option("--cuda-graph", is_flag=True, help="On a GPU: decode as one captured CUDA graph per token.")
 @debug_option
 def serve_command(

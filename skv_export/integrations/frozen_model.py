@@ -10,6 +10,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Pret
 
 from skv_export.arguments import checked
 from skv_export.errors import SkvError
+from skv_export.runtime.providers import device_of
 
 _FIX_DEVICE = "Choose where it computes with execution_provider; leave out device."
 _FIX_DTYPE = "Choose it at the export: skv-export model --dtype."
@@ -136,10 +137,12 @@ def provider_of(device_map: Any, execution_provider: str) -> str:
     places = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
     if places <= {None, "auto"}:
         return execution_provider
-    kinds = {"cuda" if isinstance(place, int) else str(place).partition(":")[0] for place in places}
-    if len(kinds) == 1 and (kind := kinds.pop()) in ("cpu", "cuda"):
-        return kind
-    raise SkvError("device_map", got=device_map, expected="auto, or one device: cpu or cuda")
+    names = {f"cuda:{place}" if isinstance(place, int) else str(place) for place in places}
+    try:
+        (name,) = {"{}:{}".format(*device_of(name)) for name in names}
+    except (SkvError, ValueError):
+        raise SkvError("device_map", got=device_map, expected="auto, or one device: cpu, cuda, cuda:1, ...") from None
+    return name.removesuffix(":0")
 
 
 def check_dtype(dtype: torch.dtype | str | None, exported: str) -> None:

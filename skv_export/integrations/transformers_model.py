@@ -122,7 +122,7 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
             local_files_only: Take what has been downloaded already, and ask no server.
             dtype: The export's number format is what it is: this one or ``auto``, else an error.
             torch_dtype: The old name of ``dtype``.
-            device_map: ``auto``, or one device for the whole model: a GPU means execution_provider ``cuda``.
+            device_map: ``auto``, or one device for the whole model: ``cuda:1`` means execution_provider ``cuda:1``.
             trust_remote_code: Without effect: code is never taken from a model's folder.
             others: Refused, by name.
 

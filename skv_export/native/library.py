@@ -114,6 +114,7 @@ class SkvCudaContext(ctypes.Structure):
         ("path", ctypes.c_int32),
         ("output_type", ctypes.c_int32),
         ("multiprocessors", ctypes.c_int32),
+        ("rows_bytes", ctypes.c_int64),
     ]
 
 
@@ -174,7 +175,7 @@ class Library:
         new_length: int,
         *,
         basis: Sequence[int] = (),
-        device: str = "cpu",
+        device: tuple[str, int] = ("cpu", 0),
     ) -> None:
         """Makes the blocks of sequence ``b`` a cache of ``new_length`` tokens (``reference.rewind``), in place.
 
@@ -188,20 +189,40 @@ class Library:
             longest_length: Most tokens held since the sequence was empty.
             new_length: Tokens to hold.
             basis: Of calibrated keys: the addresses of ``KeyBasis``' matrices, in its order.
-            device: Where both are, ``cpu`` or ``cuda``; there it is done when ``synchronize`` returns.
+            device: Where both are, and which GPU: ``("cuda", 1)``; there it is done when ``synchronize`` returns.
 
         Raises:
             SkvError: Too far back, or an unusable block.
         """
         held = SkvCache(SkvLayout.of(layout), data, block_bytes, *basis)
         arguments = ctypes.byref(held), kv_num_heads, b, length, longest_length, new_length
-        if device == "cuda":
+        if device[0] == "cuda":
+            self.use_device(device[1])
             self._check("rewind", self._c.skv_cuda_rewind(*arguments, _DEFAULT_STREAM), "skv_cuda_last_error")
         else:
             self._check("rewind", self._c.skv_rewind(*arguments))
 
+    def use_device(self, device_id: int) -> None:
+        """Makes a GPU the calling thread's: ``rewind`` and ``synchronize`` mean this one.
+
+        Raises:
+            SkvError: It is not there.
+        """
+        self._check("device", self._c.skv_cuda_use_device(device_id), "skv_cuda_last_error")
+
+    def set_column(self, device_id: int, address: int, row_bytes: int, rows: int) -> None:
+        """Sets the int64 at an address of a GPU, and that of each further row, from 0 to 1; it is done then.
+
+        Raises:
+            SkvError: It failed there.
+        """
+        self.use_device(device_id)
+        arguments = ctypes.c_void_p(address), ctypes.c_int64(row_bytes), rows, _DEFAULT_STREAM
+        self._check("set_column", self._c.skv_cuda_set_column(*arguments), "skv_cuda_last_error")
+        self.synchronize()
+
     def synchronize(self) -> None:
-        """Waits for what was started on the GPU.
+        """Waits for what was started on the thread's GPU.
 
         Raises:
             SkvError: It failed there.

@@ -64,27 +64,36 @@ class CheckpointWriter:
         self._where |= dict.fromkeys(tensors, file)
         self._size += sum(tensor.nbytes for tensor in tensors.values())
 
-    def finish(self, config: dict[str, Any], form: Form, plain: Iterable[str], about: Mapping[str, Any]) -> None:
+    def finish(
+        self, config: dict[str, Any], forms: Mapping[str, Form], plain: Iterable[str], about: Mapping[str, Any]
+    ) -> None:
         """Writes the index and the configuration.
 
         Args:
             config: Of the model.
-            form: Of the matrices.
+            forms: Of each module whose matrix is quantized.
             plain: Modules with matrices that are not quantized.
             about: How the codes were found, for readers.
         """
         index = {"metadata": {"total_size": self._size}, "weight_map": self._where}
         _write_json(self._folder / "model.safetensors.index.json", index)
-        weights = {
-            "num_bits": form.bits, "type": "int", "symmetric": False, "strategy": "group",
-            "group_size": form.group_size, "dynamic": False, "observer": "minmax",
-        }  # fmt: skip
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        found = list(dict.fromkeys(forms.values()))
+        groups = {}
+        for number, form in enumerate(found):
+            weights = {
+                "num_bits": form.bits, "type": "int", "symmetric": False, "strategy": "group",
+                "group_size": form.group_size, "dynamic": False, "observer": "minmax",
+            }  # fmt: skip
+            targets = ["Linear"] if len(found) == 1 else [name for name, own in forms.items() if own == form]
+            groups[f"group_{number}"] = {
+                "targets": targets, "weights": weights, "input_activations": None, "output_activations": None,
+                "format": "pack-quantized",
+            }  # fmt: skip
         config["quantization_config"] = {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": {**group, "format": "pack-quantized"}},
+            "config_groups": groups,
             "ignore": sorted(plain),
             "made_by": dict(about),
         }

@@ -66,6 +66,7 @@ class LayerByLayer:
         self.path, self._stack = found
         replace_attention(self.model, ATTENTION_NAME)
         self._arguments: list[_Arguments] = []
+        self._gives_tuples = False
 
     @property
     def layers(self) -> range:
@@ -127,7 +128,31 @@ class LayerByLayer:
         arguments = self._arguments[index]
         with simulation.active():
             out = self._stack[index](hidden, *arguments.positional, **arguments.named)
+        self._gives_tuples = isinstance(out, tuple)
         return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """What the model makes of the last layer's output for a window: float32 ``[S, vocabulary]``.
+
+        Args:
+            hidden: ``[1, S, hidden]``.
+            ids: The window's tokens, ``[S]``.
+        """
+        forwards = [layer.forward for layer in self._stack]
+        given = (hidden,) if self._gives_tuples else hidden
+        inner = [module for name, module in self.model.named_modules() if not name.startswith(f"{self.path}.")]
+        with contextlib.ExitStack() as loaded:
+            for module in inner:
+                loaded.enter_context(self._with_weights(module, recurse=False))
+            try:
+                for layer in self._stack:
+                    layer.forward = lambda *_, **__: given
+                out = self.model(ids[None].to(self.device), use_cache=False).logits[0]
+            finally:
+                for layer, forward in zip(self._stack, forwards, strict=True):
+                    layer.forward = forward
+        return out.float()
 
     @contextlib.contextmanager
     def _with_weights(self, top: torch.nn.Module, recurse: bool = True) -> Iterator[None]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +27,15 @@ from skv_export.model_folder.output import check_target, output_folder
 from skv_export.model_folder.tokenizer import write_tokenizer
 from skv_export.model_folder.writer import generation_config
 from skv_export.quantization.checkpoint_writer import CheckpointWriter, packed
+from skv_export.quantization.error_propagation import fit_layer, run_exactly
 from skv_export.quantization.importance import token_importance
 from skv_export.quantization.layer_by_layer import LayerByLayer
-from skv_export.quantization.solver import Form, fit_grid, gptq
+from skv_export.quantization.scaling import scale_inputs
+from skv_export.quantization.sensitivity import Unit, allocate, measure
+from skv_export.quantization.solver import Form, Grid, fit_grid, gptq
 from skv_export.spec.recipe import Recipe
 
-METHODS = ("rsq", "gptq", "rtn")
+METHODS = ("qep", "rsq", "gptq", "awq", "rtn")
 """Ways to find codes; ``quantize`` says what they are."""
 
 Progress = Callable[[str, int, int], None]
@@ -42,11 +47,15 @@ class Options:
     """How a checkpoint is quantized.
 
     Attributes:
-        method: ``gptq``; ``rsq``, GPTQ in which tokens count as much as attention reads them; ``rtn``, rounding to the
-            nearest.
+        method: ``qep``, fitted to the unquantized model's outputs, each matrix making up for the errors before it;
+            ``gptq``; ``rsq``, GPTQ in which tokens count as much as attention reads them; ``awq``, rounding to the
+            nearest with scales in the norms; ``rtn``, without.
         form: Bits and size of the groups.
         windows: Windows of text; fewer if the text has no more.
         window: Tokens per window.
+        head_bits: Of the input and output embedding: 16 = as they are, 8 = rounded to the nearest.
+        budget: Bits per weight, scales and zero points included, over all matrices: those that need it most get 8.
+            None = all as ``form`` says.
         cache: The recipe of the cache that the layers have while they read, as the exported model will; None =
             unquantized.
 
@@ -54,10 +63,12 @@ class Options:
         SkvError: Values that make no sense.
     """
 
-    method: str = "rsq"
+    method: str = "qep"
     form: Form = field(default_factory=Form)
     windows: int = 16
     window: int = 1024
+    head_bits: int = 16
+    budget: float | None = None
     cache: Recipe | None = None
 
     def __post_init__(self) -> None:
@@ -65,8 +76,18 @@ class Options:
             raise SkvError("method", got=self.method, expected=" | ".join(METHODS))
         if self.form.bits not in (4, 8):
             raise SkvError("bits", got=self.form.bits, expected="4 or 8")
+        if self.head_bits not in (8, 16):
+            raise SkvError("head_bits", got=self.head_bits, expected="8 or 16")
         if self.form.group_size not in (16, 32, 64, 128):
             raise SkvError("group_size", got=self.form.group_size, expected="16, 32, 64 or 128")
+        if self.budget is not None and not self.form.effective_bits <= self.budget < math.inf:
+            raise SkvError(
+                "weight_bits_budget",
+                got=f"{self.budget:g} bits per weight",
+                expected=f"at least {self.form.effective_bits:.3f}, {self.form.bits} bits in groups of "
+                f"{self.form.group_size} with scales and zero points",
+                fix="Raise it, or take larger groups (--group-size).",
+            )
 
 
 @dataclass(frozen=True)
@@ -77,11 +98,17 @@ class Quantized:
         matrices: Matrices in few bits.
         plain: Names of those that stay as they were, and why.
         nbytes: Bytes of all tensors.
+        effective_bits: Per weight of these matrices in an export with 16 bits, scales and zero points included.
+        wide: Names of the modules that got more bits than the others.
+        kld: What rounding matrices alone does to the model's tokens, in nats; empty unless there is a budget.
     """
 
     matrices: int
     plain: dict[str, str]
     nbytes: int
+    effective_bits: float
+    wide: list[str]
+    kld: dict[str, float]
 
 
 def quantize(
@@ -134,46 +161,73 @@ def quantize(
             expected=f"linear layers whose inputs are groups of {options.form.group_size}",
             fix="Pass a smaller --group-size; `model --weights int4` rounds to the nearest, other matrices too.",
         )
-    with output_folder(out, _file_bytes(model, options.form), force=force) as folder:
+    units: list[Unit] = []
+    sizes = {name: module.weight.numel() for name, module in _matrices(model, options.form)}
+    forms = dict.fromkeys(sizes, options.form)
+    if options.budget is not None:
+
+        def chosen(index: int, layer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+            return _choose(model, index, layer, forms)
+
+        units = measure(model, windows, options.form, chosen, tick)
+        forms = allocate(units, options.form, options.budget)
+    bits = sum(forms[name].effective_bits * size for name, size in sizes.items())
+    with output_folder(out, _file_bytes(model, bits, sum(sizes.values())), force=force) as folder:
         write_tokenizer(local, folder)
         writer = CheckpointWriter(folder)
         plain: dict[str, str] = {}
         count = 0
         states = [] if options.method == "rtn" else model.embed(windows)  # rounding asks for no text
+        exact = states if options.method == "qep" else []
         for index in model.layers:
             tick("quantizing layers", index, len(model.layers))
             with model.loaded(index) as layer:
-                done, left = _quantize_layer(model, index, layer, states, options)
+                done, left, exact = _quantize_layer(model, index, layer, states, exact, options, forms)
                 writer.add(_layer_tensors(model, index, layer, done))
                 states = [model.run(index, hidden, _simulation(options)) for hidden in states]
             count += sum(name.endswith("weight_packed") for tensors in done.values() for name in tensors)
             plain |= left
         tick("quantizing layers", len(model.layers), len(model.layers))
-        writer.add(_outside(model))
-        about = {"method": options.method, **asdict(options.form), "windows": len(windows), "window": windows.shape[1]}
+        embeddings = _embeddings(model, options)
+        writer.add(_outside(model, embeddings))
+        about: dict[str, Any] = {"method": options.method, **asdict(options.form)}
+        about |= {"windows": len(windows), "window": windows.shape[1]}
+        if options.budget is not None:
+            about["weight_bits_budget"] = options.budget
         about["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
         config = model.config.to_dict()
         config["architectures"] = [type(model.model).__name__]
         generation_config(local, model.config).save_pretrained(folder)
-        writer.finish(config, options.form, [*plain, *_outside_modules(model)], about)
+        kept = [name for name in _outside_modules(model) if name not in embeddings]
+        writer.finish(config, {**forms, **embeddings}, [*plain, *kept], about)
         before.check()
         nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return Quantized(count, plain, nbytes)
+    return Quantized(
+        count, plain, nbytes, bits / sum(sizes.values()),
+        [name for name, form in forms.items() if form != options.form],
+        {name: unit.kld for unit in units for name in unit.names},
+    )  # fmt: skip
 
 
-def _file_bytes(model: LayerByLayer, form: Form) -> int:
-    """About what the files will take: 16 bits for what is not quantized."""
-    matrices = sum(module.weight.numel() for module in _matrices(model, form))
+def _file_bytes(model: LayerByLayer, bits: float, elements: int) -> int:
+    """About what the files will take: so many bits of so many weights, and 16 for what is not quantized."""
     every = sum(parameter.numel() for parameter in model.model.parameters())
-    return matrices * (form.bits + 32 // form.group_size) // 8 + 2 * (every - matrices)
+    return math.ceil(bits / 8) + 2 * (every - elements)
 
 
-def _matrices(model: LayerByLayer, form: Form) -> Iterator[torch.nn.Linear]:
-    """The modules whose matrices are quantized."""
+def _matrices(model: LayerByLayer, form: Form) -> Iterator[tuple[str, torch.nn.Linear]]:
+    """The modules whose matrices are quantized, by name."""
     for name, module in model.model.named_modules():
         inside = isinstance(module, torch.nn.Linear) and name.startswith(f"{model.path}.")
         if inside and module.in_features % form.group_size == 0:
-            yield module
+            yield name, module
+
+
+def _choose(
+    model: LayerByLayer, index: int, layer: torch.nn.Module, forms: Mapping[str, Form]
+) -> dict[str, torch.nn.Linear]:
+    """The modules of a layer whose matrices are quantized, by their names in it."""
+    return {name: module for name, module in layer.named_modules() if model.name(index, name) in forms}
 
 
 def _simulation(options: Options) -> Simulation:
@@ -181,37 +235,55 @@ def _simulation(options: Options) -> Simulation:
 
 
 def _quantize_layer(
-    model: LayerByLayer, index: int, layer: torch.nn.Module, states: list[Tensor], options: Options
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    model: LayerByLayer,
+    index: int,
+    layer: torch.nn.Module,
+    states: list[Tensor],
+    exact: list[Tensor],
+    options: Options,
+    forms: Mapping[str, Form],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], list[Tensor]]:
     """Puts each matrix's quantized form in its place.
 
     Returns:
-        The packed tensors by the names of the parameters, and the matrices that stay as they are with the reason.
+        The packed tensors by the names of the parameters; the matrices that stay as they are with the reason; and what
+        the next layer reads in the unquantized model, if ``exact`` is what this one does.
     """
-    chosen, plain = {}, {}
-    for name, module in layer.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            whole = model.name(index, name)
-            if module.in_features % options.form.group_size:
-                plain[whole] = f"{module.in_features} inputs are no multiple of {options.form.group_size}"
-            else:
-                chosen[name] = module
-    moments = {} if options.method == "rtn" else _moments(model, index, chosen, states, options)
-    done = {}
-    for name, module in chosen.items():
-        whole = model.name(index, f"{name}.weight")
-        weight = module.weight.data
-        if options.method == "rtn":
-            grid = fit_grid(weight, options.form)
-            codes = grid.codes(weight)
-        else:
+    chosen = _choose(model, index, layer, forms)
+    plain = {
+        model.name(index, name): f"{module.in_features} inputs are no multiple of {options.form.group_size}"
+        for name, module in layer.named_modules()
+        if isinstance(module, torch.nn.Linear) and name not in chosen
+    }
+    own = {name: forms[model.name(index, name)] for name in chosen}
+    fitted: dict[str, tuple[Tensor, Grid]] = {}
+    norms: dict[str, Tensor] = {}
+    if options.method == "qep":
+        runs = [run_exactly(model, index, chosen, hidden) for hidden in exact]
+        exact = [run.out for run in runs]
+        fitted = fit_layer(model, index, chosen, runs, states, _simulation(options), own)
+    elif options.method == "rtn":
+        for name, module in chosen.items():
+            grid = fit_grid(module.weight.data, own[name])
+            fitted[name] = grid.codes(module.weight.data), grid
+    else:
+        moments = _moments(model, index, chosen, states, options)
+        for name in chosen:
             if not moments[name].isfinite().all():
+                whole = model.name(index, f"{name}.weight")
                 raise SkvError(f"{whole}: what it reads is not finite", fix="Check the checkpoint with `quality`.")
-            grid = fit_grid(weight, options.form, moments[name].diagonal())
-            codes = gptq(weight, moments[name], grid)
-        module.weight.data = grid.values(codes)
+        if options.method == "awq":
+            norms = scale_inputs(model, index, layer, chosen, states[0], moments, own)
+        for name, module in chosen.items():
+            weight = module.weight.data
+            grid = fit_grid(weight, own[name], moments[name].diagonal())
+            fitted[name] = (grid.codes(weight) if options.method == "awq" else gptq(weight, moments[name], grid)), grid
+    done = {model.name(index, name): {model.name(index, name): tensor} for name, tensor in norms.items()}
+    for name, (codes, grid) in fitted.items():
+        whole = model.name(index, f"{name}.weight")
+        chosen[name].weight.data = grid.values(codes)
         done[whole] = packed(whole, codes, grid)
-    return done, plain
+    return done, plain, exact
 
 
 def _moments(
@@ -275,10 +347,35 @@ def _layer_tensors(
     return tensors
 
 
-def _outside(model: LayerByLayer) -> dict[str, Tensor]:
+def _embeddings(model: LayerByLayer, options: Options) -> dict[str, Form]:
+    """The embeddings that are rounded, by the names of their modules; tied ones under the name that the file has."""
+    if options.head_bits == 16:
+        return {}
+    form = replace(options.form, bits=options.head_bits)
+    inner, outer = model.model.get_input_embeddings(), model.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    found = {}
+    for name, module in model.model.named_modules():
+        whole = f"{name}.weight"
+        stored = module in (inner, outer) and whole in model.weights and model.weights.canonical(whole) == whole
+        if stored and module.weight.shape[1] % form.group_size == 0:
+            found[name] = form
+    return found
+
+
+def _outside(model: LayerByLayer, embeddings: Mapping[str, Form]) -> dict[str, Tensor]:
     """The tensors of no layer, in the file's number formats; tied ones once."""
     names = [name for name in model.model.state_dict() if not name.startswith(f"{model.path}.")]
-    return {name: model.weights.tensor(name).clone() for name in names if model.weights.canonical(name) == name}
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if model.weights.canonical(name) != name:
+            continue
+        if form := embeddings.get(name.removesuffix(".weight")):
+            weight = model.weights.tensor(name).float()
+            grid = fit_grid(weight, form)
+            tensors |= packed(name, grid.codes(weight), grid)
+        else:
+            tensors[name] = model.weights.tensor(name).clone()
+    return tensors
 
 
 def _outside_modules(model: LayerByLayer) -> list[str]:

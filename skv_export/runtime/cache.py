@@ -23,6 +23,7 @@ from skv_export.model_folder.skv_config import LayerCache
 from skv_export.native.library import Library
 from skv_export.runtime import arrays
 from skv_export.runtime.cache_state import Key, SequenceState, TensorState, held_tiles
+from skv_export.runtime.providers import device_of
 from skv_export.runtime.queries import LastQueries
 from skv_export.spec import reference
 from skv_export.spec.key_basis import MATRICES, KeyBasis
@@ -46,18 +47,17 @@ class Cache:
         layers: The model's layers.
         batch: Sequences.
         max_length: Tokens per sequence.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda``, ``cuda:1``.
         library: The native library.
         bases: Gives the constants of calibrated keys, by layer; asked when tokens are taken back.
         model: Says which model the cache is of, in a saved file.
 
     Attributes:
         binding: IOBinding of the session, to which the buffers are bound.
-        layers: As given.
+        layers, device: As given.
         batch: Sequences.
         max_length: Tokens of a sequence that the buffers are for; ``capacity`` may be a little more.
-        lengths: ``[batch]``, tokens that have come: the position of the next one. Changed in place, as ``first`` shares
-            it, like those that follow.
+        lengths: ``[batch]``, tokens that have come: the position of the next one; ``first`` shares it and what follows.
         tokens: Which these are, by sequence.
         dropped: ``[batch]``, those of them that ``Session.compact`` has left out; 0 in a cache that was not compacted.
         chosen: ``[batch]``, tokens at the front of the buffers that each KV head has chosen for itself: no rewind ends
@@ -88,12 +88,13 @@ class Cache:
         self.second_rope: NDArray[np.bool_] = np.zeros(batch, np.bool_)
         self.queries, self.shared = LastQueries(batch), False
         self._longest = self.lengths.copy()  # in the buffers, since each was empty: up to there rows are overwritten
-        self._onnx, self._device, self._library, self._bases, self.model = onnx, device, library, bases, model
+        self._onnx, self._library, self._bases, self.model = onnx, library, bases, model
+        self.device, self._where = device, device_of(device)
         self._tensors: dict[Key, tuple[CacheLayout, Any]] = {}
         for i, layer in enumerate(layers):
             for name, layout in zip(TENSORS, (layer.key, layer.value), strict=True):
                 shape = [batch, layer.num_key_value_heads, *layout.shape(max_length)]
-                buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.uint8, device)
+                buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.uint8, *self._where)
                 self._tensors[i, name] = layout, buffer
         self.bind(self.binding)
         logger.debug("cache of %d sequences of %d tokens: %d bytes on %s", batch, max_length, self.nbytes, device)
@@ -101,7 +102,7 @@ class Cache:
     def bind(self, binding: Any) -> None:
         """Binds the buffers, as past and present alike, to an IOBinding of the session."""
         for key, (_, buffer) in self._tensors.items():
-            where = self._device, 0, np.uint8, [self.batch, *buffer.shape()[1:]], buffer.data_ptr()
+            where = *self._where, np.uint8, [self.batch, *buffer.shape()[1:]], buffer.data_ptr()
             binding.bind_input(past_name(*key), *where)
             binding.bind_output(present_name(*key), *where)
 
@@ -139,7 +140,7 @@ class Cache:
         import onnxruntime as ort
 
         return {
-            layer: [ort.OrtValue.ortvalue_from_numpy(getattr(basis, name), self._device) for name in MATRICES]
+            layer: [ort.OrtValue.ortvalue_from_numpy(getattr(basis, name), *self._where) for name in MATRICES]
             for layer, basis in self._bases().items()
         }
 
@@ -261,9 +262,9 @@ class Cache:
             for b in np.flatnonzero((new != 0) & (new != self.lengths)).tolist():
                 lengths_of_b = int(self.held[b]), int(self._longest[b]), int(packed[b])
                 self._library.rewind(
-                    layout, buffer.data_ptr(), block_bytes, heads, b, *lengths_of_b, basis=basis, device=self._device
+                    layout, buffer.data_ptr(), block_bytes, heads, b, *lengths_of_b, basis=basis, device=self._where
                 )
-        if self._device == "cuda":  # the next call runs on a stream of ONNX Runtime's
+        if self._where[0] == "cuda":  # the next call runs on a stream of ONNX Runtime's
             self._library.synchronize()
         for b in np.flatnonzero(new != self.lengths).tolist():
             longest, wanted = int(self._longest[b]), int(packed[b])
@@ -296,7 +297,7 @@ class Cache:
         """
         order = self._order(indices)
         twin = Cache(
-            self._onnx, self.layers, len(order), self.max_length, self._device, self._library, self._bases, self.model
+            self._onnx, self.layers, len(order), self.max_length, self.device, self._library, self._bases, self.model
         )
         twin._copy(self, order)
         return twin
@@ -450,7 +451,7 @@ class Cache:
         _, buffer = self._tensors[key]
         shape = buffer.shape()
         heads, block_bytes = shape[1], math.prod(shape[2:])
-        if self._device == "cpu":
+        if self._where[0] == "cpu":
             raw = (ctypes.c_uint8 * (heads * block_bytes)).from_address(buffer.data_ptr() + b * heads * block_bytes)
             yield np.frombuffer(raw, np.uint8).reshape(heads, block_bytes)
             return

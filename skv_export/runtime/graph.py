@@ -86,6 +86,7 @@ class Graph:
         score_window: int = 0,
     ) -> None:
         self._config, self.cuda_graph, self.num_logits, self.score_window = config, cuda_graph, num_logits, score_window
+        self._library = library
         self.captured: WeakKeyDictionary[Cache, DecodeGraph] = WeakKeyDictionary()
         self._numbers = itertools.count(1)
         path = folder / MODEL_FILE
@@ -130,7 +131,7 @@ class Graph:
         self,
         cache: Cache,
         input_ids: Int64,
-        attention_mask: Int64,
+        new: NDArray[np.bool_],
         position_ids: Int64,
         inputs_embeds: Logits | None = None,
     ) -> tuple[Logits, list[Logits]]:
@@ -139,7 +140,7 @@ class Graph:
         Args:
             cache: Of B sequences.
             input_ids: ``[B, S]``.
-            attention_mask: ``[B, past + S]``; the graph takes lengths from its sums.
+            new: ``[B, S]``, which columns hold tokens.
             position_ids: ``[B, S]``; not looked at where the graph counts positions itself. With several axes
                 ``[axes, B, S]``, or one row that stands for all.
             inputs_embeds: ``[B, S, hidden]``, in the place of the tokens.
@@ -153,8 +154,8 @@ class Graph:
         """
         if self._config.position_axes > 1:
             position_ids = np.broadcast_to(position_ids, (self._config.position_axes, *input_ids.shape))
-        given = dict(zip(TOKEN_INPUTS, (input_ids, attention_mask, position_ids), strict=True))
-        inputs: dict[str, Int64 | Logits] = {name: given[name] for name in self.inputs}
+        given = {INPUT_IDS: input_ids, POSITION_IDS: position_ids}
+        inputs: dict[str, Int64 | Logits] = {name: given[name] for name in self.inputs if name in given}
         if self._config.inputs_embeds:  # bound in every call: a binding would keep those of the call before
             none = np.zeros((1, 0, self._config.inputs_embeds), np.float32)
             inputs[INPUTS_EMBEDS] = none if inputs_embeds is None else inputs_embeds
@@ -164,8 +165,11 @@ class Graph:
         rows = len(input_ids), min(tokens, self.score_window)
         outputs = {LOGITS: logits, **{x.name: np.empty((*rows, x.width), np.float32) for x in self.queries}}
         try:
-            if not self._replay(cache, inputs, outputs):
-                self._call(cache, inputs, outputs)
+            if not self._replay(cache, inputs, new, outputs):
+                # The graph takes lengths from the mask's sums: the shortest that has them says the same as any.
+                past = np.arange(cache.held.max())[None, :] < cache.held[:, None]
+                mask = np.concatenate([past, new], axis=1).astype(np.int64)
+                self._call(cache, inputs | {ATTENTION_MASK: mask}, outputs)
         except ort_errors() as error:
             cache.reset()  # some layers may have appended already
             raise SkvError("ONNX Runtime: the call failed, and the cache has been emptied", got=brief(error)) from error
@@ -181,8 +185,10 @@ class Graph:
             cache.binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(output))
         self.onnx.run_with_iobinding(cache.binding, uncaptured() if self.cuda_graph else None)
 
-    def _replay(self, cache: Cache, inputs: Mapping[str, Any], outputs: Mapping[str, Logits]) -> bool:
-        """Runs a step of decoding as a CUDA graph; False where it is none, or its mask has too many columns."""
+    def _replay(
+        self, cache: Cache, inputs: Mapping[str, Any], new: NDArray[np.bool_], outputs: Mapping[str, Logits]
+    ) -> bool:
+        """Runs a step of decoding as a CUDA graph; False where it is none, or its mask has too few columns."""
         if not self.cuda_graph or inputs[INPUT_IDS].shape[1] != 1:
             return False
         if INPUTS_EMBEDS in inputs and inputs[INPUTS_EMBEDS].size:
@@ -191,11 +197,11 @@ class Graph:
         if graph is None:
             widths = {name: output.shape[2] for name, output in outputs.items()}
             axes = self._config.position_axes
-            graph = DecodeGraph(self.onnx, cache, self.inputs, widths, next(self._numbers), axes)
+            graph = DecodeGraph(self.onnx, self._library, cache, self.inputs, widths, next(self._numbers), axes)
             self.captured[cache] = graph
-        if inputs[ATTENTION_MASK].shape[1] > graph.columns:
+        if cache.held.max() + 1 > graph.columns:
             return False
-        for name, output in graph.run(inputs).items():
+        for name, output in graph.run(inputs, cache.held, new[:, 0]).items():
             outputs[name][:] = output
         return True
 

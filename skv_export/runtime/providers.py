@@ -24,6 +24,18 @@ _SHAPE_OPS = {"Cast", "Concat", "Gather", "Reshape", "Shape", "Slice", "Squeeze"
 """Ops on shapes, which are the CPU's anyway."""
 
 
+def device_of(execution_provider: str) -> tuple[str, int]:
+    """Takes the name of an execution provider apart: of ``cuda:1``, ``("cuda", 1)``; of ``cuda``, ``("cuda", 0)``.
+
+    Raises:
+        SkvError: There is none of this name.
+    """
+    name, _, number = execution_provider.partition(":")
+    if name in EXECUTION_PROVIDERS and (execution_provider == name or (name == "cuda" and number.isdecimal())):
+        return name, int(number or 0)
+    raise SkvError("execution_provider", got=execution_provider, expected="cpu, cuda, or cuda:N for the N-th GPU")
+
+
 def open_session(
     model: str | bytes,
     options: Any,
@@ -38,7 +50,7 @@ def open_session(
     Args:
         model: A file, or the model itself.
         options: onnxruntime's SessionOptions; the library's op is registered with them here.
-        name: ``cpu`` or ``cuda``.
+        name: ``cpu``, ``cuda``, ``cuda:1``.
         library: The native library.
         op_type: The op that must be the provider's.
         cuda_graph: Capture calls as CUDA graphs.
@@ -52,13 +64,15 @@ def open_session(
     """
     import onnxruntime as ort
 
+    name, device_id = device_of(name)
     check_provider(name, ort.get_available_providers(), library)
     preload(name)
     options.register_custom_ops_library(str(library.path))
     options.add_session_config_entry(_RECORD_PLACEMENT, "1")
     wanted = EXECUTION_PROVIDERS[name]
-    providers: list[tuple[str, dict[str, str]]] = [(wanted, {"enable_cuda_graph": "1"} if cuda_graph else {})]
+    providers: list[tuple[str, dict[str, str]]] = [(wanted, {})]
     if name != "cpu":
+        providers[0][1].update({"device_id": str(device_id)} | ({"enable_cuda_graph": "1"} if cuda_graph else {}))
         providers.append((EXECUTION_PROVIDERS["cpu"], {}))
     session = ort.InferenceSession(model, options, providers=providers)
     if session.get_providers()[0] != wanted:  # ONNX Runtime falls back with no more than a line in its log
@@ -82,8 +96,7 @@ def check_provider(name: str, available: Sequence[str], library: Library) -> Non
     Raises:
         SkvError: They are not; there is never a silent fallback to another provider.
     """
-    if name not in EXECUTION_PROVIDERS:
-        raise SkvError("execution_provider", got=name, expected=" or ".join(EXECUTION_PROVIDERS))
+    name, _ = device_of(name)
     if EXECUTION_PROVIDERS[name] not in available:
         raise SkvError(
             f"execution provider {name}: this ONNX Runtime does not have it",
@@ -181,7 +194,7 @@ def check_kernels(config: ModelConfig, name: str, library: Library) -> None:
     Raises:
         SkvError: No kernel on a GPU takes a layer's calls.
     """
-    for path, layers in gpu_kernels(config, library).items() if name == "cuda" else ():
+    for path, layers in gpu_kernels(config, library).items() if device_of(name)[0] == "cuda" else ():
         if problem := without_tensor_cores(path):
             said = f"attention of {len(layers)} of {len(config.layers)} layers takes {path}. {problem}"
             warnings.warn(said, RuntimeWarning, stacklevel=2)

@@ -25,6 +25,7 @@ from skv_export.runtime.cache import MAX_BATCH, Cache, load_bases
 from skv_export.runtime.graph import Graph, Int64, Logits
 from skv_export.runtime.prompting import Drafter, Observer, begun, until_end
 from skv_export.runtime.prompts import chat_prompt, load_tokenizer
+from skv_export.runtime.providers import device_of
 from skv_export.runtime.queries import MAX_WINDOW
 from skv_export.runtime.sampling import Sampling
 from skv_export.spec.key_basis import KeyBasis
@@ -38,7 +39,8 @@ class Session:
 
     Args:
         folder: What ``skv-export model`` wrote.
-        execution_provider: ``cpu`` or ``cuda``; an error if it is not available, never a silent fallback.
+        execution_provider: ``cpu``, ``cuda``, or ``cuda:1`` for another GPU than the first; an error if it is not
+            available, never a silent fallback.
         cuda_graph: On a GPU, capture decoding (one new token per sequence) as a CUDA graph per cache: one launch
             instead of hundreds a token.
         num_threads: Threads inside an op; 0 = ONNX Runtime's choice.
@@ -90,7 +92,7 @@ class Session:
                 raise SkvError(name, got=number, expected=f"{least} ... {most}{what}")
         self.config = config or ModelConfig.load(self.folder)
         self.execution_provider = execution_provider
-        if cuda_graph and execution_provider != "cuda":
+        if cuda_graph and device_of(execution_provider)[0] != "cuda":
             raise SkvError("cuda_graph", got=f"execution_provider {execution_provider}", expected="cuda")
         self.cuda_graph = cuda_graph
         self.prefixes = rope_switch.prefix_store(prefix_bytes, self.config)
@@ -295,10 +297,7 @@ class Session:
             place = np.argsort(~new, axis=1, kind="stable")
             ids, positions = (np.take_along_axis(x, place, axis=1) for x in (ids, positions))
             new = np.take_along_axis(new, place, axis=1)
-        # The graph takes lengths from the mask's sums: the shortest mask that has them says the same as the caller's.
-        past = np.arange(cache.held.max())[None, :] < cache.held[:, None]
-        mask = np.concatenate([past, new], axis=1).astype(np.int64)
-        logits, queries = self.graph.run(cache, ids, mask, positions, embeds)
+        logits, queries = self.graph.run(cache, ids, new, positions, embeds)
         if queries:
             cache.queries.add(count, new.shape[1], queries, self.graph.score_window)
         held = ids if embeds is None else np.full_like(ids, arrays.NO_TOKEN)

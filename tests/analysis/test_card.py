@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from skv_export.analysis import card, pipeline
 from skv_export.analysis.pipeline import Target
 from skv_export.checkpoints.checkpoint import Checkpoint
-from skv_export.cli.analyze import planner
+from skv_export.cli.analyze import planner, spending
 from skv_export.errors import SkvError
 from skv_export.spec.layout import CacheLayout, cache_bytes
 from skv_export.spec.recipe import LayerConfig
@@ -55,6 +55,30 @@ def test_a_card_too_small_says_what_takes_the_room(tiny_checkpoint: Callable[...
     assert room == card.GIB - card.weight_bytes(opened, "fp16") - card.activation_bytes(opened, 2)
     with pytest.raises(SkvError, match="hold no cache beside the weights"):
         card.room_for_cache(card.GIB // 4, opened, "fp16", 1)
+
+
+def test_smaller_weights_leave_room_for_a_better_cache(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Each line against its definition: what is left, the first cache that fits there, the last token that does."""
+    folder = tiny_checkpoint("llama")
+    opened = Checkpoint.open(folder)
+    found = pipeline.analyze(folder, target=Target(context=1000, batch=3), measure=None)
+    layers = found.config.num_hidden_layers
+    fixed = card.activation_bytes(opened, 3)
+    int8 = card.weight_bytes(opened, "int8")
+    memory = fixed + int8 + found.budget.memory([(4, 4)] * layers)
+    lines = {split.weights: split for split in card.splits(opened, found.budget, memory)}
+    assert list(lines) == ["fp16", "int8", "int4"]
+    assert lines["int8"].cache == "K4V4"
+    assert lines["int8"].room == found.budget.memory([(4, 4)] * layers)
+    longest = lines["int8"].longest
+    assert found.budget.memory([(4, 2)] * layers, longest) <= lines["int8"].room
+    assert found.budget.memory([(4, 2)] * layers, longest + 64) > lines["int8"].room
+    better = {"": 0, "K2V2": 1, "K3V2": 2, "K4V2": 3, "K4V4": 4, "K8V8": 5, "fp16": 6}
+    assert better[lines["fp16"].cache] < better["K4V4"] <= better[lines["int4"].cache]
+    (none,) = {split.cache for split in card.splits(opened, found.budget, fixed)}
+    assert none == ""
+    printed = spending(folder, found, {"memory": memory, "gpu": None, "revision": None, "adapter": None})
+    assert "K4V4" in printed and "3 x 1,000 tokens" in printed
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3_text"])

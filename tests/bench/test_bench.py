@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from tiny_graph import Tiny
 
-from skv_export.bench import attention, model, noise
-from skv_export.bench.attention import BASELINES, AttentionShape, Row, bench_attention, format_rows
+from skv_export.bench import attention, attention_candidates, ggml_attention, model, noise
+from skv_export.bench.attention import DEFAULT_BASELINES, Row, bench_attention, format_rows
+from skv_export.bench.attention_candidates import AttentionShape, Candidate
 from skv_export.cli.main import main
 from skv_export.errors import SkvError
 from skv_export.spec.layout import CacheLayout
@@ -25,15 +30,15 @@ SMALL = AttentionShape(context=300, num_heads=4, kv_num_heads=2, head_dim=64)
 def test_rows_of_ours_and_of_every_baseline() -> None:
     configs = [LayerConfig(), LayerConfig(k_bits=3, v_bits=3)]
     rows = bench_attention(SMALL, configs, threads=1, repetitions=3)
-    assert [row.name for row in rows] == ["skv-K4V2", "skv-K3V3", *BASELINES]
+    assert [row.name for row in rows] == ["skv-K4V2", "skv-K3V3", *DEFAULT_BASELINES]
     for row in rows:
         assert 0 < row.ms_min <= row.ms_median <= row.ms_max
         assert row.gb_per_s == pytest.approx(row.bytes / row.ms_median / 1e6)
         assert row.speedup == {
-            base.name: pytest.approx(base.ms_median / row.ms_median) for base in rows if base.name in BASELINES
+            base.name: pytest.approx(base.ms_median / row.ms_median) for base in rows if base.name in DEFAULT_BASELINES
         }
     assert rows[0].bytes == 2 * sum(layout.block_bytes(300) for layout in CacheLayout.pair(LayerConfig(), 64))
-    assert [row.bytes for row in rows[2:]] == [2 * 2 * 300 * 64 * bits // 8 for bits in (32, 8, 4)]
+    assert [row.bytes for row in rows[2:]] == [2 * 2 * 300 * 64 * bits // 8 for bits in (32, 8, 8, 4)]
 
 
 def test_the_context_changes_the_work() -> None:
@@ -51,9 +56,61 @@ def test_the_context_changes_the_work() -> None:
 def test_contenders_take_turns() -> None:
     calls: list[str] = []
     clock = iter(np.arange(1000.0))
-    candidates = [attention._Candidate(name, lambda name=name: calls.append(name), 10) for name in "ab"]
-    times = attention._in_turns(candidates, 2, lambda: next(clock))
-    assert calls == list("ab" * 5) and times == [[1000.0, 1000.0], [1000.0, 1000.0]]
+
+    def step(name: str) -> float:
+        calls.append(name)
+        return next(clock)
+
+    candidates = [Candidate(name, functools.partial(step, name), 10) for name in "ab"]
+    assert attention._in_turns(candidates, 2) == [[6.0, 8.0], [7.0, 9.0]]
+    assert calls == list("ab" * 5)
+
+
+def test_a_step_is_timed_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((1.0, 1.25))
+    monkeypatch.setitem(noise.CLOCKS, "wall", lambda: next(clock))
+    assert attention_candidates.timed(lambda: None, "wall")() == 250.0
+
+
+def test_a_baseline_of_its_own_process_has_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, str] = {}
+    popen = subprocess.Popen
+
+    def spy(command: list[str], *, env: dict[str, str], **options: Any) -> Any:
+        seen.update(env)
+        return popen(command, env=env, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", spy)
+    with attention_candidates.baseline(SMALL, "ort-gqa-int8-vnni", 1, "cpu") as candidate:
+        assert candidate.cache_bytes == 2 * 2 * 300 * 64 and candidate.step() > 0
+    assert seen["ORT_MLAS_QKGEMM_S8_APPROX_VNNI"] == "1"
+    assert "ORT_MLAS_QKGEMM_S8_APPROX_VNNI" not in os.environ
+
+
+def test_a_baseline_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "llama_cpp").mkdir()
+    (tmp_path / "llama_cpp" / "__init__.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with (
+        pytest.raises(SkvError, match=r"ggml-f16 failed; got bench: llama\.cpp's libraries can't be used"),
+        attention_candidates.baseline(SMALL, "ggml-f16", 1, "cpu"),
+    ):
+        pass
+
+
+@pytest.mark.skipif("SKV_LLAMA_CPP" not in os.environ, reason="SKV_LLAMA_CPP is not set: no llama.cpp")
+@pytest.mark.parametrize(("cache_type", "tolerance"), [("f16", 0.01), ("q8_0", 0.02), ("q4_0", 0.2)])
+def test_llama_cpps_attention_is_the_attention_that_is_timed(
+    cache_type: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(os.environ["SKV_LLAMA_CPP"])
+    shape = dataclasses.replace(SMALL, batch=2)
+    q, k, v = (x.astype(np.float64) for x in ggml_attention.tokens(shape))
+    scores = np.einsum("bngd,bntd->bngt", q.reshape(2, 2, 2, 64), k) / 8
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = np.einsum("bngt,bntd->bngd", weights / weights.sum(-1, keepdims=True), v).reshape(2, 4, 64)
+    got = ggml_attention.flash_attention(shape, cache_type, 1)()
+    assert np.abs(got - expected).max() < tolerance * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -90,7 +147,7 @@ def test_a_whole_model_is_timed_in_processes_of_their_own(tmp_path: Path) -> Non
     for row in (short, long):
         assert 0 < row.ms_min <= row.ms_median <= row.ms_max and row.prefill_seconds > 0
         assert row.tokens_per_s == pytest.approx(1e3 / row.ms_median)
-        assert row.peak_bytes > 10 << 20 and row.speedup is None
+        assert row.peak_bytes > 10 << 20 and row.speedup == {}
     assert "| 64 | skv |" in model.format_rows([short, long])
 
 

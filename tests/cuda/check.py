@@ -54,6 +54,8 @@ LONG_MEANS = dataclasses.replace(
     name="the same around means",
     config=dataclasses.replace(LONG.config, k_granularity="token_channel", v_granularity="token_channel"),
 )
+CHUNK = dataclasses.replace(LONG, name="few new tokens behind a long past", new_tokens=12, past_lengths=(700,))
+FLUSH = dataclasses.replace(LONG_MEANS, name="one token flushes a tile around means", past_lengths=(67,))
 ROWS = Case(
     "rows of a 16-bit tile overwritten by the call that moves it",
     LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32, k_bits=16, v_bits=16),
@@ -84,7 +86,7 @@ def main() -> int:
     short = sys.argv[2:] == ["short"]
     kernels = Library(Path(sys.argv[1]), HostMemory(), multiprocessors=1)
     paths = set()
-    for case in [ROWS, *cases(SHORT)] if short else [ROWS, LONG, LONG_MEANS, *cases(NAMES)]:
+    for case in [ROWS, FLUSH, *cases(SHORT)] if short else [ROWS, LONG, LONG_MEANS, CHUNK, FLUSH, *cases(NAMES)]:
         for path in (AUTO, SIMPLE) if case.new_tokens == 1 else (AUTO,):
             error, taken = difference(case, kernels, path)
             paths.add(taken.split()[0].rstrip(":"))

@@ -22,6 +22,9 @@
 // Of runtime_shim.cc, where it is loaded: does the work when the stream's turn comes.
 extern "C" void skv_shim_enqueue(void* stream, std::function<void()>* work) __attribute__((weak));
 
+// For tests: launches are shown to the function, and not run; null = they are run.
+extern "C" void skv_shim_on_launch(shim::OnLaunch function) { shim::on_launch = function; }
+
 namespace shim {
 namespace {
 
@@ -317,6 +320,8 @@ void launch(void* stream, dim3 grid, dim3 size, size_t shared_bytes, std::functi
     kernel();
   }
 }
+
+OnLaunch on_launch = nullptr;
 
 void block_barrier(int line) { wait(State::kAtBlockBarrier, 0, line, &s.block_sync); }
 

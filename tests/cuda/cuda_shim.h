@@ -66,6 +66,25 @@ unsigned lane();
 // loaded.
 void launch(void* stream, dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> body);
 
+// Who wants to see launches instead of their being run: a kernel and its arguments.
+using OnLaunch = void (*)(const void* kernel, const unsigned* grid, unsigned threads, size_t shared_bytes,
+                          const void* const* arguments, const size_t* sizes, size_t count);
+extern OnLaunch on_launch;
+
+template <class... Parameters>
+void launch(void* stream, dim3 grid, int threads, size_t shared_bytes, void (*kernel)(Parameters...),
+            Parameters... arguments) {
+  if (on_launch != nullptr) {
+    const unsigned blocks[] = {grid.x, grid.y, grid.z};
+    const void* const addresses[] = {&arguments...};
+    const size_t sizes[] = {sizeof(arguments)...};
+    on_launch(reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes, addresses, sizes,
+              sizeof...(arguments));
+    return;
+  }
+  launch(stream, grid, dim3(threads), shared_bytes, [=] { kernel(arguments...); });
+}
+
 // Barriers; `line` is the call site.
 void block_barrier(int line);
 void warp_barrier(uint32_t mask, int line);

@@ -1,8 +1,8 @@
 """The CUDA kernels on a real GPU against the reference: ``python tests/cuda/gpu_test.py [--short] [--sanitizer TOOL]``.
 
 Byte equality of the cache, attention within each case's tolerance, and a captured graph whose lengths change between
-replays. ``--sanitizer memcheck`` (or ``racecheck``) runs the short form under compute-sanitizer. Needs only the source
-tree, nvcc, torch and numpy.
+replays. ``--sanitizer memcheck`` (or ``racecheck``, ``synccheck``, ``initcheck``) runs the short form under
+compute-sanitizer. Needs only the source tree, nvcc, torch and numpy.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main() -> int:
     """Runs everything; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true")
-    parser.add_argument("--sanitizer", choices=["memcheck", "racecheck"])
+    parser.add_argument("--sanitizer", choices=["memcheck", "racecheck", "synccheck", "initcheck"])
     options = parser.parse_args()
     print(gpu.require(), flush=True)
     if options.sanitizer:

@@ -33,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "skv_export" / "native" / "cuda"
 SHIM = ROOT / "tests" / "cuda"
 TYPES = {"float16": 0, "float": 1, "float32": 1, "bfloat16": 2}
+PIECE = 64
+"""Tokens of a prompt that the op's shim gives to GroupQueryAttention at a time."""
 TSAN = "-fsanitize=thread"
 ASAN = "-fsanitize=address,undefined"
 AUTO, SIMPLE, MMA, PREFILL = range(4)
@@ -99,9 +101,10 @@ class KernelError(Exception):
 class Library:
     """The kernels' C interface on one kind of memory."""
 
-    def __init__(self, path: Path, memory: Memory, multiprocessors: int = 4) -> None:
+    def __init__(self, path: Path, memory: Memory, multiprocessors: int = 4, rows_bytes: int = 0) -> None:
         self.memory = memory
         self.multiprocessors = multiprocessors
+        self.rows_bytes = rows_bytes
         self.lib = ctypes.CDLL(str(path))
         self.lib.skv_cuda_last_error.restype = ctypes.c_char_p
         self.lib.skv_cuda_path.restype = ctypes.c_char_p
@@ -178,7 +181,9 @@ class Library:
             case.softcap,
             at["not_finite"],
         )
-        context = SkvCudaContext(None, None, 0, max(case.total_lengths), path, -1, self.multiprocessors)
+        context = SkvCudaContext(
+            None, None, 0, max(case.total_lengths), path, -1, self.multiprocessors, self.rows_bytes
+        )
         size = self.lib.skv_cuda_scratch_bytes(ctypes.byref(call), ctypes.byref(context))
         if size < 0:
             self.check(-size)
@@ -238,7 +243,7 @@ class Library:
 
 
 def check_dense(kernels: Library) -> None:
-    """What attention of somebody else's takes and leaves: dense rows, lengths, cleared padding, rows in float16.
+    """What attention of somebody else's takes and leaves: dense rows, a call in pieces, what is not a number, padding.
 
     Raises:
         AssertionError: Something differs from the reference.
@@ -248,38 +253,54 @@ def check_dense(kernels: Library) -> None:
     case = Case("dense", config, past_lengths=past, new_tokens=tokens, query_seqlens=new, dtype="float16")
     inputs = make_inputs(case)
     inputs.seqlens_k[3] = 10**6  # a length that can't be
+    inputs.query[0, 2, 64], inputs.key[0, 5, 3], inputs.value[1, 1, 70], inputs.value[1, 7, 5] = 4 * [np.nan]
+    inputs.value[0, 0, 0] = np.inf
     buffers, call, context = kernels.prepare(case, inputs)
     lib, put, get, address = kernels.lib, kernels.memory.put, kernels.memory.get, kernels.memory.address
     calls = ctypes.byref(call), ctypes.byref(context)
     pointer = lambda buffer: ctypes.c_void_p(address(buffer))  # noqa: E731
-    lengths = put(np.zeros(4, np.int32))
-    kernels.check(lib.skv_cuda_dense_lengths(*calls, pointer(lengths)))
-    assert get(lengths).tolist() == [150 + 8, 8, 70 + 8, 8]
+    lengths = put(np.zeros((2, 3, 4), np.int32))
+    kernels.check(lib.skv_cuda_piece_lengths(*calls, 5, pointer(lengths)))
+    (seqlens, fresh, ends), (seqlens2, fresh2, ends2) = get(lengths)
+    assert seqlens[:3].tolist() == [154, 2, 69] and seqlens2[:3].tolist() == [158, 2, 69]
+    assert fresh.tolist() == [5, 3, 0, -1] and fresh2.tolist() == [4, 0, 0, -1]
+    assert ends.tolist() == [154, 4, 74, 4] and ends2.tolist() == [158, 6, 73, 3]
     for b in range(3):
         dense = [put(np.full((2, room, 64), 7, np.float16)) for _ in range(2)]
         kernels.check(lib.skv_cuda_dense_rows(*calls, b, ctypes.c_int64(room), *map(pointer, dense)))
-        for layout, cache, added, buffer in zip(
-            case.layouts, (inputs.past_key, inputs.past_value), (inputs.key, inputs.value), dense, strict=True
-        ):
+        for layout, cache, buffer in zip(case.layouts, (inputs.past_key, inputs.past_value), dense, strict=True):
             held, _ = load(layout, cache[b].reshape(2, -1), past[b])
             if layout.rotation == "hadamard":
                 held = rotate(held, layout.rotation_dim)
-            rows = get(buffer)
-            total = past[b] + new[b] if new[b] else 0  # nothing for an idle sequence
-            assert np.array_equal(rows[:, : min(past[b], total)], held.astype(np.float16)[:, : min(past[b], total)])
-            fresh = added[b, : new[b]].reshape(-1, 2, 64).swapaxes(0, 1).astype(np.float16)
-            assert np.array_equal(rows[:, past[b] : total], fresh[:, : max(0, total - past[b])])
+            rows, total = get(buffer), past[b] if new[b] else 0  # nothing for an idle sequence
+            assert np.array_equal(rows[:, :total], held.astype(np.float16)[:, :total])
             assert (rows[:, total:] == 7).all()
-    kernels.check(lib.skv_cuda_clear_padding(*calls))
-    output = get(buffers["output"])
+    masks = put(np.full((4, 8, 1), 0xFFFFFFFF, np.uint32))
+    parts = (inputs.query, inputs.key, inputs.value)
+    for b in range(4):
+        for name, x, target in zip(("query", "key", "value"), parts, (call.query, call.key, call.value), strict=True):
+            target.data = address(buffers[name]) + b * tokens * x.shape[2] * 2
+        call.batch, call.seqlens_k = 1, address(buffers["seqlens_k"]) + 4 * b
+        call.query_seqlens = address(buffers["query_seqlens"]) + 4 * b
+        rows = put(np.zeros((tokens, 8 * 64), np.float16))
+        kernels.check(lib.skv_cuda_pack_rows(*calls, pointer(rows), ctypes.c_void_p(address(masks) + b * 8 * 4), 1, 0))
+        whole = np.concatenate([x[b] for x in parts], 1).astype(np.float16)
+        assert np.array_equal(get(rows), np.nan_to_num(whole, nan=0, posinf=65504))
+    call.batch, call.seqlens_k = 4, address(buffers["seqlens_k"])
+    call.query_seqlens = address(buffers["query_seqlens"])
+    for name, target in (("query", call.query), ("key", call.key), ("value", call.value)):
+        target.data = address(buffers[name])
+    found = get(masks)[..., 0]
+    assert np.argwhere(found).tolist() == [[0, 1], [0, 4], [1, 7]]  # the value of a token of padding is nobody's
+    assert found[found > 0].tolist() == [1 << 2, 1 << 5, 1 << 1]
+    kernels.check(lib.skv_cuda_finish_rows(*calls, pointer(masks)))
+    output = get(buffers["output"]).astype(np.float32).reshape(4, tokens, 4, 64)
+    expected = np.full(output.shape, 123, np.float32)
+    expected[0, 2, 1] = expected[0, 5:, :2] = expected[1, 1:, 2:] = np.nan  # rotated: every channel
     for b in range(3):
-        assert (output[b, : new[b]] == 123).all() and (output[b, new[b] :] == 0).all()
-    assert np.isnan(output[3].astype(np.float32)).all()
-    numbers = np.array([0.1, -1e9, 1e9, np.inf, 65519, -3e-8], np.float32)
-    narrowed = put(np.zeros(6, np.float16))
-    source = put(numbers)
-    kernels.check(lib.skv_cuda_narrow(pointer(source), ctypes.c_int64(6), TYPES["float16"], pointer(narrowed), None))
-    assert np.array_equal(get(narrowed), numbers.clip(-65504, 65504).astype(np.float16))
+        expected[b, new[b] :] = 0
+    expected[3] = np.nan
+    assert np.array_equal(output, expected, equal_nan=True)
 
 
 def difference(case: Case, kernels: Library, path: int = AUTO) -> tuple[float, str]:
@@ -323,7 +344,7 @@ def build_shim(out: Path, *, flags: Sequence[str] = (), sources: Path = SOURCES,
     """
     left_out = ("runtime.cu", "decode_mma_128.cu", "decode_mma_256.cu") if few else ("runtime.cu",)
     files = [f for f in sorted(sources.glob("*.cu")) if f.name not in left_out]
-    flags = [*flags, "-DSKV_CUDA_FEW"] if few else flags
+    flags = [*flags, "-DSKV_CUDA_FEW=64"] if few else flags
     return build(out, "libskv_cuda_shim.so", [*files, SHIM / "cuda_shim.cc"], sources.parent, flags)
 
 
@@ -346,9 +367,11 @@ def build_ort_shim(out: Path, runtime: Path | None = None, instead: Path | None 
         files += [native / "ort" / "kernel_cpu.cc", native / "ort" / "prefill.cc"]
     if instead is not None:
         files = [instead if f.name == instead.name else f for f in files]
+    pieces = f"-DSKV_CUDA_PIECE={PIECE}"
     if runtime is None:
-        return build(out, "libskv_ops_shim.so", files, native, ['-DSKV_CUDA_PROVIDER="CPUExecutionProvider"'])
-    flags = ["-DSKV_WITH_CUDA", f"-I{cuda_headers()}"]
+        provider = '-DSKV_CUDA_PROVIDER="CPUExecutionProvider"'
+        return build(out, "libskv_ops_shim.so", files, native, [pieces, provider])
+    flags = [pieces, "-DSKV_WITH_CUDA", f"-I{cuda_headers()}"]
     return build(out, "libskv_ops_shim.so", files, native, flags, [str(runtime / CUDART)])
 
 
@@ -389,9 +412,9 @@ def build_runtime(out: Path, provider: Path) -> Path:
         if library in wanted or name.startswith("cu"):
             wanted[library or "libcuda.so.1"].add(name)
 
-    shim = SHIM / "runtime_shim.cc"
+    shim, memory = SHIM / "runtime_shim.cc", SHIM / "runtime_memory.h"
     source = "".join(f"{name} {' '.join(sorted(names))}\n" for name, names in sorted(wanted.items()))
-    folder = out / hashlib.sha256(shim.read_bytes() + source.encode()).hexdigest()[:16]
+    folder = out / hashlib.sha256(shim.read_bytes() + memory.read_bytes() + source.encode()).hexdigest()[:16]
     if folder.exists():
         return folder
     partial = folder.with_suffix(f".{os.getpid()}")

@@ -118,8 +118,40 @@ MUTATIONS = (
     Mutation(
         "rows overwritten while a tile is read from them",
         "append.cu",
-        "  __syncthreads();  // the tile has been read",
-        "  // the tile has been read",
+        "a.rows = tokens == 1;",
+        "a.rows = tokens <= 8;",
+        "thread",
+    ),
+    Mutation(
+        "a block quantizes the tokens of another",
+        "append.cu",
+        "for (int quad = target.part; quad",
+        "for (int quad = target.part + 1; quad",
+    ),
+    Mutation(
+        "every block writes the means",
+        "append.cu",
+        "const bool writes = target.part == 0 && threadIdx.x < 32;",
+        "const bool writes = threadIdx.x < 32;",
+        "thread",
+    ),
+    Mutation(
+        "splits that overlap",
+        "prefill.cu",
+        "end = from + share < all ? from + share : all;",
+        "end = from + share < all ? from + share + 1 : all;",
+    ),
+    Mutation(
+        "a split's peak in another base",
+        "prefill.cu",
+        "make_float2(peak[y] * unit * kLn2, sum[y])",
+        "make_float2(peak[y] * unit, sum[y])",
+    ),
+    Mutation(
+        "the slab overwritten while it is read",
+        "dequantize.cu",
+        "  __syncthreads();  // the slab is the next one's",
+        "  // the slab is the next one's",
         "thread",
     ),
     Mutation(

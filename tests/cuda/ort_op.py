@@ -19,7 +19,7 @@ from skv_export.errors import SkvError
 from skv_export.model_folder.skv_config import LayerCache
 from skv_export.native.library import load_library
 from skv_export.runtime.cache import Cache
-from skv_export.spec.conformance import Case, make_inputs, op_cases
+from skv_export.spec.conformance import Case, expected_of, make_inputs, not_a_number_cases, op_cases, output_error
 from skv_export.spec.key_basis import INPUTS, MATRICES, KeyBasis
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig
@@ -106,6 +106,25 @@ def test_prompts_go_through_onnxruntimes_attention(
         assert "flash_fwd" in said
         outputs[0] = None
     compare(case, outputs, run(case, arrays_of(case))[1])
+
+
+@pytest.mark.skipif(PROVIDERS[0] == "CUDAExecutionProvider", reason="ONNX Runtime's own kernels don't run here")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("case", [c for c in not_a_number_cases() if c.new_tokens >= 64], ids=lambda c: c.name)
+def test_what_is_not_a_number_in_a_prompt(case: Case, packed: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    """Through ONNX Runtime's attention, in pieces: into all outputs that see it, and no others."""
+    case = dataclasses.replace(case, dtype="float16", new_tokens=150, query_seqlens=(150, 90))
+    case = dataclasses.replace(case, not_numbers=(*case.not_numbers, ("key", 1, 80, 30), ("value", 0, 100, 3)))
+    arrays = arrays_of(case)
+    given = dict(arrays)
+    if packed:
+        parts = [given.pop(part) for part in ("query", "key", "value")]
+        given = {"query": np.concatenate(parts, -1), **given}
+    outputs = session_of(given, attributes_of(case.params, case.layouts), log_severity_level=1).run(None, given)
+    assert GQA in capfd.readouterr().err
+    want = expected_of(case, make_inputs(case))
+    assert output_error(outputs[0].astype(np.float32), want[0]) <= case.tolerance
+    assert all(map(np.array_equal, outputs[1:], want[1:]))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

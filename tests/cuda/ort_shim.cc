@@ -19,6 +19,7 @@ int skv_cuda_device(int32_t* multiprocessors, int32_t* architecture) {
   *architecture = 80;
   return SKV_OK;
 }
+int skv_cuda_use_device(int32_t) { return SKV_OK; }
 int skv_cuda_flag_create(int32_t** flag) {
   *flag = new int32_t(0);
   return SKV_OK;

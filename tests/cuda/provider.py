@@ -17,12 +17,13 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from harness import PIECE
 from op_nodes import PROVIDERS, arrays_of, attributes_of, model_of, session_of
 from tiny_graph import addresses
 from tiny_models import TINY
 
 from skv_export.export.pipeline import export_model
-from skv_export.model_folder.names import MODEL_FILE
+from skv_export.model_folder.names import ATTENTION_MASK, MODEL_FILE
 from skv_export.native.library import library_path
 from skv_export.runtime.session import Session
 from skv_export.spec.conformance import Case
@@ -152,22 +153,48 @@ def test_a_device_without_code_is_an_error_at_load(monkeypatch: pytest.MonkeyPat
         session_of(arrays, attributes_of(CASES[0].params, CASES[0].layouts))
 
 
-@pytest.mark.parametrize("cuda_graph", [False, True])
-def test_a_whole_model_on_the_gpu(
-    cuda_graph: bool, tiny_checkpoint: Callable[..., Path], tmp_path: Path, shim: Any, monkeypatch: pytest.MonkeyPatch
+def memory(shim: Any, device: int) -> tuple[int, int]:
+    """Most bytes of a device that were taken at once since the last call, and those taken now."""
+    both = (ctypes.c_int64 * 2)()
+    shim.skv_shim_memory(device, both)
+    return both[0], both[1]
+
+
+@pytest.mark.parametrize(("cuda_graph", "device"), [(False, 1), (True, 0), (True, 1)])
+def test_a_whole_model_on_a_gpu(
+    cuda_graph: bool,
+    device: int,
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    shim: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Prompt, decoding, rewind and reorder with caches on the device; only the op computes: logits say nothing."""
+    other = memory(shim, 1 - device)[1]
     monkeypatch.setenv("SKV_SHIM_SKIP", "1")
     recipe = Recipe(dtype="fp16")
     out = export_model(tiny_checkpoint("qwen3"), out=tmp_path / "model", recipe=recipe, progress=lambda *_: None)
-    session = Session(out, execution_provider="cuda", cuda_graph=cuda_graph)
+    session = Session(out, execution_provider=f"cuda:{device}", cuda_graph=cuda_graph)
     cache = session.cache(2, 300)
     launches, replays, pointers = shim.skv_shim_launches(), shim.skv_shim_replays(), addresses(cache)
     session.run(np.ones((2, 100), np.int64), None, None, cache)
+    columns: list[int] = []
+    real = session.library.set_column
+    monkeypatch.setattr(session.library, "set_column", lambda *given: [columns.append(1), real(*given)])
     for _ in range(STEPS):
         session.run(np.ones((2, 1), np.int64), None, None, cache)
     if cuda_graph:
         assert shim.skv_shim_replays() - replays == STEPS
+        mask = session.graph.captured[cache]._inputs[ATTENTION_MASK]
+        assert len(columns) == STEPS - 1, "the mask is made and copied whole"
+        assert mask.numpy().sum(axis=1).tolist() == [140, 140] and set(np.unique(mask.numpy())) == {0, 1}
+        session.append([[1], []], cache)
+        assert mask.numpy().sum(axis=1).tolist() == [141, 140] and mask.numpy()[:, -1].tolist() == [1, 0]
+        session.run(np.ones((2, 1), np.int64), None, None, cache)
+        session.run(np.ones((2, 1), np.int64), None, None, cache)
+        assert mask.numpy().sum(axis=1).tolist() == [143, 142] and mask.numpy()[:, -1].tolist() == [1, 1]
+        assert len(columns) == STEPS
+        cache.rewind([140, 140])
     else:
         assert shim.skv_shim_launches() - launches >= 3 * STEPS * len(session.config.layers)
     assert cache.lengths.tolist() == [140, 140] and addresses(cache) == pointers
@@ -175,6 +202,43 @@ def test_a_whole_model_on_the_gpu(
     cache.reorder([1, 1])
     assert cache.lengths.tolist() == [120, 120]
     assert np.array_equal(*cache.data(0, "key"))
+    assert memory(shim, device)[0] > cache.nbytes and memory(shim, 1 - device) == (other, other)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_the_memory_of_a_prompt(prepared: bool, shim: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/gpu.md's formula: the rows of one sequence, and what a piece takes; nothing that grows with the batch."""
+    monkeypatch.setenv("SKV_SHIM_SKIP", "1")
+    batch, tokens, heads, kv_heads, head_dim = 3, 1000, 4, 2, 64
+    case = Case("memory", SMALL, head_dim, heads, kv_heads, (0,) * batch, tokens, dtype="float16", spare_tokens=200)
+    arrays = arrays_of(case)
+    params = dataclasses.replace(case.params, do_rotary=prepared)
+    if prepared:
+        arrays["cos_cache"] = arrays["sin_cache"] = np.ones((2000, head_dim // 2), np.float16)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.register_custom_ops_library(str(library_path()))
+    session = ort.InferenceSession(
+        model_of(arrays, attributes_of(params, case.layouts)),
+        options,
+        providers=[(PROVIDERS[0], {"arena_extend_strategy": "kSameAsRequested"})],
+    )
+    binding = session.io_binding()
+    held = {name: on_device(x) for name, x in arrays.items() if name != "total_sequence_length"}
+    output = on_device(np.zeros_like(arrays["query"]))
+    for name, value in held.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_cpu_input("total_sequence_length", arrays["total_sequence_length"])
+    for name, value in zip(OUTPUT_NAMES, (output, held["past_key"], held["past_value"]), strict=True):
+        binding.bind_ortvalue_output(name, value)
+    before = memory(shim, 0)[1]
+    session.run_with_iobinding(binding)
+    peak = memory(shim, 0)[0] - before
+    row = (heads + 2 * kv_heads) * head_dim
+    expected = 4 * kv_heads * head_dim * (tokens + PIECE) + (6 if prepared else 2) * PIECE * row
+    # Beside it: lengths, masks of what is not a number, and what GroupQueryAttention takes for a piece.
+    own = batch * (tokens * (heads + 2 * kv_heads) // 8 + 12 * (tokens // PIECE + 1))
+    assert expected < peak < expected + own + 16 * PIECE * heads * head_dim + 40_000, (peak, expected)
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])

@@ -4,10 +4,12 @@
 // What it catches: reads and writes of device memory by the host (the pages are open only while the device works, so
 // they are segmentation faults), work on a wrong stream or a forgotten wait (a stream runs nothing before it is waited
 // for), and calls that a stream under capture does not allow. A graph replays what was captured with the addresses and
-// numbers of then.
+// numbers of then. There are two devices, each with memory and streams of its own: what runs on one segfaults at an
+// address of the other, and nothing is launched on a stream of a device that is not the thread's.
 #include <cuda_runtime_api.h>
-#include <sys/mman.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -21,56 +23,25 @@
 #include <string>
 #include <vector>
 
+#include "runtime_memory.h"
+
 namespace {
 
-using Work = std::function<void()>;
+using shim::kMemory;
+using shim::kPage;
+using shim::Memory;
+using shim::Work;
 
-constexpr size_t kMemory = size_t{8} << 30, kPage = 4096;
-constexpr int kMultiprocessors = 4;
+constexpr int kMultiprocessors = 4, kDevices = 2;
 
-// The device's memory: one range of addresses, from which each allocation takes new pages.
-class Memory {
- public:
-  Memory() {
-    base_ = static_cast<char*>(mmap(nullptr, kMemory, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    if (base_ == MAP_FAILED) abort();
-  }
-  void* take(size_t bytes) {
-    const size_t whole = (bytes + kPage - 1) / kPage * kPage;
-    if (whole > kMemory - used_) return nullptr;
-    void* block = base_ + used_;
-    used_ += whole;
-    sizes_[block] = whole;
-    return block;
-  }
-  void give_back(void* block) {
-    const auto found = sizes_.find(block);
-    if (found == sizes_.end()) abort();
-    madvise(block, found->second, MADV_DONTNEED);
-    sizes_.erase(found);
-  }
-  bool holds(const void* address) const { return address >= base_ && address < base_ + kMemory; }
-  size_t free_bytes() const { return kMemory - used_; }
-
-  // Device code runs, or a copy.
-  void run(const Work& work) {
-    if (depth_++ == 0) mprotect(base_, used_, PROT_READ | PROT_WRITE);
-    work();
-    if (--depth_ == 0) mprotect(base_, used_, PROT_NONE);
-  }
-
- private:
-  char* base_ = nullptr;
-  size_t used_ = 0;
-  int depth_ = 0;
-  std::map<void*, size_t> sizes_;
-};
+thread_local int current_device = 0;
 
 struct Graph {
   std::vector<Work> nodes;
 };
 
 struct Stream {
+  int device = current_device;
   std::deque<Work> queue;
   std::shared_ptr<Graph> capture;
 
@@ -105,8 +76,8 @@ struct Event {
 
 struct Runtime {
   std::recursive_mutex mutex;
-  Memory memory;
-  Stream null_stream;
+  std::array<Memory, kDevices> memories;
+  std::array<Stream, kDevices> null_streams;
   std::set<Stream*> streams;
   std::set<void*> pinned;
   std::map<const void*, std::string> kernels;
@@ -114,11 +85,29 @@ struct Runtime {
   int64_t launches = 0, replays = 0;
   cudaError_t last = cudaSuccess;
 
+  Runtime() {
+    for (int i = 0; i < kDevices; ++i) null_streams[i].device = i;
+  }
+  Stream& null_stream() { return null_streams[current_device]; }
   Stream& stream(cudaStream_t handle) {
     auto* found = reinterpret_cast<Stream*>(handle);
-    if (found == nullptr) return null_stream;
+    if (found == nullptr) return null_stream();
     if (streams.count(found) == 0) abort();
     return *found;
+  }
+  // What is done on a device, and not on another.
+  Stream& stream_of_device(cudaStream_t handle) {
+    Stream& found = stream(handle);
+    if (found.device == current_device) return found;
+    fprintf(stderr, "runtime_shim: work for a stream of device %d on device %d\n", found.device, current_device);
+    abort();
+  }
+  // The device whose memory an address is in; -1 = none.
+  int device_of(const void* address) const {
+    for (int i = 0; i < kDevices; ++i) {
+      if (memories[i].holds(address)) return i;
+    }
+    return -1;
   }
 };
 
@@ -134,6 +123,17 @@ cudaError_t result(cudaError_t error) {
   return error;
 }
 
+// With the memory open that both addresses are in.
+void copy(void* to, const void* from, size_t bytes) {
+  Runtime& r = runtime();
+  Work work = [=] { memcpy(to, from, bytes); };
+  for (const void* address : std::array<const void*, 2>{to, from}) {
+    const int device = r.device_of(address);
+    if (device >= 0) work = [&r, device, inner = std::move(work)] { r.memories[device].run(inner); };
+  }
+  work();
+}
+
 // What would wait for the device, or change its memory, is an error while a stream is captured.
 cudaError_t unless_capturing(const std::function<cudaError_t()>& call) {
   const Lock lock(runtime().mutex);
@@ -146,7 +146,7 @@ cudaError_t copy_async(void* to, const void* from, size_t bytes, cudaMemcpyKind,
   const Lock lock(r.mutex);
   Stream& stream = r.stream(handle);
   const auto is_pageable = [&](const void* p) {
-    if (r.memory.holds(p)) return false;
+    if (r.device_of(p) >= 0) return false;
     for (void* start : r.pinned) {
       if (p >= start && p < static_cast<char*>(start) + kPage) return false;
     }
@@ -155,10 +155,10 @@ cudaError_t copy_async(void* to, const void* from, size_t bytes, cudaMemcpyKind,
   if (is_pageable(from)) {  // staged before the call returns
     auto staged =
         std::make_shared<std::vector<char>>(static_cast<const char*>(from), static_cast<const char*>(from) + bytes);
-    stream.add([=] { runtime().memory.run([&] { memcpy(to, staged->data(), bytes); }); });
+    stream.add([=] { copy(to, staged->data(), bytes); });
     return cudaSuccess;
   }
-  stream.add([=] { runtime().memory.run([&] { memcpy(to, from, bytes); }); });
+  stream.add([=] { copy(to, from, bytes); });
   if (is_pageable(to)) {
     if (stream.capture) return result(cudaErrorStreamCaptureUnsupported);
     stream.finish();
@@ -175,12 +175,17 @@ void skv_shim_enqueue(void* stream, std::function<void()>* kernel) {
   Runtime& r = runtime();
   const Lock lock(r.mutex);
   ++r.launches;
-  r.stream(static_cast<cudaStream_t>(stream)).add([body = std::move(*kernel)] { runtime().memory.run(body); });
+  Stream& of = r.stream_of_device(static_cast<cudaStream_t>(stream));
+  of.add([device = of.device, body = std::move(*kernel)] { runtime().memories[device].run(body); });
 }
 
-// For tests: launches of the op's kernels, and of graphs.
+// For tests: launches of the op's kernels, and of graphs; memory.
 int64_t skv_shim_launches() { return runtime().launches; }
 int64_t skv_shim_replays() { return runtime().replays; }
+void skv_shim_memory(int device, int64_t* peak_and_held) {
+  const auto both = runtime().memories[device].peak_and_held();
+  std::copy(both.begin(), both.end(), peak_and_held);
+}
 
 // With SKV_SHIM_SKIP set, ONNX Runtime's own kernels and cublas do nothing, and calls go on.
 static bool skips() { return getenv("SKV_SHIM_SKIP") != nullptr; }
@@ -194,14 +199,18 @@ void skv_shim_missing(const char* name) {
 // Devices.
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = kDevices;
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = current_device;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return result(device == 0 ? cudaSuccess : cudaErrorInvalidDevice); }
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= kDevices) return result(cudaErrorInvalidDevice);
+  current_device = device;
+  return cudaSuccess;
+}
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   *p = {};
   strcpy(p->name, "shim");
@@ -244,19 +253,19 @@ const char* cudaGetErrorName(cudaError_t error) {
 
 cudaError_t cudaMalloc(void** block, size_t bytes) {
   return unless_capturing([&] {
-    *block = runtime().memory.take(bytes);
+    *block = runtime().memories[current_device].take(bytes);
     return *block ? cudaSuccess : cudaErrorMemoryAllocation;
   });
 }
 cudaError_t cudaFree(void* block) {
   return unless_capturing([&] {
     for (Stream* stream : runtime().streams) stream->finish();
-    if (block != nullptr) runtime().memory.give_back(block);
+    if (block != nullptr) runtime().memories[runtime().device_of(block)].give_back(block);
     return cudaSuccess;
   });
 }
 cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total) {
-  *free_bytes = runtime().memory.free_bytes();
+  *free_bytes = runtime().memories[current_device].free_bytes();
   *total = kMemory;
   return cudaSuccess;
 }
@@ -278,9 +287,10 @@ cudaError_t cudaFreeHost(void* block) {
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* address) {
   const Lock lock(runtime().mutex);
   *attributes = {};
-  const bool on_device = runtime().memory.holds(address);
-  attributes->type = on_device ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
-  if (on_device) attributes->devicePointer = const_cast<void*>(address);
+  const int device = runtime().device_of(address);
+  attributes->type = device >= 0 ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+  attributes->device = device;
+  if (device >= 0) attributes->devicePointer = const_cast<void*>(address);
   return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
@@ -289,19 +299,28 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   return unless_capturing([&] {
     copy_async(to, from, bytes, kind, nullptr);
-    runtime().null_stream.finish();
+    runtime().null_stream().finish();
     return cudaSuccess;
   });
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t handle) {
   const Lock lock(runtime().mutex);
-  runtime().stream(handle).add([=] { runtime().memory.run([&] { memset(to, value, bytes); }); });
+  runtime().stream(handle).add([=] {
+    Runtime& r = runtime();
+    r.memories[r.device_of(to)].run([&] { memset(to, value, bytes); });
+  });
+  return cudaSuccess;
+}
+cudaError_t cudaMemset2DAsync(void* to, size_t pitch, int value, size_t width, size_t height, cudaStream_t handle) {
+  for (size_t row = 0; row < height; ++row) {
+    cudaMemsetAsync(static_cast<char*>(to) + row * pitch, value, width, handle);
+  }
   return cudaSuccess;
 }
 cudaError_t cudaMemset(void* to, int value, size_t bytes) {
   return unless_capturing([&] {
     cudaMemsetAsync(to, value, bytes, nullptr);
-    runtime().null_stream.finish();
+    runtime().null_stream().finish();
     return cudaSuccess;
   });
 }
@@ -332,7 +351,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
 }
 cudaError_t cudaDeviceSynchronize() {
   return unless_capturing([&] {
-    runtime().null_stream.finish();
+    runtime().null_stream().finish();
     for (Stream* stream : runtime().streams) stream->finish();
     return cudaSuccess;
   });
@@ -376,7 +395,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
 cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode) {
   const Lock lock(runtime().mutex);
   Stream& stream = runtime().stream(handle);
-  if (&stream == &runtime().null_stream || stream.capture) return result(cudaErrorStreamCaptureUnsupported);
+  if (&stream == &runtime().null_stream() || stream.capture) return result(cudaErrorStreamCaptureUnsupported);
   stream.capture = std::make_shared<Graph>();
   ++runtime().captures;
   return cudaSuccess;
@@ -402,7 +421,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph,
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t handle) {
   const Lock lock(runtime().mutex);
   ++runtime().replays;
-  runtime().stream(handle).add([graph = *reinterpret_cast<Graph*>(executable)] {
+  runtime().stream_of_device(handle).add([graph = *reinterpret_cast<Graph*>(executable)] {
     for (const Work& work : graph.nodes) work();
   });
   return cudaSuccess;

@@ -90,6 +90,7 @@ def test_what_is_not_a_number_stays_where_it_belongs(case: Case, kernels: Librar
     assert {path.split()[0].rstrip(":") for path in paths} == {expected}
 
 
+SMALL_CHUNKS = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
 PAIRS = ((8, 8), (4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
 INSTANCES = [
     (head_dim, pair, k, v)
@@ -129,6 +130,46 @@ def test_every_instance_of_decode_mma(instance: tuple[int, tuple[int, int], str,
             dtype="float16",
         )
         assert check(case, kernels, MMA, FOLDED_TOLERANCE).startswith(f"decode_mma K{k_bits}V{v_bits} D{head_dim}")
+
+
+MIDDLE = Case("between decode and prompt", SMALL_CHUNKS, 64, 4, 2, (900, 300), 9, dtype="float16")
+MIDDLES = [
+    MIDDLE,
+    dataclasses.replace(MIDDLE, new_tokens=63, query_seqlens=(63, 20), head_sink=True, softcap=20.0),
+    dataclasses.replace(MIDDLE, new_tokens=33, local_window_size=600, head_dim=128, past_lengths=(1500, 20)),
+    dataclasses.replace(MIDDLE, new_tokens=12, not_numbers=(("key", 0, 3, 70), ("value", 1, 2, 9), ("query", 1, 7, 5))),
+]
+
+
+@pytest.mark.parametrize("case", MIDDLES, ids=lambda c: f"{c.new_tokens} tokens")
+def test_few_new_tokens_split_a_long_past(case: Case) -> None:
+    """8 blocks would walk over 128k tokens else. Partial outputs, four blocks of keys each, have room in scratch."""
+    case = dataclasses.replace(case, name=f"middle {case.new_tokens}")
+    few, many = (Library(build_shim(ROOT / "build" / "cuda_shim"), HostMemory(), multiprocessors=n) for n in (1, 100))
+    assert check(case, many, AUTO).startswith("prefill")
+    inputs = make_inputs(case)
+    rows = 2 * 2 * case.kv_num_heads * max(case.total_lengths) * case.head_dim * 2
+    scratch = [library.prepare(case, inputs)[2].scratch_bytes for library in (few, many)]
+    columns = case.new_tokens * 2
+    seen = min(case.local_window_size + case.new_tokens if case.local_window_size else 10**6, max(case.total_lengths))
+    assert scratch[1] - scratch[0] >= 4 * (seen // 256) * columns * (case.head_dim + 2) * 4 > 0
+    assert abs(scratch[0] - rows) < 8192
+
+
+def test_a_prompt_dequantizes_so_many_heads_at_a_time(kernels: Library) -> None:
+    """However many sequences a call has: three of six here, then one; the results are the same."""
+    case = Case("bounded", SMALL_CHUNKS, 64, 4, 2, (200, 90, 300), 40, dtype="float16")
+    inputs = make_inputs(case)
+    whole = kernels.attention(case, inputs)
+    one = 2 * max(case.total_lengths) * 64 * 2
+    sizes = []
+    for rows_bytes in (3 * (one + 1), 1):
+        bounded = Library(build_shim(ROOT / "build" / "cuda_shim"), HostMemory(), rows_bytes=rows_bytes)
+        result = bounded.attention(case, inputs)
+        assert all(np.array_equal(getattr(result, x), getattr(whole, x)) for x in ("output", "key", "value"))
+        sizes.append(bounded.prepare(case, inputs)[2].scratch_bytes)
+    full = kernels.prepare(case, inputs)[2].scratch_bytes
+    assert [round((full - size) / one) for size in sizes] == [3, 5]
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

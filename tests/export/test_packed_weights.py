@@ -12,8 +12,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from packed_files import Writer, awq, exact, fp8, gptq, mxfp4, pack_folder, pack_quantized
+from packed_files import Writer, awq, exact, fp8, gptq, hqq, mxfp4, olive, pack_folder, pack_quantized
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from skv_export.checkpoints.checkpoint import Checkpoint, Source
 from skv_export.checkpoints.pretrained import load_model
@@ -37,6 +38,11 @@ def of_gptq(**more: Any) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False, **more}
 
 
+def of_hqq(bits: int = 4, group: int = 32, axis: int = 1) -> dict[str, Any]:
+    inner = {"nbits": bits, "group_size": group, "axis": axis, "optimize": True, "view_as_float": False}
+    return {"quant_method": "hqq", "quant_config": {"weight_quant_params": inner}, "skip_modules": ["lm_head"]}
+
+
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 FORMATS: dict[str, tuple[Writer, Mapping[str, Any]]] = {
     "gptq": (gptq(), of_gptq()),
@@ -55,6 +61,17 @@ FORMATS: dict[str, tuple[Writer, Mapping[str, Any]]] = {
     "W8A16, channels": (pack_quantized(8, -1), compressed(8, strategy="channel", group_size=None)),
     "FP8, rows": (fp8(), compressed(8, "float-quantized", "float", strategy="channel", group_size=None)),
     "MXFP4": (mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
+    "olive": (olive(), {"quant_method": "olive", "bits": 4, "symmetric": True, "group_size": 32}),
+    "olive, asymmetric": (
+        olive(symmetric=False), {"quant_method": "olive", "bits": 4, "symmetric": False, "group_size": 32}
+    ),
+    "olive, 8 bits, channels": (
+        olive(8, -1, symmetric=False), {"quant_method": "olive", "bits": 8, "symmetric": False, "group_size": -1}
+    ),
+    "hqq": (hqq(), of_hqq()),
+    "hqq, 2 bits, as floats": (hqq(2, 16, as_floats=True), of_hqq(2, 16)),
+    "hqq, 8 bits": (hqq(8), of_hqq(8)),
+    "hqq, groups of outputs": (hqq(4, 32, 0), of_hqq(axis=0)),
     "FP8, blocks": (fp8((16, 32), "weight_scale_inv"), {"quant_method": "fp8", "weight_block_size": [16, 32]}),
 }  # fmt: skip
 
@@ -96,6 +113,8 @@ def logits(folder: Path) -> np.ndarray:
         ("awq", "phi3", 8),
         ("W4A16, asymmetric, act-order", "qwen3", 14),
         ("W8A16, channels", "llama", 28),
+        ("hqq", "llama", 14),
+        ("gptq, act-order", "gpt2", 8),
         ("FP8, blocks", "llama", 0),
         ("MXFP4", "gpt_oss", 0),
     ],
@@ -114,11 +133,67 @@ def test_an_export_computes_with_the_weights_that_they_stand_for(
     np.testing.assert_allclose(got, expected, atol=1e-3, rtol=0)
     # The plan counts every part of every weight, also those that are too small for the data file.
     itemsize = {kind: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).itemsize for kind in (1, 2, 7)}
-    weights = [
-        t for t in graph.initializer if t.name.startswith(("model.layers.", "model.embed_", "model.norm.", "lm_"))
-    ]
+    ours = ("model.layers.", "model.embed_", "model.norm.", "lm_", "transformer.")
+    weights = [t for t in graph.initializer if t.name.startswith(ours)]
     stored = sum(math.prod(tensor.dims) * itemsize[tensor.data_type] for tensor in weights)
     assert pipeline.plan(folder, EXACT).weight_bytes == stored
+
+
+DOWN = r"mlp\.down_proj"
+
+
+@pytest.mark.parametrize("target", ["re:.*mlp\\.down_proj$", "names"])
+def test_matrices_of_several_widths(
+    target: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path, library: Path
+) -> None:
+    """compressed-tensors with groups of modules, as targets of two kinds name them."""
+    config = compressed(4, symmetric=False)
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(2)] if target == "names" else [target]
+    wide = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    config["config_groups"]["group_1"] = {"targets": names, "weights": wide}
+    write = pack_quantized(symmetric=False)
+    folder = pack_folder(tiny_checkpoint("llama"), tmp_path / "packed", write, config, {DOWN: pack_quantized(8)})
+    expected = logits(exact(folder))
+    np.testing.assert_allclose(logits(folder), expected, atol=1e-4, rtol=0)
+    if target == "names":
+        return
+    out = pipeline.export_model(folder, out=tmp_path / "out", recipe=EXACT, progress=lambda phase, fraction: None)
+    session = graph_variants.exact_products(out)
+    got = session.run(IDS.numpy(), None, None, session.cache(1, IDS.shape[1]))[0, 0]
+    np.testing.assert_allclose(got, expected, atol=1e-3, rtol=0)
+
+
+def test_experts_one_by_one_are_stacked(tmp_path: Path) -> None:
+    """The router's eight rows, the attention and each expert are matrices of their own in the file."""
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 320, "head_dim": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen3_moe", **sizes, **heads, **experts, mlp_only_layers=[])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
+    folder = pack_folder(tmp_path / "plain", tmp_path / "packed", gptq(), of_gptq())
+    np.testing.assert_allclose(logits(folder), logits(exact(folder)), atol=1e-4, rtol=0)
+    held = pipeline.plan(folder, EXACT).held
+    assert held and not any(".experts." in name for name in held)  # gathered, so dequantized
+
+
+@pytest.mark.parametrize("pattern", ["re:(a+)+$", "re:[", "re:" + "a*" * 20])
+def test_patterns_that_could_run_for_ever_are_refused(
+    pattern: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = compressed(4)
+    config["config_groups"]["group_1"] = {"targets": [pattern], "weights": {"num_bits": 8, "type": "int"}}
+    folder = pack_folder(tiny_checkpoint("llama"), tmp_path / "packed", pack_quantized(), config)
+    with pytest.raises(SkvError, match="without repeated groups"):
+        pipeline.plan(folder)
+
+
+def test_olives_modules_of_other_widths(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    own = {f"model.layers.{i}.mlp.down_proj": {"bits": 8, "symmetric": False} for i in range(2)}
+    config = {"quant_method": "olive", "bits": 4, "symmetric": True, "group_size": 32, "overrides": own}
+    others = {DOWN: olive(8, symmetric=False)}
+    folder = pack_folder(tiny_checkpoint("llama"), tmp_path / "packed", olive(), config, others)
+    np.testing.assert_allclose(logits(folder), logits(exact(folder)), atol=1e-4, rtol=0)
 
 
 def changed(folder: Path, part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
@@ -151,6 +226,9 @@ DAMAGE: dict[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor], str]] 
     "scales of too few outputs": ("awq", "scales", lambda t: t[:, :-8], "its scales"),
     "zero points of too few groups": ("gptq", "qzeros", lambda t: t[:-1], "its qzeros"),
     "another shape": ("W4A16", "weight_shape", first(7), "its weight_shape"),
+    "groups across outputs": ("hqq", "group_size", first(48), "groups across outputs"),
+    "a shape of another matrix": ("hqq", "shape", first(7), "its shape"),
+    "a zero point that is no number": ("hqq", "zero", first(float("nan")), "infinite or not a number"),
     "too few codes": ("gptq", "qweight", lambda t: t[:-4], "up_proj"),
 }
 
@@ -173,7 +251,10 @@ def test_damaged_parts_are_named_and_leave_nothing_behind(
         (of_gptq(checkpoint_format="marlin"), "marlin"),
         (AWQ | {"version": "gemv"}, "gemv"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "entries of a table"),
-        ({"quant_method": "hqq"}, "hqq"),
+        ({"quant_method": "quark"}, "quark"),
+        (of_hqq(3), "HQQ with .*3.* bits"),
+        ({"quant_method": "hqq"}, "HQQ with no bits"),
+        ({"quant_method": "olive", "bits": 3, "group_size": 32}, "Olive with 3 bits"),
         (compressed(4, "nvfp4-pack-quantized", "float"), "nvfp4"),
         (AWQ, r"none is|it had"),
     ],

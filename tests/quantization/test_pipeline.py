@@ -17,7 +17,7 @@ from tiny_models import write_tokenizer
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from skv_export.checkpoints.checkpoint import resolve
+from skv_export.checkpoints.checkpoint import Checkpoint, resolve
 from skv_export.checkpoints.pretrained import load_model, load_tokenizer
 from skv_export.cli.main import main
 from skv_export.errors import SkvError
@@ -25,7 +25,7 @@ from skv_export.evaluation.decode_simulation import Simulation
 from skv_export.evaluation.text import CALIBRATION_TEXT, cut_windows, read_text
 from skv_export.quantization.layer_by_layer import LayerByLayer
 from skv_export.quantization.pipeline import Options, quantize
-from skv_export.quantization.solver import Form
+from skv_export.quantization.solver import Form, fit_grid
 from skv_export.runtime.session import Session
 from skv_export.spec.recipe import Recipe
 
@@ -85,17 +85,41 @@ def divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
     return float((reference.exp() * (reference - other)).sum(-1).mean())
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt_neox"])  # norms of three kinds: w, 1 + w, with a bias
+def test_awq_scales_the_norms_and_keeps_what_a_layer_computes(
+    arch: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Inputs of very different sizes: with 8 bits nothing is lost, with 4 less than without scales."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint(arch), folder)
+    tensors = load_file(folder / "model.safetensors")
+    spread = torch.linspace(-3, 3, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(0))].exp()
+    norms = [name for name in tensors if ".0.input_layernorm.weight" in name]
+    for name in norms:
+        tensors[name] = (spread - 1 if arch == "gemma2" else spread).to(tensors[name].dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.from_numpy(cut_windows(load_tokenizer(resolve(folder)), read_text(None)[:9000], 2, 128))
+    reference, losses = logits(folder, ids), {}
+    for method, bits in (("rtn", 4), ("awq", 4), ("awq", 8)):
+        out = tmp_path / f"{method}{bits}"
+        quantize(resolve(folder), TEXT, out, Options(method, Form(bits, 16), windows=2, window=128))
+        losses[method, bits] = divergence(reference, logits(out, ids))
+    after = load_file(tmp_path / "awq4" / "model-00001.safetensors")
+    assert norms and all(not torch.equal(tensors[name], after[name]) for name in norms)
+    assert losses["awq", 4] < 0.9 * losses["rtn", 4] and losses["awq", 8] < 0.05 * losses["rtn", 4], losses
+
+
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "phi3", "gpt_oss"])
 def test_gptq_loses_less_than_rounding(arch: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     folder = checkpoint(arch)
     ids = torch.from_numpy(cut_windows(load_tokenizer(resolve(folder)), read_text(None)[:9000], 4, 128))
     reference = logits(folder, ids)
     losses = {}
-    for method in ("rtn", "gptq", "rsq"):
+    for method in ("rtn", "gptq", "rsq", "qep"):
         options = Options(method=method, form=SMALL.form, windows=SMALL.windows, window=SMALL.window)
         quantize(resolve(folder), TEXT, tmp_path / method, options)
         losses[method] = divergence(reference, logits(tmp_path / method, ids))
-    assert losses["gptq"] < losses["rtn"] and losses["rsq"] < losses["rtn"], losses
+    assert all(losses[method] < losses["rtn"] for method in ("gptq", "rsq", "qep")), losses
 
 
 def test_others_read_what_is_written(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -126,6 +150,21 @@ def test_an_export_of_it_keeps_the_codes(arch: str, checkpoint: Callable[[str], 
     )
     graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
     assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 7 * len(session.config.layers)
+
+
+@pytest.mark.parametrize("arch", ["mistral", "gemma2"])  # two matrices; one that is tied
+def test_embeddings_in_8_bits_lose_next_to_nothing(
+    arch: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for bits in (16, 8):
+        quantize(resolve(checkpoint(arch)), TEXT, tmp_path / str(bits), Options("rtn", SMALL.form, head_bits=bits))
+    ids = torch.arange(3, 67)[None]
+    exact, rounded = logits(tmp_path / "16", ids), logits(tmp_path / "8", ids)
+    assert 0 < divergence(exact, rounded) < 5e-3  # 4 bits in the layers: 0.36
+    names = Checkpoint.open(tmp_path / "8").entries
+    embeddings = [name for name in names if "embed_tokens" in name or name.startswith("lm_head")]
+    assert len(embeddings) == (1 if arch == "gemma2" else 2)
+    assert all(names[name].blocks().format.bits == 8 for name in embeddings)  # type: ignore[union-attr]
 
 
 def test_tensors_that_are_not_quantized_stay_as_they_are(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -211,6 +250,31 @@ def test_matrices_whose_inputs_make_no_groups_stay(checkpoint: Callable[[str], P
 # The command line.
 
 
+def test_an_export_that_fits_its_weights_on_the_way(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """One command: the export holds the codes of the checkpoint that stands beside it, and names it."""
+    (tmp_path / "text.txt").write_text(TEXT * 8)
+    folder, out = str(checkpoint("llama")), str(tmp_path / "out")
+    fitting = ["--weight-method", "qep", "--weight-text", str(tmp_path / "text.txt")]
+    run = CliRunner().invoke
+    for wrong, message in (
+        (["--weight-text", str(tmp_path / "text.txt")], "nothing is fitted"),
+        (fitting, "int4 or int8"),
+        ([*fitting, "--weights", "int4", "--calibration", "x"], "both"),
+        ([*fitting, "--weights", "int4", "--weight-bits-budget", "4"], "at least 4.625"),
+    ):
+        result = run(main, ["model", folder, "--out", out, *wrong])
+        assert result.exit_code == 1 and message in result.output, result.output
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out-weights").exists()
+    result = run(main, ["model", folder, "--out", out, *fitting, "--weights", "int4", "--head-bits", "8"])
+    assert result.exit_code == 0, result.output
+    session = Session(tmp_path / "out")
+    assert (session.config.source["name"], session.config.weights) == ("out-weights", "as-is")
+    ids = list(range(3, 43))
+    got = torch.from_numpy(session.append([ids], session.cache(max_length=64)))[0].log_softmax(-1)
+    expected = logits(tmp_path / "out-weights", torch.tensor([ids]))[0, -1]
+    torch.testing.assert_close(got.flatten(), expected, rtol=2e-2, atol=2e-2)
+
+
 def test_command_and_comparison(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     folder = str(checkpoint("llama"))
@@ -230,3 +294,67 @@ def test_command_and_comparison(checkpoint: Callable[[str], Path], tmp_path: Pat
     other = str(checkpoint("gemma2"))
     result = run(main, ["quality", folder, *text, "--configs", "K4V2", "--weights", other])
     assert result.exit_code == 1 and "not a form of the same model" in result.output
+
+
+# Bits where they are needed.
+
+
+@pytest.fixture(scope="module")
+def uneven(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama whose second layer's MLP gives next to nothing: its bits do not matter."""
+    folder = tmp_path_factory.mktemp("uneven") / "llama"
+    shutil.copytree(checkpoint("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e-3
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_budget_goes_where_rounding_does_most(uneven: Path, tmp_path: Path) -> None:
+    """The divergence that is measured is that of the model with these matrices rounded, and bits follow it."""
+    options = Options("rtn", Form(4, 16), windows=2, window=128, budget=7.0)
+    made = quantize(resolve(uneven), TEXT, tmp_path / "out", options)
+    dead = {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert made.wide and not dead & set(made.wide)
+    assert 5.25 < made.effective_bits <= 7.0
+    assert all(made.kld[name] < 1e-3 * max(made.kld.values()) for name in dead)
+    ids = torch.from_numpy(cut_windows(load_tokenizer(resolve(uneven)), TEXT, 2, 128))
+    exact, model = load_model(resolve(uneven)), load_model(resolve(uneven))
+    module = model.model.layers[0].self_attn.o_proj
+    grid = fit_grid(module.weight.data, Form(4, 16))
+    module.weight.data = grid.values(grid.codes(module.weight.data))
+    with torch.no_grad():
+        p, q = (m(ids).logits.log_softmax(-1) for m in (exact, model))
+    assert made.kld["model.layers.0.self_attn.o_proj"] == pytest.approx(divergence(p, q), rel=1e-3)
+
+
+def test_matrices_of_two_widths_lose_less(uneven: Path, tmp_path: Path) -> None:
+    """And the library compressed-tensors reads each matrix as our loader does, by its group's scheme."""
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    from compressed_tensors.quantization import QuantizationScheme
+
+    ids = torch.arange(3, 67)[None]
+    reference, losses = logits(uneven, ids), {}
+    for name, budget in (("narrow", None), ("mixed", 7.0)):
+        options = Options("qep", Form(4, 16), windows=2, window=128, budget=budget)
+        quantize(resolve(uneven), TEXT, tmp_path / name, options)
+        losses[name] = divergence(reference, logits(tmp_path / name, ids))
+    assert losses["mixed"] < 0.5 * losses["narrow"], losses
+    ours = load_model(resolve(tmp_path / "mixed")).state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    for file in (tmp_path / "mixed").glob("*.safetensors"):
+        tensors |= load_file(file)
+    config = json.loads((tmp_path / "mixed" / "config.json").read_text())["quantization_config"]
+    library = compressors.BaseCompressor.get_value_from_registry(config["format"])
+    assert sorted(g["weights"]["num_bits"] for g in config["config_groups"].values()) == [4, 8]
+    for group in config["config_groups"].values():
+        for module in group["targets"]:
+            parts = {n.removeprefix(f"{module}."): t for n, t in tensors.items() if n.startswith(f"{module}.")}
+            theirs = library.decompress(parts, QuantizationScheme(**group))["weight"]
+            torch.testing.assert_close(theirs.float(), ours[f"{module}.weight"].float(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_budget_that_holds_no_codes_is_refused() -> None:
+    with pytest.raises(SkvError, match=r"at least 5\.250.*larger groups"):
+        Options(form=Form(4, 16), budget=5.0)
+    assert Options(form=Form(4, 128), budget=4.25).budget == 4.25

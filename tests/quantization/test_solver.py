@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from skv_export.quantization.solver import DAMPING, Form, Grid, fit_grid, gptq
+from skv_export.quantization.solver import DAMPING, Form, Grid, Sums, descend, fit, fit_grid, gptq, refit_scales
 
 
 def problem(outputs: int = 24, inputs: int = 64, rows: int = 300, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,11 +59,62 @@ def test_gptq_keeps_outputs_better_than_rounding(bits: int) -> None:
         assert loss(gptq(weight, moments, grid)) < 0.6 * loss(grid.codes(weight))
 
 
+def test_scales_and_codes_in_turns_lose_less_each_time() -> None:
+    """Least squares, and the best code one by one, of a loss that is computed here; scales are rounded to bfloat16."""
+    weight, moments = problem(outputs=48, inputs=160)
+    moments += DAMPING * moments.diagonal().mean() * torch.eye(160)
+    grid = fit_grid(weight, Form(4, 16), moments.diagonal())
+    codes = gptq(weight, moments, grid)
+
+    def loss(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+        error = (grid.values(codes) - weight).double()
+        return (error @ moments.double() * error).sum(1)
+
+    before = loss(codes, grid)
+    for _ in range(2):
+        grid = refit_scales(weight, moments, codes, grid)
+        scaled = loss(codes, grid)
+        codes = descend(weight, moments, codes, grid)
+        after = loss(codes, grid)
+        assert (scaled <= 1.02 * before).all() and (after <= scaled * (1 + 1e-5)).all()
+        before = after
+    assert after.sum() < 0.9 * loss(gptq(weight, moments, start := fit_grid(weight, Form(4, 16), moments.diagonal())),
+                                    start).sum()  # fmt: skip
+    assert codes.min() >= 0 and codes.max() <= 15 and torch.equal(codes, codes.round())
+
+
+def test_refitted_scales_are_those_of_least_squares() -> None:
+    """One row, by numpy's solver on the inputs themselves."""
+    weight, _ = problem(outputs=1, inputs=64)
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(3))
+    grid = fit_grid(weight, Form(4, 16))
+    codes = grid.codes(weight)
+    steps = (codes - grid.zeros.repeat_interleave(16, 1)).numpy().astype(np.float64)
+    columns = np.stack([x.numpy()[:, g : g + 16] @ steps[0, g : g + 16] for g in range(0, 64, 16)], axis=1)
+    expected = np.linalg.lstsq(columns, x.numpy() @ weight[0].numpy(), rcond=None)[0]
+    found = refit_scales(weight, x.T @ x, codes, grid).scales[0].numpy()
+    np.testing.assert_allclose(found, expected, rtol=0.01)  # bfloat16, and the ridge
+
+
+def test_a_matrix_makes_up_for_what_has_become_of_its_inputs() -> None:
+    weight, _ = problem()
+    exact = torch.randn(400, 64, generator=torch.Generator().manual_seed(5))
+    read = exact @ (torch.eye(64) + 0.1 * torch.randn(64, 64, generator=torch.Generator().manual_seed(6)))
+    losses = []
+    for drift in (None, (exact - read).T @ read):
+        codes, grid = fit(weight, Form(4, 32), Sums(read.T @ read, drift))
+        losses.append(float((read @ grid.values(codes).T - exact @ weight.T).square().sum()))
+    assert losses[1] < 0.3 * losses[0], losses
+
+
 def test_inputs_that_are_always_zero_do_no_harm() -> None:
     weight, moments = problem()
     moments[5], moments[:, 5] = 0, 0
-    codes = gptq(weight, moments, fit_grid(weight, Form(), moments.diagonal()))
-    assert codes.isfinite().all() and codes.min() >= 0 and codes.max() <= 15
+    for codes in (
+        gptq(weight, moments, fit_grid(weight, Form(), moments.diagonal())),
+        fit(weight, Form(), Sums(moments, torch.zeros_like(moments)))[0],
+    ):
+        assert codes.isfinite().all() and codes.min() >= 0 and codes.max() <= 15
 
 
 def test_moments_of_fewer_rows_than_inputs_can_be_inverted() -> None:

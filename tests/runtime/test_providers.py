@@ -10,7 +10,8 @@ import pytest
 from tiny_graph import Tiny
 
 from skv_export.errors import SkvError
-from skv_export.runtime.providers import check_placement, preload
+from skv_export.integrations.frozen_model import provider_of
+from skv_export.runtime.providers import check_placement, device_of, preload
 from skv_export.runtime.session import Session
 from skv_export.spec.op import OP_NAME
 
@@ -26,6 +27,18 @@ def test_cuda_without_cuda_is_an_error_and_never_the_cpu(tmp_path: Path) -> None
         Session(Tiny().write(tmp_path), execution_provider="cuda")
     with pytest.raises(SkvError, match="execution_provider; got tpu"):
         Session(tmp_path, execution_provider="tpu")
+
+
+def test_the_number_of_a_gpu() -> None:
+    assert [device_of(name) for name in ("cpu", "cuda", "cuda:0", "cuda:12")] == [
+        ("cpu", 0), ("cuda", 0), ("cuda", 0), ("cuda", 12),
+    ]  # fmt: skip
+    for name in ("cpu:0", "cuda:", "cuda:-1", "cuda:x", "gpu"):
+        with pytest.raises(SkvError, match=f"execution_provider; got {name}; expected cpu, cuda, or cuda:N"):
+            device_of(name)
+    assert [provider_of(place, "cpu") for place in (None, "auto", 0, 1, "cuda:1", {"": "cuda:0"})] == [
+        "cpu", "cpu", "cuda", "cuda:1", "cuda:1", "cuda",
+    ]  # fmt: skip
 
 
 def placed(**nodes: Sequence[str]) -> SimpleNamespace:

@@ -108,6 +108,51 @@ def pack_quantized(bits: int = 4, group: int = 32, *, symmetric: bool = True, re
     return write
 
 
+def olive(bits: int = 4, group: int = 32, *, symmetric: bool = True) -> Writer:
+    """Olive's: bytes packed along inputs, zero points along groups, the first one lowest."""
+
+    def write(matrix: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+        index = np.arange(matrix.shape[1]) // (group if group > 0 else matrix.shape[1])
+        codes, scales, zeros, stands_for = rounded(matrix, bits, index, symmetric, rng)
+
+        def packed(values: np.ndarray) -> torch.Tensor:
+            per = 8 // bits
+            whole = np.pad(values, ((0, 0), (0, -values.shape[1] % per))).reshape(len(values), -1, per)
+            return torch.from_numpy((whole << bits * np.arange(per)).sum(-1).astype(np.uint8))
+
+        tensors = {"qweight": packed(codes), "scales": torch.from_numpy(scales)}
+        return tensors if symmetric else tensors | {"qzeros": packed(zeros)}, stands_for
+
+    return write
+
+
+def hqq(bits: int = 4, group: int = 32, axis: int = 1, *, as_floats: bool = False) -> Writer:
+    """HQQ's: groups one below the other (axis 1) or side by side, real zero points, the first groups in high bits."""
+
+    def write(matrix: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+        groups = matrix.reshape(-1, group) if axis else matrix.reshape(group, -1)
+        low, high = groups.min(axis, keepdims=True), groups.max(axis, keepdims=True)
+        scale = ((high - low) / (2**bits - 1)).astype(np.float16)
+        zero = (-low / scale + rng.uniform(-0.4, 0.4, low.shape)).astype(np.float16)
+        codes = np.clip(np.round(groups / scale + zero), 0, 2**bits - 1).astype(np.uint8)
+        parts = np.split(codes, 8 // bits)
+        packed = np.zeros_like(parts[0])
+        for i, part in enumerate(parts):
+            packed |= part << (8 - bits * (i + 1))
+        w_q = torch.from_numpy(packed)
+        said = {"nbits": bits, "group_size": group, "axis": axis}
+        return {
+            "W_q": w_q.view(torch.float16) if as_floats else w_q,
+            "scale": torch.from_numpy(scale),
+            "zero": torch.from_numpy(zero),
+            "shape": torch.tensor(matrix.shape),
+            **{name: torch.tensor(value, dtype=torch.int32) for name, value in said.items()},
+            "packing": torch.tensor([ord(c) for c in f"{bits}bit_u8"], dtype=torch.uint8),
+        }, ((codes - zero.astype(np.float32)) * scale.astype(np.float32)).reshape(matrix.shape)
+
+    return write
+
+
 def fp8(block: tuple[int, int] | None = None, suffix: str = "weight_scale") -> Writer:
     """float8_e4m3 with a scale for each row, or for each block of rows and inputs."""
 
@@ -141,8 +186,12 @@ def mxfp4(experts: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.nd
     }, stands_for.reshape(blocks.shape[0], blocks.shape[1], -1).swapaxes(1, 2).astype(np.float32)
 
 
-def pack_folder(plain: Path, folder: Path, write: Writer, config: Mapping[str, Any]) -> Path:
+def pack_folder(
+    plain: Path, folder: Path, write: Writer, config: Mapping[str, Any], others: Mapping[str, Writer] | None = None
+) -> Path:
     """Copies a folder of plain weights to one where the layers' matrices are quantized.
+
+    ``others`` are the writers of matrices whose names match a pattern.
 
     Beside it, in ``folder.plain``, stands the folder of plain float32 weights that it stands for.
     """
@@ -155,8 +204,12 @@ def pack_folder(plain: Path, folder: Path, write: Writer, config: Mapping[str, A
             parts, stands_for = write(tensor.float().numpy(), rng)
             packed |= {f"{name}_{part}": value.contiguous() for part, value in parts.items()}
             tensors[name] = torch.from_numpy(np.ascontiguousarray(stands_for))
-        elif ".layers." in name and tensor.dim() == 2:
-            parts, stands_for = write(tensor.float().numpy(), rng)
+        elif re.search(r"\.(layers|h)\.", name) and tensor.dim() == 2:
+            across = bool(re.search(r"\.c_(attn|proj|fc)\.weight$", name))  # GPT-2's are [K, N]
+            matrix = np.ascontiguousarray(tensor.float().numpy().T) if across else tensor.float().numpy()
+            own = [writer for pattern, writer in (others or {}).items() if re.search(pattern, name)]
+            parts, stands_for = (own[0] if own else write)(matrix, rng)
+            stands_for = stands_for.T if across else stands_for
             packed |= {name.removesuffix("weight") + part: value.contiguous() for part, value in parts.items()}
             tensors[name] = torch.from_numpy(np.ascontiguousarray(stands_for))
         else:

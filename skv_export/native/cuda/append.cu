@@ -13,6 +13,7 @@ struct Append {
   Lengths lengths;
   int32_t kv_num_heads;
   int32_t* not_finite;
+  int32_t parts;  // blocks that share a tile
   bool tiles, rows;
 };
 
@@ -24,6 +25,7 @@ struct Target {
   const Sequence& sequence;
   uint8_t* block;
   int b, head, max_tokens;
+  int part, parts;  // of a tile, which of its groups of four tokens are this block's
   int32_t* not_finite;
 
   // A new token as the cache holds it: reference.stored.
@@ -50,10 +52,12 @@ struct Target {
   }
 };
 
-// Shared memory: four tokens' codes, and each warp's range of each channel (or, in `low`, its sum).
+// Shared memory: four tokens' codes, the parameters of channels, and each warp's range of each channel (or, in `low`,
+// its sum).
 template <int E>
 struct Shared {
   uint8_t codes[4][32 * E];
+  uint8_t parameters[4 * 32 * E];
   float low[kWarps][32 * E], high[kWarps][32 * E];
 };
 
@@ -86,11 +90,11 @@ SKV_DEVICE void pack(const Cache& c, const uint8_t (&codes)[4][32 * E], uint8_t*
   }
 }
 
-// Codes of one token per warp to shared memory, for four tokens at a time.
+// Codes of one token per warp to shared memory, for four tokens at a time: those that are this block's.
 template <int E, class CodesOf>
 SKV_DEVICE void encode_codes(const Target<E>& target, Shared<E>& shared, uint8_t* tile, int first, CodesOf codes_of) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int quad = 0; quad < target.cache.layout.tile_tokens / 4; quad++) {
+  for (int quad = target.part; quad < target.cache.layout.tile_tokens / 4; quad += target.parts) {
     float x[E], codes[E] = {};
     target.content(first + 4 * quad + warp, x);
     codes_of(x, 4 * quad + warp, codes);
@@ -133,7 +137,7 @@ SKV_DEVICE void encode_with_feedback(const Target<E>& target, Shared<E>& shared,
   float scale[E], offset[E];
 #pragma unroll
   for (int e = 0; e < E; e++) {
-    const ChannelParameters channel(c, tile + c.code_bytes, lane + 32 * e);
+    const ChannelParameters channel(c, shared.parameters, lane + 32 * e);
     scale[e] = channel.scale;
     offset[e] = channel.offset;
   }
@@ -182,7 +186,6 @@ SKV_DEVICE void encode_per_channel(const Target<E>& target, Shared<E>& shared, u
     shared.high[warp][lane + 32 * e] = high[e];
   }
   __syncthreads();
-  uint8_t* parameters = tile + c.code_bytes;
   const float levels = float((1 << c.layout.bits) - 1);
   for (int d = threadIdx.x; d < c.dim; d += kThreads) {
     float lowest = shared.low[0][d], highest = shared.high[0][d];
@@ -197,14 +200,17 @@ SKV_DEVICE void encode_per_channel(const Target<E>& target, Shared<E>& shared, u
       lowest = __fadd_rn(lowest, margin);
       highest = __fsub_rn(highest, margin);
     }
-    store_channel(c, parameters, d, lowest, highest, levels);
+    store_channel(c, shared.parameters, d, lowest, highest, levels);
   }
   __syncthreads();
+  for (int i = threadIdx.x; target.part == 0 && i < c.parameter_bytes / 4; i += kThreads) {
+    reinterpret_cast<uint32_t*>(tile + c.code_bytes)[i] = reinterpret_cast<const uint32_t*>(shared.parameters)[i];
+  }
   if (c.basis.feedback) return encode_with_feedback(target, shared, tile, first, levels);
   encode_codes<E>(target, shared, tile, first, [&](const float (&x)[E], int, float (&codes)[E]) {
 #pragma unroll
     for (int e = 0; e < E; e++) {
-      const ChannelParameters channel(c, parameters, lane + 32 * e);
+      const ChannelParameters channel(c, shared.parameters, lane + 32 * e);
       codes[e] = clamp(rintf(divide(__fsub_rn(x[e], channel.offset), channel.scale)), 0.f, levels);
     }
   });
@@ -260,13 +266,14 @@ SKV_DEVICE void encode_means(const Target<E>& target, Shared<E>& shared, uint8_t
   for (int lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(kWarp, largest, lanes));
   const MeanGrid grid(largest);
   uint8_t* to = tile + c.means;
+  const bool writes = target.part == 0 && threadIdx.x < 32;
 #pragma unroll
   for (int e = 0; e < E; e++) {
     const float code = grid.code(means[e]);
-    if (threadIdx.x < 32) to[lane + 32 * e] = uint8_t(int8_t(code));
+    if (writes) to[lane + 32 * e] = uint8_t(int8_t(code));
     means[e] = __fmul_rn(code, __half2float(grid.unit));
   }
-  if (threadIdx.x < 8) reinterpret_cast<half*>(to + c.dim)[lane] = lane == 0 ? grid.unit : __float2half_rn(0.f);
+  if (writes && lane < 8) reinterpret_cast<half*>(to + c.dim)[lane] = lane == 0 ? grid.unit : __float2half_rn(0.f);
 }
 
 template <int E>
@@ -300,16 +307,17 @@ SKV_DEVICE void encode(const Target<E>& target, Shared<E>& shared, uint8_t* tile
     if (c.layout.granularity == SKV_CHANNEL) return encode_per_channel(target, shared, tile, first);
     return encode_per_token(target, shared, tile, first);
   }
-  for (int t = threadIdx.x / 32; t < c.layout.tile_tokens; t += kWarps) {
+  for (int t = kWarps * target.part + threadIdx.x / 32; t < c.layout.tile_tokens; t += kWarps * target.parts) {
     float x[E];
     target.content(first + t, x);
     write_row(c, tile + int64_t{t} * c.dim * type_bytes(c.layout.recent_type), x);
   }
 }
 
-// Grid: tiles that the call may fill (or a share of its rows), sequence and head, keys or values.
+// Grid: the parts of the tiles that the call may fill (or a share of its rows), sequence and head, keys or values. With
+// one block at least per multiprocessor ptxas takes the registers it needs; else it spills some on sm_90.
 template <int E>
-__global__ void __launch_bounds__(kThreads) append_kernel(Append a) {
+__global__ void __launch_bounds__(kThreads, 1) append_kernel(Append a) {
   SKV_DYNAMIC_SHARED(memory);
   const int b = blockIdx.y / a.kv_num_heads, warp = threadIdx.x / 32;
   const Sequence s = sequence(a.lengths, b, a.key, a.value);
@@ -318,18 +326,25 @@ __global__ void __launch_bounds__(kThreads) append_kernel(Append a) {
   const Cache& c = is_value ? a.value : a.key;
   const SkvLayout& l = c.layout;
   uint8_t* block = block_of(c, blockIdx.y);
-  const Target<E> target{
-      c,           is_value ? a.new_value : a.new_key, s, block, b, int(blockIdx.y % a.kv_num_heads), a.lengths.tokens,
-      a.not_finite};
+  const int of_call = blockIdx.x / a.parts, head = blockIdx.y % a.kv_num_heads;
+  const Target<E> target{c,
+                         is_value ? a.new_value : a.new_key,
+                         s,
+                         block,
+                         b,
+                         head,
+                         a.lengths.tokens,
+                         int(blockIdx.x) - of_call * a.parts,
+                         a.parts,
+                         a.not_finite};
   if (a.tiles) {
-    const int last = quantized(l, s.total) / l.tile_tokens, tile = quantized(l, s.past) / l.tile_tokens + blockIdx.x;
+    const int last = quantized(l, s.total) / l.tile_tokens, tile = quantized(l, s.past) / l.tile_tokens + of_call;
     if (tile < last && tile >= last - c.tiles) {
       encode(target, *reinterpret_cast<Shared<E>*>(memory), block + tile_start(c, tile),
              l.num_sink_tokens + tile * l.tile_tokens);
     }
   }
   if (!a.rows) return;
-  __syncthreads();  // the tile has been read from rows that are now overwritten
   for (int position = s.past + blockIdx.x * kWarps + warp; position < s.total; position += gridDim.x * kWarps) {
     if (position >= l.num_sink_tokens && position < s.total - c.ring) continue;
     float x[E];
@@ -341,15 +356,21 @@ __global__ void __launch_bounds__(kThreads) append_kernel(Append a) {
 }  // namespace
 
 cudaError_t append(const Attention& call, int32_t* not_finite, void* stream) {
-  Append a{call.key, call.value, call.new_key, call.new_value, call.lengths, call.kv_num_heads, not_finite, true, true};
-  const int tile_tokens = a.key.layout.tile_tokens;
-  const unsigned tiles = (call.lengths.tokens + tile_tokens - 1) / tile_tokens;
+  Append a{call.key, call.value, call.new_key, call.new_value, call.lengths, call.kv_num_heads, not_finite,
+           1,        true,       true};
+  const int tile_tokens = a.key.layout.tile_tokens, tokens = call.lengths.tokens;
+  const unsigned tiles = (tokens + tile_tokens - 1) / tile_tokens;
   const unsigned heads = call.batch * call.kv_num_heads;
   return with_channels(a.key, [&](auto channels) {
     constexpr int E = decltype(channels)::value;
-    // Where several blocks quantize, all have read the rows before any is overwritten.
-    a.rows = tiles == 1;
-    cudaError_t error = launch(append_kernel<E>, dim3(tiles, heads, 2), kThreads, sizeof(Shared<E>), stream, a);
+    // A decoding step fills a tile once in tile_tokens steps, in all layers at once: many blocks share it then, eight
+    // tokens each. A prompt's tiles are many.
+    if (tiles == 1) a.parts = tile_tokens / 8;
+    // Rows are overwritten when all blocks have read them. One new token's is none of those that its tile is made from:
+    // it takes the row of the token a whole ring before it, which has left for the tile before.
+    a.rows = tokens == 1;
+    cudaError_t error =
+        launch(append_kernel<E>, dim3(tiles * a.parts, heads, 2), kThreads, sizeof(Shared<E>), stream, a);
     if (error != cudaSuccess || a.rows) return error;
     a.tiles = false;
     a.rows = true;

@@ -21,7 +21,8 @@ int fail(int status, const char* format, ...) {
 namespace {
 
 constexpr int kMaxSplits = 256;
-constexpr int64_t kMaxGrid = 65535;  // of a grid's y and z
+constexpr int64_t kMaxGrid = 65535;                 // of a grid's y and z
+constexpr int64_t kRowsBytes = int64_t{256} << 20;  // of prefill, where the context names no other (docs/gpu.md)
 
 thread_local char path_text[256];
 
@@ -118,6 +119,7 @@ int check_call(const SkvAttention& call, const SkvCudaContext& context, bool att
   if (attends && !(call.softcap >= 0 && call.scale >= 0)) {
     return fail(SKV_INVALID_ARGUMENT, "scale or softcap; got a negative number; expected 0 or more");
   }
+  if (context.rows_bytes < 0) return wrong("rows_bytes", context.rows_bytes, "0 or more");
   if (context.path < SKV_CUDA_AUTO || context.path > SKV_CUDA_PREFILL) return wrong("path", context.path, "0 ... 3");
   return SKV_OK;
 }
@@ -134,6 +136,7 @@ Attention describe(const SkvAttention& call, const SkvCudaContext& context) {
   a.batch = call.batch;
   a.num_heads = call.num_heads;
   a.kv_num_heads = call.kv_num_heads;
+  a.pairs = call.batch * call.kv_num_heads;
   a.columns = call.tokens * a.group();
   a.window = call.key_cache.layout.local_window_size;
   a.scale = call.scale != 0 ? call.scale : float(1.0 / std::sqrt(double(head_dim)));
@@ -148,7 +151,9 @@ Attention describe(const SkvAttention& call, const SkvCudaContext& context) {
 struct Plan {
   int path;
   const MmaInstance* mma;
-  int64_t partial_bytes, peak_bytes, query_bytes, rows_bytes, scratch_bytes;
+  const char* reason;  // why not decode_mma
+  int pairs;           // sequences and heads that are dequantized at a time
+  int64_t partial_bytes, peak_bytes, query_bytes, rows_bytes, mask_bytes, scratch_bytes;
 };
 
 // Splits of the context, from shapes alone: four blocks per multiprocessor, and no more than there are pieces of work.
@@ -158,6 +163,17 @@ int splits_for(const Attention& a, int multiprocessors, int columns_per_block) {
   const int64_t wanted = 4 * int64_t{multiprocessors < 1 ? 1 : multiprocessors} / (blocks < 1 ? 1 : blocks);
   const int64_t most = pieces < kMaxSplits ? pieces : kMaxSplits;
   return int(wanted < 1 ? 1 : wanted < most ? wanted : most);
+}
+
+// The same for prefill: where its blocks alone fill the device twice, the context is not split; and a split has four
+// blocks of keys or more.
+int prefill_splits(const Attention& a, const SkvCudaContext& context, int pairs) {
+  const int64_t blocks = int64_t{pairs} * ((a.columns + kPrefillRows - 1) / kPrefillRows);
+  const int64_t wanted = 2 * int64_t{context.multiprocessors} / blocks;
+  const int64_t seen = a.window > 0 && a.window + a.lengths.tokens < context.max_length ? a.window + a.lengths.tokens
+                                                                                        : context.max_length;
+  const int64_t most = seen / 256 < kMaxSplits ? seen / 256 : kMaxSplits;
+  return int(wanted < most ? (wanted < 1 ? 1 : wanted) : (most < 1 ? 1 : most));
 }
 
 int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -204,18 +220,26 @@ Plan plan(Attention& a, const SkvCudaContext& context) {
   if (context.path == SKV_CUDA_AUTO || context.path == SKV_CUDA_MMA) p.mma = find_mma(a, &reason);
   if ((many || context.path == SKV_CUDA_PREFILL) && prefill_covers(a.key.dim) && !in_float) {
     p.path = SKV_CUDA_PREFILL;
-    snprintf(path_text, sizeof path_text, "prefill D%d", a.key.dim);
-    p.rows_bytes = aligned(int64_t{a.batch} * a.kv_num_heads * context.max_length * a.key.dim * sizeof(half));
-    p.scratch_bytes = 2 * p.rows_bytes;
+    const int64_t one = context.max_length * a.key.dim * int64_t{sizeof(half)};
+    const int64_t fitting = (context.rows_bytes > 0 ? context.rows_bytes : kRowsBytes) / (2 * one + 1);
+    p.pairs = int(fitting < 1 ? 1 : fitting < a.pairs ? fitting : a.pairs);
+    p.rows_bytes = aligned(p.pairs * one);
+    p.mask_bytes = aligned(int64_t{a.batch} * (a.num_heads + 2 * a.kv_num_heads) * chunks_of(a.lengths.tokens) *
+                           int64_t{sizeof(uint32_t)});
+    a.splits = prefill_splits(a, context, p.pairs);
+    if (a.splits > 1) {
+      const int64_t rows = int64_t{p.pairs} * a.splits * a.columns;
+      p.partial_bytes = aligned(rows * a.key.dim * int64_t{sizeof(float)});
+      p.peak_bytes = aligned(rows * int64_t{sizeof(float2)});
+    }
+    p.scratch_bytes = 2 * p.rows_bytes + p.mask_bytes + p.partial_bytes + p.peak_bytes;
     return p;
   }
   if (p.mma) {
     p.path = SKV_CUDA_MMA;
-    snprintf(path_text, sizeof path_text, "decode_mma K%dV%d D%d, keys %s, values %s", p.mma->k_bits, p.mma->v_bits,
-             p.mma->dim, kGranularities[a.key.layout.granularity], kGranularities[a.value.layout.granularity]);
   } else {
     p.path = SKV_CUDA_SIMPLE;
-    snprintf(path_text, sizeof path_text, "decode_simple: %s", reason);
+    p.reason = reason;
   }
   a.splits = splits_for(a, context.multiprocessors, p.mma ? p.mma->columns : 4);
   const int64_t rows = int64_t{a.batch} * a.kv_num_heads * a.splits * a.columns;
@@ -236,16 +260,30 @@ int check_plan(const Attention& a, const Plan& p) {
               a.columns, static_cast<long long>(4 * kMaxGrid));
 }
 
-int attend(Attention& a, const Plan& p, const SkvCudaContext& context) {
-  uint8_t* scratch = static_cast<uint8_t*>(context.scratch);
-  if (p.path == SKV_CUDA_PREFILL) {
-    const Rows keys{scratch, context.max_length, a.key.dim, SKV_FLOAT16, a.key.dim};
-    const Rows values{scratch + p.rows_bytes, context.max_length, a.key.dim, SKV_FLOAT16, a.key.dim};
-    const cudaError_t error = dequantize_all(a, keys, values, 0, a.batch, true, context.stream);
+int attend_to_rows(Attention& a, const Plan& p, uint8_t* scratch, const SkvCudaContext& context) {
+  const int32_t dim = a.key.dim;
+  const Rows keys = make_rows(scratch, context.max_length, dim, SKV_FLOAT16, dim);
+  const Rows values = make_rows(scratch + p.rows_bytes, context.max_length, dim, SKV_FLOAT16, dim);
+  const NotNumbers found{reinterpret_cast<uint32_t*>(scratch + 2 * p.rows_bytes), chunks_of(a.lengths.tokens), 0};
+  a.partial = reinterpret_cast<float*>(scratch + 2 * p.rows_bytes + p.mask_bytes);
+  a.peaks = reinterpret_cast<float2*>(reinterpret_cast<uint8_t*>(a.partial) + p.partial_bytes);
+  a.in_model_basis = true;
+  const int32_t all = a.pairs;
+  for (a.first_pair = 0; a.first_pair < all; a.first_pair += p.pairs) {
+    a.pairs = p.pairs < all - a.first_pair ? p.pairs : all - a.first_pair;
+    const cudaError_t error = dequantize_all(a, keys, values, true, context.stream);
     if (const int status = finished(error, "dequantize_all")) return status;
     if (const int status = finished(prefill(a, keys, values, context.stream), "prefill")) return status;
-    return finished(spread_not_numbers(a, context.stream), "spread_not_numbers");
+    if (a.splits == 1) continue;
+    if (const int status = finished(combine(a, context.stream), "combine")) return status;
   }
+  if (const int status = finished(pack_rows(a, nullptr, found, context.stream), "pack_rows")) return status;
+  return finished(spread_not_numbers(a, found, true, context.stream), "spread_not_numbers");
+}
+
+int attend(Attention& a, const Plan& p, const SkvCudaContext& context) {
+  uint8_t* scratch = static_cast<uint8_t*>(context.scratch);
+  if (p.path == SKV_CUDA_PREFILL) return attend_to_rows(a, p, scratch, context);
   a.partial = reinterpret_cast<float*>(scratch);
   a.peaks = reinterpret_cast<float2*>(scratch + p.partial_bytes);
   if (p.query_bytes) {
@@ -267,6 +305,7 @@ int attend(Attention& a, const Plan& p, const SkvCudaContext& context) {
 }  // namespace skv::cuda
 
 using namespace skv::cuda;
+using skv::kGranularities;
 using skv::quantized_tokens;
 using skv::rewind_floor;
 using skv::ring_tokens;
@@ -301,23 +340,41 @@ int skv_cuda_dense_rows(const SkvAttention* call, const SkvCudaContext* context,
   if (b < 0 || b >= call->batch) return wrong("sequence", b, "one of the batch");
   if (rows < context->max_length) return wrong("rows", rows, "max_length or more");
   if (!keys || !values) return fail(SKV_INVALID_ARGUMENT, "rows; got null; expected device pointers");
-  const Attention a = describe(*call, *context);
+  Attention a = describe(*call, *context);
+  a.first_pair = b * a.kv_num_heads;
+  a.pairs = a.kv_num_heads;
   const int32_t head_dim = call->key_cache.layout.head_dim;
-  const Rows dense_keys{keys, rows, head_dim, a.output_type, head_dim};
-  const Rows dense_values{values, rows, head_dim, a.output_type, head_dim};
-  return finished(dequantize_all(a, dense_keys, dense_values, b, 1, false, context->stream), "dequantize_all");
+  const cudaError_t error =
+      dequantize_all(a, make_rows(keys, rows, head_dim, a.output_type, head_dim),
+                     make_rows(values, rows, head_dim, a.output_type, head_dim), false, context->stream);
+  return finished(error, "dequantize_all");
 }
 
-int skv_cuda_dense_lengths(const SkvAttention* call, const SkvCudaContext* context, int32_t* lengths) {
+int skv_cuda_piece_lengths(const SkvAttention* call, const SkvCudaContext* context, int32_t piece, int32_t* lengths) {
   if (const int status = check_call(*call, *context, true)) return status;
+  if (piece < 1) return wrong("piece", piece, "1 or more");
   if (!lengths) return fail(SKV_INVALID_ARGUMENT, "lengths; got null; expected a device pointer");
-  const Attention a = describe(*call, *context);
-  return finished(dense_lengths(a, lengths, context->stream), "dense_lengths");
+  return finished(piece_lengths(describe(*call, *context), piece, lengths, context->stream), "piece_lengths");
 }
 
-int skv_cuda_clear_padding(const SkvAttention* call, const SkvCudaContext* context) {
+int skv_cuda_pack_rows(const SkvAttention* call, const SkvCudaContext* context, void* rows, uint32_t* masks,
+                       int32_t chunks, int32_t first_chunk) {
   if (const int status = check_call(*call, *context, true)) return status;
+  if (call->batch != 1) return wrong("batch", call->batch, "1");
+  if (first_chunk < 0 || chunks - first_chunk < chunks_of(call->tokens))
+    return wrong("chunks", chunks, "those of the tokens");
+  if (!rows || !masks) return fail(SKV_INVALID_ARGUMENT, "rows or masks; got null; expected device pointers");
+  return finished(pack_rows(describe(*call, *context), rows, {masks, chunks, first_chunk}, context->stream),
+                  "pack_rows");
+}
+
+int skv_cuda_finish_rows(const SkvAttention* call, const SkvCudaContext* context, const uint32_t* masks) {
+  if (const int status = check_call(*call, *context, true)) return status;
+  if (!masks) return fail(SKV_INVALID_ARGUMENT, "masks; got null; expected a device pointer");
   const Attention a = describe(*call, *context);
+  const NotNumbers found{const_cast<uint32_t*>(masks), chunks_of(call->tokens), 0};
+  const cudaError_t error = spread_not_numbers(a, found, false, context->stream);
+  if (const int status = finished(error, "spread_not_numbers")) return status;
   return finished(clear_padding(a, context->stream), "clear_padding");
 }
 
@@ -332,7 +389,15 @@ int64_t skv_cuda_scratch_bytes(const SkvAttention* call, const SkvCudaContext* c
 const char* skv_cuda_path(const SkvAttention* call, const SkvCudaContext* context) {
   if (check_call(*call, *context, true)) return nullptr;
   Attention a = describe(*call, *context);
-  plan(a, *context);
+  const Plan p = plan(a, *context);
+  if (p.path == SKV_CUDA_PREFILL) {
+    snprintf(path_text, sizeof path_text, "prefill D%d", a.key.dim);
+  } else if (p.mma) {
+    snprintf(path_text, sizeof path_text, "decode_mma K%dV%d D%d, keys %s, values %s", p.mma->k_bits, p.mma->v_bits,
+             p.mma->dim, kGranularities[a.key.layout.granularity], kGranularities[a.value.layout.granularity]);
+  } else {
+    snprintf(path_text, sizeof path_text, "decode_simple: %s", p.reason);
+  }
   return path_text;
 }
 
@@ -351,14 +416,6 @@ int skv_cuda_prepare(const SkvCudaPreparation* p, float* rows, void* stream) {
   return finished(prepare(*p, rows, stream), "prepare");
 }
 
-int skv_cuda_narrow(const float* rows, int64_t count, int32_t type, void* out, void* stream) {
-  if (type != SKV_FLOAT16 && type != SKV_BFLOAT16) return wrong("type", type, "0 or 2");
-  if (count < 0) return wrong("count", count, "0 or more");
-  if (count == 0) return SKV_OK;
-  if (!rows || !out) return fail(SKV_INVALID_ARGUMENT, "rows or out; got null; expected device pointers");
-  return finished(narrow(rows, out, type, count, stream), "narrow");
-}
-
 int skv_cuda_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int32_t h, int64_t length, int32_t type,
                         void* out, int64_t row_stride, void* stream) {
   if (!cache) return fail(SKV_INVALID_ARGUMENT, "cache; got null; expected a pointer");
@@ -369,7 +426,7 @@ int skv_cuda_dequantize(const SkvCache* cache, int32_t kv_num_heads, int32_t b, 
   if (row_stride < cache->layout.head_dim) return wrong("row_stride", row_stride, "head_dim or more");
   if (length == 0) return SKV_OK;
   if (!out) return fail(SKV_INVALID_ARGUMENT, "out; got null; expected a device pointer");
-  const Rows rows{out, 0, row_stride, type, cache->layout.head_dim};
+  const Rows rows = make_rows(out, 0, row_stride, type, cache->layout.head_dim);
   return finished(dequantize(make_cache(*cache), rows, b, kv_num_heads, h, int32_t(length), stream), "dequantize");
 }
 

@@ -108,13 +108,13 @@ __global__ void __launch_bounds__(kThreads) decode_simple_kernel(Attention a) {
   }
 }
 
-// Grid: groups of kWarps columns, sequence and head. One warp per output row.
+// Grid: columns, sequence and head. A block per output row, whose warps share the splits: there are few rows where a
+// context is split most.
 template <int E>
 __global__ void __launch_bounds__(kThreads) combine_kernel(Attention a) {
-  const int lane = threadIdx.x % 32, column = blockIdx.x * kWarps + threadIdx.x / 32;
-  if (column >= a.columns) return;
-  const int b = blockIdx.y / a.kv_num_heads, token = column / a.group();
-  const int head = blockIdx.y % a.kv_num_heads * a.group() + column % a.group();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x;
+  const int pair = a.first_pair + blockIdx.y, b = pair / a.kv_num_heads, kv_head = pair % a.kv_num_heads;
+  const int token = column / a.group(), head = kv_head * a.group() + column % a.group();
   const Sequence s = sequence(a.lengths, b, a.key, a.value);
   const int head_dim = a.value.layout.head_dim;
   float out[E];
@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Attention a) {
     const float sink = a.head_sink ? load(a.head_sink, head, a.output_type) : -INFINITY;
     // Lanes over splits for the weights, then lanes over channels: no load waits for the one before it.
     SKV_DYNAMIC_SHARED(shared);
-    float* weights = reinterpret_cast<float*>(shared) + threadIdx.x / 32 * a.splits;
+    float* weights = reinterpret_cast<float*>(shared) + warp * a.splits;  // the same in each warp: no barrier for them
+    float* sums = reinterpret_cast<float*>(shared) + kWarps * a.splits;
     float highest = sink, total = 0;
     for (int i = lane; i < a.splits; i += 32) highest = fmaxf(highest, a.peaks[first + int64_t{i} * a.columns].x);
     for (int l = 16; l > 0; l /= 2) highest = fmaxf(highest, __shfl_xor_sync(kWarp, highest, l));
@@ -139,8 +140,8 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Attention a) {
     __syncwarp();
     const float* partial = a.partial + first * 32 * E + lane;
     const int64_t step = int64_t{a.columns} * 32 * E;
-#pragma unroll 8
-    for (int i = 0; i < a.splits; i++) {
+#pragma unroll 4
+    for (int i = warp; i < a.splits; i += kWarps) {
       const float weight = weights[i];
 #pragma unroll
       for (int e = 0; e < E; e++) {
@@ -149,18 +150,25 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Attention a) {
       }
     }
 #pragma unroll
-    for (int e = 0; e < E; e++) out[e] /= total;
-    if (a.lengths.tokens <= kMaxDecodeTokens) {
+    for (int e = 0; e < E; e++) sums[(warp * E + e) * 32 + lane] = out[e];
+    __syncthreads();
+    if (warp > 0) return;
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      for (int w = 1; w < kWarps; w++) out[e] += sums[(w * E + e) * 32 + lane];
+      out[e] /= total;
+    }
+    if (a.lengths.tokens <= kMaxDecodeTokens && !a.in_model_basis) {
       for (int t = a.window > 0 && token >= a.window ? token - a.window + 1 : 0; t <= token; t++) {
         float x[E];
-        if (!load_not_numbers(a.new_value, int64_t{b} * a.lengths.tokens + t, blockIdx.y % a.kv_num_heads, a.value, x))
-          continue;
+        if (!load_not_numbers(a.new_value, int64_t{b} * a.lengths.tokens + t, kv_head, a.value, x)) continue;
 #pragma unroll
         for (int e = 0; e < E; e++) out[e] = is_nan(x[e]) ? x[e] : out[e];
       }
     }
-    rotate(out, a.value);
+    if (!a.in_model_basis) rotate(out, a.value);
   }
+  if (warp > 0) return;
   const int64_t row = (int64_t{b} * a.lengths.tokens + token) * a.num_heads + head;
 #pragma unroll
   for (int e = 0; e < E; e++) {
@@ -179,10 +187,10 @@ cudaError_t decode_simple(const Attention& a, void* stream) {
 }
 
 cudaError_t combine(const Attention& a, void* stream) {
-  const dim3 grid((a.columns + kWarps - 1) / kWarps, a.batch * a.kv_num_heads);
   return with_channels(a.key, [&](auto channels) {
-    return launch(combine_kernel<decltype(channels)::value>, grid, kThreads, kWarps * a.splits * sizeof(float), stream,
-                  a);
+    constexpr int E = decltype(channels)::value;
+    const size_t shared_bytes = kWarps * (a.splits + 32 * E) * sizeof(float);
+    return launch(combine_kernel<E>, dim3(a.columns, a.pairs), kThreads, shared_bytes, stream, a);
   });
 }
 

@@ -1,101 +1,119 @@
 // Dequantization on the device: rows of a sequence, one tile, and rewind. Exactly as reference.load.
 #include "launchers.h"
+#include "slab.cuh"
 
 namespace skv::cuda {
 namespace {
 
-template <int E>
-SKV_DEVICE void write(const Rows& rows, int64_t sequence_and_head, int position, const float (&x)[E]) {
-  const int lane = threadIdx.x % 32;
-  const int64_t start = (sequence_and_head * rows.head_stride + position) * rows.row_stride;
+// Where the rows of one sequence and head go.
+struct Target {
+  Rows rows;
+  int64_t start;  // position 0
+
+  SKV_DEVICE void one(int position, int d, float x) const {
+    if (d >= rows.channels) return;
+    store(rows.data, start + position * rows.row_stride + d, rows.type, rows.type == SKV_FLOAT16 ? saturated(x) : x);
+  }
+  template <int E>
+  SKV_DEVICE void row(int position, const float (&x)[E]) const {
 #pragma unroll
-  for (int e = 0; e < E; e++) {
-    const int d = lane + 32 * e;
-    if (d < rows.channels) store(rows.data, start + d, rows.type, rows.type == SKV_FLOAT16 ? saturated(x[e]) : x[e]);
+    for (int e = 0; e < E; e++) one(position, threadIdx.x % 32 + 32 * e, x[e]);
   }
-}
-
-// Grid: groups of kWarps positions.
-template <int E>
-__global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(Cache c, Rows rows, int64_t sequence_and_head, int head, int length) {
-  const uint8_t* block = block_of(c, sequence_and_head);
-  for (int position = blockIdx.x * kWarps + threadIdx.x / 32; position < length; position += gridDim.x * kWarps) {
-    float x[E];
-    load_position(c, block, length, position, x);
-    if (c.basis.query && is_in_tile(c, length, position)) from_tile(x, c, head);
-    rotate(x, c);
-    write(rows, 0, position, x);
-  }
-}
-
-// Grid: groups of kWarps positions, sequence and head, keys or values.
-template <int E>
-__global__ void __launch_bounds__(kThreads)
-    dequantize_all_kernel(Attention a, Rows keys, Rows values, int first, bool zero_not_numbers) {
-  const bool is_value = blockIdx.z != 0;
-  const Cache& c = is_value ? a.value : a.key;
-  const int b = first + blockIdx.y / a.kv_num_heads, head = blockIdx.y % a.kv_num_heads;
-  const Sequence s = sequence(a.lengths, b, a.key, a.value);
-  if (!s.valid || s.fresh == 0) return;
-  const uint8_t* block = block_of(c, int64_t{b} * a.kv_num_heads + head);
-  for (int position = blockIdx.x * kWarps + threadIdx.x / 32; position < s.total; position += gridDim.x * kWarps) {
-    float x[E];
-    if (position < s.past) {
-      load_position(c, block, s.past, position, x);
-      if (c.basis.query && is_in_tile(c, s.past, position)) from_tile(x, c, head);
-      rotate(x, c);
+  // Channels d ... d + 3.
+  SKV_DEVICE void four(int position, int d, const float (&x)[4]) const {
+    if (!rows.in_fours || rows.type == SKV_FLOAT) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) one(position, d + i, x[i]);
+      return;
+    }
+    if (d >= rows.channels) return;
+    uint2 words;
+    if (rows.type == SKV_FLOAT16) {
+      words.x = bits_of(__floats2half2_rn(saturated(x[0]), saturated(x[1])));
+      words.y = bits_of(__floats2half2_rn(saturated(x[2]), saturated(x[3])));
     } else {
-      load_token(is_value ? a.new_value : a.new_key, int64_t{b} * a.lengths.tokens + position - s.past, head, x);
+      words.x = bfloat16_bits(x[0]) | uint32_t{bfloat16_bits(x[1])} << 16;
+      words.y = bfloat16_bits(x[2]) | uint32_t{bfloat16_bits(x[3])} << 16;
+    }
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(rows.data) + start + position * rows.row_stride + d) = words;
+  }
+};
+
+// 32 tokens of a tile, the first of them at `position`. All threads of a block.
+template <int E, bool kHasBasis>
+SKV_DEVICE void write_slab(const Cache& c, const uint8_t* tile, int first, int position, int head, Slab<E>& slab,
+                           const Target& to) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  decode_slab(c, tile, first, slab);
+  if constexpr (kHasBasis) {  // and not rotated
+    for (int t = warp; t < kSlabTokens; t += kWarps) {
+      float x[E];
 #pragma unroll
-      for (int e = 0; e < E; e++) x[e] = zero_not_numbers && is_value && is_nan(x[e]) ? 0.f : x[e];
+      for (int e = 0; e < E; e++) x[e] = slab.rows[t][lane + 32 * e];
+      from_tile(x, c, head);
+      to.row(position + t, x);
     }
-    write(is_value ? values : keys, blockIdx.y, position, x);
-  }
-}
-
-// Grid: groups of kWarps new tokens, sequence and head. A warp looks at one new value, and where something of it is not
-// a number, neither is that of the outputs which see it.
-template <int E>
-__global__ void __launch_bounds__(kThreads) spread_not_numbers_kernel(Attention a) {
-  const int b = blockIdx.y / a.kv_num_heads, head = blockIdx.y % a.kv_num_heads;
-  const Sequence s = sequence(a.lengths, b, a.key, a.value);
-  const int from = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (!s.valid || from >= s.fresh) return;
-  float x[E];
-  const int64_t first_token = int64_t{b} * a.lengths.tokens;
-  if (!load_not_numbers(a.new_value, first_token + from, head, a.value, x)) return;
-  const int end = a.window > 0 && from + a.window < s.fresh ? from + a.window : s.fresh;
-  const int head_dim = a.value.layout.head_dim;
-  for (int token = from; token < end; token++) {
-    for (int i = 0; i < a.group(); i++) {
-      const int64_t row = ((first_token + token) * a.num_heads + head * a.group() + i) * head_dim;
+  } else {
+    for (int t = 4 * warp + lane / 8; t < kSlabTokens; t += 4 * kWarps) {
+      float x[E][4];
+#pragma unroll
       for (int e = 0; e < E; e++) {
-        const int d = lane + 32 * e;
-        if (d < head_dim && is_nan(x[e])) store(a.output, row + d, a.output_type, x[e]);
+        const uint4 u = *reinterpret_cast<const uint4*>(slab.rows[t] + 32 * e + 4 * (lane % 8));
+        x[e][0] = __uint_as_float(u.x);
+        x[e][1] = __uint_as_float(u.y);
+        x[e][2] = __uint_as_float(u.z);
+        x[e][3] = __uint_as_float(u.w);
       }
+      if (c.rotation_dim) finish_rotation(x, c.rotation_dim, c.rotation_scale);
+#pragma unroll
+      for (int e = 0; e < E; e++) to.four(position + t, 32 * e + 4 * (lane % 8), x[e]);
     }
   }
+  __syncthreads();  // the slab is the next one's
 }
 
-// One thread per sequence.
-__global__ void __launch_bounds__(kThreads) dense_lengths_kernel(Attention a, int32_t* lengths) {
-  const int b = blockIdx.x * kThreads + threadIdx.x;
-  if (b >= a.batch) return;
-  const Sequence s = sequence(a.lengths, b, a.key, a.value);
-  lengths[b] = (s.valid ? s.past : 0) + a.lengths.tokens - 1;
-}
-
-// Grid: tokens, sequences.
-__global__ void __launch_bounds__(kThreads) clear_padding_kernel(Attention a) {
-  const int b = blockIdx.y;
-  const Sequence s = sequence(a.lengths, b, a.key, a.value);
-  const int64_t width = int64_t{a.num_heads} * a.value.layout.head_dim;
-  const int first = s.valid ? s.fresh : 0;
-  for (int token = first + blockIdx.x; token < a.lengths.tokens; token += gridDim.x) {
-    const int64_t start = (int64_t{b} * a.lengths.tokens + token) * width;
-    for (int64_t i = threadIdx.x; i < width; i += kThreads)
-      store(a.output, start + i, a.output_type, s.valid ? 0 : NAN);
+// Grid: groups of 32 positions, sequence and head. A block takes 32 positions at a time: first those in tiles, then the
+// others, a warp each. `length`: of the sequence, where the host knows it; -1 = the call's.
+template <int E, bool kHasBasis>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(Attention a, Rows rows, bool is_value, bool with_new, int length) {
+  SKV_DYNAMIC_SHARED(shared);
+  Slab<E>& slab = *reinterpret_cast<Slab<E>*>(shared);
+  const Cache& c = is_value ? a.value : a.key;
+  const int pair = a.first_pair + blockIdx.y, b = pair / a.kv_num_heads, head = pair % a.kv_num_heads;
+  const Sequence s = length < 0 ? sequence(a.lengths, b, a.key, a.value) : Sequence{length, length, 0, true};
+  if (!s.valid || (length < 0 && s.fresh == 0)) return;
+  const uint8_t* block = block_of(c, pair);
+  const Target to{rows, int64_t{blockIdx.y} * rows.head_stride * rows.row_stride};
+  const int sinks = c.layout.num_sink_tokens, tokens = c.layout.tile_tokens, in_tiles = quantized(c.layout, s.past);
+  const int slabs = in_tiles / kSlabTokens, exact = s.past - in_tiles + (with_new ? s.fresh : 0);
+  const int forgotten = in_tiles / tokens - c.tiles;  // tiles of a window's ring
+  for (int i = blockIdx.x; i < slabs + (exact + kSlabTokens - 1) / kSlabTokens; i += gridDim.x) {
+    if (i < slabs) {
+      const int first = i * kSlabTokens, tile = first / tokens, position = sinks + first;
+      if (tile >= forgotten) {
+        write_slab<E, kHasBasis>(c, block + tile_start(c, tile), first - tile * tokens, position, head, slab, to);
+        continue;
+      }
+      const float nothing[E] = {};
+      for (int t = threadIdx.x / 32; t < kSlabTokens; t += kWarps) to.row(position + t, nothing);
+      continue;
+    }
+    const int first = (i - slabs) * kSlabTokens, end = first + kSlabTokens < exact ? first + kSlabTokens : exact;
+    for (int index = first + threadIdx.x / 32; index < end; index += kWarps) {
+      const int position = index < sinks ? index : index + in_tiles;
+      float x[E];
+      if (position < s.past) {
+        load_row(c, block, position, x);
+        rotate(x, c);
+      } else {
+        const int64_t token = int64_t{b} * a.lengths.tokens + position - s.past;
+        load_token(is_value ? a.new_value : a.new_key, token, head, x);
+#pragma unroll
+        for (int e = 0; e < E; e++) x[e] = is_value && is_nan(x[e]) ? 0.f : x[e];
+      }
+      to.row(position, x);
+    }
   }
 }
 
@@ -130,39 +148,33 @@ unsigned groups_of_warps(int64_t tokens) {
   return unsigned(groups < 1 ? 1 : groups < 4096 ? groups : 4096);
 }
 
+cudaError_t write_rows(const Attention& a, const Rows& rows, bool is_value, bool with_new, int32_t length,
+                       void* stream) {
+  const int64_t most = length < 0 ? a.lengths.max_length : length, groups = most / kSlabTokens + 2;
+  const dim3 grid(unsigned(groups < 4096 ? groups : 4096), a.pairs);
+  const bool has_basis = !is_value && a.key.basis.query;
+  return with_channels(a.key, [&](auto channels) {
+    constexpr int E = decltype(channels)::value;
+    const auto kernel = has_basis ? dequantize_kernel<E, true> : dequantize_kernel<E, false>;
+    return launch(kernel, grid, kThreads, sizeof(Slab<E>), stream, a, rows, is_value, with_new, int(length));
+  });
+}
+
 }  // namespace
 
 cudaError_t dequantize(const Cache& cache, const Rows& rows, int64_t sequence, int32_t kv_num_heads, int32_t head,
                        int32_t length, void* stream) {
-  return with_channels(cache, [&](auto channels) {
-    return launch(dequantize_kernel<decltype(channels)::value>, dim3(groups_of_warps(length)), kThreads, 0, stream,
-                  cache, rows, sequence * kv_num_heads + head, head, length);
-  });
+  Attention a{};
+  a.key = a.value = cache;
+  a.kv_num_heads = kv_num_heads;
+  a.first_pair = int32_t(sequence * kv_num_heads + head);
+  a.pairs = 1;
+  return write_rows(a, rows, false, false, length, stream);
 }
 
-cudaError_t dequantize_all(const Attention& a, const Rows& keys, const Rows& values, int32_t first, int32_t count,
-                           bool zero_not_numbers, void* stream) {
-  return with_channels(a.key, [&](auto channels) {
-    const dim3 grid(groups_of_warps(a.lengths.max_length), count * a.kv_num_heads, 2);
-    return launch(dequantize_all_kernel<decltype(channels)::value>, grid, kThreads, 0, stream, a, keys, values, first,
-                  zero_not_numbers);
-  });
-}
-
-cudaError_t spread_not_numbers(const Attention& a, void* stream) {
-  return with_channels(a.key, [&](auto channels) {
-    const dim3 grid((a.lengths.tokens + kWarps - 1) / kWarps, a.batch * a.kv_num_heads);
-    return launch(spread_not_numbers_kernel<decltype(channels)::value>, grid, kThreads, 0, stream, a);
-  });
-}
-
-cudaError_t dense_lengths(const Attention& a, int32_t* lengths, void* stream) {
-  return launch(dense_lengths_kernel, dim3((a.batch + kThreads - 1) / kThreads), kThreads, 0, stream, a, lengths);
-}
-
-cudaError_t clear_padding(const Attention& a, void* stream) {
-  const unsigned tokens = a.lengths.tokens < 256 ? a.lengths.tokens : 256;
-  return launch(clear_padding_kernel, dim3(tokens, a.batch), kThreads, 0, stream, a);
+cudaError_t dequantize_all(const Attention& a, const Rows& keys, const Rows& values, bool with_new, void* stream) {
+  const cudaError_t error = write_rows(a, keys, false, with_new, -1, stream);
+  return error != cudaSuccess ? error : write_rows(a, values, true, with_new, -1, stream);
 }
 
 cudaError_t decode_tile(const SkvLayout& layout, const uint8_t* tile, float* out, void* stream) {

@@ -24,6 +24,7 @@ struct Cache {
   int32_t parameter_bytes;
   int32_t dim, tiles, capacity;  // capacity: -1 = any length
   int32_t ring, groups;
+  int32_t per_group;     // (32 channels' number * this) >> 16 is their group
   int32_t rotation_dim;  // 0 = not rotated
   float rotation_scale;
   SkvKeyBasis basis;
@@ -46,6 +47,7 @@ inline Cache make_cache(const SkvCache& c) {
   r.capacity = int32_t(capacity(l, c.block_bytes));
   r.ring = ring_tokens(l);
   r.groups = num_groups(l);
+  r.per_group = 65536 / (l.group_size / 32) + 1;
   r.rotation_dim = l.rotation == SKV_HADAMARD ? rotation_dim(l) : 0;
   r.rotation_scale = float(1.0 / std::sqrt(double(rotation_dim(l))));
   r.basis = c.basis;
@@ -298,15 +300,18 @@ SKV_DEVICE bool load_position(const Cache& c, const uint8_t* block, int length, 
 }
 
 // Calls body(std::integral_constant<int, E>) for the number of channels per lane of a cache. SKV_CUDA_FEW leaves all
-// but head_dim 64 out.
+// but its head_dim out.
 template <class Body>
 cudaError_t with_channels(const Cache& c, Body body) {
   switch (c.dim / 32) {
-    case 2:
-      return body(std::integral_constant<int, 2>());
-#ifndef SKV_CUDA_FEW
+#ifdef SKV_CUDA_FEW
+    case SKV_CUDA_FEW / 32:
+      return body(std::integral_constant<int, SKV_CUDA_FEW / 32>());
+#else
     case 1:
       return body(std::integral_constant<int, 1>());
+    case 2:
+      return body(std::integral_constant<int, 2>());
     case 3:
       return body(std::integral_constant<int, 3>());
     case 4:

@@ -30,6 +30,8 @@ typedef struct SkvCudaContext {
   int32_t path;         // SkvCudaPath
   int32_t output_type;  // SkvType of the output and of head_sink; -1 = the call's type
   int32_t multiprocessors;  // of the device: how far the context is split
+  int64_t rows_bytes;  // of a dequantized past that prefill holds at once: so many sequences and heads go at a time,
+                       // one at least; 0 = 256 MiB
 } SkvCudaContext;
 
 // New tokens before QK norm and RoPE; see the op's inputs of these names.
@@ -50,9 +52,6 @@ typedef struct SkvCudaPreparation {
 // RoPE, and values. A position beyond the tables becomes NaN.
 SKV_API int skv_cuda_prepare(const SkvCudaPreparation* preparation, float* rows, void* stream);
 
-// Such rows, `count` numbers of them, in float16 (beyond its range its largest number) or bfloat16.
-SKV_API int skv_cuda_narrow(const float* rows, int64_t count, int32_t type, void* out, void* stream);
-
 // Attention of the new tokens and append; as skv_attention. call->not_finite must be visible to the device; it is only
 // ever set to 1.
 SKV_API int skv_cuda_attention(const SkvAttention* call, const SkvCudaContext* context);
@@ -63,15 +62,23 @@ SKV_API int skv_cuda_attend(const SkvAttention* call, const SkvCudaContext* cont
 // Appends keys and values only.
 SKV_API int skv_cuda_append(const SkvAttention* call, const SkvCudaContext* context);
 
-// For attention of somebody else's over dense rows, one sequence at a time:
-// keys and values [kv_num_heads][rows][head_dim] of the output's type, positions [0, past + new tokens) of sequence b;
+// For attention of somebody else's over dense rows, one sequence at a time and its tokens in pieces:
+// the past of sequence b, [kv_num_heads][rows][head_dim] of the output's type in keys and in values;
 SKV_API int skv_cuda_dense_rows(const SkvAttention* call, const SkvCudaContext* context, int32_t b, int64_t rows,
                                 void* keys, void* values);
-// lengths[b] = past + call->tokens - 1, GroupQueryAttention's seqlens_k where all rows of a sequence are new tokens;
-SKV_API int skv_cuda_dense_lengths(const SkvAttention* call, const SkvCudaContext* context, int32_t* lengths);
-// and afterwards, as skv_cuda_attention leaves them: the output of rows of padding becomes 0, that of a sequence whose
-// lengths can't be NaN.
-SKV_API int skv_cuda_clear_padding(const SkvAttention* call, const SkvCudaContext* context);
+// for each piece of so many tokens, and each sequence, [pieces][3][batch]: seqlens_k and query_seqlens of a call with
+// these tokens alone behind all before them; and GroupQueryAttention's seqlens_k where all rows of the piece are
+// tokens, and the rows of pieces before it that are none are not there;
+SKV_API int skv_cuda_piece_lengths(const SkvAttention* call, const SkvCudaContext* context, int32_t piece,
+                                   int32_t* lengths);
+// the tokens of a call of one sequence as rows [tokens][(num_heads + 2 * kv_num_heads) * head_dim] of the output's
+// type, with 0 for what is not a number; where that was stands in masks, which are those of all pieces of the sequence:
+// [num_heads + 2 * kv_num_heads][chunks], bit t of a word for token 32 * (chunk - first_chunk) + t of the call;
+SKV_API int skv_cuda_pack_rows(const SkvAttention* call, const SkvCudaContext* context, void* rows, uint32_t* masks,
+                               int32_t chunks, int32_t first_chunk);
+// and afterwards, as skv_cuda_attention leaves them: the outputs that see what is not a number are none, the output of
+// rows of padding becomes 0, that of a sequence whose lengths can't be NaN. masks: [batch] of those above.
+SKV_API int skv_cuda_finish_rows(const SkvAttention* call, const SkvCudaContext* context, const uint32_t* masks);
 
 // Bytes of scratch that skv_cuda_attention needs for this call; negative = an SkvStatus, negated.
 SKV_API int64_t skv_cuda_scratch_bytes(const SkvAttention* call, const SkvCudaContext* context);
@@ -91,10 +98,16 @@ SKV_API int skv_cuda_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t
 // capability 8.0).
 SKV_API int skv_cuda_device(int32_t* multiprocessors, int32_t* architecture);
 
+// Makes a device the calling thread's: the functions below, and calls on the default stream, mean this one.
+SKV_API int skv_cuda_use_device(int32_t device);
+
 // A number that device and host both see, for not_finite; and a copy on the device.
 SKV_API int skv_cuda_flag_create(int32_t** flag);
 SKV_API void skv_cuda_flag_destroy(int32_t* flag);
 SKV_API int skv_cuda_copy(void* to, const void* from, int64_t bytes, void* stream);
+
+// Sets the int64 at an address, and those so many bytes on, one for each row, from 0 to 1.
+SKV_API int skv_cuda_set_column(void* first, int64_t row_bytes, int32_t rows, void* stream);
 
 // Waits for what has been started on a stream.
 SKV_API int skv_cuda_synchronize(void* stream);

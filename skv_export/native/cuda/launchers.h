@@ -5,6 +5,8 @@
 namespace skv::cuda {
 
 constexpr int kMaxDecodeTokens = 8;  // of a sequence, that decode_mma takes
+constexpr int kChunk = 32;           // tokens that one word of NotNumbers speaks of
+constexpr int kPieceLengths = 3;     // of a sequence, for each piece
 
 // One call's attention as its kernels take it, by value.
 struct Attention {
@@ -20,6 +22,9 @@ struct Attention {
   float* partial;
   float2* peaks;
   int32_t splits;
+  // Of all sequences and heads, those that a launch of prefill works on: its blockIdx.y counts from the first.
+  int32_t first_pair, pairs;
+  bool in_model_basis;  // what stands in partial; else in the cache's
   void* output;
   const void* head_sink;
   int32_t output_type;
@@ -29,8 +34,6 @@ struct Attention {
 
 // QK norm and RoPE: rows [batch * tokens][(num_heads + 2 * kv_num_heads) * head_dim].
 cudaError_t prepare(const SkvCudaPreparation& preparation, float* rows, void* stream);
-// `count` of its numbers in the type of the model.
-cudaError_t narrow(const float* from, void* to, int32_t type, int64_t count, void* stream);
 
 // Queries in the basis of calibrated keys' tiles: rows [batch * tokens][num_heads][D], for tile_query.
 cudaError_t turn_queries(const Attention& attention, float* rows, void* stream);
@@ -62,19 +65,37 @@ struct Rows {
   int64_t head_stride, row_stride;
   int32_t type;
   int32_t channels;  // head_dim, or the padded number
+  bool in_fours;     // rows begin at multiples of 8 bytes, and have a multiple of four channels
 };
+inline Rows make_rows(void* data, int64_t head_stride, int64_t row_stride, int32_t type, int32_t channels) {
+  const bool in_fours = row_stride % 4 == 0 && channels % 4 == 0 && reinterpret_cast<uintptr_t>(data) % 8 == 0;
+  return {data, head_stride, row_stride, type, channels, in_fours};
+}
 cudaError_t dequantize(const Cache& cache, const Rows& rows, int64_t sequence, int32_t kv_num_heads, int32_t head,
                        int32_t length, void* stream);
-// The past of `count` sequences from `first` on, and behind it the new tokens as they are; the rows begin with the
-// first. `zero_not_numbers`: new values that are not numbers become 0.
-cudaError_t dequantize_all(const Attention& attention, const Rows& keys, const Rows& values, int32_t first,
-                           int32_t count, bool zero_not_numbers, void* stream);
-// What the outputs are that see such a value: not numbers.
-cudaError_t spread_not_numbers(const Attention& attention, void* stream);
-// seqlens_k of a call where all rows are new tokens; and zeros, or NaN, in the output rows that are none.
-cudaError_t dense_lengths(const Attention& attention, int32_t* lengths, void* stream);
+// The past of the launch's sequences and heads, and where `with_new` the new tokens as they are behind it; the rows
+// begin with the first of them. New values that are not numbers become 0.
+cudaError_t dequantize_all(const Attention& attention, const Rows& keys, const Rows& values, bool with_new,
+                           void* stream);
+
+// Which new tokens are not numbers in some channel, bit t of a word for token kChunk * chunk + t: of each sequence
+// [num_heads + 2 * kv_num_heads][chunks]. first_chunk: of the tokens at hand.
+struct NotNumbers {
+  uint32_t* masks;
+  int32_t chunks, first_chunk;
+};
+SKV_HD int chunks_of(int tokens) { return (tokens + kChunk - 1) / kChunk; }
+// Tokens of one sequence as dense rows [tokens][(num_heads + 2 * kv_num_heads) * head_dim] of the output's type, with 0
+// for what is not a number, and where that stood. Without rows: where, of the values of all sequences.
+cudaError_t pack_rows(const Attention& attention, void* rows, const NotNumbers& found, void* stream);
+// What the outputs are that see such a token: not numbers.
+cudaError_t spread_not_numbers(const Attention& attention, const NotNumbers& found, bool values_only, void* stream);
+// Lengths of a call whose tokens are given in pieces (kernels_cuda.h); and zeros, or NaN, in the output rows of
+// padding.
+cudaError_t piece_lengths(const Attention& attention, int32_t piece, int32_t* lengths, void* stream);
 cudaError_t clear_padding(const Attention& attention, void* stream);
-// Attention over such rows, of float16 and padded channels; writes the output.
+// Attention over such rows, of float16 and padded channels; writes the output, or with several splits partial ones.
+constexpr int kPrefillRows = 64;  // of queries, in a block
 bool prefill_covers(int32_t dim);
 cudaError_t prefill(const Attention& attention, const Rows& keys, const Rows& values, void* stream);
 

@@ -110,7 +110,7 @@ SKV_DEVICE void async_wait() {
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void* stream,
                    Parameters... arguments) {
-  shim::launch(stream, grid, dim3(threads), shared_bytes, [=] { kernel(arguments...); });
+  shim::launch(stream, grid, threads, shared_bytes, kernel, arguments...);
   return cudaSuccess;
 }
 

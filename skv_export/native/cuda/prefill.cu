@@ -1,15 +1,16 @@
 // Attention of many new tokens: the dequantized past and the new tokens are float16 rows in scratch memory, and tensor
 // cores attend to them block by block with an online softmax (FlashAttention-2, arXiv 2307.08691).
 //
-// A block of 4 warps takes 64 rows of queries, (token, head of the group) pairs of one KV head, and walks over 64 keys
-// at a time. Lane (r, c) = (l / 4, l % 4) of a warp holds rows r and r + 8 of its 16.
+// A block of 4 warps takes 64 rows of queries, (token, head of the group) pairs of one KV head, and walks over its
+// split of the keys, 64 at a time: few new tokens behind a long past would leave most of the device idle otherwise.
+// Lane (r, c) = (l / 4, l % 4) of a warp holds rows r and r + 8 of its 16.
 #include "launchers.h"
 
 namespace skv::cuda {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr int kRows = 64, kKeys = 64;
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr int kRows = kPrefillRows, kKeys = 64;
 
 template <int D>
 struct Prefill {
@@ -148,11 +149,34 @@ struct Prefill {
     }
   }
 
-  SKV_DEVICE void write(int b, int head) {
+  SKV_DEVICE void add_lanes_sums() {
 #pragma unroll
     for (int y = 0; y < 2; y++) {
       sum[y] += __shfl_xor_sync(kWarp, sum[y], 1);
       sum[y] += __shfl_xor_sync(kWarp, sum[y], 2);
+    }
+  }
+
+  // Of a split, for the merge; where it has no keys, the sums of zero alone.
+  SKV_DEVICE void write_partial(bool any) {
+    const float unit = a.softcap > 0 ? 1.f : a.scale * kLog2E;
+#pragma unroll
+    for (int y = 0; y < 2; y++) {
+      const int column = first_row + warp_row + r + 8 * y;
+      if (column >= a.columns) continue;
+      const int64_t row = (int64_t{blockIdx.y} * a.splits + blockIdx.z) * a.columns + column;
+      if (c == 0) a.peaks[row] = make_float2(peak[y] * unit * kLn2, sum[y]);
+#pragma unroll
+      for (int j = 0; any && j < D / 8; j++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) a.partial[row * D + 8 * j + 2 * c + e] = o[j][2 * y + e];
+      }
+    }
+  }
+
+  SKV_DEVICE void write(int b, int head) {
+#pragma unroll
+    for (int y = 0; y < 2; y++) {
       const int column = first_row + warp_row + r + 8 * y, token = column / a.group();
       if (column >= a.columns) continue;
       const int query_head = head * a.group() + column % a.group();
@@ -178,21 +202,25 @@ struct Prefill {
   }
 };
 
-// Grid: groups of kRows columns, sequence and head.
+// Grid: groups of kRows columns, sequence and head, splits.
 template <int D>
 __global__ void __launch_bounds__(kThreads)
     prefill_kernel(Attention a, const half* keys, const half* values, int64_t head_stride) {
   SKV_DYNAMIC_SHARED(shared);
-  const int b = blockIdx.y / a.kv_num_heads, head = blockIdx.y % a.kv_num_heads;
+  const int pair = a.first_pair + blockIdx.y, b = pair / a.kv_num_heads, head = pair % a.kv_num_heads;
   const Sequence s = sequence(a.lengths, b, a.key, a.value);
   Prefill<D> p(a, s, reinterpret_cast<half*>(shared));
+  bool any = false;
   if (s.valid && p.first_row / a.group() < s.fresh) {
     p.load_queries(b, head);
     const int last = (p.first_row + kRows - 1) / a.group(), newest = last < s.fresh ? last : s.fresh - 1;
-    const int end = s.past + newest + 1, oldest = p.position(0) + 1 - a.window;
+    const int all = s.past + newest + 1, oldest = p.position(0) + 1 - a.window;
     const int begin = a.window > 0 && oldest > 0 ? oldest / kKeys * kKeys : 0;
+    const int blocks = (all - begin + kKeys - 1) / kKeys, share = (blocks + a.splits - 1) / a.splits * kKeys;
+    const int from = begin + int(blockIdx.z) * share, end = from + share < all ? from + share : all;
     const int64_t start = int64_t{blockIdx.y} * head_stride * D;
-    for (int first = begin; first < end; first += kKeys) {
+    any = from < end;
+    for (int first = from; first < end; first += kKeys) {
       p.load_keys(keys + start, values + start, first);
       async_wait<0>();
       __syncthreads();
@@ -203,12 +231,17 @@ __global__ void __launch_bounds__(kThreads)
       __syncthreads();
     }
   }
-  p.write(b, head);
+  p.add_lanes_sums();
+  if (a.splits > 1) {
+    p.write_partial(any);
+  } else {
+    p.write(b, head);
+  }
 }
 
 template <int D>
 cudaError_t run(const Attention& a, const Rows& keys, const Rows& values, void* stream) {
-  const dim3 grid((a.columns + kRows - 1) / kRows, a.batch * a.kv_num_heads);
+  const dim3 grid((a.columns + kRows - 1) / kRows, a.pairs, a.splits);
   return launch(prefill_kernel<D>, grid, kThreads, Prefill<D>::kShared, stream, a, static_cast<const half*>(keys.data),
                 static_cast<const half*>(values.data), keys.head_stride);
 }
@@ -216,16 +249,19 @@ cudaError_t run(const Attention& a, const Rows& keys, const Rows& values, void* 
 }  // namespace
 
 #ifdef SKV_CUDA_FEW
-bool prefill_covers(int32_t dim) { return dim == 64; }
+bool prefill_covers(int32_t dim) { return dim == SKV_CUDA_FEW; }
 #else
 bool prefill_covers(int32_t dim) { return dim == 64 || dim == 96 || dim == 128 || dim == 256; }
 #endif
 
 cudaError_t prefill(const Attention& a, const Rows& keys, const Rows& values, void* stream) {
   switch (a.key.dim) {
+#ifdef SKV_CUDA_FEW
+    case SKV_CUDA_FEW:
+      return run<SKV_CUDA_FEW>(a, keys, values, stream);
+#else
     case 64:
       return run<64>(a, keys, values, stream);
-#ifndef SKV_CUDA_FEW
     case 96:
       return run<96>(a, keys, values, stream);
     case 128:

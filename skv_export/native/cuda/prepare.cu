@@ -76,22 +76,9 @@ __global__ void __launch_bounds__(kThreads) turn_queries_kernel(Attention a, flo
   for (int e = 0; e < E; e++) to[lane + 32 * e] = x[e];
 }
 
-// Grid: pieces of the numbers.
-__global__ void __launch_bounds__(kThreads) narrow_kernel(const float* from, void* to, int32_t type, int64_t count) {
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count; i += int64_t{gridDim.x} * kThreads) {
-    store(to, i, type, type == SKV_FLOAT16 ? saturated(from[i]) : from[i]);
-  }
-}
-
 }  // namespace
 
-int code_for_device() { return can_run(narrow_kernel); }
-
-cudaError_t narrow(const float* from, void* to, int32_t type, int64_t count, void* stream) {
-  const int64_t blocks = (count + kThreads - 1) / kThreads;
-  return launch(narrow_kernel, dim3(unsigned(blocks < 4096 ? blocks : 4096)), kThreads, 0, stream, from, to, type,
-                count);
-}
+int code_for_device() { return can_run(turn_queries_kernel<2>); }
 
 cudaError_t turn_queries(const Attention& a, float* rows, void* stream) {
   const dim3 grid(a.batch * a.lengths.tokens, (a.num_heads + kWarps - 1) / kWarps);

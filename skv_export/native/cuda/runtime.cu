@@ -44,6 +44,11 @@ int skv_cuda_device(int32_t* multiprocessors, int32_t* architecture) {
                          device, major, minor, *architecture);
 }
 
+int skv_cuda_use_device(int32_t device) {
+  const cudaError_t error = cudaSetDevice(device);
+  return error == cudaSuccess ? SKV_OK : failed("no such device", error, "Check nvidia-smi.");
+}
+
 int skv_cuda_flag_create(int32_t** flag) {
   void* memory = nullptr;
   const cudaError_t error = cudaHostAlloc(&memory, sizeof(int32_t), cudaHostAllocMapped | cudaHostAllocPortable);
@@ -59,6 +64,14 @@ int skv_cuda_synchronize(void* stream) {
   const cudaError_t error = cudaStreamSynchronize(static_cast<cudaStream_t>(stream));
   if (error == cudaSuccess) return SKV_OK;
   return skv::cuda::fail(SKV_RUNTIME_ERROR, "CUDA: a kernel failed; got %s", cudaGetErrorString(error));
+}
+
+int skv_cuda_set_column(void* first, int64_t row_bytes, int32_t rows, void* stream) {
+  // The lowest byte of each, as numbers stand in memory here.
+  const cudaError_t error =
+      cudaMemset2DAsync(first, size_t(row_bytes), 1, 1, size_t(rows), static_cast<cudaStream_t>(stream));
+  if (error == cudaSuccess) return SKV_OK;
+  return skv::cuda::fail(SKV_RUNTIME_ERROR, "CUDA: a column of %d rows; got %s", rows, cudaGetErrorString(error));
 }
 
 int skv_cuda_copy(void* to, const void* from, int64_t bytes, void* stream) {

@@ -56,23 +56,26 @@ class CudaKernel : public Kernel {
     const CacheBuffers caches(context, call);
     SkvAttention attention = describe(context, call, caches);
     if (call.batch > 0 && call.tokens > 0) {
-      // The checks, before anything is written.
-      const int64_t bytes = skv_cuda_scratch_bytes(&attention, &device);
-      if (bytes < 0) check_kernel(static_cast<int>(-bytes));
+      // The checks, before anything is written. Prepared tokens will be float.
+      SkvAttention prepared = attention;
+      if (call.needs_preparation()) prepared.type = SKV_FLOAT;
+      device.scratch_bytes = skv_cuda_scratch_bytes(&prepared, &device);
+      if (device.scratch_bytes < 0) check_kernel(static_cast<int>(-device.scratch_bytes));
     }
     copy_past(call, attention, device.stream);
     if (call.batch == 0 || call.tokens == 0) return;
 
     DeviceScratch scratch(context, device.stream);
-    if (call.needs_preparation()) prepare(call, scratch, device.stream, attention);
-    if (prefill_.can_run(call) && prefill_.attend(context, call, attention, device, scratch)) {
-      log_path(attention, CudaPrefill::kPath);
-      if (caches.appends) check_kernel(skv_cuda_append(&attention, &device));
-      return;
+    if (prefill_.can_run(call) && prefill_.run(context, call, attention, caches.appends, device, scratch)) {
+      return log_path(attention, [] { return CudaPrefill::kPath; });
     }
-    device.scratch_bytes = skv_cuda_scratch_bytes(&attention, &device);
+    if (call.needs_preparation()) {
+      const int64_t count = int64_t{call.batch} * call.tokens * call.row_size();
+      auto* rows = static_cast<float*>(scratch.take(count * int64_t{sizeof(float)}));
+      prepare_tokens(call, call.position_ids.as<int64_t>(), rows, device.stream, attention);
+    }
     device.scratch = scratch.take(device.scratch_bytes);
-    log_path(attention, skv_cuda_path(&attention, &device));
+    log_path(attention, [&] { return skv_cuda_path(&attention, &device); });
     if (!caches.appends) return check_kernel(skv_cuda_attend(&attention, &device));
     check_kernel(skv_cuda_attention(&attention, &device));
   }
@@ -125,40 +128,6 @@ class CudaKernel : public Kernel {
     copy(attention.value_cache, call.past_value);
   }
 
-  // Replaces the call's tokens by float rows after QK norm and RoPE.
-  static void prepare(const Call& call, DeviceScratch& scratch, void* stream, SkvAttention& attention) {
-    SkvCudaPreparation p{};
-    p.query = attention.query;
-    p.key = attention.key;
-    p.value = attention.value;
-    p.type = attention.type;
-    p.batch = call.batch;
-    p.tokens = call.tokens;
-    p.num_heads = call.attributes.num_heads;
-    p.kv_num_heads = call.attributes.kv_num_heads;
-    p.head_dim = call.head_dim;
-    p.seqlens_k = attention.seqlens_k;
-    p.query_seqlens = attention.query_seqlens;
-    if (call.attributes.do_rotary) {
-      p.cos_cache = call.cos_cache.data;
-      p.sin_cache = call.sin_cache.data;
-      p.rotary_rows = call.cos_cache.shape[0];
-      p.rotary_half = static_cast<int32_t>(call.cos_cache.shape[1]);
-      p.rotary_interleaved = call.attributes.rotary_interleaved;
-      p.position_ids = call.position_ids.as<int64_t>();
-    }
-    p.q_norm_weight = call.q_norm_weight.data;
-    p.k_norm_weight = call.k_norm_weight.data;
-    p.epsilon = call.attributes.qk_norm_epsilon;
-    const int64_t row = call.hidden_size() + 2 * call.kv_hidden_size();
-    auto* rows = static_cast<float*>(scratch.take(int64_t{call.batch} * call.tokens * row * int64_t{sizeof(float)}));
-    check_kernel(skv_cuda_prepare(&p, rows, stream));
-    attention.query = {rows, row};
-    attention.key = {rows + call.hidden_size(), row};
-    attention.value = {rows + call.hidden_size() + call.kv_hidden_size(), row};
-    attention.type = SKV_FLOAT;
-  }
-
   void report_not_finite() {
     if (!flag_->is_set() || reported_not_finite_.exchange(true)) return;
     log_.write(
@@ -168,8 +137,10 @@ class CudaKernel : public Kernel {
   }
 
   // Each kind of kernels that this node's calls take, once.
-  void log_path(const SkvAttention& attention, const std::string& path) {
+  template <class Name>
+  void log_path(const SkvAttention& attention, Name name) {
     if (!log_.has(Severity::kInfo)) return;
+    const std::string path = name();
     const std::lock_guard<std::mutex> lock(mutex_);
     if (std::find(paths_.begin(), paths_.end(), path) != paths_.end()) return;
     paths_.push_back(path);

@@ -67,6 +67,7 @@ struct Call {
   bool needs_preparation() const { return attributes.do_rotary || q_norm_weight || k_norm_weight; }
   int64_t hidden_size() const { return int64_t{attributes.num_heads} * head_dim; }
   int64_t kv_hidden_size() const { return int64_t{attributes.kv_num_heads} * head_dim; }
+  int64_t row_size() const { return hidden_size() + 2 * kv_hidden_size(); }  // a token's queries, keys and values
 };
 
 // Where a call's caches are: the presents; or the pasts, and nothing is appended, where the node leaves out both.

@@ -1,7 +1,12 @@
 // Implementation of ort/prefill_cuda.h.
 //
-// No length is known on the host, so each sequence is attended to as if all of its `tokens` rows were new tokens,
-// behind its past: what stands in rows of padding is seen by no other row, and their output is cleared at the end.
+// No length is known on the host, so each sequence is attended to as if all rows of a piece were new tokens, behind its
+// past and the pieces before: what stands in rows of padding is seen by no other row, and their output is cleared at
+// the end.
+//
+// GroupQueryAttention is given numbers only: where it splits the context, a key that is none takes its whole split out
+// of the sum, and a value that is none reaches rows that must not see it. The outputs that see such a token are made up
+// for at the end.
 #include "ort/prefill_cuda.h"
 
 #include <algorithm>
@@ -66,17 +71,83 @@ bool CudaPrefill::can_run(const Call& call) const {
   return call.tokens >= fewest && op_ != nullptr && !refused_ && call.head_dim % 8 == 0;
 }
 
-bool CudaPrefill::attend(OrtKernelContext* context, const Call& call, const SkvAttention& attention,
-                         const SkvCudaContext& device, DeviceScratch& scratch) {
-  const int64_t tokens = call.tokens, heads = attention.kv_num_heads, head_dim = call.head_dim;
-  const int64_t hidden = call.hidden_size(), kv_hidden = call.kv_hidden_size(), row = hidden + 2 * kv_hidden;
-  const int64_t bytes = type_bytes(device.output_type);
-  // Room for any past and `tokens` rows behind it. As many rows as tokens mean a first prompt: no sequence has a past.
-  const int64_t rows = call.query_seqlens ? device.max_length + tokens : std::max(device.max_length, tokens);
-  auto* lengths = static_cast<int32_t*>(scratch.take(call.batch * int64_t{sizeof(int32_t)}));
-  check_kernel(skv_cuda_dense_lengths(&attention, &device, lengths));
+void prepare_tokens(const Call& call, const int64_t* position_ids, float* rows, void* stream, SkvAttention& attention) {
+  SkvCudaPreparation p{};
+  p.query = attention.query;
+  p.key = attention.key;
+  p.value = attention.value;
+  p.type = attention.type;
+  p.batch = attention.batch;
+  p.tokens = attention.tokens;
+  p.num_heads = call.attributes.num_heads;
+  p.kv_num_heads = call.attributes.kv_num_heads;
+  p.head_dim = call.head_dim;
+  p.seqlens_k = attention.seqlens_k;
+  p.query_seqlens = attention.query_seqlens;
+  if (call.attributes.do_rotary) {
+    p.cos_cache = call.cos_cache.data;
+    p.sin_cache = call.sin_cache.data;
+    p.rotary_rows = call.cos_cache.shape[0];
+    p.rotary_half = static_cast<int32_t>(call.cos_cache.shape[1]);
+    p.rotary_interleaved = call.attributes.rotary_interleaved;
+    p.position_ids = position_ids;
+  }
+  p.q_norm_weight = call.q_norm_weight.data;
+  p.k_norm_weight = call.k_norm_weight.data;
+  p.epsilon = call.attributes.qk_norm_epsilon;
+  check_kernel(skv_cuda_prepare(&p, rows, stream));
+  const int64_t row = call.row_size();
+  attention.query = {rows, row};
+  attention.key = {rows + call.hidden_size(), row};
+  attention.value = {rows + call.hidden_size() + call.kv_hidden_size(), row};
+  attention.type = SKV_FLOAT;
+}
+
+namespace {
+
+// `count` tokens of sequence b from the `first` on as a call of their own, with lengths as skv_cuda_piece_lengths gives
+// them.
+SkvAttention piece_of(const SkvAttention& attention, int64_t b, int64_t first, int64_t count, const int32_t* lengths) {
+  SkvAttention piece = attention;
+  const int64_t token = b * attention.tokens + first, bytes = type_bytes(attention.type);
+  const auto moved = [&](const SkvTokens& all) {
+    return SkvTokens{static_cast<const uint8_t*>(all.data) + token * all.token_stride * bytes, all.token_stride};
+  };
+  piece.query = moved(attention.query);
+  piece.key = moved(attention.key);
+  piece.value = moved(attention.value);
+  const int64_t width = int64_t{attention.num_heads} * attention.key_cache.layout.head_dim;
+  piece.output = static_cast<uint8_t*>(attention.output) + token * width * bytes;
+  for (SkvCache* cache : {&piece.key_cache, &piece.value_cache}) {
+    cache->data += b * attention.kv_num_heads * cache->block_bytes;
+  }
+  piece.seqlens_k = lengths + b;
+  piece.query_seqlens = lengths + attention.batch + b;
+  piece.batch = 1;
+  piece.tokens = static_cast<int32_t>(count);
+  return piece;
+}
+
+}  // namespace
+
+bool CudaPrefill::run(OrtKernelContext* context, const Call& call, const SkvAttention& attention, bool appends,
+                      const SkvCudaContext& device, DeviceScratch& scratch) {
+  constexpr int64_t kMask = 32;  // tokens of a mask's word
+  const int64_t tokens = call.tokens, heads = attention.kv_num_heads, head_dim = call.head_dim, row = call.row_size();
+  const int64_t piece_tokens = std::min(tokens, kPiece), pieces = (tokens + piece_tokens - 1) / piece_tokens;
+  const int64_t bytes = type_bytes(device.output_type), chunks = (tokens + kMask - 1) / kMask;
+  const int64_t mask_words = (attention.num_heads + 2 * heads) * chunks;
+  const int64_t rows = device.max_length + piece_tokens;  // any past, and a piece behind it
+  auto* lengths = static_cast<int32_t*>(scratch.take(pieces * 3 * call.batch * int64_t{sizeof(int32_t)}));
+  auto* masks = static_cast<uint32_t*>(scratch.take(call.batch * mask_words * int64_t{sizeof(uint32_t)}));
   void* const keys = scratch.take(heads * rows * head_dim * bytes);
   void* const values = scratch.take(heads * rows * head_dim * bytes);
+  void* const packed = scratch.take(piece_tokens * row * bytes);
+  float* prepared = nullptr;
+  if (call.needs_preparation()) {
+    prepared = static_cast<float*>(scratch.take(piece_tokens * row * int64_t{sizeof(float)}));
+  }
+  check_kernel(skv_cuda_piece_lengths(&attention, &device, static_cast<int32_t>(piece_tokens), lengths));
   const Handle<OrtValue> past_key = scratch.tensor(type_, keys, {1, heads, rows, head_dim});
   const Handle<OrtValue> past_value = scratch.tensor(type_, values, {1, heads, rows, head_dim});
   auto total = static_cast<int32_t>(rows);
@@ -84,43 +155,38 @@ bool CudaPrefill::attend(OrtKernelContext* context, const Call& call, const SkvA
   Handle<OrtValue> head_sink;
   if (attention.head_sink != nullptr) head_sink = scratch.tensor(type_, attention.head_sink, {attention.num_heads});
 
-  const void* queries = call.query.data;
-  const bool packed = call.packed || call.needs_preparation();
-  if (call.needs_preparation()) {
-    const int64_t count = call.batch * tokens * row;
-    void* const narrowed = scratch.take(count * bytes);
-    const auto* prepared = static_cast<const float*>(attention.query.data);
-    check_kernel(skv_cuda_narrow(prepared, count, device.output_type, narrowed, device.stream));
-    queries = narrowed;
-  }
-
   for (int64_t b = 0; b < call.batch; ++b) {
-    const auto part = [&](const void* data, int64_t width) {
-      return scratch.tensor(type_, static_cast<const uint8_t*>(data) + b * tokens * width * bytes, {1, tokens, width});
-    };
     check_kernel(skv_cuda_dense_rows(&attention, &device, static_cast<int32_t>(b), rows, keys, values));
-    const Handle<OrtValue> query = part(queries, packed ? row : hidden);
-    Handle<OrtValue> key, value;
-    if (!packed) {
-      key = part(call.key.data, kv_hidden);
-      value = part(call.value.data, kv_hidden);
-    }
-    const Handle<OrtValue> output = part(attention.output, hidden);
-    const Handle<OrtValue> seqlens_k = scratch.tensor(ElementType::kInt32, lengths + b, {1});
-    const OrtValue* inputs[kGqaInputs] = {query.get(), key.get(), value.get(), past_key.get(), past_value.get()};
-    inputs[kGqaSeqlensK] = seqlens_k.get();
-    inputs[kGqaTotalLength] = total_length.get();
-    inputs[kGqaHeadSink] = head_sink.get();
-    OrtValue* outputs[kGqaOutputs] = {output.get(), past_key.get(), past_value.get()};
-    if (OrtStatus* status = api().InvokeOp(context, op_.get(), inputs, kGqaInputs, outputs, kGqaOutputs)) {
-      log_.write(Severity::kWarning, std::string("prompts take the op's own kernel: GroupQueryAttention says ") +
-                                         api().GetErrorMessage(status));
-      api().ReleaseStatus(status);
-      refused_ = true;
-      return false;
+    for (int64_t i = 0; i < pieces; ++i) {
+      const int64_t first = i * piece_tokens, count = std::min(piece_tokens, tokens - first);
+      const int32_t* const of_piece = lengths + i * 3 * call.batch;
+      SkvAttention piece = piece_of(attention, b, first, count, of_piece);
+      if (call.needs_preparation()) {
+        const auto* ids = call.position_ids.as<int64_t>();
+        prepare_tokens(call, ids ? ids + b * tokens + first : nullptr, prepared, device.stream, piece);
+      }
+      check_kernel(skv_cuda_pack_rows(&piece, &device, packed, masks + b * mask_words, static_cast<int32_t>(chunks),
+                                      static_cast<int32_t>(first / kMask)));
+      const Handle<OrtValue> query = scratch.tensor(type_, packed, {1, count, row});
+      const Handle<OrtValue> output = scratch.tensor(type_, piece.output, {1, count, call.hidden_size()});
+      const Handle<OrtValue> seqlens_k = scratch.tensor(ElementType::kInt32, of_piece + 2 * call.batch + b, {1});
+      const OrtValue* inputs[kGqaInputs] = {query.get(), nullptr, nullptr, past_key.get(), past_value.get()};
+      inputs[kGqaSeqlensK] = seqlens_k.get();
+      inputs[kGqaTotalLength] = total_length.get();
+      inputs[kGqaHeadSink] = head_sink.get();
+      OrtValue* outputs[kGqaOutputs] = {output.get(), past_key.get(), past_value.get()};
+      if (OrtStatus* status = api().InvokeOp(context, op_.get(), inputs, kGqaInputs, outputs, kGqaOutputs)) {
+        const std::string reason = api().GetErrorMessage(status);
+        api().ReleaseStatus(status);
+        if (b > 0 || i > 0) throw Error(ErrorCode::kFail, "GroupQueryAttention within a prompt: " + reason);
+        log_.write(Severity::kWarning, "prompts take the op's own kernel: GroupQueryAttention says " + reason);
+        refused_ = true;
+        return false;
+      }
+      if (appends) check_kernel(skv_cuda_append(&piece, &device));  // nothing reads this sequence's cache any more
     }
   }
-  check_kernel(skv_cuda_clear_padding(&attention, &device));
+  check_kernel(skv_cuda_finish_rows(&attention, &device, masks));
   return true;
 }
 

@@ -1,10 +1,16 @@
-// Scratch memory of a call on the device, and attention of many new tokens there: ONNX Runtime's own
-// GroupQueryAttention (FlashAttention), invoked on one sequence at a time over its dequantized past.
+// Scratch memory of a call on the device, QK norm and RoPE, and attention of many new tokens there: ONNX Runtime's own
+// GroupQueryAttention (FlashAttention), invoked on one sequence at a time over its dequantized past, in pieces of so
+// many tokens that what they take beside it stays small.
 #pragma once
 #include <atomic>
 
 #include "cuda/kernels_cuda.h"
 #include "ort/prepare.h"
+
+// Tokens that go at a time, a multiple of 32; docs/gpu.md states the memory. The tests build with fewer.
+#ifndef SKV_CUDA_PIECE
+#define SKV_CUDA_PIECE 2048
+#endif
 
 namespace skv::ort {
 
@@ -32,9 +38,13 @@ class DeviceScratch {
   std::vector<void*> blocks_;
 };
 
+// Replaces tokens by float rows after QK norm and RoPE. `position_ids`: theirs, or null. `rows` has room for them.
+void prepare_tokens(const Call& call, const int64_t* position_ids, float* rows, void* stream, SkvAttention& attention);
+
 class CudaPrefill {
  public:
   static constexpr const char* kPath = "GroupQueryAttention of ONNX Runtime";
+  static constexpr int64_t kPiece = SKV_CUDA_PIECE;
 
   // Where ONNX Runtime has no GroupQueryAttention for the type, the log says so and can_run is false.
   CudaPrefill(const OrtKernelInfo* info, const Attributes& attributes, ElementType type, const Log& log);
@@ -42,11 +52,10 @@ class CudaPrefill {
   // Many new tokens.
   bool can_run(const Call& call) const;
 
-  // Writes the output; the caches are only read. After QK norm and RoPE in the op the attention's tokens are packed
-  // rows of float: they go in the node's type. False, and a warning in the log, where GroupQueryAttention refuses: it
-  // is not asked again.
-  bool attend(OrtKernelContext* context, const Call& call, const SkvAttention& attention, const SkvCudaContext& device,
-              DeviceScratch& scratch);
+  // Attention of the call's tokens, as the node has them, and append where the node has presents. False, and a warning
+  // in the log, where GroupQueryAttention refuses: nothing has been written then, and it is not asked again.
+  bool run(OrtKernelContext* context, const Call& call, const SkvAttention& attention, bool appends,
+           const SkvCudaContext& device, DeviceScratch& scratch);
 
  private:
   const Handle<OrtOp> op_;
