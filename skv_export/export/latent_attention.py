@@ -35,7 +35,7 @@ def keep_latents(model: PreTrainedModel, attention: str) -> None:
 
 
 class _Latents:
-    """``expand_kv`` of a module: the latent ``[B, 1, S, rank]`` and the part with RoPE ``[B, 1, S, R]`` as key, value."""
+    """``expand_kv`` of a module: the latent ``[B, 1, S, rank]`` and its part with RoPE ``[B, 1, S, R]``, as K and V."""
 
     def __init__(self, module: Any, own: Any, attention: str) -> None:
         self._module, self._own, self._attention = module, own, attention
