@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests" / "support"))
 
 from source_graphs import VOCAB, SourceGraph, run_source  # noqa: E402
-from tiny_models import TINY, save_random, small_config, tiny_config  # noqa: E402
+from tiny_models import HYBRID, TINY, save_random, small_config, tiny_config  # noqa: E402
 
 from skv_export.errors import SkvError  # noqa: E402
 from skv_export.evaluation.finished_steps import FinishedSteps  # noqa: E402
@@ -98,7 +98,8 @@ class Row:
 def architecture(folder: Path, model_type: str) -> Row:
     """Exports a tiny model of an architecture and compares it with PyTorch."""
     try:
-        config = tiny_config(model_type) if model_type in TINY else small_config(model_type)
+        given = HYBRID.get(model_type, TINY.get(model_type))
+        config = small_config(model_type) if given is None else tiny_config(model_type, **given)
     except Exception as error:  # noqa: BLE001  configurations check themselves in ways of their own
         untried = Row(model_type, f"not tried: no tiny configuration ({_line(error)})")
         return _refused_by_default(model_type) or untried

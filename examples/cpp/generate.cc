@@ -41,7 +41,14 @@ struct Model {
     int64_t width() const { return layout["shape"]["width"].integer(); }
   };
 
+  // What a recurrent layer keeps instead of keys and values.
+  struct State {
+    std::string name;  // "0.conv"
+    std::vector<int64_t> shape;
+  };
+
   std::vector<Cache> caches;
+  std::vector<State> states;
   std::set<int64_t> ends;
   int64_t context_length, vocab_size;
   bool all_logits;
@@ -54,11 +61,15 @@ struct Model {
     const Json config = Json::parse(text);
     if (config["format_version"].integer() != 1) throw std::runtime_error(path + ": expected format_version 1");
     Model model;
-    const std::vector<Json>& layers = config["layers"].items();
-    for (size_t i = 0; i < layers.size(); ++i)
+    for (const Json& layer : config["layers"].items())
       for (const char* part : {"key", "value"})
-        model.caches.push_back(
-            {std::to_string(i) + "." + part, layers[i]["num_key_value_heads"].integer(), layers[i][part]});
+        model.caches.push_back({std::to_string(layer["layer"].integer()) + "." + part,
+                                layer["num_key_value_heads"].integer(), layer[part]});
+    for (const Json& state : config["states"].items()) {
+      std::vector<int64_t> shape = {1};
+      for (const Json& size : state["shape"].items()) shape.push_back(size.integer());
+      model.states.push_back({std::to_string(state["layer"].integer()) + "." + state["name"].text(), shape});
+    }
     for (const Json& end : config["eos_token_id"].items()) model.ends.insert(end.integer());
     model.context_length = config["context_length"].integer();
     model.vocab_size = config["vocab_size"].integer();
@@ -79,6 +90,14 @@ class Sequence {
       // The same buffer as past and as present: nothing is copied. Its first content does not matter.
       binding_.BindInput(("past_key_values." + cache.name).c_str(), buffers_.back());
       binding_.BindOutput(("present." + cache.name).c_str(), buffers_.back());
+    }
+    for (const Model::State& state : model.states) {
+      const auto kind = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+      buffers_.push_back(Ort::Value::CreateTensor(allocator, state.shape.data(), state.shape.size(), kind));
+      const size_t count = buffers_.back().GetTensorTypeAndShapeInfo().GetElementCount();
+      std::fill_n(buffers_.back().GetTensorMutableData<float>(), count, 0.0f);
+      binding_.BindInput(("past_state." + state.name).c_str(), buffers_.back());
+      binding_.BindOutput(("present_state." + state.name).c_str(), buffers_.back());
     }
     for (size_t i = 0; i < session.GetInputCount(); ++i)
       inputs_.insert(session.GetInputNameAllocated(i, allocator).get());

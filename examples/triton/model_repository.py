@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from skv_export import SkvError
-from skv_export.model_folder.names import TENSORS, past_name, present_name
+from skv_export.model_folder.names import TENSORS, past_name, past_state_name, present_name, present_state_name
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import library_path
 
@@ -40,12 +40,17 @@ def config(model: ModelConfig, name: str, library: str, max_length: int, sequenc
         lines.append(f'{kind} {{ name: "{tensor}" data_type: {dtype} dims: {dims} }}')
     lines += [f'model_operations {{ op_library_filename: "{library}" }}', "sequence_batching {"]
     lines.append(f"  oldest {{ max_candidate_sequences: {sequences} }}")
-    for index, layer in enumerate(model.layers):
+    for index, layer in model.by_index.items():
         for tensor, layout in zip(TENSORS, (layer.key, layer.value), strict=True):
             dims = [layer.num_key_value_heads, *layout.shape(max_length)]
             names = f'input_name: "{past_name(index, tensor)}" output_name: "{present_name(index, tensor)}"'
             start = f'initial_state {{ name: "empty" data_type: TYPE_UINT8 dims: {dims} zero_data: true }}'
             lines.append(f"  state {{ {names} data_type: TYPE_UINT8 dims: {dims} {start} }}")
+    for state in model.states:
+        key, dims = (state.layer, state.name), list(state.shape)
+        names = f'input_name: "{past_state_name(*key)}" output_name: "{present_state_name(*key)}"'
+        start = f'initial_state {{ name: "empty" data_type: TYPE_FP32 dims: {dims} zero_data: true }}'
+        lines.append(f"  state {{ {names} data_type: TYPE_FP32 dims: {dims} {start} }}")
     return "\n".join([*lines, "}"]) + "\n"
 
 

@@ -94,6 +94,8 @@ _PLAIN_HEADS = ("gpt2", "gpt_neox", "gptj", "opt", "bloom")
 _WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "gpt_oss": 2, "cohere2": 4}
 """Every so many layers one has full attention, where the configuration names no layer types (GGUF never does)."""
 _LATENT = re.compile(r"kv_a_proj|kv_b_proj|q_a_proj|linear_attn|mixer\.(in_proj|conv)|time_mix")
+_WITHOUT = {"conv", "linear_attention", "mamba", "mlp", "moe"}
+"""Kinds of layers that have no keys and values."""
 _NOT_TEXT = re.compile(r"vision|visual|audio|speech|image|encoder\.|mtp\.|draft")
 
 
@@ -138,6 +140,13 @@ class AttentionConfig:
         if isinstance(text, dict):
             config = {**text, "model_type": text.get("model_type", config.get("model_type"))}
         model_type = str(config.get("model_type") or "unknown")
+        if others := sorted({*(config.get("layer_types") or config.get("layers_block_type") or ())} & _WITHOUT):
+            raise SkvError(
+                f"config.json: {model_type}: a hybrid model",
+                got=f"layers without attention ({', '.join(others)})",
+                expected="attention in every layer",
+                fix="Compare configurations of the whole model: `skv-export quality CHECKPOINT --configs K4V2,K4V4`.",
+            )
         layers = _size(config, "num_hidden_layers", "n_layer", "num_layers")
         heads = _size(config, "num_attention_heads", "n_head")
         hidden = _size(config, "hidden_size", "n_embd", "word_embed_proj_dim")

@@ -31,3 +31,16 @@ TESTED: Mapping[str, str] = {
 }
 """transformers' ``model_type`` -> what is special about its attention. Others are exported if nothing about them is
 refused; docs/tested.md has the verdict for each that transformers knows."""
+
+HYBRID: Mapping[str, str] = {
+    "lfm2": "short convolutions",
+    "lfm2_moe": "short convolutions, experts",
+    "bamba": "Mamba 2",
+    "granitemoehybrid": "Mamba 2",
+    "falcon_h1": "attention and Mamba 2 in each layer",
+    "nemotron_h": "Mamba 2, layers of experts alone",
+    "qwen3_next": "gated delta rule, experts",
+    "qwen3_5_text": "gated delta rule",
+}
+"""The same of the models between whose attention layers stand others with a recurrent state. Only these are exported:
+a layer that kept its state to itself would go unnoticed."""

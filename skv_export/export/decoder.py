@@ -25,10 +25,12 @@ from skv_export.checkpoints.shared_caches import cache_sources
 from skv_export.errors import SkvError
 from skv_export.export.latent_attention import absorb, expand, has_latents, keep_latents
 from skv_export.export.llama4_attention import PATCHES
+from skv_export.export.recurrent_states import RecurrentStates, replace_functions
 from skv_export.spec.key_basis import MATRICES, KeyBasis
 from skv_export.spec.op import ATTRIBUTE_TYPES, AttentionParams, Attributes, LayerAttention
 from skv_export.spec.recipe import LayerConfig
 from skv_export.spec.reference import quantized_kv_attention
+from skv_export.spec.state import LayerState
 
 ATTENTION_NAME = "skv"
 """Name under which the hook is registered with transformers."""
@@ -212,7 +214,7 @@ class Lengths:
     total_sequence_length: int
 
 
-class AttentionCall:
+class AttentionCall(RecurrentStates):
     """One forward pass: transformers takes it as its cache, the hook finds the caches in it while it is ``running``.
 
     Args:
@@ -222,6 +224,8 @@ class AttentionCall:
         past_values: The same.
         bases: Of calibrated keys, by layer.
         sources: Layers that read the cache of another one, and of which.
+        past_states: Of recurrent layers; None = zeros, see ``RecurrentStates``.
+        width: Columns of new tokens.
     """
 
     is_compileable = False
@@ -234,7 +238,10 @@ class AttentionCall:
         past_values: Sequence[torch.Tensor],
         bases: Mapping[int, KeyBasis] | None = None,
         sources: Mapping[int, int] | None = None,
+        past_states: Mapping[tuple[int, str], torch.Tensor] | None = None,
+        width: int = 0,
     ) -> None:
+        super().__init__(past_states, lengths.query_seqlens, width)
         self.configs, self.lengths, self.bases, self.sources = configs, lengths, bases or {}, sources or {}
         self.past = dict(zip(configs, zip(past_keys, past_values, strict=True), strict=True))
         self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -245,7 +252,8 @@ class AttentionCall:
         """While the block runs, the hook works on this call."""
         token = _current_call.set(self)
         try:
-            yield
+            with self.computing_states():
+                yield
         finally:
             _current_call.reset(token)
 
@@ -318,6 +326,7 @@ class _Seen:
     """What the last pass showed of the layers; an object, because torch.export puts a module's own attributes back."""
 
     layers: Mapping[int, LayerAttention] = MappingProxyType({})
+    states: tuple[LayerState, ...] = ()
 
 
 class SkvDecoder(torch.nn.Module):
@@ -326,9 +335,10 @@ class SkvDecoder(torch.nn.Module):
     Args:
         model: A causal language model; its attention implementation is set to the hook.
         configs: The recipe's options, by layer that has a cache; by index for a model that holds a few of its layers
-            only.
+            only, or of which only these have attention.
         all_logits: Return the logits of every token instead of the last real one of each sequence.
         bases: Of calibrated keys, by layer.
+        states: Of recurrent layers, in the order of ``past_states``.
 
     Raises:
         SkvError: The model's attention can't be replaced.
@@ -341,9 +351,10 @@ class SkvDecoder(torch.nn.Module):
         *,
         all_logits: bool = False,
         bases: Mapping[int, KeyBasis] | None = None,
+        states: Sequence[LayerState] = (),
     ) -> None:
         super().__init__()
-        self.model, self.all_logits, self.bases = model, all_logits, bases
+        self.model, self.all_logits, self.bases, self._states = model, all_logits, bases, tuple(states)
         self.configs = dict(configs) if isinstance(configs, Mapping) else dict(enumerate(configs))
         self.sources = cache_sources(model.config.get_text_config())
         self._seen = _Seen()
@@ -356,6 +367,7 @@ class SkvDecoder(torch.nn.Module):
         head.register_forward_pre_hook(self._select)
         replace_attention(model, ATTENTION_NAME, PATCHES)
         keep_latents(model, ATTENTION_NAME)
+        replace_functions(model)
 
     @property
     def layers(self) -> tuple[LayerAttention, ...]:
@@ -367,6 +379,11 @@ class SkvDecoder(torch.nn.Module):
         """Tokens that each layer's queries see, those without a cache included; 0 = all."""
         return [layer.params.local_window_size for _, layer in sorted(self._seen.layers.items())]
 
+    @property
+    def states(self) -> tuple[LayerState, ...]:
+        """States of recurrent layers, as the last pass showed them."""
+        return self._seen.states
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -374,8 +391,12 @@ class SkvDecoder(torch.nn.Module):
         position_ids: torch.Tensor,
         past_keys: Sequence[torch.Tensor],
         past_values: Sequence[torch.Tensor],
+        past_states: Sequence[torch.Tensor] | None = None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    ) -> (
+        tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
+        | tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
+    ):
         """Runs the model on new tokens.
 
         Padding may stand anywhere in the new columns of the mask: real tokens are packed to the front before the model
@@ -387,10 +408,13 @@ class SkvDecoder(torch.nn.Module):
             position_ids: int64 ``[B, S]``, or ``[3, B, S]`` with multimodal RoPE.
             past_keys: uint8 ``[B, N_kv, rows, W]``, layer by layer.
             past_values: The same.
+            past_states: ``[B, *LayerState.shape]`` of recurrent layers, in the order of ``states``; None = at the
+                beginning of a sequence.
             inputs_embeds: float32 ``[B, S, hidden]`` in the place of the tokens' embeddings, or of length 0.
 
         Returns:
-            logits float32 ``[B, 1, vocab]`` (``[B, S, vocab]`` with ``all_logits``), present keys, present values.
+            logits float32 ``[B, 1, vocab]`` (``[B, S, vocab]`` with ``all_logits``), present keys, present values, and,
+            of a model that has such layers, present states.
         """
         tokens, columns = input_ids.shape[1], attention_mask.shape[1]
         # An index, not a slice: a slice's strides would tie the traced lengths to each other.
@@ -406,13 +430,19 @@ class SkvDecoder(torch.nn.Module):
             given = {"inputs_embeds": self._embed(input_ids, inputs_embeds, place)}
         self._keep = place if self.all_logits else (count - 1).clamp(min=0)
         lengths = Lengths((attention_mask.sum(1) - 1).to(torch.int32), count.squeeze(1).to(torch.int32), columns)
-        call = AttentionCall(self.configs, lengths, past_keys, past_values, self.bases, self.sources)
+        states = None
+        if past_states is not None:
+            states = {(x.layer, x.name): past for x, past in zip(self._states, past_states, strict=True)}
+        call = AttentionCall(self.configs, lengths, past_keys, past_values, self.bases, self.sources, states, tokens)
         with call.running():
             logits = self.model(position_ids=packed_positions, past_key_values=call, use_cache=True, **given).logits
         self._keep = None
-        self._seen.layers = self._check(call)
+        self._seen.layers, self._seen.states = self._check(call), call.states()
         present = [call.present[i] for i in self.configs]
-        return logits.float(), [p[0] for p in present], [p[1] for p in present]
+        keys_values = [p[0] for p in present], [p[1] for p in present]
+        if not call.present_states:
+            return logits.float(), *keys_values
+        return logits.float(), *keys_values, [call.present_states[x.layer, x.name] for x in self._seen.states]
 
     def _embed(self, ids: torch.Tensor, given: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """Returns what the model reads, packed ``[B, S, hidden]``: the given embeddings, or the tokens' without any.
@@ -436,6 +466,7 @@ class SkvDecoder(torch.nn.Module):
         return (hidden.gather(1, self._keep[..., None].expand(-1, -1, hidden.shape[-1])), *args[1:])
 
     def _check(self, call: AttentionCall) -> Mapping[int, LayerAttention]:
+        call.check_used()
         wanted = {*self.configs, *self.sources}
         missing = sorted(wanted - set(call.layers))
         if missing:

@@ -30,7 +30,7 @@ from skv_export.export import empty_model, experts, latent_attention, repeat_lay
 from skv_export.export.checkpoint_weights import Weights, separate_head
 from skv_export.export.decoder import SkvDecoder
 from skv_export.export.empty_model import EmptyModel
-from skv_export.export.supported import check_config, check_windows, context_length
+from skv_export.export.supported import attention_layers, check_config, check_windows, context_length
 from skv_export.export.to_onnx import build, save
 from skv_export.export.weight_quantization import stored_bytes
 from skv_export.model_folder.card import licence_of
@@ -91,6 +91,8 @@ def _calibrated(planned: Plan, calibration: Calibration | None) -> tuple[Plan, C
     """The plan with a calibration, and what of that its layers can have."""
     if calibration is None:
         return planned, None
+    if len(planned.layers) < planned.num_hidden_layers:
+        raise SkvError("calibration", got="layers without attention", expected="attention in each", fix="Leave it out.")
     bases = {}
     for index, basis in calibration.bases.items():
         if index >= len(planned.layers):
@@ -139,12 +141,13 @@ def _plan_of(
         check_purpose(config.model_type, config.architectures)
     separate_head(source, config)
     count = count_caches(text)
+    indices = [i for i in attention_layers(text) if i < count]
     configs = recipe.layers(count)
     try:
         model = empty_model.build(config, DTYPES[recipe.dtype])
-        decoder = SkvDecoder(model.model, configs)
+        decoder = SkvDecoder(model.model, {i: configs[i] for i in indices})
         with model.running():
-            cache = [torch.empty(2, 1, 1, 1, dtype=torch.uint8)] * count  # its bytes don't matter to shapes
+            cache = [torch.empty(2, 1, 1, 1, dtype=torch.uint8)] * len(indices)  # its bytes don't matter to shapes
             decoder(*_example_inputs(cache, cache))
     except SkvError:
         raise
@@ -171,20 +174,29 @@ def _plan_of(
         inputs_embeds=int(text.hidden_size) if embeds else 0,
         position_axes=vision_language.position_axes(config),
         latent=any(map(latent_attention.has_latents, model.model.modules())),
+        indices=tuple(indices),
+        num_hidden_layers=count,
+        states=decoder.states,
     )
     return planned, model
 
 
 def _example_inputs(
-    past_keys: list[torch.Tensor], past_values: list[torch.Tensor], axes: int = 1, hidden: int = 0
+    past_keys: list[torch.Tensor],
+    past_values: list[torch.Tensor],
+    past_states: Sequence[torch.Tensor] = (),
+    axes: int = 1,
+    hidden: int = 0,
 ) -> tuple[Any, ...]:
     """Inputs for tracing: two sequences of three tokens after four: lengths differ, and none is 0 or 1.
 
-    With ``axes`` of positions, and with embeddings of ``hidden`` channels, where there are any.
+    With ``axes`` of positions, with recurrent states, and with embeddings of ``hidden`` channels, where there are any.
     """
     ids, mask = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64)
     positions = torch.zeros_like(ids) if axes == 1 else torch.zeros(axes, *ids.shape, dtype=torch.int64)
-    given = (ids, mask, positions, past_keys, past_values)
+    given: tuple[Any, ...] = (ids, mask, positions, past_keys, past_values)
+    if past_states or hidden:
+        given = (*given, list(past_states))
     return (*given, torch.zeros(5, 6, hidden)) if hidden else given
 
 
@@ -278,37 +290,45 @@ class _Phases:
 
 def _build(planned: Plan, model: EmptyModel, weights: Weights, all_logits: bool) -> ir.Model:
     """Returns the graph: two traced layers of each kind, copied for the others, if possible; else all are traced."""
+    every = range(planned.num_hidden_layers)
+    layers = planned.by_index
     # A layer that reads the keys of another is not one of a stack of layers that are alike.
-    samples = None if planned.readers else repeat_layers.choose(model.model, planned.layers, planned.held)
+    alike = not planned.readers
+    samples = repeat_layers.choose(model.model, [layers.get(i) for i in every], planned.held) if alike else None
     if samples is not None:
         with repeat_layers.cut(model.model, samples):
             program = _trace(planned, model, samples.traced, all_logits)
-        if (graph := build(program, weights, planned.layers, planned.recipe, samples)) is not None:
+        if (graph := build(program, weights, layers, planned.recipe, samples, planned.states)) is not None:
             return graph
-    program = _trace(planned, model, range(len(planned.layers)), all_logits)
-    whole = build(program, weights, planned.layers, planned.recipe, readers=planned.readers)
+    program = _trace(planned, model, every, all_logits)
+    whole = build(program, weights, layers, planned.recipe, states=planned.states, readers=planned.readers)
     assert whole is not None
     return whole
 
 
 def _trace(planned: Plan, model: EmptyModel, traced: Sequence[int], all_logits: bool) -> torch.export.ExportedProgram:
-    configs = planned.recipe.layers(len(planned.layers))
-    decoder = SkvDecoder(model.model, {i: configs[i] for i in traced}, all_logits=all_logits).eval()
+    configs = planned.recipe.layers(planned.num_hidden_layers)
+    layers = {i: layer for i, layer in planned.by_index.items() if i in traced}
+    states = [state for state in planned.states if state.layer in traced]
+    decoder = SkvDecoder(model.model, {i: configs[i] for i in layers}, all_logits=all_logits, states=states).eval()
     with model.running():
         keys, values = (
             [
                 torch.zeros(2, layer.params.kv_num_heads, rows, layer.layouts[which].width, dtype=torch.uint8)
-                for layer in (planned.layers[i] for i in traced)
+                for layer in layers.values()
             ]
             for which, rows in ((0, 2), (1, 3))
         )
-        inputs = _example_inputs(keys, values, planned.position_axes, planned.inputs_embeds)
+        pasts = [torch.zeros(2, *state.shape) for state in states]
+        inputs = _example_inputs(keys, values, pasts, planned.position_axes, planned.inputs_embeds)
     dim = torch.export.Dim
     batch, tokens, columns = dim("batch_size"), dim("sequence_length"), dim("total_sequence_length")
     ids = {0: batch, 1: tokens}
-    caches = [{0: batch, 2: dim.DYNAMIC}] * len(traced)
+    caches = [{0: batch, 2: dim.DYNAMIC}] * len(layers)
     positions = ids if planned.position_axes == 1 else {1: batch, 2: tokens}
     shapes: tuple[Any, ...] = (ids, {0: batch, 1: columns}, positions, caches, caches)
+    if len(inputs) > len(shapes):
+        shapes = (*shapes, [{0: batch}] * len(pasts))
     if planned.inputs_embeds:
         shapes = (*shapes, {0: dim.DYNAMIC, 1: dim.DYNAMIC})
     try:
@@ -365,7 +385,10 @@ def _model_config(
             "sha256": digest(source, config),
             **({"adapter": source.adapter.resolve().name} if source.adapter else {}),
         },
-        layers=tuple(LayerCache.of(layer, i in planned.calibrated) for i, layer in enumerate(planned.layers)),
+        layers=tuple(LayerCache.of(layer, i in planned.calibrated) for i, layer in planned.by_index.items()),
+        indices=planned.indices,
+        num_hidden_layers=planned.num_hidden_layers,
+        states=planned.states,
         inputs_embeds=planned.inputs_embeds,
         position_axes=planned.position_axes,
         rope_switch=rope_by_length.switch_length(config.get_text_config()),

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from skv_export.checkpoints.block_weights import BlockMatrix
 from skv_export.export.lazy_weights import LazyWeight
-from skv_export.model_folder.names import TENSORS, layer_of_cache, past_name, present_name
+from skv_export.model_folder.names import PAST, PAST_STATE, layer_of_cache, layer_of_state
 from skv_export.spec.op import DOMAIN, LayerAttention
 
 BOUNDARY = "LayerBoundary"
@@ -74,13 +74,13 @@ def find_stack(model: PreTrainedModel, count: int) -> tuple[str, torch.nn.Module
 
 
 def choose(
-    model: PreTrainedModel, layers: Sequence[LayerAttention], held: Mapping[str, BlockMatrix] | None = None
+    model: PreTrainedModel, layers: Sequence[LayerAttention | None], held: Mapping[str, BlockMatrix] | None = None
 ) -> Samples | None:
     """Returns which layers to trace; None if all of them.
 
     Args:
         model: The model.
-        layers: Attention of each layer.
+        layers: Attention of each layer; None where it has none.
         held: Matrices that are stored as the checkpoint quantized them: layers of other formats are of another kind.
     """
     found = find_stack(model, len(layers))
@@ -195,7 +195,8 @@ def repeat(graph: ir.Graph, samples: Samples) -> bool:
     """Turns the graph of the traced layers into the graph of all layers, in place.
 
     Args:
-        graph: With inputs ``past_key_values.N.key`` and outputs ``present.N.key`` (``value``) for the traced layers N.
+        graph: With inputs ``past_key_values.N.key`` and outputs ``present.N.key`` (``value``) for the traced layers N,
+            and the like for recurrent states.
         samples: Which these are.
 
     Returns:
@@ -211,9 +212,9 @@ def repeat(graph: ir.Graph, samples: Samples) -> bool:
     inputs, outputs = _without_layers(graph.inputs), _without_layers(graph.outputs)
     made: list[ir.Node] = []
     for index, kind in enumerate(samples.kinds):
-        hidden, caches = _copy(graph, samples, first[kind], index, hidden, made)
-        inputs += caches[:2]
-        outputs += caches[2:]
+        hidden, pasts, presents = _copy(graph, samples, first[kind], index, hidden, made)
+        inputs += pasts
+        outputs += presents
     behind.replace_all_uses_with(hidden)
     graph.outputs[:] = outputs
     old = [*boundaries, *(node for region in regions.values() for node in region.nodes)]
@@ -232,7 +233,13 @@ def _is_boundary(node: ir.Node) -> bool:
 
 
 def _without_layers(values: Sequence[ir.Value]) -> list[ir.Value]:
-    return [value for value in values if layer_of_cache(value.name) is None]
+    return [value for value in values if _layer_of(value.name) is None]
+
+
+def _layer_of(name: str | None) -> int | None:
+    """The layer whose cache or state an input or output of the graph is."""
+    layer = layer_of_cache(name)
+    return layer_of_state(name) if layer is None else layer
 
 
 def _regions(graph: ir.Graph, samples: Samples) -> dict[int, _Region] | None:
@@ -240,7 +247,7 @@ def _regions(graph: ir.Graph, samples: Samples) -> dict[int, _Region] | None:
     places = {index: place for place, index in enumerate(samples.traced)}
     owner: dict[ir.Value, int] = {}
     for value in (*graph.inputs, *graph.initializers.values()):
-        index = layer_of_cache(value.name) if value.is_graph_input() else samples.layer(str(value.name))
+        index = _layer_of(value.name) if value.is_graph_input() else samples.layer(str(value.name))
         if index is not None:
             owner[value] = places[index]
     nodes: list[list[ir.Node]] = [[] for _ in samples.traced]
@@ -272,12 +279,7 @@ def _alike(graph: ir.Graph, samples: Samples, a: _Region, b: _Region) -> bool:
         return False
     same: dict[ir.Value | None, ir.Value | None] = {a.start: b.start, None: None}
     for one, other in zip(a.nodes, b.nodes, strict=True):
-        attributes = {name: x.value for name, x in one.attributes.items()}
-        if (one.domain, one.op_type, attributes) != (
-            other.domain,
-            other.op_type,
-            {name: x.value for name, x in other.attributes.items()},
-        ):
+        if (one.domain, one.op_type, _attributes(one)) != (other.domain, other.op_type, _attributes(other)):
             return False
         for x, y in zip(one.inputs, other.inputs, strict=True):
             if x not in same and x is not None:
@@ -286,6 +288,15 @@ def _alike(graph: ir.Graph, samples: Samples, a: _Region, b: _Region) -> bool:
                 return False
         same.update(zip(one.outputs, other.outputs, strict=True))
     return same[a.end] is b.end
+
+
+def _attributes(node: ir.Node) -> dict[str, object]:
+    """A node's attributes, tensors by what they hold: two of them are never equal."""
+    values = ((name, attribute.value) for name, attribute in node.attributes.items())
+    return {
+        name: (x.dtype, tuple(x.shape.numpy()), x.tobytes()) if isinstance(x, ir.TensorProtocol) else x
+        for name, x in values
+    }
 
 
 def _counterpart(samples: Samples, x: ir.Value, y: ir.Value | None, a: int, b: int) -> bool:
@@ -315,8 +326,8 @@ def _renamed_cache(name: str | None, index: int) -> str:
 
 def _copy(
     graph: ir.Graph, samples: Samples, region: _Region, index: int, hidden: ir.Value, made: list[ir.Node]
-) -> tuple[ir.Value, list[ir.Value]]:
-    """Appends layer ``index``'s nodes to ``made``; returns its output, and its caches: past ones, then present ones."""
+) -> tuple[ir.Value, list[ir.Value], list[ir.Value]]:
+    """Appends layer ``index``'s nodes to ``made``; returns its output, its past and its present caches and states."""
     new: dict[ir.Value, ir.Value] = {region.start: hidden}
     caches: dict[str, ir.Value] = {}
     for node in region.nodes:
@@ -324,7 +335,7 @@ def _copy(
         for value in node.inputs:
             if value is not None and value not in new:
                 new[value] = _outer(graph, samples, value, region.index, index)
-                if value.is_graph_input() and layer_of_cache(value.name) is not None:
+                if value.is_graph_input() and _layer_of(value.name) is not None:
                     caches[str(new[value].name)] = new[value]
             inputs.append(None if value is None else new[value])
         copy = ir.Node(
@@ -338,13 +349,13 @@ def _copy(
             new[old] = output
         made.append(copy)
     assert region.end is not None
-    names = [name(index, tensor) for name in (past_name, present_name) for tensor in TENSORS]
-    return new[region.end], [caches[name] for name in names]
+    pasts = [value for name, value in caches.items() if name.partition(".")[0] in (PAST, PAST_STATE)]
+    return new[region.end], pasts, [value for value in caches.values() if value not in pasts]
 
 
 def _outer(graph: ir.Graph, samples: Samples, value: ir.Value, a: int, b: int) -> ir.Value:
     """The value for layer ``b`` that corresponds to an outer value of layer ``a``; weights and caches are created."""
-    if value.is_graph_input() and layer_of_cache(value.name) is not None:
+    if value.is_graph_input() and _layer_of(value.name) is not None:
         return ir.Value(name=_renamed_cache(value.name, b), type=value.type, shape=value.shape)
     tensor = value.const_value
     if not value.is_initializer() or not isinstance(tensor, LazyWeight):

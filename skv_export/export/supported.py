@@ -14,9 +14,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from skv_export.errors import SkvError
 from skv_export.export import gemma3n_sparsity, latent_attention, rope_by_length, vision_language
-from skv_export.export.architectures import TESTED
+from skv_export.export.architectures import HYBRID, TESTED
 
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+_WITH_ATTENTION = {*_PLAIN_LAYERS, "hybrid"}
+"""The last has a recurrent state beside its cache."""
 _OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "thinker_config")
 _STATE_SPACE = ("ssm_cfg", "state_size", "mamba_d_state", "time_step_rank", "rescale_every")
 _ALIBI_MODELS = ("bloom", "mpt")
@@ -32,7 +34,7 @@ def check_config(config: PreTrainedConfig) -> None:
     if reason is None and vision_language.is_vision_language(config):
         reason = next(_reasons(config.get_text_config(), has_class=False), None)
     if reason is not None:
-        expected = f"a decoder such as {', '.join(TESTED)}"
+        expected = f"a decoder such as {', '.join([*TESTED, *HYBRID])}"
         raise SkvError(f"{config.model_type}: can't be exported: {reason}", expected=expected)
 
 
@@ -49,11 +51,12 @@ def _reasons(config: PreTrainedConfig, has_class: bool = True) -> Iterator[str]:
         yield "cross attention (add_cross_attention) has a cache of another kind"
     if has("kv_lora_rank") and config.model_type not in latent_attention.LATENT:
         yield "multi-head latent attention (kv_lora_rank) of a form that is not built in"
-    if (state := has(*_STATE_SPACE)) and not (kinds and kinds <= _PLAIN_LAYERS):
+    hybrid = config.model_type in HYBRID and attention_layers(config)
+    if (state := has(*_STATE_SPACE)) and not hybrid and not (kinds and kinds <= _PLAIN_LAYERS):
         yield f"a state-space model ({', '.join(state)}) has a recurrent state, not keys and values"
     if "chunked_attention" in kinds or (has("attention_chunk_size") and not kinds):
         yield "attention within chunks (attention_chunk_size)"
-    if other := sorted(kinds - _PLAIN_LAYERS):
+    if (other := sorted(kinds - _PLAIN_LAYERS)) and not hybrid:
         yield f"layers without a cache of keys and values, such as linear attention ({', '.join(other)})"
     if config.model_type in vision_language.REFUSED:
         yield vision_language.REFUSED[config.model_type]
@@ -66,6 +69,13 @@ def _reasons(config: PreTrainedConfig, has_class: bool = True) -> Iterator[str]:
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or vision_language.is_vision_language(config)
     if has_class and not known:
         yield "transformers has no causal language model of this type"
+
+
+def attention_layers(config: PreTrainedConfig) -> list[int]:
+    """Returns the numbers of the layers with attention: all, but for a hybrid model."""
+    count = int(config.num_hidden_layers)
+    kinds = getattr(config, "layer_types", None) if config.model_type in HYBRID else None
+    return [i for i in range(count) if kinds is None or kinds[i] in _WITH_ATTENTION]
 
 
 def _is_set(config: PreTrainedConfig, name: str) -> bool:
@@ -95,6 +105,8 @@ def check_windows(config: PreTrainedConfig, windows: Sequence[int]) -> None:
     window = window if getattr(config, "use_sliding_window", True) else None
     kinds = local_layers or getattr(config, "layer_types", None)
     kinds = kinds or ["sliding_attention" if window else "full_attention"] * len(windows)
+    if config.model_type in HYBRID:
+        kinds = [kind for kind in kinds if kind in _WITH_ATTENTION]
     expected = [int(window or 0) if kind in ("sliding_attention", "local") else 0 for kind in kinds]
     if list(windows) != expected:
         raise SkvError(

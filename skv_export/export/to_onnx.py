@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,9 @@ from skv_export.model_folder.names import (
     TOKEN_INPUTS,
     layer_of_cache,
     past_name,
+    past_state_name,
     present_name,
+    present_state_name,
 )
 from skv_export.spec.op import (
     ATTRIBUTE_TYPES,
@@ -52,7 +54,18 @@ from skv_export.spec.op import (
     in_order,
 )
 from skv_export.spec.recipe import Recipe
+from skv_export.spec.state import LayerState
 
+STATE_OPS: Mapping[str, tuple[Mapping[str, type], tuple[str, ...], int]] = {
+    "CausalConvWithState": ({"activation": str}, ("input", "weight", "bias", "past_state"), 2),
+    "LinearAttention": (
+        {"q_num_heads": int, "kv_num_heads": int, "scale": float, "update_rule": str},
+        ("query", "key", "value", "past_state", "decay", "beta"),
+        2,
+    ),
+}
+"""Operators of com.microsoft that recurrent layers become: attributes, inputs, number of outputs. While torch
+translates them they stand in our domain, since nobody has registered their schemas."""
 OPSET = 23
 """The first with RMSNormalization and RotaryEmbedding; ONNX Runtime has kernels for both from 1.24 on."""
 
@@ -64,9 +77,10 @@ Progress = Callable[[float], None]
 def build(
     program: torch.export.ExportedProgram,
     weights: Weights,
-    layers: Sequence[LayerAttention],
+    layers: Sequence[LayerAttention] | Mapping[int, LayerAttention],
     recipe: Recipe,
     samples: Samples | None = None,
+    states: Sequence[LayerState] = (),
     readers: int = 0,
 ) -> ir.Model | None:
     """Returns the graph of a traced ``SkvDecoder``, with the ecosystem's names of inputs and outputs.
@@ -74,9 +88,10 @@ def build(
     Args:
         program: The trace, of a model without weights.
         weights: Where they are when the graph is written.
-        layers: Attention of each layer of the model that has a cache.
+        layers: Attention of each layer of the model that has a cache; by index, where not every layer has one.
         recipe: Says which weights are quantized.
-        samples: Which of them the trace has, if not all.
+        samples: Which layers the trace has, if not all.
+        states: Of recurrent layers, in the order of layers and names.
         readers: How many further layers read the cache of one of these.
 
     Returns:
@@ -85,12 +100,14 @@ def build(
     Raises:
         SkvError: The graph does not have one attention node per layer.
     """
-    traced = range(len(layers)) if samples is None else samples.traced
-    caches = [(i, tensor) for tensor in TENSORS for i in traced]
-    inputs = [*TOKEN_INPUTS, *(past_name(*cache) for cache in caches)]
+    attention = dict(layers) if isinstance(layers, Mapping) else dict(enumerate(layers))
+    caches = [(i, tensor) for tensor in TENSORS for i in attention if samples is None or i in samples.traced]
+    kept = [(x.layer, x.name) for x in states if samples is None or x.layer in samples.traced]
+    inputs = [*TOKEN_INPUTS, *(past_name(*cache) for cache in caches), *(past_state_name(*x) for x in kept)]
     if len(program.graph_signature.user_inputs) > len(inputs):
         inputs.append(INPUTS_EMBEDS)
-    model = translate(program, inputs, [LOGITS, *(present_name(*cache) for cache in caches)])
+    outputs = [LOGITS, *(present_name(*cache) for cache in caches), *(present_state_name(*x) for x in kept)]
+    model = translate(program, inputs, outputs)
     _store_weights(model.graph, weights, samples.original if samples is not None else str)
     simplify(model)
     experts.place(model.graph, recipe, MICROSOFT)
@@ -103,7 +120,10 @@ def build(
             "graph: attention nodes", got=len(nodes), expected=f"one in each of {len(layers) + readers} layers"
         )
     _let_the_last_append(nodes)
-    _name(model.graph, layers)
+    _name(model.graph, attention, states)
+    for node in model.graph:
+        if node.domain == DOMAIN and node.op_type in STATE_OPS:
+            node.domain = MICROSOFT
     if any(node.domain == MICROSOFT for node in model.graph):
         model.opset_imports[MICROSOFT] = 1
     return model
@@ -184,7 +204,7 @@ def _let_the_last_append(nodes: Sequence[ir.Node]) -> None:
             node.resize_outputs(1)
 
 
-def _name(graph: ir.Graph, layers: Sequence[LayerAttention]) -> None:
+def _name(graph: ir.Graph, layers: Mapping[int, LayerAttention], states: Sequence[LayerState]) -> None:
     """Names dimensions, and orders inputs and outputs so that each layer's keys and values are adjacent."""
     by_name = {str(value.name): value for value in (*graph.inputs, *graph.outputs)}
     for name in TOKEN_INPUTS:
@@ -195,7 +215,7 @@ def _name(graph: ir.Graph, layers: Sequence[LayerAttention]) -> None:
     assert logits.shape is not None
     logits.shape = ir.Shape(["batch_size", 1 if logits.shape[1] == 1 else "sequence_length", logits.shape[2]])
     inputs, outputs = list(graph.inputs[: len(TOKEN_INPUTS)]), [logits]
-    for i, layer in enumerate(layers):
+    for i, layer in layers.items():
         for tensor, width in zip(TENSORS, cache_widths(layer.layouts), strict=True):
             name = f"{i}.{tensor}"
             shape: list[int | str] = [
@@ -207,6 +227,11 @@ def _name(graph: ir.Graph, layers: Sequence[LayerAttention]) -> None:
             for value, where in ((by_name[past_name(i, tensor)], inputs), (by_name[present_name(i, tensor)], outputs)):
                 value.shape = ir.Shape(shape)
                 where.append(value)
+    for state in states:
+        key = state.layer, state.name
+        for value, where in ((by_name[past_state_name(*key)], inputs), (by_name[present_state_name(*key)], outputs)):
+            value.shape = ir.Shape(["batch_size", *state.shape])
+            where.append(value)
     if (embeds := by_name.get(INPUTS_EMBEDS)) is not None:
         # A default of length 0 makes the input one that may be left out; its batch is its own for the same reason.
         hidden = embeds.shape[2] if embeds.shape is not None else None
@@ -267,6 +292,18 @@ def register_schema() -> None:
             attributes=[schema.Attribute(name, kinds[kind], "") for name, kind in ATTRIBUTE_TYPES.items()],
         )
     )
+    for name, (attributes, inputs, outputs) in STATE_OPS.items():
+        onnx.defs.register_schema(
+            schema(
+                name,
+                DOMAIN,
+                OP_VERSION,
+                inputs=[formal(Parameter(x, optional=x in ("bias", "beta"))) for x in inputs],
+                outputs=[formal(Parameter(f"output{i}")) for i in range(outputs)],
+                type_constraints=[floats],
+                attributes=[schema.Attribute(x, kinds[kind], "") for x, kind in attributes.items()],
+            )
+        )
 
 
 def _attention(  # type: ignore[no-untyped-def]
@@ -305,6 +342,16 @@ def _experts(hidden, router, gate_up, gate_up_bias, down, down_bias, **attribute
     return opset.Experts(hidden, router, gate_up, gate_up_bias, down, down_bias, **attributes)
 
 
+def _causal_conv(x, weight, bias, past, activation):  # type: ignore[no-untyped-def]
+    made = onnxscript.values.Opset(DOMAIN, OP_VERSION).CausalConvWithState(x, weight, bias, past, activation=activation)
+    return made[0]
+
+
+def _linear_attention(query, key, value, past, decay, beta=None, **attributes):  # type: ignore[no-untyped-def]
+    given = (query, key, value, past, decay, *([] if beta is None else [beta]))
+    return onnxscript.values.Opset(DOMAIN, OP_VERSION).LinearAttention(*given, **attributes)
+
+
 def _to_dtype(x, dtype, non_blocking=False, copy=False, memory_format=None):  # type: ignore[no-untyped-def]
     return opset23.Cast(x, to=dtype)
 
@@ -323,6 +370,8 @@ def translate(
         torch.ops.skv.quantized_kv_attention.default: _attention,
         torch.ops.skv.layer_boundary.default: _boundary,
         torch.ops.skv.experts.default: _experts,
+        torch.ops.skv.causal_conv.default: _causal_conv,
+        torch.ops.skv.linear_attention.default: _linear_attention,
         torch.ops.aten.to.dtype: _to_dtype,
     }
     _drop_no_ops(program.graph_module)

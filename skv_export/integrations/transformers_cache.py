@@ -51,7 +51,7 @@ class SkvCache(TransformersCache):
         return f"SkvCache(batch={self.cache.batch}, columns={self.columns}, max_length={self.cache.max_length})"
 
     def __len__(self) -> int:
-        """Returns the layers."""
+        """Returns the layers with keys and values."""
         return len(self.cache.layers)
 
     @property
@@ -129,7 +129,7 @@ class SkvCache(TransformersCache):
     @property
     def is_croppable(self) -> bool:
         """Whether ``crop`` is exact: only without quantization, because tokens may be restored from their codes."""
-        return all(layer.key.bits == layer.value.bits == 16 for layer in self.cache.layers)
+        return not self.cache.recurrent and all(layer.key.bits == layer.value.bits == 16 for layer in self.cache.layers)
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -138,7 +138,7 @@ class SkvCache(TransformersCache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """False for every layer: all are attention."""
+        """False for every layer with a cache; recurrent layers are not counted."""
         return [False] * len(self)
 
     @property
@@ -220,11 +220,11 @@ class SkvCache(TransformersCache):
     early_initialization = _refused("early_initialization", "the buffers are there from the start")
     prefetch = _refused("prefetch", "the buffers stay where the model computes")
     offload = _refused("offload", "the buffers stay where the model computes")
-    has_previous_state = _refused("has_previous_state", "there is no linear attention")
-    get_conv_state = _refused("get_conv_state", "there is no linear attention")
-    get_recurrent_state = _refused("get_recurrent_state", "there is no linear attention")
-    update_conv_state = _refused("update_conv_state", "there is no linear attention")
-    update_recurrent_state = _refused("update_recurrent_state", "there is no linear attention")
+    has_previous_state = _refused("has_previous_state", "the exported graph keeps recurrent states itself")
+    get_conv_state = _refused("get_conv_state", "the exported graph keeps recurrent states itself")
+    get_recurrent_state = _refused("get_recurrent_state", "the exported graph keeps recurrent states itself")
+    update_conv_state = _refused("update_conv_state", "the exported graph keeps recurrent states itself")
+    update_recurrent_state = _refused("update_recurrent_state", "the exported graph keeps recurrent states itself")
 
 
 class Candidates(CandidateGenerator):

@@ -53,6 +53,7 @@ def model_card(config: ModelConfig, name: str, *, licence: str = "", evidence: s
     layouts = [(layer.key, layer.value) for layer in config.layers]
     ours = cache_bytes(layouts, [layer.num_key_value_heads for layer in config.layers], length)
     half = sum(4 * length * layer.num_key_value_heads * layer.key.head_dim for layer in config.layers)
+    ours, half = ours + config.state_bytes, half + config.state_bytes
     weights = config.weights or config.dtype
     title = name.rpartition("/")[2] if name != "." else f"{Path(origin).stem}, cache {config.bits}"
     quality = f"{evidence}\n\n" if evidence else ""
@@ -71,7 +72,8 @@ def model_card(config: ModelConfig, name: str, *, licence: str = "", evidence: s
             f"| cache | {config.bits}: bits of keys (K) and values (V); `{RECIPE_FILE}` has every option |",
             f"| its size at {length:,} tokens | {ours / 2**20:.1f} MiB; in fp16 {half / 2**20:.1f} MiB |",
             f"| weights | {weights or 'as in the source'} |",
-            f"| layers, context | {len(config.layers)} of {config.model_type}, {config.context_length:,} tokens |",
+            f"| layers, context | {config.num_hidden_layers or len(config.layers)} of {config.model_type}, "
+            f"{config.context_length:,} tokens |",
             f"| licence of the source | {licence or 'not stated: see the source'} |",
             "",
             "## Quality",

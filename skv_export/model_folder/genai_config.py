@@ -5,6 +5,8 @@ keys and for the values of a layer alike, with the width of the *key* input, or 
 open. Only the bytes of a block matter to the op, so any pair of widths runs there: the narrower tensor's last dimension
 is left open in the graph and gets the wider one's size. Beam search, rewinding and growing buffers
 (``past_present_share_buffer`` off) must stay off: they would cut or copy blocks as if their rows were tokens.
+
+Recurrent states have names of their own; which layers have keys and values, and which a state, it sees in the graph.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from skv_export.model_folder.names import (
     MODEL_FILE,
     TOKEN_INPUTS,
     past_name,
+    past_state_name,
     present_name,
+    present_state_name,
 )
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
 from skv_export.spec.layout import CacheLayout
@@ -146,6 +150,7 @@ def genai_config(
         eos_token_id=list(config.eos_token_id) if len(config.eos_token_id) != 1 else config.eos_token_id[0],
         pad_token_id=_or_first_end(config.pad_token_id, config),
     )
+    states = sorted({state.name for state in config.states})
     options = _table(decoder, "session_options")
     options.setdefault("log_id", "onnxruntime-genai")
     options.setdefault("provider_options", [])
@@ -156,16 +161,18 @@ def genai_config(
         head_size=max(open_keys, default=row_bytes(_pair(layer))),
         num_attention_heads=layer.num_attention_heads,
         num_key_value_heads=layer.num_key_value_heads,
-        num_hidden_layers=len(config.layers),
+        num_hidden_layers=config.num_hidden_layers or len(config.layers),
         inputs={
             **{name: name for name in TOKEN_INPUTS if name in inputs},
             "past_key_names": past_name("%d", "key"),
             "past_value_names": past_name("%d", "value"),
+            **{f"past_{state}_names": past_state_name("%d", state) for state in states},
         },
         outputs={
             "logits": LOGITS,
             "present_key_names": present_name("%d", "key"),
             "present_value_names": present_name("%d", "value"),
+            **{f"present_{state}_names": present_state_name("%d", state) for state in states},
         },
     )
     # A window is the op's own business: genai would cut the cache to so many rows, or slide its inputs.

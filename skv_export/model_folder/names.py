@@ -38,6 +38,7 @@ LOGITS = "logits"
 PAST, PRESENT = "past_key_values", "present"
 TENSORS = ("key", "value")
 """The two tensors of a layer's cache, in the order of layouts."""
+PAST_STATE, PRESENT_STATE = "past_state", "present_state"
 
 
 def past_name(layer: int | str, tensor: str) -> str:
@@ -55,3 +56,20 @@ def layer_of_cache(name: str | None) -> int | None:
     kind, _, rest = (name or "").partition(".")
     layer, _, tensor = rest.partition(".")
     return int(layer) if kind in (PAST, PRESENT) and layer.isdigit() and tensor in TENSORS else None
+
+
+def past_state_name(layer: int | str, state: str) -> str:
+    """Returns the graph's input of a layer's recurrent state; ``layer`` as in ``past_name``."""
+    return f"{PAST_STATE}.{layer}.{state}"
+
+
+def present_state_name(layer: int | str, state: str) -> str:
+    """Returns the graph's output of a layer's recurrent state; ``layer`` as in ``past_name``."""
+    return f"{PRESENT_STATE}.{layer}.{state}"
+
+
+def layer_of_state(name: str | None) -> int | None:
+    """Returns the layer whose ``past_state_name`` or ``present_state_name`` this is; None = another value's name."""
+    kind, _, rest = (name or "").partition(".")
+    layer, _, state = rest.partition(".")
+    return int(layer) if kind in (PAST_STATE, PRESENT_STATE) and layer.isdigit() and state else None

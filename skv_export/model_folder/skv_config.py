@@ -19,6 +19,7 @@ from skv_export.spec.key_basis import can_be_calibrated
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.op import LayerAttention
 from skv_export.spec.recipe import LayerConfig, Recipe
+from skv_export.spec.state import MAX_LAYER, LayerState
 
 FORMAT_VERSION = 1
 """Version of ``skv_config.json``."""
@@ -71,7 +72,7 @@ class ModelConfig:
         pad_token_id: Token that fills finished sequences.
         all_logits: The graph returns every position's logits, not only the last one's.
         source: What the folder was exported from: ``kind``, ``name``, ``revision``, ``sha256``.
-        layers: Each layer's cache.
+        layers: The cache of each layer that has one.
         right_padded: The graph takes padding on the right only (a rewritten one); else on either side.
         weights: ``int8`` or ``int4`` where the export quantized weights; else "".
         quantize_head: Whether the output embedding is among them.
@@ -80,6 +81,9 @@ class ModelConfig:
         position_axes: Positions of a token: 3 with multimodal RoPE, whose ``position_ids`` are ``[3, B, S]``; else 1.
         rope_switch: The longest sequence that has longrope's first set of frequencies: beyond it a sequence runs anew;
             0 = there is one set.
+        indices: Numbers in the model of ``layers``, rising; empty = from 0 on.
+        num_hidden_layers: Layers with a cache or a state of their own; 0 = as many as ``layers``.
+        states: Recurrent states of the layers that have them.
     """
 
     model_type: str
@@ -99,6 +103,19 @@ class ModelConfig:
     inputs_embeds: int = 0
     position_axes: int = 1
     rope_switch: int = 0
+    indices: tuple[int, ...] = ()
+    num_hidden_layers: int = 0
+    states: tuple[LayerState, ...] = ()
+
+    @property
+    def by_index(self) -> dict[int, LayerCache]:
+        """``layers`` by their numbers in the model, which are those in the names of the graph's inputs and outputs."""
+        return dict(zip(self.indices or range(len(self.layers)), self.layers, strict=True))
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one sequence's recurrent states, whatever its length."""
+        return sum(state.nbytes for state in self.states)
 
     @property
     def bits(self) -> str:
@@ -128,8 +145,11 @@ class ModelConfig:
             )
         try:
             layers = tuple(_layer_cache(layer) for layer in values["layers"])
-            if len(layers) != values["num_hidden_layers"]:
-                raise ValueError(f"{len(layers)} layers listed, num_hidden_layers is {values['num_hidden_layers']}")
+            states = tuple(LayerState(x["layer"], x["name"], tuple(x["shape"])) for x in values.get("states", ()))
+            count = _number(values, "num_hidden_layers", 1, MAX_LAYER)
+            indices = tuple(_number({"layer": i, **x}, "layer", 0, count - 1) for i, x in enumerate(values["layers"]))
+            if (not states and len(layers) != count) or sorted({*indices}) != [*indices]:
+                raise ValueError(f"{len(layers)} layers listed, num_hidden_layers is {count}")
             if values["logits"] not in ("last", "all"):
                 raise ValueError(f"logits is {values['logits']!r}, neither 'last' nor 'all'")
             if values.get("padding", "any") not in ("any", "right"):
@@ -154,6 +174,9 @@ class ModelConfig:
                 inputs_embeds=_number({"inputs_embeds": 0, **values}, "inputs_embeds", 0, MAX_HIDDEN),
                 position_axes=_number({"position_axes": 1, **values}, "position_axes", 1, 3),
                 rope_switch=_number({"rope_switch": 0, **values}, "rope_switch", 0, MAX_CONTEXT),
+                indices=indices,
+                num_hidden_layers=count,
+                states=states,
             )
         except (AttributeError, KeyError, TypeError, ValueError, SkvError) as error:
             got = f"no key {error}" if isinstance(error, KeyError) else str(error)
@@ -166,15 +189,16 @@ class ModelConfig:
             hidden_size: Channels of the hidden state: for readers, the runtime does not need it.
         """
         values = dataclasses.asdict(self)
-        del values["all_logits"], values["right_padded"]
-        for written, layer in zip(values["layers"], self.layers, strict=True):
+        del values["all_logits"], values["right_padded"], values["indices"]
+        for written, (i, layer) in zip(values["layers"], self.by_index.items(), strict=True):
+            written["layer"] = i
             written["key"], written["value"] = layout_entry(layer.key), layout_entry(layer.value)
         return {
             "format_version": FORMAT_VERSION,
             "skv_version": __version__,
             **values,
             "hidden_size": hidden_size,
-            "num_hidden_layers": len(self.layers),
+            "num_hidden_layers": self.num_hidden_layers or len(self.layers),
             "logits": "all" if self.all_logits else "last",
             "padding": "right" if self.right_padded else "any",
         }

@@ -25,7 +25,7 @@ from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation
 from skv_export.export import empty_model
 from skv_export.export.checkpoint_weights import Weights, separate_head
 from skv_export.export.repeat_layers import find_stack
-from skv_export.export.supported import check_config
+from skv_export.export.supported import attention_layers, check_config
 
 
 @dataclass
@@ -56,6 +56,13 @@ class LayerByLayer:
         check_config(self.config)
         refuse_shared(self.config.to_dict(), str(source))
         check_purpose(self.config.model_type, self.config.architectures)
+        if len(attention_layers(self.config)) < int(self.config.num_hidden_layers):
+            raise SkvError(
+                f"{self.config.model_type}: measured layer by layer",
+                got="layers without attention",
+                expected="attention in every layer",
+                fix="`skv-export model --weights int8` or int4 rounds weights without a text.",
+            )
         separate_head(source, self.config)
         self.model = empty_model.build(self.config, torch.float32).model
         self.weights = Weights(source, self.model)

@@ -269,7 +269,7 @@ class Batch:
 
 
 def sequence_bytes(session: Session, max_length: int | None = None) -> int:
-    """Bytes of a cache of one sequence.
+    """Bytes of a cache of one sequence, recurrent states included.
 
     Args:
         session: The model.
@@ -277,7 +277,8 @@ def sequence_bytes(session: Session, max_length: int | None = None) -> int:
     """
     layers = session.config.layers
     length = session.config.context_length if max_length is None else max_length
-    return cache_bytes([(x.key, x.value) for x in layers], [x.num_key_value_heads for x in layers], length)
+    caches = cache_bytes([(x.key, x.value) for x in layers], [x.num_key_value_heads for x in layers], length)
+    return caches + session.config.state_bytes
 
 
 def slots_that_fit(session: Session, max_length: int | None = None) -> int:

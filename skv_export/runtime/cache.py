@@ -16,18 +16,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from skv_export.arguments import checked
-from skv_export.calibration.file import Calibration
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import TENSORS, past_name, present_name
 from skv_export.model_folder.skv_config import LayerCache
 from skv_export.native.library import Library
 from skv_export.runtime import arrays
-from skv_export.runtime.cache_state import Key, SequenceState, TensorState, held_tiles
+from skv_export.runtime.cache_state import Key, SequenceState, TensorState, held_tiles, parts
 from skv_export.runtime.providers import device_of
 from skv_export.runtime.queries import LastQueries
+from skv_export.runtime.state_buffers import StateBuffers
 from skv_export.spec import reference
 from skv_export.spec.key_basis import MATRICES, KeyBasis
 from skv_export.spec.layout import Bytes, CacheLayout
+from skv_export.spec.state import LayerState
 
 logger = logging.getLogger(__name__)
 MAX_BATCH = 1 << 16
@@ -44,13 +45,15 @@ class Cache:
 
     Args:
         onnx: onnxruntime's InferenceSession.
-        layers: The model's layers.
+        layers: The model's layers that have a cache.
         batch: Sequences.
         max_length: Tokens per sequence.
         device: ``cpu``, ``cuda``, ``cuda:1``.
         library: The native library.
         bases: Gives the constants of calibrated keys, by layer; asked when tokens are taken back.
         model: Says which model the cache is of, in a saved file.
+        states: Of its recurrent layers.
+        indices: Numbers in the model of ``layers``; empty = from 0 on.
 
     Attributes:
         binding: IOBinding of the session, to which the buffers are bound.
@@ -77,6 +80,8 @@ class Cache:
         library: Library,
         bases: Callable[[], Mapping[int, KeyBasis]] = dict,
         model: Callable[[], str] = str,
+        states: Sequence[LayerState] = (),
+        indices: Sequence[int] = (),
     ) -> None:
         import onnxruntime as ort
 
@@ -90,6 +95,8 @@ class Cache:
         self._longest = self.lengths.copy()  # in the buffers, since each was empty: up to there rows are overwritten
         self._onnx, self._library, self._bases, self.model = onnx, library, bases, model
         self.device, self._where = device, device_of(device)
+        self._indices, self.recurrent = tuple(indices) or tuple(range(len(layers))), tuple(states)
+        self.states = StateBuffers(states, batch, device)
         self._tensors: dict[Key, tuple[CacheLayout, Any]] = {}
         for i, layer in enumerate(layers):
             for name, layout in zip(TENSORS, (layer.key, layer.value), strict=True):
@@ -101,10 +108,11 @@ class Cache:
 
     def bind(self, binding: Any) -> None:
         """Binds the buffers, as past and present alike, to an IOBinding of the session."""
-        for key, (_, buffer) in self._tensors.items():
+        self.states.bind(binding, self.batch)
+        for (i, name), (_, buffer) in self._tensors.items():
             where = *self._where, np.uint8, [self.batch, *buffer.shape()[1:]], buffer.data_ptr()
-            binding.bind_input(past_name(*key), *where)
-            binding.bind_output(present_name(*key), *where)
+            binding.bind_input(past_name(self._indices[i], name), *where)
+            binding.bind_output(present_name(self._indices[i], name), *where)
 
     @checked
     def first(self, n: int) -> Cache:
@@ -132,7 +140,7 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        return sum(math.prod(buffer.shape()) for _, buffer in self._tensors.values())
+        return self.states.nbytes + sum(math.prod(buffer.shape()) for _, buffer in self._tensors.values())
 
     @cached_property
     def _constants(self) -> dict[int, list[Any]]:
@@ -172,6 +180,7 @@ class Cache:
         for held in self.tokens:
             held.clear()
         self.queries.clear()
+        self.states.clear(slice(self.batch))
 
     @checked
     def advance(self, new: Sequence[Sequence[int]]) -> None:
@@ -185,8 +194,10 @@ class Cache:
 
     @checked
     def rewind_floor(self, b: int) -> int:
-        """Smallest length above 0 to which sequence ``b`` can be rewound."""
+        """Smallest length above 0 to which sequence ``b`` can be rewound; its own where a recurrent state holds it."""
         self._check_sequence(b)
+        if self.states:
+            return int(self.lengths[b])
         length, longest = int(self.held[b]), int(self._longest[b])
         tensors = self._tensors.values()
         floor = max(reference.rewind_floor(x, math.prod(y.shape()[2:]), length, longest) for x, y in tensors)
@@ -223,7 +234,7 @@ class Cache:
         """
         self._check_sequence(b)
         length = int(self.held[b])
-        room = self.max_length - length - 1
+        room = 0 if self.states else self.max_length - length - 1
         for layout, _ in self._tensors.values():
             flush = layout.quantized_tokens(length) + layout.num_sink_tokens + layout.recent_tokens + layout.tile_tokens
             room = min(room, flush - length - 1)
@@ -237,7 +248,8 @@ class Cache:
 
         At most ``recent_tokens`` can be taken back, or everything; with a sliding window, repeated rewinds may end
         earlier, but never within ``recent_tokens`` of the longest length. Tokens whose exact form is gone come back
-        from their codes; all others are as if the tokens taken back had never been there.
+        from their codes; all others are as if the tokens taken back had never been there. A model with recurrent layers
+        takes back everything or nothing: their states hold no single tokens.
 
         Raises:
             SkvError: Too far back, or longer than what is held; nothing has changed.
@@ -253,7 +265,9 @@ class Cache:
                     f"rewind of sequence {b}, which holds {held} tokens",
                     got=wanted,
                     expected=f"{floor} ... {held}, or 0",
-                    fix="Start the sequence again, or export with more recent_tokens.",
+                    fix="Start the sequence again, or keep a copy (Cache.select) of the place to return to."
+                    if self.states
+                    else "Start the sequence again, or export with more recent_tokens.",
                 )
         packed = np.where(new == 0, 0, new - self.dropped)
         for (layer, name), (layout, buffer) in self._tensors.items():
@@ -272,6 +286,7 @@ class Cache:
             self._longest[b] = max(counted) if wanted else 0
             del self.tokens[b][int(new[b]) :]
             self.queries.clear(b)
+            self.states.clear(b)  # only to 0
         self.dropped[new == 0] = self.chosen[new == 0] = 0
         self.lengths[:] = new
 
@@ -297,8 +312,9 @@ class Cache:
         """
         order = self._order(indices)
         twin = Cache(
-            self._onnx, self.layers, len(order), self.max_length, self.device, self._library, self._bases, self.model
-        )
+            self._onnx, self.layers, len(order), self.max_length, self.device, self._library, self._bases, self.model,
+            self.recurrent, self._indices,
+        )  # fmt: skip
         twin._copy(self, order)
         return twin
 
@@ -323,6 +339,7 @@ class Cache:
         for key, (_, buffer) in self._tensors.items():
             kept = np.arange(len(order), buffer.shape()[0])  # of a cache whose first sequences this is
             buffer.update_inplace(np.ascontiguousarray(source._tensors[key][1].numpy()[[*order, *kept]]))
+        self.states.copy(source.states, order)
         for name in _BY_SEQUENCE:
             getattr(self, name)[:] = getattr(source, name)[order]
         for held, tokens in zip(self.tokens, [list(source.tokens[b]) for b in order.tolist()], strict=True):
@@ -346,7 +363,7 @@ class Cache:
             held = held_tiles(layout, block.shape[1], int(self.held[b]), self.longest(b))
             first = max(held.start, min(held.stop, layout.quantized_tokens(behind) // layout.tile_tokens))
             slots = [tile % tiles for tile in range(first, held.stop)]
-            found, rows = _parts(layout, block)
+            found, rows = parts(layout, block)
             rows = rows.copy()
             rows[:, self.longest(b) * layout.row_bytes :] = 0  # what was never written
             return TensorState(first, found[:, slots], rows)
@@ -365,7 +382,8 @@ class Cache:
         self._check_sequence(b)
         tensors = {key: self.tensor_state(b, key, behind) for key in self._tensors}
         notes = int(self.dropped[b]), int(self.chosen[b]), bool(self.second_rope[b])
-        return SequenceState(np.array(self.tokens[b], np.int32), self.longest(b), tensors, *notes)
+        tokens = np.array(self.tokens[b], np.int32)
+        return SequenceState(tokens, self.longest(b), tensors, *notes, self.states.of(b))
 
     @checked
     def restore(self, b: int, states: Sequence[SequenceState]) -> None:
@@ -386,6 +404,7 @@ class Cache:
                 expected=f"at most its capacity of {self.capacity}",
                 fix="Allocate the cache for a larger max_length.",
             )
+        self.states.put(b, state.states)
         for key in self._tensors:
             self.restore_tensor(b, key, [x.tensors[key] for x in states], len(state.tokens) - state.dropped)
         self.note_restored(b, state.tokens.tolist(), state.longest, state.dropped, state.chosen)
@@ -396,7 +415,7 @@ class Cache:
         layout, _ = self._tensors[key]
         with self._block(b, key, write=True) as block:
             tiles = layout.tiles_in(block.shape[1])
-            to, rows = _parts(layout, block)
+            to, rows = parts(layout, block)
             end = layout.quantized_tokens(length) // layout.tile_tokens
             for state in states:
                 stop = min(end, state.first + state.tiles.shape[1])
@@ -476,25 +495,3 @@ class Cache:
         from skv_export.runtime import cache_file
 
         cache_file.save(self, path)
-
-
-def load_bases(path: Path, layers: Sequence[LayerCache]) -> Mapping[int, KeyBasis]:
-    """Reads the constants of the layers whose keys are calibrated, by layer; without such a layer, nothing.
-
-    Raises:
-        SkvError: The file is missing or damaged, or lacks a layer.
-    """
-    calibrated = [i for i, layer in enumerate(layers) if layer.calibrated]
-    bases = Calibration.load(path).bases if calibrated else {}
-    for i in calibrated:
-        if i not in bases:
-            raise SkvError(f"{path}: layer {i} is missing", fix="Export the model again.")
-        bases[i].check(layers[i].key, layers[i].num_key_value_heads)
-    return {i: bases[i] for i in calibrated}
-
-
-def _parts(layout: CacheLayout, block: Bytes) -> tuple[Bytes, Bytes]:
-    """Views of a block ``[N_kv, C]``: its tiles ``[N_kv, tiles, tile_bytes]``, and its full-precision rows."""
-    tiles = layout.tiles_in(block.shape[1])
-    found = block[:, : tiles * layout.tile_bytes].reshape(len(block), tiles, layout.tile_bytes)
-    return found, block[:, block.shape[1] - layout.full_rows * layout.row_bytes :]

@@ -2,8 +2,9 @@
 
 The file is in the safetensors format. Sequence ``b`` has the tensors ``b.tokens`` (int32) and, for each layer and name,
 ``b.LAYER.key.tiles`` ``[N_kv, tiles, tile_bytes]`` and ``b.LAYER.key.rows`` ``[N_kv, R * row_bytes]`` (bytes, as
-docs/spec.md lays them out). The metadata says which model and which layouts they are of, how long the sequences are,
-and has the SHA-256 of the whole file with zeros in the digest's place.
+docs/spec.md lays them out); for each recurrent state ``b.state.LAYER.NAME`` (float32). The metadata says which model
+and which layouts they are of, how long the sequences are, and has the SHA-256 of the whole file with zeros in the
+digest's place.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from skv_export.runtime import arrays
 from skv_export.runtime.cache import Cache
 from skv_export.runtime.cache_state import Key, TensorState, held_tiles
 from skv_export.spec.layout import LAYOUT_VERSION, CacheLayout
+from skv_export.spec.state import LayerState
 
 if TYPE_CHECKING:
     from skv_export.runtime.session import Session
@@ -74,7 +76,7 @@ def save(cache: Cache, path: Path | str) -> None:
         for b, tokens in enumerate(cache.tokens)
     ]
     metadata = _metadata(cache, sizes)
-    table = _table(cache.layers, cache.max_length, sizes)
+    table = _table(cache.layers, cache.recurrent, cache.max_length, sizes)
     header = _header(table, metadata)
     digest = hashlib.sha256(header)
     with output_file(path) as scratch, scratch.open("wb") as file:
@@ -99,7 +101,7 @@ def load(session: Session, path: Path | str, room: int | None = None) -> Cache:
         entries, metadata = read_header(file), read_metadata(file)
         sizes, max_length = _checked(source, metadata, context)
         _check_model(source, metadata, session)
-        table = _table(layers, max_length, sizes)
+        table = _table(layers, session.config.states, max_length, sizes)
         found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
         if found != table:
             odd = next(name for name in (table | found) if table.get(name) != found.get(name))
@@ -194,7 +196,7 @@ def _checked(source: Path, metadata: dict[str, str], context: int) -> tuple[list
 
 
 def _table(
-    layers: Sequence[LayerCache], max_length: int, sizes: Sequence[_Sizes]
+    layers: Sequence[LayerCache], states: Sequence[LayerState], max_length: int, sizes: Sequence[_Sizes]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The tensors of a file, in order: name -> type and shape."""
     table: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -205,6 +207,8 @@ def _table(
                 heads, tiles = layer.num_key_value_heads, len(_held(layout, max_length, size))
                 table[f"{b}.{i}.{name}.tiles"] = "U8", (heads, tiles, layout.tile_bytes)
                 table[f"{b}.{i}.{name}.rows"] = "U8", (heads, layout.full_rows * layout.row_bytes)
+        for state in states:
+            table[f"{b}.state.{state.layer}.{state.name}"] = "F32", state.shape
     return table
 
 
@@ -216,7 +220,7 @@ def _header(table: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, s
     entries: dict[str, Any] = {"__metadata__": metadata}
     at = 0
     for name, (dtype, shape) in table.items():
-        size = math.prod(shape) * (4 if dtype == "I32" else 1)
+        size = math.prod(shape) * (1 if dtype == "U8" else 4)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(entries).encode()
@@ -231,6 +235,8 @@ def _payload(cache: Cache) -> Iterable[bytes | memoryview]:
             state = cache.tensor_state(b, key)
             yield np.ascontiguousarray(state.tiles).reshape(-1).data
             yield state.rows.reshape(-1).data
+        states = cache.states.of(b)
+        yield from (states[x.layer, x.name].astype("<f4").tobytes() for x in cache.recurrent)
 
 
 def _keys(cache: Cache) -> list[Key]:
@@ -257,6 +263,8 @@ def _fill(cache: Cache, entries: dict[str, TensorEntry], sizes: Sequence[_Sizes]
             cache.restore_tensor(b, key, [TensorState(first, tiles, rows)], size.held)
         tokens = entries[f"{b}.tokens"].array().tolist()
         cache.note_restored(b, tokens, size.longest, size.dropped, size.chosen)
+        keys = [(x.layer, x.name) for x in cache.recurrent]
+        cache.states.put(b, {key: entries[f"{b}.state.{key[0]}.{key[1]}"].array() for key in keys})
 
 
 def _damaged(source: Path, what: str, got: object, expected: object) -> SkvError:

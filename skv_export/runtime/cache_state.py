@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from skv_export.calibration.file import Calibration
+from skv_export.errors import SkvError
+from skv_export.model_folder.skv_config import LayerCache
+from skv_export.runtime.state_buffers import States
+from skv_export.spec.key_basis import KeyBasis
 from skv_export.spec.layout import Bytes, CacheLayout
 
 Key = tuple[int, str]
@@ -40,6 +46,7 @@ class SequenceState:
         dropped: Those of the tokens that are not in the buffers; see ``Cache``.
         chosen: Tokens at the front of the buffers that were chosen; see ``Cache``.
         second_rope: Whether the keys have longrope's second set of frequencies.
+        states: Of recurrent layers, after all tokens.
     """
 
     tokens: NDArray[np.int32]
@@ -48,11 +55,13 @@ class SequenceState:
     dropped: int = 0
     chosen: int = 0
     second_rope: bool = False
+    states: States = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the state takes."""
-        return self.tokens.nbytes + sum(x.tiles.nbytes + x.rows.nbytes for x in self.tensors.values())
+        tensors = sum(x.tiles.nbytes + x.rows.nbytes for x in self.tensors.values())
+        return self.tokens.nbytes + tensors + sum(x.nbytes for x in self.states.values())
 
 
 def held_tiles(layout: CacheLayout, block_bytes: int, length: int, longest: int) -> range:
@@ -69,3 +78,25 @@ def held_tiles(layout: CacheLayout, block_bytes: int, length: int, longest: int)
         return range(end)
     forgotten = layout.quantized_tokens(longest) // layout.tile_tokens - layout.tiles_in(block_bytes)
     return range(min(max(forgotten, 0), end), end)
+
+
+def load_bases(path: Path, layers: Sequence[LayerCache]) -> Mapping[int, KeyBasis]:
+    """Reads the constants of the layers whose keys are calibrated, by layer; without such a layer, nothing.
+
+    Raises:
+        SkvError: The file is missing or damaged, or lacks a layer.
+    """
+    calibrated = [i for i, layer in enumerate(layers) if layer.calibrated]
+    bases = Calibration.load(path).bases if calibrated else {}
+    for i in calibrated:
+        if i not in bases:
+            raise SkvError(f"{path}: layer {i} is missing", fix="Export the model again.")
+        bases[i].check(layers[i].key, layers[i].num_key_value_heads)
+    return {i: bases[i] for i in calibrated}
+
+
+def parts(layout: CacheLayout, block: Bytes) -> tuple[Bytes, Bytes]:
+    """Views of a block ``[N_kv, C]``: its tiles ``[N_kv, tiles, tile_bytes]``, and its full-precision rows."""
+    tiles = layout.tiles_in(block.shape[1])
+    found = block[:, : tiles * layout.tile_bytes].reshape(len(block), tiles, layout.tile_bytes)
+    return found, block[:, block.shape[1] - layout.full_rows * layout.row_bytes :]

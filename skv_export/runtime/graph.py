@@ -28,6 +28,7 @@ from skv_export.model_folder.names import (
     TENSORS,
     TOKEN_INPUTS,
     past_name,
+    past_state_name,
 )
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.native.library import Library
@@ -90,6 +91,13 @@ class Graph:
         self.captured: WeakKeyDictionary[Cache, DecodeGraph] = WeakKeyDictionary()
         self._numbers = itertools.count(1)
         path = folder / MODEL_FILE
+        if cuda_graph and config.states:
+            raise SkvError(
+                f"{folder}: cuda_graph",
+                got="a model with recurrent layers",
+                expected="one without: a capture runs its step several times, which a state would count",
+                fix="Leave cuda_graph out.",
+            )
         if model is None and not path.is_file():
             raise SkvError(f"{path}: no such file", fix="Export the model with `skv-export model`.")
         if num_logits > 1 and not config.all_logits:
@@ -213,7 +221,7 @@ def _with_queries(path: Path, model: bytes | None, config: ModelConfig, window: 
 
     loaded = onnx.load(path, load_external_data=False) if model is None else onnx.load_model_from_string(model)
     widths = [layer.num_attention_heads * layer.key.head_dim for layer in config.layers]
-    changed, outputs = with_queries(loaded, widths, window, path)
+    changed, outputs = with_queries(loaded, dict(zip(config.by_index, widths, strict=True)), window, path)
     return changed.SerializeToString(), outputs
 
 
@@ -231,7 +239,17 @@ def session_options(folder: Path, num_threads: int, spinning: bool) -> Any:
 
 def _token_inputs(folder: Path, inputs: dict[str, Any], config: ModelConfig) -> tuple[str, ...]:
     """The graph's inputs besides the caches; checks that the caches are those of the configuration."""
-    for i, layer in enumerate(config.layers):
+    for state in config.states:
+        shape = inputs.pop(past_state_name(state.layer, state.name), None)
+        if shape is None or tuple(shape[1:]) != state.shape:
+            raise SkvError(
+                f"{folder}: {MODEL_FILE} and {SKV_CONFIG_FILE} do not belong together: layer {state.layer}, "
+                f"state {state.name}",
+                got=shape and shape[1:],
+                expected=list(state.shape),
+                fix="Export the model again.",
+            )
+    for i, layer in config.by_index.items():
         for name, layout in zip(TENSORS, (layer.key, layer.value), strict=True):
             shape = inputs.pop(past_name(i, name), None)
             # A width may be open, for runtimes that allocate keys and values alike: then it has no number.

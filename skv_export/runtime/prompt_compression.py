@@ -59,6 +59,8 @@ class PromptCompressor:
                 fix="A draft must have the tokens of the model whose prompts it makes shorter.",
             )
         if first_layers is not None:
+            if config.states:
+                raise SkvError(f"{folder}: first layers", got="a model with recurrent layers", expected="one without")
             if not 1 <= first_layers <= len(config.layers):
                 raise SkvError("first layers", got=first_layers, expected=f"1 ... {len(config.layers)}")
             model = _first_layers(folder / MODEL_FILE, first_layers, vocab_size)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,13 +41,13 @@ class QueryOutput:
 
 
 def with_queries(
-    model: onnx.ModelProto, widths: Sequence[int], window: int, what: object
+    model: onnx.ModelProto, widths: Mapping[int, int], window: int, what: object
 ) -> tuple[onnx.ModelProto, list[QueryOutput]]:
     """Makes a graph return the queries of each call's last tokens, in place.
 
     Args:
         model: The graph.
-        widths: Numbers of a token's queries, N * head_dim, by layer.
+        widths: Numbers of a token's queries, N * head_dim, by the layer's number in the model.
         window: Of how many last tokens, or of all of a shorter call.
         what: Names the graph in errors.
 
@@ -63,7 +63,7 @@ def with_queries(
     nodes = {node.input[INPUT_NAMES.index("past_key")]: node for node in graph.node if node.domain == DOMAIN}
     for name, value in {"start": -window, "end": _END, "axis": 1, "channel": 0, "channels": 2}.items():
         graph.initializer.append(helper.make_tensor(f"skv.queries.{name}", TensorProto.INT64, [1], [value]))
-    for i, width in enumerate(widths):
+    for i, width in widths.items():
         node = nodes[past_name(i, "key")]
         attributes = {x.name: helper.get_attribute_value(x) for x in node.attribute}
         inputs = dict(zip(INPUT_NAMES, node.input, strict=False))

@@ -21,7 +21,8 @@ from skv_export.native.library import load_library
 from skv_export.paths import to_path
 from skv_export.runtime import arrays, cache_file, compaction, embeddings, rope_switch
 from skv_export.runtime.batch import Batch
-from skv_export.runtime.cache import MAX_BATCH, Cache, load_bases
+from skv_export.runtime.cache import MAX_BATCH, Cache
+from skv_export.runtime.cache_state import load_bases
 from skv_export.runtime.graph import Graph, Int64, Logits
 from skv_export.runtime.prompting import Drafter, Observer, begun, until_end
 from skv_export.runtime.prompts import chat_prompt, load_tokenizer
@@ -134,7 +135,7 @@ class Session:
             )
         return Cache(
             self.onnx, self.config.layers, batch, wanted, self.execution_provider, self.library,
-            lambda: self.bases, lambda: cache_file.model_digest(self.folder),
+            lambda: self.bases, lambda: cache_file.model_digest(self.folder), self.config.states, self.config.indices,
         )  # fmt: skip
 
     @checked

@@ -98,10 +98,17 @@ class Speculation:
         calls: Calls of the model after the prompt.
 
     Raises:
-        SkvError: The session returns the logits of one token only.
+        SkvError: The session returns the logits of one token only, or the model has recurrent layers.
     """
 
     def __init__(self, session: Session, drafter: Drafter) -> None:
+        if session.config.states:
+            raise SkvError(
+                f"{session.folder}: speculative decoding",
+                got="a model with recurrent layers",
+                expected="one without: their states can't take guesses back",
+                fix="Decode token by token.",
+            )
         self.guessed = self.accepted = self.calls = 0
         self.session, self.drafter = session, drafter
         self._most = min(drafter.num_tokens, session.max_drafts)

@@ -89,6 +89,7 @@ class StepComparison:
         written: Bytes of codes and parameters that were written, per layer.
         rounded: Full-precision numbers that were written otherwise, in all layers.
         origin: Where the first difference beyond the tolerance came from; empty if there was none.
+        states: Largest difference of a recurrent state after a step, relative to the state's largest number.
     """
 
     prompt: int
@@ -102,6 +103,7 @@ class StepComparison:
     written: tuple[int, ...]
     rounded: int
     origin: str = ""
+    states: float = 0.0
 
     def summary(self) -> str:
         """The differences in one line."""
@@ -145,6 +147,7 @@ class GraphResult:
             f"nothing rounded: {self.exact.summary()}",
             f"cache: {sum(found.flips)} of {sum(found.written):,} bytes of codes flipped{where}; "
             f"{found.rounded} full-precision numbers rounded otherwise",
+            *([f"recurrent states differ by {found.states:.1e} of their size at most"] if found.states else []),
         ]
 
 
@@ -156,7 +159,9 @@ class TorchDecoder:
         self.layers = session.config.layers
         self._device = input_device(model)
         configs = [layer_config(layer) for layer in self.layers]
-        self._decoder = SkvDecoder(model, configs, bases=session.bases)
+        given = dict(zip(session.config.by_index, configs, strict=True))
+        self.states = session.config.states
+        self._decoder = SkvDecoder(model, given, bases=session.bases, states=self.states)
         self._past: list[list[torch.Tensor]] = []
 
     def adopt(self, cache: Cache) -> None:
@@ -164,6 +169,9 @@ class TorchDecoder:
         self._past = [
             [torch.from_numpy(cache.data(i, name)) for i in range(len(self.layers))] for name in ("key", "value")
         ]
+        if self.states:
+            found = cache.states.of(0)
+            self._past.append([torch.from_numpy(found[x.layer, x.name])[None] for x in self.states])
 
     def run(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Runs new tokens; returns the last one's logits, ``[vocab]``."""
@@ -179,6 +187,10 @@ class TorchDecoder:
     def data(self, layer: int, name: str) -> Bytes:
         """One tensor's bytes, ``[1, N_kv, rows, W]``."""
         return self._past[("key", "value").index(name)][layer].numpy()
+
+    def state(self, number: int) -> NDArray[np.float32]:
+        """One recurrent state, in the order of ``states``."""
+        return self._past[2][number][0].numpy()
 
 
 def layer_config(layer: LayerCache) -> LayerConfig:
@@ -302,7 +314,7 @@ class _Track:
     origin: str = ""
 
     def __post_init__(self) -> None:
-        self.flips, self.written = [0] * self.layers, [0] * self.layers
+        self.flips, self.written, self.states = [0] * self.layers, [0] * self.layers, 0.0
 
     def add_logits(self, step: int, reference: NDArray[np.float32], exported: NDArray[np.float32]) -> bool:
         """Adds a step's logits; returns whether they are beyond the limit."""
@@ -328,6 +340,18 @@ class _Track:
                 if off > max(self.rows, 4 * _epsilon(layout)) and not self.origin:
                     before = f", or layer {i - 1} after its own" if i else ""
                     self.origin = f"step {step}: layer {i}'s {name}s are off by {off:.1%}: layer {i}{before}"
+        self.add_states(step, decoder, cache)
+
+    def add_states(self, step: int, decoder: TorchDecoder, cache: Cache) -> None:
+        """Compares the recurrent states after a step, and records the first that differs as an origin."""
+        found = cache.states.of(0)
+        for number, given in enumerate(decoder.states):
+            reference = decoder.state(number)
+            off = float(np.nan_to_num(np.abs(reference - found[given.layer, given.name]), nan=np.inf).max())
+            off /= float(np.abs(reference).max()) or 1.0
+            self.states = max(self.states, off)
+            if off > self.rows and not self.origin:
+                self.origin = f"step {step}: the state {given.name} of layer {given.layer} is off by {off:.1%}"
 
     def result(self, prompt: int, steps: int) -> StepComparison:
         worst = [float(d.max()) for d in self.differences]
@@ -343,6 +367,7 @@ class _Track:
             written=tuple(self.written),
             rounded=self.rounded,
             origin=self.origin,
+            states=self.states,
         )
 
 

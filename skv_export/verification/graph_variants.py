@@ -70,7 +70,7 @@ def unquantized(folder: Path, *, execution_provider: str = "cpu") -> Session:
     All else is ``exact_products``; a difference to the original comes from the graph, and no code can flip.
     """
     config = ModelConfig.load(folder)
-    layers = tuple(_unquantized(layer) for layer in config.layers)
+    by_index = {i: _unquantized(layer) for i, layer in config.by_index.items()}
     model = read_with_exact_products(folder / MODEL_FILE)
     for node in model.graph.node:
         if node.domain == DOMAIN and node.op_type == OP_NAME:
@@ -83,10 +83,10 @@ def unquantized(folder: Path, *, execution_provider: str = "cpu") -> Session:
     for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
         layer = layer_of_cache(value.name)
         if layer is not None:
-            layout: CacheLayout = getattr(layers[layer], value.name.rpartition(".")[2])
+            layout: CacheLayout = getattr(by_index[layer], value.name.rpartition(".")[2])
             if value.type.tensor_type.shape.dim[3].HasField("dim_value"):  # else any width will do
                 value.type.tensor_type.shape.dim[3].dim_value = layout.width
-    return _session(folder, execution_provider, model, dataclasses.replace(config, layers=layers))
+    return _session(folder, execution_provider, model, dataclasses.replace(config, layers=tuple(by_index.values())))
 
 
 def _unquantized(layer: LayerCache) -> LayerCache:

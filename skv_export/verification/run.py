@@ -390,7 +390,8 @@ def _check_same_model(source: Source, config: ModelConfig) -> PreTrainedConfig:
     given = load_config(source)
     text = given.get_text_config()
     found = {"model_type": given.model_type, "vocab_size": text.vocab_size, "layers": count_caches(text)}
-    expected = {"model_type": config.model_type, "vocab_size": config.vocab_size, "layers": len(config.layers)}
+    layers = config.num_hidden_layers or len(config.layers)
+    expected = {"model_type": config.model_type, "vocab_size": config.vocab_size, "layers": layers}
     if found != expected:
         raise SkvError(f"{source}: not what the folder was exported from", got=found, expected=expected)
     return given

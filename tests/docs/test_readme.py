@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from skv_export.export.architectures import TESTED
+from skv_export.export.architectures import HYBRID, TESTED
 
 README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -54,6 +54,8 @@ def test_models_are_those_that_are_tested() -> None:
     """The README's list is the package's, in its order."""
     (named,) = re.findall(r"^\*\*Models\.\*\* Tested against PyTorch: (.*?)\.\s+Any", TEXT, re.MULTILINE | re.DOTALL)
     assert re.findall(r"[a-z]\w+", re.sub(r"\(.*?\)|\band\b", "", named, flags=re.DOTALL)) == list(TESTED)
+    (named,) = re.findall(r"^\*\*Hybrid models\.\*\* Tested in the same way: (.*?)\.\s", TEXT, re.MULTILINE | re.DOTALL)
+    assert re.findall(r"[a-z]\w+", re.sub(r"\(.*?\)|\band\b", "", named, flags=re.DOTALL)) == list(HYBRID)
 
 
 SHOWN = re.findall(r"^    \$ skv-export (.*)\n((?:    (?!\$).+\n)+)", TEXT, flags=re.MULTILINE)

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from tiny_models import TINY, make_tiny, tiny_config
+from tiny_models import HYBRID, TINY, make_tiny, tiny_config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from skv_export.checkpoints.checkpoint import Source
@@ -67,14 +67,15 @@ def planned(config: Any, recipe: Recipe) -> tuple[Plan, empty_model.EmptyModel]:
 def both(config: Any, recipe: Recipe | None = None) -> tuple[ir.Model | None, ir.Model, repeat_layers.Samples]:
     """The repeated graph, the graph of all layers, and what was traced for the former."""
     plan, model = planned(config, recipe or Recipe())
-    samples = repeat_layers.choose(model.model, plan.layers)
+    every = range(plan.num_hidden_layers)
+    samples = repeat_layers.choose(model.model, [plan.by_index.get(i) for i in every])
     assert samples is not None
     names: Any = Names(model.model)
     with repeat_layers.cut(model.model, samples):
         program = pipeline._trace(plan, model, samples.traced, False)
-    repeated = to_onnx.build(program, names, plan.layers, plan.recipe, samples)
-    program = pipeline._trace(plan, model, range(len(plan.layers)), False)
-    whole = to_onnx.build(program, names, plan.layers, plan.recipe)
+    repeated = to_onnx.build(program, names, plan.by_index, plan.recipe, samples, plan.states)
+    program = pipeline._trace(plan, model, every, False)
+    whole = to_onnx.build(program, names, plan.by_index, plan.recipe, states=plan.states)
     assert whole is not None
     return repeated, whole, samples
 
@@ -118,6 +119,18 @@ def test_stamped_graph_is_the_graph_of_all_layers(arch: str) -> None:
     )
     assert ours == theirs
     assert sum(1 for _ in repeated.graph) == sum(1 for _ in whole.graph)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["lfm2", "nemotron_h"])
+def test_stamped_graph_of_recurrent_layers_is_the_graph_of_all_layers(arch: str) -> None:
+    given = HYBRID[arch]
+    name = "layers_block_type" if arch == "nemotron_h" else "layer_types"
+    turns = given[name] * 2
+    repeated, whole, samples = both(tiny_config(arch, **given | {name: turns, "num_hidden_layers": len(turns)}))
+    assert repeated is not None and len(samples.traced) < len(turns)
+    assert meaning(repeated) == meaning(whole)
+    assert [value.name for value in repeated.graph.inputs] == [value.name for value in whole.graph.inputs]
 
 
 def test_layers_of_a_recipe_that_differ_are_traced_apart() -> None:

@@ -14,7 +14,7 @@ REFUSED = {
     "dots3_note_text": "multi-head latent attention",
     "t5": "encoder-decoder",
     "bart": "encoder-decoder",
-    "qwen3_next": "linear attention",
+    "kimi_linear": "linear attention",
     "mamba": "state-space",
     "bloom": "ALiBi",
     "gemma3n": "more than text",

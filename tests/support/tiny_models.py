@@ -74,6 +74,49 @@ TINY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Architecture -> what its tiny configuration sets beyond ``_COMMON`` (None: leaves out): every attention variant that
 has to work."""
+_MAMBA = {
+    "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 24, "mamba_expand": 2, "mamba_chunk_size": 8,
+    "mamba_n_groups": 1,
+}  # fmt: skip
+_DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24,
+}  # fmt: skip
+HYBRID: dict[str, dict[str, Any]] = {
+    "lfm2": {
+        "num_hidden_layers": 6, "layer_types": [*["conv"] * 2, "full_attention", *["conv"] * 2, "full_attention"],
+        "head_dim": None, "block_auto_adjust_ff_dim": False,
+    },
+    "lfm2_moe": {
+        "num_hidden_layers": 4, "layer_types": [*["conv"] * 2, "full_attention", "conv"], "head_dim": None,
+        "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "num_dense_layers": 1,
+    },
+    "bamba": {
+        **_MAMBA, "num_hidden_layers": 4, "attn_layer_indices": [1, 3], "head_dim": None, "mamba_n_groups": 2,
+    },
+    "granitemoehybrid": {
+        **_MAMBA, **TINY["granitemoehybrid"], "num_hidden_layers": 5, "mamba_n_heads": 8, "mamba_d_head": 16,
+        "layer_types": [*["linear_attention"] * 3, "full_attention", "linear_attention"],
+        "position_embedding_type": "nope",
+    },
+    "falcon_h1": {
+        **_MAMBA, "num_hidden_layers": 2, "mamba_d_ssm": 128, "mamba_n_groups": 2,
+    },
+    "nemotron_h": {
+        "num_hidden_layers": 5, "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2,
+        "ssm_state_size": 24, "chunk_size": 8, "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "moe"],
+    },
+    "qwen3_next": {
+        **_DELTA, "num_hidden_layers": 4,
+        "layer_types": [*["linear_attention"] * 2, "full_attention", "linear_attention"],
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    },
+    "qwen3_5_text": {
+        **_DELTA, "num_hidden_layers": 4, "layer_types": [*["linear_attention"] * 3, "full_attention"],
+    },
+}  # fmt: skip
+"""The same for models with recurrent layers between those with attention."""
 
 
 _SMALL: dict[str, Any] = {
@@ -110,7 +153,7 @@ def tiny_config(arch: str, **overrides: Any) -> Any:
     """Returns the configuration of a tiny model."""
     from transformers import AutoConfig
 
-    given = {**_COMMON, **TINY[arch], **overrides}
+    given = {**_COMMON, **(HYBRID | TINY)[arch], **overrides}
     return AutoConfig.for_model(arch, **{name: value for name, value in given.items() if value is not None})
 
 
