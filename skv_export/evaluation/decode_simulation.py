@@ -431,6 +431,13 @@ def _hook(
     simulation = _ACTIVE.get()
     if simulation is None:
         raise SkvError(f"{type(module).__name__}: no simulation is active", fix="Run the model in simulation.active().")
+    if hasattr(module, "expand_kv"):
+        raise SkvError(
+            f"{type(module).__name__}: the simulation has no cache of latents",
+            got="multi-head latent attention",
+            expected="keys and values of each head",
+            fix="Export the model: `skv-export verify` measures what its cache costs.",
+        )
     layer: int = module.layer_idx  # type: ignore[assignment]
     owner = cache_sources(getattr(module, "config", None)).get(layer, layer)
     options: AttentionOptions = {

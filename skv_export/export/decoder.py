@@ -23,6 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from skv_export.checkpoints.pretrained import replace_attention
 from skv_export.checkpoints.shared_caches import cache_sources
 from skv_export.errors import SkvError
+from skv_export.export.latent_attention import absorb, expand, has_latents, keep_latents
 from skv_export.export.llama4_attention import PATCHES
 from skv_export.export.recurrent_states import RecurrentStates, replace_functions
 from skv_export.spec.key_basis import MATRICES, KeyBasis
@@ -177,6 +178,9 @@ def _attend(
         asked[f"softcap={softcap}"] = softcap
     if asked:
         raise SkvError(f"{name} asks for what the op does not do", got=", ".join(sorted(asked)), fix=_UNSUPPORTED)
+    latents = has_latents(module)
+    if latents:
+        query = absorb(module, query)
     if key.shape[-1] != query.shape[-1] or value.shape[-1] != key.shape[-1]:
         got = f"query {query.shape[-1]}, key {key.shape[-1]}, value {value.shape[-1]}"
         raise SkvError(f"{name}: head dims differ", got=got, expected="one head_dim", fix=_UNSUPPORTED)
@@ -188,7 +192,8 @@ def _attend(
         local_window_size=int(sliding_window or 0),
     )
     output = call.attend(int(module.layer_idx), params, query, key, value, s_aux)  # type: ignore[arg-type]
-    return output.view(*output.shape[:2], params.num_heads, -1), None
+    output = output.view(*output.shape[:2], params.num_heads, -1)
+    return expand(module, output) if latents else output, None
 
 
 AttentionInterface.register(ATTENTION_NAME, _attend)
@@ -361,6 +366,7 @@ class SkvDecoder(torch.nn.Module):
             )
         head.register_forward_pre_hook(self._select)
         replace_attention(model, ATTENTION_NAME, PATCHES)
+        keep_latents(model, ATTENTION_NAME)
         replace_functions(model)
 
     @property

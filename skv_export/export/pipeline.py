@@ -26,7 +26,7 @@ from skv_export.checkpoints.purpose import check_purpose
 from skv_export.checkpoints.shared_caches import count_caches
 from skv_export.checkpoints.snapshot import Snapshot
 from skv_export.errors import SkvError
-from skv_export.export import empty_model, experts, repeat_layers, rope_by_length, vision_language
+from skv_export.export import empty_model, experts, latent_attention, repeat_layers, rope_by_length, vision_language
 from skv_export.export.checkpoint_weights import Weights, separate_head
 from skv_export.export.decoder import SkvDecoder
 from skv_export.export.empty_model import EmptyModel
@@ -173,6 +173,7 @@ def _plan_of(
         readers=len(decoder.sources),
         inputs_embeds=int(text.hidden_size) if embeds else 0,
         position_axes=vision_language.position_axes(config),
+        latent=any(map(latent_attention.has_latents, model.model.modules())),
         indices=tuple(indices),
         num_hidden_layers=count,
         states=decoder.states,

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from skv_export.errors import SkvError
-from skv_export.export import gemma3n_sparsity, rope_by_length, vision_language
+from skv_export.export import gemma3n_sparsity, latent_attention, rope_by_length, vision_language
 from skv_export.export.architectures import HYBRID, TESTED
 
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
@@ -49,8 +49,8 @@ def _reasons(config: PreTrainedConfig, has_class: bool = True) -> Iterator[str]:
         yield "an encoder-decoder model: its cross attention has a cache of another kind"
     if has("add_cross_attention"):
         yield "cross attention (add_cross_attention) has a cache of another kind"
-    if has("kv_lora_rank"):
-        yield "multi-head latent attention (kv_lora_rank) caches one compressed vector, not keys and values"
+    if has("kv_lora_rank") and config.model_type not in latent_attention.LATENT:
+        yield "multi-head latent attention (kv_lora_rank) of a form that is not built in"
     hybrid = config.model_type in HYBRID and attention_layers(config)
     if (state := has(*_STATE_SPACE)) and not hybrid and not (kinds and kinds <= _PLAIN_LAYERS):
         yield f"a state-space model ({', '.join(state)}) has a recurrent state, not keys and values"

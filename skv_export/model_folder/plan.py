@@ -40,6 +40,7 @@ class Plan:
         readers: Further layers, which read the cache of one of ``layers``.
         inputs_embeds: Channels of the embeddings that the graph takes in place of tokens; 0 = it takes none.
         position_axes: Positions of a token.
+        latent: The cache holds latents, which an fp16 cache has once and this one as keys and as values.
         indices: Numbers of ``layers`` in the model; empty = from 0 on.
         num_hidden_layers: Layers with a cache or a state of their own; 0 = as many as ``layers``.
         states: Of recurrent layers, for each sequence.
@@ -56,6 +57,7 @@ class Plan:
     readers: int = 0
     inputs_embeds: int = 0
     position_axes: int = 1
+    latent: bool = False
     indices: tuple[int, ...] = ()
     num_hidden_layers: int = 0
     states: tuple[LayerState, ...] = ()
@@ -85,7 +87,8 @@ class Plan:
 
     def half_cache_bytes(self, length: int) -> int:
         """Returns what an fp16 cache takes that keeps every token in every layer; recurrent states are the same."""
-        caches = (2 * 2 * length * x.params.kv_num_heads * x.layouts[0].head_dim for x in self.layers)
+        copies = 1 if self.latent else 2
+        caches = (copies * 2 * length * x.params.kv_num_heads * x.layouts[0].head_dim for x in self.layers)
         return sum(caches) + self.state_bytes
 
     @property

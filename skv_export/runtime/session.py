@@ -197,11 +197,7 @@ class Session:
 
     @checked
     def run(
-        self,
-        input_ids: ArrayLike,
-        attention_mask: ArrayLike | None,
-        position_ids: ArrayLike | None,
-        cache: Cache,
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None, position_ids: ArrayLike | None, cache: Cache
     ) -> Logits:
         """Runs new tokens and appends them to the cache.
 
@@ -231,16 +227,21 @@ class Session:
 
     @checked
     def run_embeds(
-        self,
-        inputs_embeds: ArrayLike,
-        attention_mask: ArrayLike | None,
-        position_ids: ArrayLike | None,
-        cache: Cache,
+        self, inputs_embeds: ArrayLike, attention_mask: ArrayLike | None, position_ids: ArrayLike | None, cache: Cache
     ) -> Logits:
-        """``run`` with embeddings ``[B, S, hidden]`` in the place of tokens, such as a prompt with an image.
+        """Runs embeddings in the place of tokens, such as a prompt with an image; see ``run``.
 
-        The other arguments, what is returned and the errors are ``run``'s. The model's embeddings of tokens are the
-        caller's to make: they are what transformers calls ``inputs_embeds``.
+        Args:
+            inputs_embeds: ``[B, S, hidden]``, what transformers calls so: scaled where the model scales them.
+            attention_mask: As in ``run``.
+            position_ids: As in ``run``.
+            cache: As in ``run``.
+
+        Returns:
+            As ``run``.
+
+        Raises:
+            SkvError: The graph takes no embeddings, or see ``run``.
         """
         self.check_cache(cache)
         return embeddings.run(self, inputs_embeds, attention_mask, position_ids, cache)

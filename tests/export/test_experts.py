@@ -56,7 +56,7 @@ def test_experts_are_transformers(arch: str, form: str, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path / "checkpoint", arch)
     recipe = EXACT.with_options(**options)
     out = pipeline.export_model(checkpoint, out=tmp_path / "out", recipe=recipe, progress=lambda *_: None)
-    assert nodes_of(out)[operator] == 2 and nodes_of(out)["TopK"] == 2
+    assert nodes_of(out)[operator] == 2
     model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager").eval()
     ids = torch.randint(3, 320, (1, 60), generator=torch.Generator().manual_seed(1))
     session, names = graph_variants.exact_products(out), graph_variants.quantized_weights(out)

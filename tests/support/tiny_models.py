@@ -135,7 +135,18 @@ _SMALL: dict[str, Any] = {
     "dtype": "float32",
 }
 """Further settings, of those configurations that have them."""
-_SPECIAL: dict[str, dict[str, Any]] = {}
+_LATENT = {
+    "head_dim": 16,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+}
+_SPECIAL: dict[str, dict[str, Any]] = {
+    name: {**_LATENT, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    for name in ("deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
+}
 
 
 def tiny_config(arch: str, **overrides: Any) -> Any:
