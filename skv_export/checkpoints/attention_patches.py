@@ -19,6 +19,8 @@ Attend = Callable[..., tuple[torch.Tensor, None]]
 Patches = Mapping[str, Callable[[Any, Attend], None]]
 _REPLACED = ("_attn", "forward")
 """Methods that patches put beside a module's own, as attributes of the module."""
+_PATCHED = "_has_replaced_attention"
+"""Attribute of a module whose methods are patched: others may have put a ``forward`` there, too (accelerate does)."""
 
 
 def patch_attention(model: PreTrainedModel, attend: Attend, patches: Patches) -> bool:
@@ -35,12 +37,13 @@ def patch_attention(model: PreTrainedModel, attend: Attend, patches: Patches) ->
     found = [module for module in model.modules() if type(module).__name__ in patches]
     for module in found:
         patches[type(module).__name__](module, attend)
+        vars(module)[_PATCHED] = True
     return bool(found)
 
 
 def restore_attention(model: PreTrainedModel) -> bool:
-    """Gives the modules of a model that ``OWN_ATTENTION`` patched their own attention back; whether there were any."""
-    found = [module for module in model.modules() if type(module).__name__ in OWN_ATTENTION]
+    """Gives the modules of a model that were patched their own attention back; whether there were any."""
+    found = [module for module in model.modules() if vars(module).pop(_PATCHED, False)]
     for module in found:
         for name in _REPLACED:
             vars(module).pop(name, None)

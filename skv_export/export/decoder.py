@@ -23,8 +23,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from skv_export.checkpoints.pretrained import replace_attention
 from skv_export.checkpoints.shared_caches import cache_sources
 from skv_export.errors import SkvError
+from skv_export.export.complex_rope import PATCHES
 from skv_export.export.latent_attention import absorb, expand, has_latents, keep_latents
-from skv_export.export.llama4_attention import PATCHES
 from skv_export.export.recurrent_states import RecurrentStates, replace_functions
 from skv_export.spec.key_basis import MATRICES, KeyBasis
 from skv_export.spec.op import ATTRIBUTE_TYPES, AttentionParams, Attributes, LayerAttention

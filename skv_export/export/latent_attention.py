@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-LATENT = ("deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
 """transformers' ``model_type`` of the models that are tested."""
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from skv_export import progress
 from skv_export.arguments import check_fields
+from skv_export.checkpoints.attention_patches import restore_attention
 from skv_export.checkpoints.pretrained import input_device
 from skv_export.errors import SkvError
 from skv_export.export.decoder import SkvDecoder
@@ -228,6 +229,7 @@ def check(
         session = graph_variants.exact_products(folder, execution_provider=execution_provider)
         quantized = compare_steps(model, session, tokens, tolerance.most, tolerance.rows, same_cache=True)
     finally:
+        restore_attention(model)
         model.set_attn_implementation(attention)
     return judge(quantized, exact, tolerance)
 

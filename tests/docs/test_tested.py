@@ -24,7 +24,7 @@ def test_an_architecture_without_settings_of_its_own_is_exact(model_type: str, t
 
 @pytest.mark.parametrize(
     ("model_type", "reason"),
-    [("deepseek_v2", "refused: multi-head latent attention"), ("mamba", "refused: a state-space model")],
+    [("deepseek_v32", "refused: multi-head latent attention"), ("mamba", "refused: a state-space model")],
 )
 def test_the_reason_of_a_refusal_is_the_exports(model_type: str, reason: str, tmp_path: Path) -> None:
     row = tested.architecture(tmp_path, model_type)

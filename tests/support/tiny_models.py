@@ -145,7 +145,7 @@ _LATENT = {
 }
 _SPECIAL: dict[str, dict[str, Any]] = {
     name: {**_LATENT, "num_key_value_heads": 4, "num_hidden_layers": 2}
-    for name in ("deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
+    for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
 }
 
 
