@@ -9,6 +9,7 @@ PyTorch what the exported graph computes in ONNX Runtime. ``SkvDecoder`` is that
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -26,6 +27,7 @@ from skv_export.errors import SkvError
 from skv_export.export.complex_rope import PATCHES
 from skv_export.export.latent_attention import absorb, expand, has_latents, keep_latents
 from skv_export.export.recurrent_states import RecurrentStates, replace_functions
+from skv_export.export.vision_language import first_layers
 from skv_export.spec.key_basis import MATRICES, KeyBasis
 from skv_export.spec.op import ATTRIBUTE_TYPES, AttentionParams, Attributes, LayerAttention
 from skv_export.spec.recipe import LayerConfig
@@ -359,6 +361,9 @@ class SkvDecoder(torch.nn.Module):
         self.sources = cache_sources(model.config.get_text_config())
         self._seen = _Seen()
         self._keep: torch.Tensor | None = None
+        self._features: list[torch.Tensor] = []
+        for index, layer in enumerate(first_layers(model)):
+            layer.register_forward_hook(functools.partial(self._add_features, index))
         head: torch.nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if head is None:
             raise SkvError(
@@ -410,7 +415,8 @@ class SkvDecoder(torch.nn.Module):
             past_values: The same.
             past_states: ``[B, *LayerState.shape]`` of recurrent layers, in the order of ``states``; None = at the
                 beginning of a sequence.
-            inputs_embeds: float32 ``[B, S, hidden]`` in the place of the tokens' embeddings, or of length 0.
+            inputs_embeds: float32 ``[B, S, channels]`` in the place of the tokens' embeddings, or of length 0; the
+                channels are the model's, then those to add to the output of each of the ``first_layers``.
 
         Returns:
             logits float32 ``[B, 1, vocab]`` (``[B, S, vocab]`` with ``all_logits``), present keys, present values, and,
@@ -427,7 +433,9 @@ class SkvDecoder(torch.nn.Module):
         if inputs_embeds is None:
             given = {"input_ids": torch.zeros_like(input_ids).scatter(1, place, input_ids)}
         else:
-            given = {"inputs_embeds": self._embed(input_ids, inputs_embeds, place)}
+            size = int(self.model.config.get_text_config().hidden_size)
+            embeds, *self._features = torch.split(self._embed(input_ids, inputs_embeds, place), size, -1)
+            given = {"inputs_embeds": embeds}
         self._keep = place if self.all_logits else (count - 1).clamp(min=0)
         lengths = Lengths((attention_mask.sum(1) - 1).to(torch.int32), count.squeeze(1).to(torch.int32), columns)
         states = None
@@ -436,7 +444,7 @@ class SkvDecoder(torch.nn.Module):
         call = AttentionCall(self.configs, lengths, past_keys, past_values, self.bases, self.sources, states, tokens)
         with call.running():
             logits = self.model(position_ids=packed_positions, past_key_values=call, use_cache=True, **given).logits
-        self._keep = None
+        self._keep, self._features = None, []
         self._seen.layers, self._seen.states = self._check(call), call.states()
         present = [call.present[i] for i in self.configs]
         keys_values = [p[0] for p in present], [p[1] for p in present]
@@ -445,18 +453,24 @@ class SkvDecoder(torch.nn.Module):
         return logits.float(), *keys_values, [call.present_states[x.layer, x.name] for x in self._seen.states]
 
     def _embed(self, ids: torch.Tensor, given: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        """Returns what the model reads, packed ``[B, S, hidden]``: the given embeddings, or the tokens' without any.
+        """Returns what the model reads, packed ``[B, S, channels]``: the given embeddings, or the tokens' without any.
 
+        Behind a token's embedding stands what is added to the first layers' outputs (DeepStack): nothing for tokens.
         Both stand in one list of rows, of which the wanted ones are taken: no branch, and no cost without embeddings
         beyond a copy of the rows.
         """
         batch, tokens = ids.shape
         own = self.model.get_input_embeddings()(ids)
+        own = torch.nn.functional.pad(own, (0, given.shape[-1] - own.shape[-1]))
         extra = given.to(own.dtype).flatten(0, 1)
         rows = torch.cat([own.flatten(0, 1), extra])
         come_from = torch.zeros_like(ids).scatter(1, place, torch.arange(tokens).expand(batch, -1))
         index = come_from + torch.arange(batch)[:, None] * tokens + extra.shape[0]
         return rows.index_select(0, index.flatten()).view(batch, tokens, -1)
+
+    def _add_features(self, index: int, _layer: torch.nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        """Adds to the output of one of the first layers what belongs to it."""
+        return output + self._features[index] if self._features else output
 
     def _select(self, _module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         """Leaves the output embedding only the hidden states whose logits are wanted, unpacked."""

@@ -171,7 +171,7 @@ def _plan_of(
         context_length=context_length(text),
         held=held,
         readers=len(decoder.sources),
-        inputs_embeds=int(text.hidden_size) if embeds else 0,
+        inputs_embeds=int(text.hidden_size) * (1 + vision_language.deepstack_layers(config)) if embeds else 0,
         position_axes=vision_language.position_axes(config),
         latent=any(map(latent_attention.has_latents, model.model.modules())),
         indices=tuple(indices),
@@ -292,8 +292,8 @@ def _build(planned: Plan, model: EmptyModel, weights: Weights, all_logits: bool)
     """Returns the graph: two traced layers of each kind, copied for the others, if possible; else all are traced."""
     every = range(planned.num_hidden_layers)
     layers = planned.by_index
-    # A layer that reads the keys of another is not one of a stack of layers that are alike.
-    alike = not planned.readers
+    # A layer that reads another's keys, or that features are added behind, is not one of a stack that are alike.
+    alike = not planned.readers and not vision_language.deepstack_layers(model.model.config)
     samples = repeat_layers.choose(model.model, [layers.get(i) for i in every], planned.held) if alike else None
     if samples is not None:
         with repeat_layers.cut(model.model, samples):

@@ -7,8 +7,10 @@ tokens, as the whole model hands them to it.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 TOWERS = {
@@ -17,15 +19,13 @@ TOWERS = {
     "llava": "language_model",
     "qwen2_5_vl": "language_model",
     "qwen2_vl": "language_model",
+    "qwen3_vl": "language_model",
+    "qwen3_vl_moe": "language_model",
     "smolvlm": "text_model",
 }
 """transformers' ``model_type`` -> the attribute of its base model that is the text tower."""
 REFUSED = {
     "mllama": "text attends to images in cross attention (cross_attention_layers), whose cache is of another kind",
-    "qwen3_vl": "image features are added to the hidden states of the first layers too (deepstack), which the graph "
-    "has no input for",
-    "qwen3_vl_moe": "image features are added to the hidden states of the first layers too (deepstack), which the "
-    "graph has no input for",
     "paligemma": "a prompt attends to itself in both directions",
 }
 """Vision-language models whose text tower can't be exported, and why."""
@@ -41,6 +41,21 @@ def position_axes(config: PreTrainedConfig) -> int:
     """Returns how many positions a token has: 3 with multimodal RoPE (time, height, width), else 1."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return 3 if isinstance(rope, dict) and rope.get("mrope_section") else 1
+
+
+def deepstack_layers(config: PreTrainedConfig) -> int:
+    """Returns after how many of the first layers features of images are added to the hidden states (DeepStack)."""
+    vision = getattr(config, "vision_config", None) if is_vision_language(config) else None
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+
+
+def first_layers(model: PreTrainedModel) -> Sequence[torch.nn.Module]:
+    """Returns the layers of the text tower that features of images are added behind."""
+    count = deepstack_layers(model.config)
+    if not count:
+        return ()
+    layers: Sequence[torch.nn.Module] = getattr(model.base_model, TOWERS[model.config.model_type]).layers
+    return layers[:count]
 
 
 def keep_text_tower(model: PreTrainedModel) -> None:

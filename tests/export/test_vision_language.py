@@ -71,6 +71,7 @@ def test_tokens_their_embeddings_and_an_image_give_pytorchs_logits(
     with torch.no_grad():
         expected = model(input_ids=ids).logits.numpy()
         embeds = model.get_input_embeddings()(ids).numpy()
+    embeds = np.pad(embeds, [(0, 0), (0, 0), (0, session.config.inputs_embeds - embeds.shape[2])])
     cache, others = session.cache(2, 60), session.cache(2, 60)
     for start, stop in ((0, 50), (50, 59), (59, 60)):
         by_ids = session.run(ids[:, start:stop].numpy(), None, None, cache)
@@ -85,7 +86,15 @@ def test_tokens_their_embeddings_and_an_image_give_pytorchs_logits(
     np.testing.assert_allclose(got, [expected[0, 49], expected[1, 39]], atol=TOLERANCE, rtol=0)
 
     merged, positions, logits = with_image(model, BEFORE, AFTER)
-    assert not np.allclose(merged[0, 6], model.get_input_embeddings()(torch.tensor([5]))[0].detach())  # the image's
+    assert not np.allclose(
+        merged[0, 6, :64], model.get_input_embeddings()(torch.tensor([5]))[0].detach()
+    )  # the image's
+    if kind.startswith("qwen3_vl"):  # what is added to the outputs of the first layers counts
+        assert merged.shape[2] == 3 * 64 and session.config.inputs_embeds == 3 * 64
+        without = merged.clone()
+        without[..., 64:] = 0
+        got = session.run_embeds(without.numpy(), None, positions.numpy(), session.cache(1, 60))[:, 0]
+        assert np.abs(got - logits[:, -1].numpy()).max() > 0.1
     if kind == "qwen2_vl":
         assert positions is not None and len(positions) == 3 and not torch.equal(positions[0], positions[2])
     given = None if positions is None else positions.numpy()
@@ -176,9 +185,7 @@ def test_without_the_flag_a_text_model_takes_tokens_only(tiny_checkpoint: Callab
         pipeline.plan(tiny_checkpoint("gemma4_text"), inputs_embeds=True)
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"), [("mllama", "cross attention"), ("qwen3_vl", "deepstack"), ("paligemma", "both directions")]
-)
+@pytest.mark.parametrize(("kind", "reason"), [("mllama", "cross attention"), ("paligemma", "both directions")])
 def test_towers_that_need_more_than_embeddings_are_refused(kind: str, reason: str) -> None:
     with pytest.raises(SkvError, match=f"^{kind}: can't be exported: .*{reason}"):
         supported.check_config(AutoConfig.for_model(kind))

@@ -22,6 +22,12 @@ _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_
 _QWEN: dict[str, Any] = {
     "depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
 }  # fmt: skip
+_INTERLEAVED = _MROPE["rope_parameters"] | {"mrope_interleaved": True}
+_QWEN3: dict[str, Any] = _QWEN | {
+    "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "deepstack_visual_indexes": [0, 1],
+    "num_position_embeddings": 64,
+}  # fmt: skip
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _QWEN_IDS = {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END, "video_token_id": 6}
 _LLAMA = _TEXT | {"model_type": "llama"}
 _IMAGE = {"image_token_id": IMAGE, "tie_word_embeddings": False}
@@ -40,6 +46,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "window_size": 16,
             "fullatt_block_indexes": [1],
         },
+    },
+    "qwen3_vl": {
+        "text_config": _TEXT | {"rope_parameters": _INTERLEAVED}, **_QWEN_IDS, "vision_config": _QWEN3,
+    },
+    "qwen3_vl_moe": {
+        "text_config": _TEXT | _EXPERTS | {"rope_parameters": _INTERLEAVED}, **_QWEN_IDS, "vision_config": _QWEN3,
     },
     "gemma3": {
         "text_config": _TEXT | {
@@ -71,8 +83,8 @@ def with_image(model: Any, before: list[int], after: list[int]) -> tuple[Any, An
     """A prompt with an image between two pieces of text, through the whole model in PyTorch.
 
     Returns:
-        The embeddings ``[1, S, hidden]`` and the positions that the text tower got (None = as they follow), and the
-        logits ``[1, S, vocab]``.
+        The embeddings ``[1, S, hidden]``, wider where features are added to the first layers, and the positions that
+        the text tower got (None = as they follow), and the logits ``[1, S, vocab]``.
     """
     kind, generator = model.config.model_type, torch.Generator().manual_seed(9)
     given: dict[str, Any] = {}
@@ -95,4 +107,9 @@ def with_image(model: Any, before: list[int], after: list[int]) -> tuple[Any, An
             logits = model(input_ids=ids, **given).logits
     finally:
         hook.remove()
-    return seen["inputs_embeds"], seen.get("position_ids"), logits
+    embeds = seen["inputs_embeds"]
+    if features := seen.get("deepstack_visual_embeds"):
+        added = torch.zeros(len(features), *embeds.shape)
+        added[:, seen["visual_pos_masks"]] = torch.stack(features)
+        embeds = torch.cat([embeds, *added], -1)
+    return embeds, seen.get("position_ids"), logits
