@@ -64,7 +64,10 @@ class PromptCompressor:
             if not 1 <= first_layers <= len(config.layers):
                 raise SkvError("first layers", got=first_layers, expected=f"1 ... {len(config.layers)}")
             model = _first_layers(folder / MODEL_FILE, first_layers, vocab_size)
-            config = dataclasses.replace(config, layers=config.layers[:first_layers], all_logits=False)
+            config = dataclasses.replace(
+                config, layers=config.layers[:first_layers], indices=config.indices[:first_layers],
+                num_hidden_layers=first_layers, all_logits=False,
+            )  # fmt: skip
         self._layers = [i for i, layer in enumerate(config.layers) if not layer.local_window_size]
         if not self._layers:
             raise SkvError(f"{folder}: as a draft: layers with full attention", got="none", expected="at least one")

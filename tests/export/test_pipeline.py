@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import ROOT, TINY, make_tiny, tiny_config
+from tiny_models import ROOT, TINY, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from skv_export.checkpoints import pretrained
@@ -333,19 +333,6 @@ def test_model_that_does_not_run_with_the_op_is_refused(tmp_path: Path) -> None:
     BertLMHeadModel(BertConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path / "bert")
     with pytest.raises(SkvError, match=r"^(bert|BertSelfAttention)"):
         pipeline.plan(tmp_path / "bert")
-
-
-def test_longrope_keeps_its_short_factors(tmp_path: Path, library: Path) -> None:
-    factors = [1.0 + i / 4 for i in range(8)]
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": [9.0] * 8}
-    changes = {"rope_parameters": rope, "original_max_position_embeddings": 128}
-    checkpoint = make_tiny(tmp_path / "phi3", "phi3", **changes)
-    out = pipeline.export_model(checkpoint, out=tmp_path / "out", recipe=EXACT, progress=quiet)
-    expected = torch_logits(load(checkpoint), ids := token_ids(50))[-1]
-    session = Session(out)
-    assert session.config.context_length == 128
-    got = session.run(ids.numpy(), None, None, session.cache(1, 50))[0, 0]
-    np.testing.assert_allclose(got, expected, atol=TOLERANCE, rtol=0)
 
 
 def test_quantized_and_incomplete_checkpoints_are_refused(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_what_it_can_not_do_is_an_error(model: SkvForCausalLM) -> None:
             model.generate(ids, **mode, max_new_tokens=5)
     with pytest.raises(SkvError, match="custom_generate: not supported"):
         model.generate(ids, custom_generate="somebody/code", trust_remote_code=True, max_new_tokens=5)
-    with pytest.raises(ValueError, match="inputs_embeds"):
+    with pytest.raises(SkvError, match="inputs_embeds; got a graph that takes tokens only"):
         model.generate(inputs_embeds=torch.zeros(1, 3, 8), max_new_tokens=3)
     with pytest.raises(SkvError, match="past_key_values"):
         model(ids, past_key_values=[])  # type: ignore[arg-type]
