@@ -10,7 +10,7 @@ SKV_CUDA ?= auto
 # Tests run in two processes; a file's tests stay in one, for they share what they export.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test check lint gpu-test gpu-bench setup clean
+.PHONY: help demo test check lint bench gpu-test gpu-bench setup clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := demo
 
@@ -45,6 +45,11 @@ lint: setup  ## Style and types
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	git ls-files '*.cc' '*.cu' '*.cuh' '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+
+# Four minutes, on a machine that nothing else uses. Peers that are not installed are left out.
+bench: setup  ## Speed, memory and perplexity against other runtimes
+	$(BIN)/python benchmarks/peers.py --context 128,2048
+	$(BIN)/python benchmarks/peers.py --render benchmarks/peers.json
 
 # On a machine with a GPU: the source tree, nvcc, torch and numpy are all they need; no environment is set up.
 gpu-test:  ## The CUDA kernels' tests, on a GPU

@@ -20,6 +20,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ def conditions(figures: dict[str, Any]) -> str:
     noise = [each["noise"] for each in [*figures["attention"], figures["model"]] if each["noise"]]
     used = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
     loud = f" {len(noise)} of its parts had times too noisy to read." if noise else ""
-    return f"{figures['machine']}, {figures['threads']} threads, {kind}; {used}.{loud}"
+    return textwrap.fill(f"{figures['machine']}, {figures['threads']} threads, {kind}; {used}.{loud}", 120)
 
 
 def render(figures: dict[str, Any], results: Path, readme: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -39,6 +40,8 @@ from skv_export.spec.op import (
 from skv_export.spec.recipe import LayerConfig
 from skv_export.spec.reference import append
 
+_PAUSE = 0.005
+"""Seconds after a step in another process: its threads spin for a while, and would take the next candidate's cores."""
 _ORT_INPUTS = INPUT_NAMES[:7]
 """Those that both ops need, of the same names and meaning."""
 
@@ -228,7 +231,9 @@ def _in_a_process(shape: AttentionShape, name: str, threads: int, clock: str) ->
     def step() -> float:
         asks.write("step\n")
         asks.flush()
-        return float(answer())
+        milliseconds = float(answer())
+        time.sleep(_PAUSE)
+        return milliseconds
 
     try:
         yield Candidate(name, step, int(answer()))
