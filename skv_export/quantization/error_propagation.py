@@ -7,8 +7,7 @@ side, and the matrix is first moved to where the one's inputs give the other's o
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from skv_export.errors import SkvError
 from skv_export.evaluation.decode_simulation import Simulation
-from skv_export.quantization.layer_by_layer import LayerByLayer
+from skv_export.quantization.layer_by_layer import LayerByLayer, SharedInputs, reading
 from skv_export.quantization.solver import Form, Grid, Sums, fit
 
 Matrices = Mapping[str, torch.nn.Linear]
@@ -39,7 +38,7 @@ class ExactRun:
 
 def run_exactly(model: LayerByLayer, index: int, matrices: Matrices, hidden: Tensor) -> ExactRun:
     """Runs a loaded layer, of which nothing is quantized, on a window ``[1, S, hidden]``."""
-    with _reading(matrices) as read:
+    with reading(matrices) as read:
         out = model.run(index, hidden, Simulation.full_precision())
     found: dict[str, Tensor] = {}
     stages: dict[int, list[str]] = {}
@@ -102,44 +101,13 @@ def _sums(
     """Sums over the text of what some matrices read; those that read the same tensor share one."""
     moments: dict[str, Tensor] = {}
     drift: dict[str, Tensor] = {}
-    source: dict[str, str] = {}
+    shared = SharedInputs()
     for run, hidden in zip(runs, states, strict=True):
-        with _reading(chosen, stop=True) as read, contextlib.suppress(_AllReadError):
+        with reading(chosen, stop=True) as read:
             model.run(index, hidden, simulation)
-        first: dict[int, str] = {}
-        for name, x in read:
-            if source.setdefault(name, first.setdefault(id(x), name)) != name:
-                continue
-            rows = x.reshape(-1, x.shape[-1])
+        for name, rows in shared.distinct(read):
             moments[name] = moments.get(name, 0) + rows.T @ rows
             if name in run.read:
                 drift[name] = drift.get(name, 0) + (run.read[name] - rows).T @ rows
-    for name, module in chosen.items():  # an expert that no token of the text went to: all inputs count alike
-        if name not in source:
-            source[name], moments[name] = name, torch.eye(module.in_features, device=model.device)
-    return {name: Sums(moments[source[name]], drift.get(source[name])) for name in chosen}
-
-
-class _AllReadError(Exception):
-    """Ends a run in which everything that is asked for was read."""
-
-
-@contextlib.contextmanager
-def _reading(modules: Matrices, stop: bool = False) -> Iterator[list[tuple[str, Tensor]]]:
-    """Context manager: the list fills with what modules read; with ``stop``, the last of them ends the run."""
-    read: list[tuple[str, Tensor]] = []
-
-    def hook(name: str, inputs: tuple[Tensor, ...]) -> None:
-        read.append((name, inputs[0]))
-        if stop and {name for name, _ in read} == set(modules):
-            raise _AllReadError
-
-    handles = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: hook(name, inputs))
-        for name, module in modules.items()
-    ]
-    try:
-        yield read
-    finally:
-        for handle in handles:
-            handle.remove()
+    whole = shared.of_each(moments, chosen)
+    return {name: Sums(whole[name], drift.get(shared.source.get(name, name))) for name in chosen}

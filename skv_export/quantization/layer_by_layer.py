@@ -8,7 +8,7 @@ layers that do nothing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,3 +179,61 @@ class LayerByLayer:
         finally:
             for held, name, tensor in before:
                 held[name] = tensor
+
+
+class _AllReadError(Exception):
+    """Ends a run in which everything that is asked for was read."""
+
+
+@contextlib.contextmanager
+def reading(modules: Mapping[str, torch.nn.Module], stop: bool = False) -> Iterator[list[tuple[str, Tensor]]]:
+    """Context manager: the list fills with what modules read, in the order in which they do.
+
+    Args:
+        modules: By name.
+        stop: The last of them to read ends the block.
+    """
+    read: list[tuple[str, Tensor]] = []
+
+    def hook(name: str, inputs: tuple[Tensor, ...]) -> None:
+        read.append((name, inputs[0]))
+        if stop and {name for name, _ in read} == set(modules):
+            raise _AllReadError
+
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: hook(name, inputs))
+        for name, module in modules.items()
+    ]
+    try:
+        with contextlib.suppress(_AllReadError):
+            yield read
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class SharedInputs:
+    """Modules that read the same tensor: the first of them stands for all, so that sums over it are made once.
+
+    Attributes:
+        source: The module that stands for each.
+    """
+
+    def __init__(self) -> None:
+        self.source: dict[str, str] = {}
+
+    def distinct(self, read: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yields of one run's ``reading`` each tensor once, as rows ``[tokens, K]``."""
+        first: dict[int, str] = {}
+        for name, x in read:
+            if self.source.setdefault(name, first.setdefault(id(x), name)) == name:
+                yield name, x.reshape(-1, x.shape[-1])
+
+    def of_each(self, sums: Mapping[str, Tensor], modules: Mapping[str, torch.nn.Linear]) -> dict[str, Tensor]:
+        """Returns the sum of ``x x^T`` for each module; an expert that no token went to counts all inputs alike."""
+        return {
+            name: sums[self.source[name]]
+            if name in self.source
+            else torch.eye(module.in_features, device=module.weight.device)
+            for name, module in modules.items()
+        }

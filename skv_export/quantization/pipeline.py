@@ -6,7 +6,6 @@ codes; then it is run again with these.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +28,7 @@ from skv_export.model_folder.writer import generation_config
 from skv_export.quantization.checkpoint_writer import CheckpointWriter, packed
 from skv_export.quantization.error_propagation import fit_layer, run_exactly
 from skv_export.quantization.importance import token_importance
-from skv_export.quantization.layer_by_layer import LayerByLayer
+from skv_export.quantization.layer_by_layer import LayerByLayer, SharedInputs, reading
 from skv_export.quantization.scaling import scale_inputs
 from skv_export.quantization.sensitivity import Unit, allocate, measure
 from skv_export.quantization.solver import Form, Grid, fit_grid, gptq
@@ -291,36 +290,15 @@ def _moments(
 ) -> dict[str, Tensor]:
     """Sums of ``x x^T`` over what each matrix reads; matrices that read the same tensor share one."""
     sums: dict[str, Tensor] = {}
-    source: dict[str, str] = {}
+    shared = SharedInputs()
     for hidden in states:
         share = _importance(model, index, hidden, options).sqrt()[:, None] if options.method == "rsq" else None
-        with _inputs(chosen) as read:
+        with reading(chosen) as read:
             model.run(index, hidden, _simulation(options))
-        first: dict[int, str] = {}
-        for name, x in read:
-            if source.setdefault(name, first.setdefault(id(x), name)) == name:
-                rows = x.reshape(-1, x.shape[-1])
-                rows = rows if share is None or len(rows) != len(share) else rows * share
-                sums[name] = sums.get(name, 0) + rows.T @ rows
-    for name, module in chosen.items():  # an expert that no token of the text went to: all inputs count alike
-        if name not in source:
-            source[name], sums[name] = name, torch.eye(module.in_features, device=model.device)
-    return {name: sums[source[name]] for name in chosen}
-
-
-@contextlib.contextmanager
-def _inputs(modules: dict[str, torch.nn.Linear]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Context manager: the list fills with what modules read, in the order in which they do."""
-    read: list[tuple[str, Tensor]] = []
-    handles = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: read.append((name, inputs[0])))
-        for name, module in modules.items()
-    ]
-    try:
-        yield read
-    finally:
-        for handle in handles:
-            handle.remove()
+        for name, rows in shared.distinct(read):
+            weighted = rows if share is None or len(rows) != len(share) else rows * share
+            sums[name] = sums.get(name, 0) + weighted.T @ weighted
+    return shared.of_each(sums, chosen)
 
 
 def _importance(model: LayerByLayer, index: int, hidden: Tensor, options: Options) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from padding import padded
 from tiny_models import HYBRID, tiny_config, write_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -105,12 +106,8 @@ def test_padded_batch_is_one_by_one(arch: str, side: str, exported: Export, chec
     model, session = load(checkpoint(arch)), Session(exported(arch))
     lengths, steps = (1, 11, 7), 4
     texts = [token_ids(n + steps, seed=n) for n in lengths]
-    width = max(lengths)
-    ids, mask = np.zeros((3, width), np.int64), np.zeros((3, width), np.int64)
-    for i, (n, text) in enumerate(zip(lengths, texts, strict=True)):
-        columns = slice(width - n, width) if side == "left" else slice(n)
-        ids[i, columns], mask[i, columns] = text[0, :n], 1
-    cache = session.cache(3, width + steps)
+    ids, mask = padded([text[0, :n] for n, text in zip(lengths, texts, strict=True)], side)
+    cache = session.cache(3, max(lengths) + steps)
     got = [session.run(ids, mask, None, cache)[:, 0]]
     for step in range(steps - 1):
         rows = [text[0, n + step : n + step + 1].tolist() for n, text in zip(lengths, texts, strict=True)]

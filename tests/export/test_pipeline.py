@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from padding import padded
 from safetensors.torch import load_file, save_file
 from tiny_models import ROOT, TINY, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -142,12 +143,8 @@ def test_padded_batch_is_one_by_one(
     model, session = load(tiny_checkpoint(arch)), Session(exported(arch))
     lengths, steps = (3, 11, 7), 4
     texts = [token_ids(n + steps, seed=n) for n in lengths]
-    width = max(lengths)
-    ids, mask = np.zeros((3, width), np.int64), np.zeros((3, width), np.int64)
-    for i, (n, text) in enumerate(zip(lengths, texts, strict=True)):
-        columns = slice(width - n, width) if side == "left" else slice(n)
-        ids[i, columns], mask[i, columns] = text[0, :n], 1
-    cache = session.cache(3, width + steps)
+    ids, mask = padded([text[0, :n] for n, text in zip(lengths, texts, strict=True)], side)
+    cache = session.cache(3, max(lengths) + steps)
     got = [session.run(ids, mask, None, cache)[:, 0]]
     for step in range(steps - 1):
         mask = np.concatenate([mask, np.ones((3, 1), np.int64)], axis=1)
