@@ -1,5 +1,5 @@
-// What attention of somebody else's over dense rows takes and leaves: a call's tokens in pieces, without what is not a
-// number, and afterwards the outputs that see such a number or are padding.
+// Around attention over dense rows that is ONNX Runtime's: its inputs are a call's tokens in pieces, with 0 in place of
+// what is not a number; afterwards outputs that see such a number become it, and those of padding 0.
 #include "launchers.h"
 
 namespace skv::cuda {
