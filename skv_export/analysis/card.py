@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from skv_export.analysis.budget import MAX_CONTEXT, CacheBudget, Pair
 from skv_export.checkpoints.block_weights import BlockFormat
@@ -90,7 +91,8 @@ def activation_bytes(opened: Checkpoint, batch: int) -> int:
     text = opened.config.get("text_config") or opened.config
 
     def size(*names: str) -> int:
-        return next((int(text[n]) for n in names if text.get(n)), 0)
+        found: Any = next((text[n] for n in names if text.get(n)), 0)
+        return max(map(int, found)) if isinstance(found, list) else int(found)  # one for each layer, or for all
 
     hidden, vocabulary = size("hidden_size", "n_embd"), size("vocab_size")
     inner = size("intermediate_size", "n_inner", "ffn_dim") or 4 * hidden

@@ -392,6 +392,7 @@ def _model_config(
         inputs_embeds=planned.inputs_embeds,
         position_axes=planned.position_axes,
         rope_switch=rope_by_length.switch_length(config.get_text_config()),
+        dynamic_rope=rope_by_length.is_dynamic(config.get_text_config()),
     )
 
 

@@ -29,6 +29,12 @@ def switch_length(config: PreTrainedConfig) -> int:
     return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
 
 
+def is_dynamic(config: PreTrainedConfig) -> bool:
+    """Whether the frequencies grow with the length (dynamic NTK)."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return isinstance(rope, Mapping) and DYNAMIC in str(rope.get("rope_type"))
+
+
 def choose_by_length(module: Any) -> None:
     """Replaces the forward pass of a module of RoPE, if it is one of these kinds.
 

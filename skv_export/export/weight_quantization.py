@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from skv_export.checkpoints.block_weights import SCALES, ZERO_POINTS, BlockFormat, BlockMatrix
+from skv_export.checkpoints.pretrained import DTYPES
 from skv_export.export.expert_gates import gate_of
 from skv_export.export.lazy_weights import TORCH_TYPES, Named, Reader
 from skv_export.model_folder.skv_config import ModelConfig
@@ -157,10 +158,10 @@ def stored_bytes(model: PreTrainedModel, recipe: Recipe, held: Mapping[str, Bloc
 
 @contextlib.contextmanager
 def rounded(model: PreTrainedModel, quantized: Iterable[str], config: ModelConfig) -> Iterator[None]:
-    """Context manager: the model has the exported graph's weights, quantized and dequantized.
+    """Context manager: the model has the exported graph's weights, quantized and dequantized; others in its format.
 
     Args:
-        model: The original, in float32.
+        model: The original, in float32, as the checkpoint has it: the export rounds that, and its scales afterwards.
         quantized: Names of the matrices that are quantized in the graph.
         config: Of the exported folder.
     """
@@ -175,26 +176,37 @@ def rounded(model: PreTrainedModel, quantized: Iterable[str], config: ModelConfi
     chosen += [(outer, "weight")] if config.quantize_head else []
     chosen += [(inner, "weight")] if config.quantize_embeddings else []
     before: dict[tuple[torch.nn.Module, str], Any] = {place: getattr(*place) for place in chosen}
+    dtype, exact = DTYPES[config.dtype], {}
     try:
         for (module, name), weight in before.items():  # two may share a weight, of which one is not rounded
-            setattr(module, name, torch.nn.Parameter(_rounded(module, weight, bits), requires_grad=False))
+            made = _rounded(module, weight, bits, dtype).to(weight.device, weight.dtype)
+            setattr(module, name, torch.nn.Parameter(made, requires_grad=False))
+        taken = {id(getattr(*place)) for place in chosen}
+        for parameter in model.parameters():
+            if id(parameter) not in taken and parameter.dtype != dtype:
+                exact[parameter] = parameter.data
+                parameter.data = parameter.data.to(dtype).to(parameter.dtype)
         yield
     finally:
+        for parameter, data in exact.items():
+            parameter.data = data
         for (module, name), weight in before.items():
             setattr(module, name, weight)
 
 
-def _rounded(module: torch.nn.Module, weight: torch.Tensor, bits: int) -> torch.Tensor:
+def _rounded(module: torch.nn.Module, weight: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
     if weight.dim() == 3:  # of experts, one behind the other
         across = bool(getattr(module, "is_transposed", False))
-        rows = [_rounded_rows(expert.T if across else expert, bits) for expert in weight]
+        rows = [_rounded_rows(expert.T if across else expert, bits, dtype) for expert in weight]
         return torch.stack([expert.T if across else expert for expert in rows])
     if isinstance(module, Conv1D):
-        return _rounded_rows(weight.T, bits).T
-    return _rounded_rows(weight, bits)
+        return _rounded_rows(weight.T, bits, dtype).T
+    return _rounded_rows(weight, bits, dtype)
 
 
-def _rounded_rows(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """``[N, K]`` as its codes represent it."""
-    matrix = weight.detach().float().contiguous().numpy()
-    return torch.from_numpy(dequantize(*quantize(matrix, bits), bits, matrix.shape[1]))
+def _rounded_rows(weight: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """``[N, K]`` as its codes represent it, with scales in ``dtype``."""
+    matrix = weight.detach().float().cpu().contiguous().numpy()
+    codes, scales, zeros = quantize(matrix, bits)
+    scales = torch.from_numpy(scales).to(dtype).float().numpy()
+    return torch.from_numpy(dequantize(codes, scales, zeros, bits, matrix.shape[1]))

@@ -79,7 +79,7 @@ class SkvForCausalLM(FrozenModel, GenerationMixin):
         if not 1 <= self.max_length <= context:
             raise SkvError("max_length", got=max_length, expected=f"1 ... {context}, the model's context")
         self.session, self.config, self.generation_config = session, config, generation_config
-        self._is_stateful = bool(session.config.states)  # recurrent states can't be taken back
+        self._is_stateful = bool(session.config.keeps_guesses)
         self._running: list[SkvCache] = []  # the cache that the call of generate under way has made
         self.device, self.dtype = torch.device("cpu"), torch.float32  # of what goes in and comes out
 

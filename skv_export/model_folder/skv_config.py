@@ -81,6 +81,7 @@ class ModelConfig:
         position_axes: Positions of a token: 3 with multimodal RoPE, whose ``position_ids`` are ``[3, B, S]``; else 1.
         rope_switch: The longest sequence that has longrope's first set of frequencies: beyond it a sequence runs anew;
             0 = there is one set.
+        dynamic_rope: RoPE's frequencies grow with the length (dynamic NTK): a key has those of the call it came in.
         indices: Numbers in the model of ``layers``, rising; empty = from 0 on.
         num_hidden_layers: Layers with a cache or a state of their own; 0 = as many as ``layers``.
         states: Recurrent states of the layers that have them.
@@ -103,6 +104,7 @@ class ModelConfig:
     inputs_embeds: int = 0
     position_axes: int = 1
     rope_switch: int = 0
+    dynamic_rope: bool = False
     indices: tuple[int, ...] = ()
     num_hidden_layers: int = 0
     states: tuple[LayerState, ...] = ()
@@ -111,6 +113,15 @@ class ModelConfig:
     def by_index(self) -> dict[int, LayerCache]:
         """``layers`` by their numbers in the model, which are those in the names of the graph's inputs and outputs."""
         return dict(zip(self.indices or range(len(self.layers)), self.layers, strict=True))
+
+    @property
+    def keeps_guesses(self) -> str:
+        """Why tokens that are taken back leave something behind; "" = they don't."""
+        if self.states:
+            return "a model with recurrent layers"
+        if self.dynamic_rope or self.rope_switch:
+            return "a model whose RoPE depends on the length: keys keep the frequencies of the call they came in"
+        return ""
 
     @property
     def state_bytes(self) -> int:
@@ -174,6 +185,7 @@ class ModelConfig:
                 inputs_embeds=_number({"inputs_embeds": 0, **values}, "inputs_embeds", 0, MAX_HIDDEN),
                 position_axes=_number({"position_axes": 1, **values}, "position_axes", 1, 3),
                 rope_switch=_number({"rope_switch": 0, **values}, "rope_switch", 0, MAX_CONTEXT),
+                dynamic_rope=bool(values.get("dynamic_rope", False)),
                 indices=indices,
                 num_hidden_layers=count,
                 states=states,

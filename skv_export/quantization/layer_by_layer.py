@@ -26,6 +26,7 @@ from skv_export.export import empty_model
 from skv_export.export.checkpoint_weights import Weights, separate_head
 from skv_export.export.repeat_layers import find_stack
 from skv_export.export.supported import attention_layers, check_config
+from skv_export.export.vision_language import is_vision_language
 
 
 @dataclass
@@ -54,6 +55,13 @@ class LayerByLayer:
     def __init__(self, source: Source, device: str = "cpu") -> None:
         self.config = load_config(source)
         check_config(self.config)
+        if is_vision_language(self.config):
+            raise SkvError(
+                f"{self.config.model_type}: measured layer by layer",
+                got="a vision-language checkpoint",
+                expected="a model of text alone",
+                fix="Choose one pair of bits for all layers; `skv-export quality` compares pairs.",
+            )
         refuse_shared(self.config.to_dict(), str(source))
         check_purpose(self.config.model_type, self.config.architectures)
         if len(attention_layers(self.config)) < int(self.config.num_hidden_layers):

@@ -127,8 +127,8 @@ def _check_look_ahead(session: Session, cache: Cache, keep_tokens: int | None, l
     if keep_tokens is None or cache.batch != 1:
         got = "no keep_tokens" if keep_tokens is None else f"{cache.batch} sequences"
         raise SkvError("look_ahead", got=got, expected="keep_tokens, and one sequence")
-    if session.config.states:
-        raise SkvError("look_ahead", got="a model with recurrent layers", expected="one that can take guesses back")
+    if got := session.config.keeps_guesses:
+        raise SkvError("look_ahead", got=got, expected="one that can take guesses back")
     most = min(layer.key.recent_tokens for layer in cache.layers)
     if look_ahead.num_tokens > most:
         raise SkvError(

@@ -98,15 +98,15 @@ class Speculation:
         calls: Calls of the model after the prompt.
 
     Raises:
-        SkvError: The session returns the logits of one token only, or the model has recurrent layers.
+        SkvError: The session returns the logits of one token only, or the model can't take guesses back.
     """
 
     def __init__(self, session: Session, drafter: Drafter) -> None:
-        if session.config.states:
+        if got := session.config.keeps_guesses:
             raise SkvError(
                 f"{session.folder}: speculative decoding",
-                got="a model with recurrent layers",
-                expected="one without: their states can't take guesses back",
+                got=got,
+                expected="one that can take guesses back",
                 fix="Decode token by token.",
             )
         self.guessed = self.accepted = self.calls = 0

@@ -26,6 +26,7 @@ from skv_export.model_folder.skv_config import ModelConfig, describe
 from skv_export.paths import to_path
 from skv_export.provenance import versions
 from skv_export.runtime.prompts import load_tokenizer
+from skv_export.spec.recipe import WEIGHT_BITS
 from skv_export.verification.op_level import OpResult, check_op
 
 if TYPE_CHECKING:
@@ -349,7 +350,7 @@ def _text_level(
 
     _check_same_model(source, config)
     tokenizer, model = pretrained.load_tokenizer(source), pretrained.load_untouched(source, placement)
-    if config.dtype != placement.dtype and placement.device_map is None:
+    if _stored(config, placement) != placement.dtype and placement.device_map is None:
         model.to(pretrained.DTYPES[config.dtype]).to(placement.torch_dtype)  # type: ignore[arg-type]
     with weight_quantization.rounded(model, graph_variants.quantized_weights(folder), config):
         return text_level.check(model, tokenizer, folder, prose, execution_provider=execution_provider)
@@ -377,9 +378,14 @@ def load_original(source: Source, config: ModelConfig, placement: Placement) -> 
             expected=f"the export's dtype, {config.dtype}: a model that is spread out can't be converted",
             fix=f"Pass --dtype {config.dtype}, or --device instead of --device-map.",
         )
-    model = pretrained.load_model(source, given, dataclasses.replace(placement, dtype=config.dtype))
+    model = pretrained.load_model(source, given, dataclasses.replace(placement, dtype=_stored(config, placement)))
     prepare_model(model)
-    return model if placement.dtype == config.dtype else model.to(placement.torch_dtype)  # type: ignore[arg-type]
+    return model if model.dtype == placement.torch_dtype else model.to(placement.torch_dtype)  # type: ignore[arg-type]
+
+
+def _stored(config: ModelConfig, placement: Placement) -> str:
+    """The number format to load a checkpoint's weights in: exact ones where ``rounded`` is to round them."""
+    return placement.dtype if config.weights in WEIGHT_BITS and placement.dtype == "fp32" else config.dtype
 
 
 def _check_same_model(source: Source, config: ModelConfig) -> PreTrainedConfig:

@@ -10,7 +10,6 @@ from skv_export.errors import SkvError
 from skv_export.export import supported
 
 REFUSED = {
-    "deepseek_v2": "multi-head latent attention",
     "dots3_note_text": "multi-head latent attention",
     "t5": "encoder-decoder",
     "bart": "encoder-decoder",
