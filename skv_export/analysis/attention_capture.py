@@ -117,7 +117,7 @@ class DecodeModel:
     @property
     def layers(self) -> int:
         """Layers of the model."""
-        return int(self.model.config.num_hidden_layers)
+        return int(self.model.config.get_text_config().num_hidden_layers)
 
     def windows(self, text: str, window: int, count: int) -> list[Tensor]:
         """Cuts ``count`` windows of ``window`` tokens out of a text, as the text that judges is cut.

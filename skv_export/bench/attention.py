@@ -90,6 +90,14 @@ def bench_attention(
     for name in baselines:
         if name not in BASELINES:
             raise SkvError("bench: baseline", got=name, expected=", ".join(BASELINES))
+    baselines = list(dict.fromkeys(baselines))
+    if baselines and shape.head_dim % 8:
+        raise SkvError(
+            "bench: head_dim",
+            got=shape.head_dim,
+            expected="a multiple of 8, as the baselines need",
+            fix='Time it alone: --baseline "".',
+        )
     with contextlib.ExitStack() as open_:
         candidates = [
             attention_candidates.ours(shape, config, threads, clock, calibrated=basis)

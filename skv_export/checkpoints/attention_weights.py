@@ -94,6 +94,7 @@ _PLAIN_HEADS = ("gpt2", "gpt_neox", "gptj", "opt", "bloom")
 _WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "gpt_oss": 2, "cohere2": 4}
 """Every so many layers one has full attention, where the configuration names no layer types (GGUF never does)."""
 _LATENT = re.compile(r"kv_a_proj|kv_b_proj|q_a_proj|linear_attn|mixer\.(in_proj|conv)|time_mix")
+_ONE_PAIR = "Choose one pair of bits for all layers: `skv-export quality --configs K4V2,K4V4` compares pairs."
 _WITHOUT = {"conv", "linear_attention", "mamba", "mlp", "moe"}
 """Kinds of layers that have no keys and values."""
 _NOT_TEXT = re.compile(r"vision|visual|audio|speech|image|encoder\.|mtp\.|draft")
@@ -145,7 +146,15 @@ class AttentionConfig:
                 f"config.json: {model_type}: a hybrid model",
                 got=f"layers without attention ({', '.join(others)})",
                 expected="attention in every layer",
-                fix="Compare configurations of the whole model: `skv-export quality CHECKPOINT --configs K4V2,K4V4`.",
+                fix=_ONE_PAIR,
+            )
+        if config.get("kv_lora_rank"):
+            raise SkvError(
+                f"config.json: {model_type}: multi-head latent attention",
+                got="one latent for keys and values (kv_lora_rank)",
+                expected="projections of keys and of values",
+                fix="Choose one pair of bits for all layers, `skv-export model --k-bits 4 --v-bits 4`; `skv-export "
+                "verify` measures what it loses.",
             )
         layers = _size(config, "num_hidden_layers", "n_layer", "num_layers")
         heads = _size(config, "num_attention_heads", "n_head")
@@ -277,7 +286,7 @@ class AttentionReader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        refuse_shared(checkpoint.config, f"{checkpoint.source}: bits by layer")
+        refuse_shared(checkpoint.config, f"{checkpoint.source}: bits", _ONE_PAIR)
         self.config = AttentionConfig.from_config(checkpoint.config)
         self._row, self._prefix = self._locate()
 

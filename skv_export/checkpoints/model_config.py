@@ -52,6 +52,40 @@ def load_config(source: Source) -> PreTrainedConfig:
     return config
 
 
+def _ropes(config: PreTrainedConfig) -> list[Mapping[str, Any]]:
+    """Returns the RoPE parameters: one set, or one per kind of layer."""
+    given = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in given.values() if isinstance(value, Mapping)]
+    return nested or [given]
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Returns the tokens that the exported model can attend to.
+
+    YaRN reaches ``factor`` times its original length, whether or not ``max_position_embeddings`` was raised with it;
+    dynamic NTK ``factor`` times ``max_position_embeddings``.
+    """
+    full = int(getattr(config, "max_position_embeddings", None) or 2048)
+    reached = [full]
+    for rope in _ropes(config):
+        factor, original = float(rope.get("factor") or 1.0), rope.get("original_max_position_embeddings")
+        if rope.get("rope_type") == "yarn" and original:
+            reached.append(int(int(original) * factor))
+        if rope.get("rope_type") == "dynamic":
+            reached.append(int(full * factor))
+    return max(reached)
+
+
+def check_window(config: PreTrainedConfig, window: int) -> None:
+    """Refuses windows of text that the model has no positions for.
+
+    Raises:
+        SkvError: They are longer than its context.
+    """
+    if window > (longest := context_length(config.get_text_config())):
+        raise SkvError("window", got=f"{window} tokens", expected=f"at most {longest}, the model's context")
+
+
 def _check_names(config: PreTrainedConfig, source: Source) -> None:
     """Refuses activation functions and kinds of RoPE that transformers does not have: a model would fail on them."""
     for key in _ACTIVATIONS:

@@ -46,12 +46,13 @@ def count_caches(config: Any) -> int:
     return int(config.num_hidden_layers) - len(cache_sources(config))
 
 
-def refuse_shared(config: Mapping[str, Any], what: str) -> None:
+def refuse_shared(config: Mapping[str, Any], what: str, instead: str) -> None:
     """Refuses a checkpoint whose layers share keys and values, for ``what`` looks at layers one by one.
 
     Args:
         config: The content of its ``config.json``.
         what: What can't be done.
+        instead: What can be.
 
     Raises:
         SkvError: They do.
@@ -60,8 +61,8 @@ def refuse_shared(config: Mapping[str, Any], what: str) -> None:
     for values in (config, text if isinstance(text, Mapping) else {}):
         if shared := values.get("num_kv_shared_layers"):
             raise SkvError(
-                f"{what}: layers one by one",
+                f"{what}: layer by layer",
                 got=f"{shared} layers that read the keys and values of an earlier one (num_kv_shared_layers)",
                 expected="layers with keys and values of their own",
-                fix="Choose one pair of bits for all layers; `skv-export quality` compares pairs.",
+                fix=instead,
             )

@@ -34,7 +34,6 @@ from skv_export.cli.options import (
 )
 from skv_export.cli.target import TARGET_OPTIONS, target_options
 from skv_export.errors import SkvError, did_you_mean
-from skv_export.paths import to_path
 from skv_export.spec.recipe import (
     ACCURACY_LEVELS,
     BITS,
@@ -173,11 +172,7 @@ def _recipe_options(command: _Command) -> _Command:
 
 def _resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
     """The recipe of --recipe (a file, or a shipped name) with the flags on top."""
-    if recipe is None:
-        base = Recipe()
-    else:
-        path = to_path(recipe, "recipe")
-        base = Recipe.load(path if path.exists() else shipped_recipes().get(recipe, path))
+    base = Recipe() if recipe is None else Recipe.find(recipe)
     return base.with_options(**options)
 
 
@@ -310,9 +305,15 @@ def model(
             calibration=calibrated,
             inputs_embeds=inputs_embeds,
         )
-    name = shlex.quote(f"./{folder}" if str(folder).startswith("-") else str(folder))
-    written = f"\nWritten to {folder}. Next:\n  skv-export verify {name}\n  skv-export generate {name} --prompt ..."
-    say(written, json_file)
+    name = f"./{folder}" if str(folder).startswith("-") else str(folder)
+    verify = ["skv-export", "verify", name]
+    recorded = rewriting or (checkpoint is None and quantized is None) or not Path(source).exists()
+    if not recorded:  # a folder names a hub id, the demo model and a source graph itself
+        verify += ["--checkpoint", source]
+    if adapter is not None:
+        verify += ["--adapter", str(adapter)]
+    generate = shlex.join(["skv-export", "generate", name])
+    say(f"\nWritten to {folder}. Next:\n  {shlex.join(verify)}\n  {generate} --prompt ...", json_file)
 
 
 @main.command()

@@ -55,7 +55,7 @@ from skv_export.progress import Progress
 @click.option("--windows", default=16, show_default=True, type=click.IntRange(1), help="Windows of text.")
 @click.option("--window", default=1024, show_default=True, type=click.IntRange(64), help="Tokens per window.")
 @click.option(
-    "--cache", type=PathOf("--cache"), help="Recipe of the cache that the layers have meanwhile.  [default: exact]"
+    "--cache", help="Recipe, a file or a shipped name, of the cache that the layers have meanwhile.  [default: exact]"
 )
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--out", type=PathOf("--out"), help="Folder to write.  [default: NAME-METHOD-int4]")
@@ -74,7 +74,7 @@ def quantize_command(
     text: Path | None,
     windows: int,
     window: int,
-    cache: Path | None,
+    cache: str | None,
     revision: str | None,
     out: Path | None,
     force: bool,
@@ -108,7 +108,7 @@ def quantize_command(
         window=window,
         head_bits=int(head_bits),
         budget=weight_bits_budget,
-        cache=Recipe.load(cache) if cache else None,
+        cache=None if cache is None else Recipe.find(cache),
     )
     prose = read_text(text, CALIBRATION_TEXT)
     source = resolve(checkpoint or demo_checkpoint(), revision=revision, adapter=adapter)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from skv_export.arguments import check
 from skv_export.checkpoints.checkpoint import Checkpoint, Source
+from skv_export.checkpoints.model_config import check_window, load_config
 from skv_export.checkpoints.pretrained import Placement, load_model, load_tokenizer, replace_attention
 from skv_export.checkpoints.purpose import check_purpose
 from skv_export.errors import SkvError
@@ -256,13 +257,15 @@ def run(
         workers: Measure there, windows side by side, and load no model here.
 
     Raises:
-        SkvError: The text is too short, two candidates have one name, or ``state`` is no state file.
+        SkvError: The text is too short, a window longer than the model's context, two candidates have one name, or
+            ``state`` is no state file.
     """
     check_names(candidates)
     check("state", state, Path | None)
     check("first", first, int | None)
     if first is not None and first < 1:
         raise SkvError("first", got=first, expected="at least 1 window")
+    check_window(load_config(source) if loaded is None else loaded[0].config, window)
     measured: Callable[[list[_Job]], Iterable[tuple[int, Iterable[_Window]]]]
     if workers is None:
         model, tokenizer = loaded or load(source)

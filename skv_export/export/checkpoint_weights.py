@@ -134,6 +134,16 @@ class Weights:
         found = {name: self.quantized(name) for name in self._shapes if self.canonical(name) == name}
         return {name: matrix for name, matrix in found.items() if matrix is not None}
 
+    def warn_of_rounding_again(self) -> None:
+        """Says that weights which are quantized already are about to be quantized anew, where that is so."""
+        if held := self.held():
+            warnings.warn(
+                f"{self.source}: {len(held)} of its matrices are quantized already, and are rounded a second time, "
+                "which costs quality; --weights as-is exports them as they are",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     def release(self) -> None:
         """Releases the memory of what was read last; tensors still referenced stay valid, and are read again."""
         self._tensors.release(self._members)

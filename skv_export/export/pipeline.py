@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from skv_export.arguments import checked
 from skv_export.calibration.file import Calibration
 from skv_export.checkpoints.checkpoint import Checkpoint, Source, resolve
-from skv_export.checkpoints.model_config import load_config
+from skv_export.checkpoints.model_config import context_length, load_config
 from skv_export.checkpoints.pretrained import DTYPES, download
 from skv_export.checkpoints.purpose import check_purpose
 from skv_export.checkpoints.shared_caches import count_caches
@@ -30,7 +30,7 @@ from skv_export.export import empty_model, experts, latent_attention, repeat_lay
 from skv_export.export.checkpoint_weights import Weights, separate_head
 from skv_export.export.decoder import SkvDecoder
 from skv_export.export.empty_model import EmptyModel
-from skv_export.export.supported import attention_layers, check_config, check_windows, context_length
+from skv_export.export.supported import attention_layers, check_config, check_windows
 from skv_export.export.to_onnx import build, save
 from skv_export.export.weight_quantization import stored_bytes
 from skv_export.model_folder.card import licence_of
@@ -159,6 +159,8 @@ def _plan_of(
     check_windows(text, decoder.windows)
     weights = Weights(source, model.model)  # compares names and shapes in the files' headers, and reads no weight
     held = weights.held() if recipe.weights in ("", AS_IS) else {}
+    if recipe.weight_bits:
+        weights.warn_of_rounding_again()
     _tokens(text, generation_config(source, config))
     if sees:
         vision_language.warn_of_images(config)

@@ -6,8 +6,7 @@ the attention hook, when the model runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -85,13 +84,6 @@ def _is_set(config: PreTrainedConfig, name: str) -> bool:
         return True
 
 
-def _ropes(config: PreTrainedConfig) -> list[Mapping[str, Any]]:
-    """Returns the RoPE parameters: one set, or one per kind of layer."""
-    given = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in given.values() if isinstance(value, Mapping)]
-    return nested or [given]
-
-
 def check_windows(config: PreTrainedConfig, windows: Sequence[int]) -> None:
     """Compares the windows that attention asked for with the configuration.
 
@@ -114,23 +106,6 @@ def check_windows(config: PreTrainedConfig, windows: Sequence[int]) -> None:
             got=list(windows),
             expected=expected,
         )
-
-
-def context_length(config: PreTrainedConfig) -> int:
-    """Returns the tokens that the exported model can attend to.
-
-    YaRN reaches ``factor`` times its original length, whether or not ``max_position_embeddings`` was raised with it;
-    dynamic NTK ``factor`` times ``max_position_embeddings``.
-    """
-    full = int(getattr(config, "max_position_embeddings", None) or 2048)
-    reached = [full]
-    for rope in _ropes(config):
-        factor, original = float(rope.get("factor") or 1.0), rope.get("original_max_position_embeddings")
-        if rope.get("rope_type") == "yarn" and original:
-            reached.append(int(int(original) * factor))
-        if rope.get("rope_type") == rope_by_length.DYNAMIC:
-            reached.append(int(full * factor))
-    return max(reached)
 
 
 def prepare_model(model: PreTrainedModel) -> None:

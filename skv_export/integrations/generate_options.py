@@ -75,6 +75,12 @@ def check_options(
     for name, ids in (("inputs", inputs), ("input_ids", input_ids), ("attention_mask", attention_mask)):
         if ids is not None and ids.ndim != 2:
             raise SkvError(f"generate: {name}: shape", got=list(ids.shape), expected="[batch, tokens]")
+    prompts = next((x for x in (inputs, input_ids, further.get("inputs_embeds")) if isinstance(x, torch.Tensor)), None)
+    if prompts is not None and attention_mask is not None:
+        (rows, columns), (got_rows, got_columns) = prompts.shape[:2], attention_mask.shape
+        before = past_key_values is not None  # tokens of earlier calls, which the prompts may leave out
+        if got_rows != rows or (got_columns < columns if before else got_columns != columns):
+            raise SkvError("generate: attention_mask: shape", got=[got_rows, got_columns], expected=[rows, columns])
 
 
 def new_shape(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from skv_export.calibration.file import Calibration, fingerprint
 from skv_export.calibration.solve import key_basis
 from skv_export.checkpoints.checkpoint import Source
+from skv_export.checkpoints.model_config import check_window, load_config
 from skv_export.checkpoints.pretrained import download, load_tokenizer
 from skv_export.checkpoints.tensor_files import LocalFile, read_header, read_metadata
 from skv_export.errors import SkvError
@@ -129,8 +130,9 @@ def calibrate(
     """
     tick = progress or (lambda *_: None)
     local = download(source)
+    check_window(load_config(local), window)
     ids = torch.from_numpy(cut_windows(load_tokenizer(local), text, windows, window))
-    model = LayerByLayer(local, device)
+    model = LayerByLayer(local, device, instead="Export it without a calibration.")
     checkpoint = fingerprint(local)
     steps = _Finished(state, {"checkpoint": checkpoint, "tokens": hashlib.sha256(ids.numpy().tobytes()).hexdigest()})
     bases, states = steps.load()

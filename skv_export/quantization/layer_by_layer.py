@@ -24,9 +24,9 @@ from skv_export.errors import SkvError
 from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation
 from skv_export.export import empty_model
 from skv_export.export.checkpoint_weights import Weights, separate_head
+from skv_export.export.latent_attention import LATENT
 from skv_export.export.repeat_layers import find_stack
 from skv_export.export.supported import attention_layers, check_config
-from skv_export.export.vision_language import is_vision_language
 
 
 @dataclass
@@ -47,37 +47,38 @@ class LayerByLayer:
     Args:
         source: The checkpoint, on this disk.
         device: Where layers run.
+        instead: What can be done with a model that can't be run so; ends the messages.
 
     Raises:
         SkvError: The architecture can't be exported, or is no stack of layers; tensors are missing or don't fit.
     """
 
-    def __init__(self, source: Source, device: str = "cpu") -> None:
+    def __init__(self, source: Source, device: str = "cpu", *, instead: str = "") -> None:
         self.config = load_config(source)
         check_config(self.config)
-        if is_vision_language(self.config):
-            raise SkvError(
-                f"{self.config.model_type}: measured layer by layer",
-                got="a vision-language checkpoint",
-                expected="a model of text alone",
-                fix="Choose one pair of bits for all layers; `skv-export quality` compares pairs.",
-            )
-        refuse_shared(self.config.to_dict(), str(source))
+        refuse_shared(self.config.to_dict(), str(source), instead)
         check_purpose(self.config.model_type, self.config.architectures)
-        if len(attention_layers(self.config)) < int(self.config.num_hidden_layers):
+        text = self.config.get_text_config()
+        recurrent = len(attention_layers(text)) < int(text.num_hidden_layers)
+        if recurrent or text.model_type in LATENT:
             raise SkvError(
                 f"{self.config.model_type}: measured layer by layer",
-                got="layers without attention",
-                expected="attention in every layer",
-                fix="`skv-export model --weights int8` or int4 rounds weights without a text.",
+                got="layers without attention" if recurrent else "multi-head latent attention",
+                expected="attention over keys and values in every layer",
+                fix=instead,
             )
         separate_head(source, self.config)
         self.model = empty_model.build(self.config, torch.float32).model
         self.weights = Weights(source, self.model)
         self.device = torch.device(device)
-        found = find_stack(self.model, int(self.config.num_hidden_layers))
+        found = find_stack(self.model, int(text.num_hidden_layers))
         if found is None:
-            raise SkvError(f"{self.config.model_type}: its layers are not one list, as running them one by one needs")
+            raise SkvError(
+                f"{self.config.model_type}: its layers",
+                got="no single list of them",
+                expected="one, to run them one by one",
+                fix=instead,
+            )
         self.path, self._stack = found
         replace_attention(self.model, ATTENTION_NAME)
         self._arguments: list[_Arguments] = []

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from skv_export.checkpoints.checkpoint import Source
+from skv_export.checkpoints.model_config import check_window, load_config
 from skv_export.checkpoints.pretrained import download, load_tokenizer
 from skv_export.checkpoints.snapshot import Snapshot
 from skv_export.errors import SkvError
 from skv_export.evaluation.decode_simulation import AttentionOptions, Simulation
 from skv_export.evaluation.text import cut_windows
+from skv_export.export.vision_language import is_vision_language
 from skv_export.model_folder.output import check_target, output_folder
 from skv_export.model_folder.tokenizer import write_tokenizer
 from skv_export.model_folder.writer import generation_config
@@ -36,6 +38,7 @@ from skv_export.spec.recipe import Recipe
 
 METHODS = ("qep", "rsq", "gptq", "awq", "rtn")
 """Ways to find codes; ``quantize`` says what they are."""
+_UNFITTED = "`skv-export model --weights int8` or int4 rounds weights without a text."
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done and steps in all."""
@@ -142,13 +145,22 @@ def quantize(
     tick = progress or (lambda *_: None)
     local = download(source)
     before = Snapshot.take(local)
+    check_window(load_config(local), options.window)
     tokenizer = load_tokenizer(local)
     windows = torch.from_numpy(cut_windows(tokenizer, text, options.windows, options.window))
-    model = LayerByLayer(local, device)
+    model = LayerByLayer(local, device, instead=_UNFITTED)
+    if is_vision_language(model.config):
+        raise SkvError(
+            f"{source}: its weights fitted to a text",
+            got=f"{model.config.model_type}, a vision-language checkpoint, whose images the text tower reads as well",
+            expected="a model of text alone",
+            fix=_UNFITTED,
+        )
     held = [name for name in model.weights.held() if name.startswith(f"{model.path}.")]
     if held and local.kind != "gguf":
         got = f"{len(held)} quantized matrices, {held[0]} among them"
         raise SkvError(f"{source}: its weights are quantized already", got=got, fix="Export it as it is.")
+    model.weights.warn_of_rounding_again()
     if not any(True for _ in _matrices(model, options.form)):
         linear = {m.in_features for m in model.model.modules() if isinstance(m, torch.nn.Linear)}
         got = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -51,8 +51,13 @@ def checked(session: Session, inputs_embeds: ArrayLike, batch: int) -> NDArray[n
             got="a graph that takes tokens only",
             fix="Export the checkpoint with --inputs-embeds.",
         )
+    given: Any = inputs_embeds
+    if hasattr(given, "detach"):  # torch's, which numpy takes neither in bfloat16 nor with a gradient
+        given = given.detach().cpu().float()
     try:
-        found = np.asarray(inputs_embeds, np.float32)
+        if np.iscomplexobj(given):
+            raise TypeError("complex numbers")
+        found = np.asarray(given, np.float32)
     except (ValueError, TypeError, RuntimeError) as error:
         raise SkvError("inputs_embeds", got=shown(inputs_embeds), expected="numbers, [B, S, hidden]") from error
     if found.ndim != 3 or found.shape[0] != batch or found.shape[1] < 1 or found.shape[2] != hidden:

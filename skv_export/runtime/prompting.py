@@ -113,12 +113,13 @@ def begun(
 def _compact(session: Session, cache: Cache, keep: int, look_ahead: Drafter | None) -> None:
     """Compacts a cache, for the queries of guesses at what follows too (SpecKV of arXiv 2506.08373)."""
     length = int(cache.lengths[0])
+    guesses: list[int] = []
     if look_ahead is not None and cache.held[0] > keep:
         room = min(look_ahead.num_tokens, int(session.room(cache)[0]))
         guesses = look_ahead(cache.tokens[0], room) if room > 0 else []
         if guesses:
             session.append([guesses], cache)
-    session.compact(cache, keep=keep)
+    session.compact(cache, keep=keep + len(guesses))
     if cache.lengths[0] > length:  # a few tokens may come back from their codes
         cache.rewind(length)
 

@@ -292,6 +292,16 @@ class Recipe:
         )
 
     @classmethod
+    def find(cls, name: Path | str) -> Recipe:
+        """Reads a recipe by what a user calls it: a TOML file, or the name of one that ships with the package.
+
+        Raises:
+            SkvError: There is neither, or see ``load``.
+        """
+        path = to_path(name, "recipe")
+        return cls.load(path if path.exists() else shipped_recipes().get(str(name), path))
+
+    @classmethod
     def load(cls, path: Path | str) -> Recipe:
         """Reads a recipe from a TOML file.
 

@@ -12,14 +12,16 @@ A rewritten graph is compared with its source in ONNX Runtime, in the second way
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from skv_export import progress
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 STEPS_PAST_FLUSHES = 64
 """Steps after the second flush, at least."""
+MOST_TIES = 0.2
+"""Share of the steps that may differ because two experts were near to each other."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class StepComparison:
         rounded: Full-precision numbers that were written otherwise, in all layers.
         origin: Where the first difference beyond the tolerance came from; empty if there was none.
         states: Largest difference of a recurrent state after a step, relative to the state's largest number.
+        ties: Steps that are left out: two experts were so near to each other that rounding chose between them.
     """
 
     prompt: int
@@ -105,6 +110,7 @@ class StepComparison:
     rounded: int
     origin: str = ""
     states: float = 0.0
+    ties: tuple[int, ...] = ()
 
     def summary(self) -> str:
         """The differences in one line."""
@@ -149,14 +155,41 @@ class GraphResult:
             f"cache: {sum(found.flips)} of {sum(found.written):,} bytes of codes flipped{where}; "
             f"{found.rounded} full-precision numbers rounded otherwise",
             *([f"recurrent states differ by {found.states:.1e} of their size at most"] if found.states else []),
+            *([f"{len(found.ties)} steps left out: rounding chose between two experts"] if found.ties else []),
         ]
 
 
+class _RouterMargins(TorchFunctionMode):
+    """While it is entered, notes how near the choices of experts are: routers choose by ``torch.topk``.
+
+    Attributes:
+        least: The smallest distance between the last expert chosen and the first that is not, over the largest score.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.least = math.inf
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func in (torch.topk, torch.Tensor.topk):
+            scores, count = args[0], int(args[1] if len(args) > 1 else given["k"])
+            if count < scores.shape[-1]:
+                best = func(scores, count + 1, dim=-1).values
+                margins = (best[..., -2] - best[..., -1]) / scores.abs().amax(-1).clamp_min(1e-30)
+                self.least = min(self.least, float(margins.min()))
+        return func(*args, **given)
+
+
 class TorchDecoder:
-    """The model in PyTorch with the reference as its attention and its own cache, for one sequence."""
+    """The model in PyTorch with the reference as its attention and its own cache, for one sequence.
+
+    Attributes:
+        margin: How near two experts were to each other in the last call, relative to the scores; infinite without any.
+    """
 
     def __init__(self, model: PreTrainedModel, session: Session) -> None:
-        self.length = 0
+        self.length, self.margin = 0, math.inf
         self.layers = session.config.layers
         self._device = input_device(model)
         configs = [layer_config(layer) for layer in self.layers]
@@ -180,9 +213,9 @@ class TorchDecoder:
         tokens = torch.tensor([list(ids)], device=self._device)
         positions = torch.arange(self.length, total, device=self._device)[None]
         mask = torch.ones((1, total), dtype=torch.int64, device=self._device)
-        with torch.no_grad():
+        with torch.no_grad(), _RouterMargins() as margins:
             logits, *self._past = self._decoder(tokens, mask, positions, *self._past)
-        self.length = total
+        self.length, self.margin = total, margins.least
         return logits[0, -1].float().cpu().numpy()
 
     def data(self, layer: int, name: str) -> Bytes:
@@ -199,9 +232,11 @@ def layer_config(layer: LayerCache) -> LayerConfig:
     return LayerConfig(**options_of(layer.key, layer.value))
 
 
-def step_counts(layout: CacheLayout) -> tuple[int, int]:
-    """Tokens of the prompt, which ends just before the first flush, and steps after it."""
-    return layout.num_sink_tokens + layout.ring_tokens - 1, 2 * layout.tile_tokens + STEPS_PAST_FLUSHES
+def step_counts(config: ModelConfig) -> tuple[int, int]:
+    """Tokens of the prompt, which ends just before the first flush, and steps after it; fewer in a short context."""
+    layout, context = config.layers[0].key, config.context_length
+    prompt = min(layout.num_sink_tokens + layout.ring_tokens - 1, context // 2)
+    return prompt, min(2 * layout.tile_tokens + STEPS_PAST_FLUSHES, context - prompt)
 
 
 def check(
@@ -253,7 +288,7 @@ def check_source(
     """
     tolerance = tolerance or Tolerance.of(ModelConfig.load(folder).dtype)
     session = graph_variants.unquantized(folder, execution_provider=execution_provider)
-    prompt, steps = step_counts(session.config.layers[0].key)
+    prompt, steps = step_counts(session.config)
     _check_count(tokens, prompt + steps)
     cache, track = session.cache(1, len(tokens)), _Track(tolerance.exact, tolerance.rows, 0)
     source.restart()
@@ -281,17 +316,23 @@ def compare_steps(
         rows: Keys and values that differ by more than this, relative to the largest, are where it came from.
         same_cache: Every step starts from the exported graph's cache; else each has its own.
     """
-    prompt, steps = step_counts(session.config.layers[0].key)
+    prompt, steps = step_counts(session.config)
     _check_count(tokens, prompt + steps)
     decoder, cache = TorchDecoder(model, session), session.cache(1, len(tokens))
     track = _Track(limit, rows, len(decoder.layers))
     calls = [tokens[:prompt], *([token] for token in tokens[prompt:])]
     label = "graph, the recipe's bits" if same_cache else "graph, nothing rounded"
+    adopt = True  # unwritten bytes are the same then, whatever they are
     for step, ids in enumerate(progress.track(calls, label)):
-        if same_cache or step == 0:  # unwritten bytes are the same then, whatever they are
+        if adopt:
             decoder.adopt(cache)
         reference = decoder.run(ids)
         exported = session.run([ids], None, None, cache)[0, -1]
+        if decoder.margin <= rows and track.differs(reference, exported, decoder, cache):
+            track.ties.append(step)
+            adopt = True  # what they hold of this step is not the same any more
+            continue
+        adopt = same_cache
         beyond = track.add_logits(step, reference, exported)
         if same_cache or (beyond and not track.origin):
             track.add_caches(step, decoder, cache)
@@ -309,21 +350,30 @@ class _Track:
     limit: float
     rows: float
     layers: int
-    differences: list[NDArray[np.float32]] = field(default_factory=list)
+    differences: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     same: list[bool] = field(default_factory=list)
     contradictions: list[int] = field(default_factory=list)
     rounded: int = 0
     origin: str = ""
+    ties: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.flips, self.written, self.states = [0] * self.layers, [0] * self.layers, 0.0
+
+    def differs(
+        self, reference: NDArray[np.float32], exported: NDArray[np.float32], decoder: TorchDecoder, cache: Cache
+    ) -> bool:
+        """Whether a step's logits, or the keys and values that it wrote, are beyond the limits."""
+        if not np.abs(reference - exported).max() <= self.limit:
+            return True
+        return any(off > self._most(layout) for _, _, layout, (_, _, off) in _written(decoder, cache))
 
     def add_logits(self, step: int, reference: NDArray[np.float32], exported: NDArray[np.float32]) -> bool:
         """Adds a step's logits; returns whether they are beyond the limit."""
         difference = np.nan_to_num(np.abs(reference - exported), nan=np.inf)
         worst = float(difference.max())
         second, first = np.partition(reference, -2)[-2:]
-        self.differences.append(difference)
+        self.differences[step] = difference
         self.same.append(bool(reference.argmax() == exported.argmax()))
         if not self.same[-1] and first - second > worst:
             self.contradictions.append(step)
@@ -331,18 +381,19 @@ class _Track:
 
     def add_caches(self, step: int, decoder: TorchDecoder, cache: Cache) -> None:
         """Adds what a step wrote, and records the first layer whose keys or values differ from the reference's."""
-        for i, layer in enumerate(decoder.layers):
-            for name, layout in (("key", layer.key), ("value", layer.value)):
-                blocks = [h.data(i, name).reshape(layer.num_key_value_heads, -1) for h in (decoder, cache)]
-                flips, rounded, off = _differences(layout, *blocks)
-                flushed = layout.quantized_tokens(decoder.length) > layout.quantized_tokens(int(decoder.length) - 1)
-                self.written[i] += layout.tile_bytes * layer.num_key_value_heads * flushed
-                self.flips[i] += flips
-                self.rounded += rounded
-                if off > max(self.rows, 4 * _epsilon(layout)) and not self.origin:
-                    before = f", or layer {i - 1} after its own" if i else ""
-                    self.origin = f"step {step}: layer {i}'s {name}s are off by {off:.1%}: layer {i}{before}"
+        for i, name, layout, (flips, rounded, off) in _written(decoder, cache):
+            flushed = layout.quantized_tokens(decoder.length) > layout.quantized_tokens(int(decoder.length) - 1)
+            self.written[i] += layout.tile_bytes * decoder.layers[i].num_key_value_heads * flushed
+            self.flips[i] += flips
+            self.rounded += rounded
+            if off > self._most(layout) and not self.origin:
+                before = f", or layer {i - 1} after its own" if i else ""
+                self.origin = f"step {step}: layer {i}'s {name}s are off by {off:.1%}: layer {i}{before}"
         self.add_states(step, decoder, cache)
+
+    def _most(self, layout: CacheLayout) -> float:
+        """By how much keys and values may differ, relative to the largest."""
+        return max(self.rows, 4 * _epsilon(layout))
 
     def add_states(self, step: int, decoder: TorchDecoder, cache: Cache) -> None:
         """Compares the recurrent states after a step, and records the first that differs as an origin."""
@@ -356,21 +407,30 @@ class _Track:
                 self.origin = f"step {step}: the state {given.name} of layer {given.layer} is off by {off:.1%}"
 
     def result(self, prompt: int, steps: int) -> StepComparison:
-        worst = [float(d.max()) for d in self.differences]
+        worst = {step: float(d.max()) for step, d in self.differences.items()} or {0: 0.0}
         return StepComparison(
             prompt=prompt,
             steps=steps,
-            max_abs=max(worst),
-            median_abs=float(np.median(np.concatenate(self.differences))),
-            worst_step=int(np.argmax(worst)),
-            argmax_agreement=float(np.mean(self.same)),
+            max_abs=max(worst.values()),
+            median_abs=float(np.median(np.concatenate(list(self.differences.values()) or [np.zeros(1, np.float32)]))),
+            worst_step=max(worst, key=lambda step: worst[step]),
+            argmax_agreement=float(np.mean(self.same or [True])),
             contradictions=tuple(self.contradictions),
             flips=tuple(self.flips),
             written=tuple(self.written),
             rounded=self.rounded,
             origin=self.origin,
             states=self.states,
+            ties=tuple(self.ties),
         )
+
+
+def _written(decoder: TorchDecoder, cache: Cache) -> Iterator[tuple[int, str, CacheLayout, tuple[int, int, float]]]:
+    """The layers' keys and values with their names and layouts, and how both hold them; see ``_differences``."""
+    for i, layer in enumerate(decoder.layers):
+        for name, layout in (("key", layer.key), ("value", layer.value)):
+            blocks = [held.data(i, name).reshape(layer.num_key_value_heads, -1) for held in (decoder, cache)]
+            yield i, name, layout, _differences(layout, *blocks)
 
 
 def _epsilon(layout: CacheLayout) -> float:
@@ -412,6 +472,9 @@ def judge(quantized: StepComparison | None, exact: StepComparison, tolerance: To
     for i, (flips, written) in enumerate(zip(quantized.flips, quantized.written, strict=True)):
         if flips > tolerance.flips * written:
             failures.append(f"graph, {bits}: layer {i} wrote {flips} of {written} bytes of codes otherwise")
+    for run, found in (("nothing rounded", exact), (bits, quantized)):
+        if len(found.ties) > MOST_TIES * (found.steps + 1):
+            failures.append(f"graph, {run}: {len(found.ties)} of {found.steps + 1} steps differ where experts are near")
     if quantized.origin and not failures:
         failures.append(f"graph, {bits}: {quantized.origin}")
     return GraphResult(quantized, exact, tuple(failures))

@@ -292,7 +292,7 @@ class _Levels:
     def _graph_tokens(self) -> list[int]:
         from skv_export.verification import graph_level
 
-        count = sum(graph_level.step_counts(self.config.layers[0].key))
+        count = sum(graph_level.step_counts(self.config))
         (tokens,) = cut_windows(load_tokenizer(self.report.folder), self.prose, 1, count).tolist()
         return tokens
 

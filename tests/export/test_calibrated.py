@@ -75,7 +75,7 @@ def test_the_export_computes_what_pytorch_does_with_the_same_cache(
 ) -> None:
     """The graph level of verify: every step's bytes and logits; and with nothing rounded, without the constants."""
     folder = made[arch]
-    prompt, steps = graph_level.step_counts(ModelConfig.load(folder).layers[0].key)
+    prompt, steps = graph_level.step_counts(ModelConfig.load(folder))
     tokens = (np.arange(prompt + steps) * 37 % 300).tolist()
     result = graph_level.check(load_model(resolve(tiny_checkpoint(arch))), folder, tokens)
     assert not result.failures, result.failures

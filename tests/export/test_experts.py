@@ -13,13 +13,16 @@ import torch
 from tiny_models import TINY, save_random, small_config, tiny_config
 from transformers import AutoModelForCausalLM
 
+from skv_export.checkpoints.checkpoint import Source
+from skv_export.checkpoints.pretrained import Placement
 from skv_export.export import experts, pipeline, weight_quantization
 from skv_export.export.expert_gates import gate_of
 from skv_export.model_folder.names import MODEL_FILE
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.runtime.providers import load_error
 from skv_export.spec.recipe import Recipe
-from skv_export.verification import graph_variants
+from skv_export.verification import graph_level, graph_variants
+from skv_export.verification.run import load_original
 
 pytestmark = pytest.mark.usefixtures("library")
 EXACT = Recipe().with_options(
@@ -69,6 +72,26 @@ def test_experts_are_transformers(arch: str, form: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(got, expected[39:], atol=1e-3, rtol=0)
     written = (out / "model.onnx.data").stat().st_size
     assert abs(pipeline.plan(checkpoint, recipe).weight_bytes / written - 1) < 0.1  # routers count as rounded
+
+
+def test_near_ties_of_experts_are_no_fault_of_an_export(tmp_path: Path) -> None:
+    """Two experts whose routers are the same: rounding chooses between them, and not alike on both sides."""
+    checkpoint = checkpoint_of(tmp_path / "made", "mixtral", num_local_experts=16)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    for name, weight in model.named_parameters():
+        if name.endswith("gate.weight"):
+            weight.data[1] = weight.data[0]
+    model.save_pretrained(tmp_path / "checkpoint")
+    source, out = Source("safetensors", tmp_path / "checkpoint"), tmp_path / "out"
+    recipe = Recipe().with_options(tile_tokens=32, recent_tokens=16, num_sink_tokens=2)
+    config = ModelConfig.load(pipeline.export_model(source, out=out, recipe=recipe, progress=lambda *_: None))
+    model, count = load_original(source, config, Placement()), sum(graph_level.step_counts(config))
+    ids = torch.randint(3, 320, (count,), generator=torch.Generator().manual_seed(2)).tolist()
+    found = graph_level.check(model, out, ids)
+    assert found.failures == () and found.quantized is not None and found.quantized.ties
+    assert any("rounding chose between two experts" in row for row in found.rows())
+    model.get_parameter("model.layers.1.self_attn.o_proj.weight").data *= 1.05  # which is a fault, ties or not
+    assert graph_level.check(model, out, ids).failures
 
 
 def test_other_experts_and_other_formats_are_gathered(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ import torch
 from tiny_models import save_random, small_config
 from transformers import AutoModelForCausalLM
 
+from skv_export.analysis.pipeline import analyze
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.pretrained import load_model, replace_attention
 from skv_export.errors import SkvError
 from skv_export.evaluation.decode_simulation import ATTENTION_NAME, Simulation, simulated_logits
 from skv_export.export import latent_attention, pipeline
+from skv_export.quantization.layer_by_layer import LayerByLayer
 from skv_export.runtime.session import Session
 from skv_export.spec.recipe import Recipe
 from skv_export.verification import graph_level, graph_variants
@@ -43,7 +45,7 @@ def test_latents_are_cached_and_logits_are_transformers(kind: str, tmp_path: Pat
     np.testing.assert_allclose(got, expected[39:], atol=1e-3, rtol=0)
 
     model = load_model(Source("safetensors", checkpoint))
-    count = sum(graph_level.step_counts(Session(out).config.layers[0].key))
+    count = sum(graph_level.step_counts(Session(out).config))
     tokens = torch.randint(3, 320, (count,), generator=torch.Generator().manual_seed(2)).tolist()
     tolerance = graph_level.Tolerance(median=1e-3)  # MiniCPM's logits are of size 30
     assert not graph_level.check(model, out, tokens, tolerance=tolerance).failures
@@ -53,5 +55,9 @@ def test_latents_are_cached_and_logits_are_transformers(kind: str, tmp_path: Pat
     plan = pipeline.plan(checkpoint, RECIPE)
     assert plan.half_cache_bytes(1000) == 1000 * 2 * (64 + 16) * 2  # an fp16 cache has each latent once
     replace_attention(model, ATTENTION_NAME)
+    with pytest.raises(SkvError, match=f"{kind}: measured layer by layer; got multi-head latent attention"):
+        LayerByLayer(Source("safetensors", checkpoint))
+    with pytest.raises(SkvError, match=r"multi-head latent attention; got one latent.*--k-bits"):
+        analyze(checkpoint)
     with pytest.raises(SkvError, match="the simulation has no cache of latents"), torch.no_grad():
         simulated_logits(model, ids[0], Simulation.full_precision())

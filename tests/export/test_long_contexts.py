@@ -9,15 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import make_tiny, tiny_config
+from tiny_models import make_tiny, tiny_config, write_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from skv_export.checkpoints.model_config import context_length
 from skv_export.errors import SkvError
 from skv_export.export import pipeline, supported
+from skv_export.integrations.transformers_model import SkvForCausalLM
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.runtime.session import Session
+from skv_export.runtime.speculation import PromptLookup, Speculation
 from skv_export.spec.recipe import Recipe
+from skv_export.verification.run import verify
 
 pytestmark = pytest.mark.usefixtures("library")
 EXACT = Recipe().with_options(
@@ -54,6 +58,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, library: Path) -> Callable[
         if kind not in made:
             folder, (arch, options) = tmp_path_factory.mktemp(kind), KINDS[kind]
             checkpoint = make_tiny(folder / "checkpoint", arch, **options)
+            write_tokenizer(checkpoint, 320)
             made[kind] = (
                 checkpoint,
                 pipeline.export_model(
@@ -163,6 +168,28 @@ def test_saved_and_copied_sequences_know_their_frequencies(
         np.testing.assert_array_equal(session.append([[7]], other), expected)
 
 
+def test_guesses_that_can_not_be_taken_back_are_refused(models: Callable[[str], tuple[Path, Path]]) -> None:
+    """A key keeps the frequencies of the call it came in: a wrong guess would change those of its neighbours."""
+    for kind in KINDS:
+        session = Session(models(kind)[1])
+        model, ids = SkvForCausalLM.from_session(session), tokens(20)
+        if kind == "yarn":
+            model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=4)
+            continue
+        with pytest.raises(SkvError, match=r"speculative decoding; got a model whose RoPE depends on the length"):
+            Speculation(session, PromptLookup(3))
+        with pytest.raises(ValueError, match="stateful"):
+            model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_verify_writes_the_texts_of_transformers(kind: str, models: Callable[[str], tuple[Path, Path]]) -> None:
+    """Prompts one by one: in a batch transformers takes the frequencies of the longest."""
+    checkpoint, folder = models(kind)
+    report = verify(folder, checkpoint=checkpoint, levels=["text"])
+    assert report.failures == (), report.table()
+
+
 def test_what_can_not_be_right_is_refused(models: Callable[[str], tuple[Path, Path]]) -> None:
     folder = models("longrope")[1]
     assert ModelConfig.load(folder).rope_switch == ORIGINAL
@@ -179,4 +206,4 @@ def test_what_can_not_be_right_is_refused(models: Callable[[str], tuple[Path, Pa
 def test_contexts_reach_as_far_as_the_frequencies() -> None:
     for kind, reach in (("longrope", WHOLE), ("dynamic", 4 * ORIGINAL), ("yarn", WHOLE)):
         arch, options = KINDS[kind]
-        assert supported.context_length(tiny_config(arch, **options)) == reach
+        assert context_length(tiny_config(arch, **options)) == reach

@@ -19,10 +19,11 @@ from tiny_models import save_random, small_config, tiny_config
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from skv_export.checkpoints.model_config import context_length
 from skv_export.checkpoints.purpose import check_purpose
 from skv_export.cli.main import main
 from skv_export.errors import SkvError
-from skv_export.export import pipeline, supported
+from skv_export.export import pipeline
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.runtime.session import Session
 from skv_export.spec.recipe import Recipe
@@ -170,7 +171,7 @@ def test_an_adapter_among_whole_weights_is_refused_and_other_tensors_are_named(
 )
 def test_yarn_reaches_its_factor_times_the_original_length(rope: dict[str, Any], context: int) -> None:
     config = tiny_config("qwen3", max_position_embeddings=512, rope_parameters={"rope_theta": 1e4, **rope})
-    assert supported.context_length(config) == context
+    assert context_length(config) == context
 
 
 def test_a_model_with_yarn_serves_its_whole_context(tmp_path: Path, library: Path) -> None:

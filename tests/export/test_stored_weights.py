@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -159,7 +160,11 @@ def test_layers_of_different_formats_stay_different(tmp_path: Path, library: Pat
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
 def test_other_weights_are_made_of_the_dequantized_ones(weights: str, tmp_path: Path, library: Path) -> None:
     checkpoint = written(tmp_path / "model.gguf", "llama", lambda name: "Q4_1")
-    out = export(checkpoint, tmp_path / "out", weights=weights)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        out = export(checkpoint, tmp_path / "out", weights=weights)
+    again = [str(w.message) for w in said if "rounded a second time" in str(w.message)]
+    assert len(again) == (weights == "int8") and all("15 of its matrices" in text for text in again)
     assert bool(products(out)) == (weights == "int8") and not any(bits == 4 for _, bits, _ in products(out))
     assert ModelConfig.load(out).weights == ("int8" if weights == "int8" else "")
     assert Recipe.load(out / "recipe.toml").weights == weights

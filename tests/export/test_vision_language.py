@@ -12,15 +12,19 @@ import torch
 from transformers import AutoConfig
 from vision_models import CONFIGS, make_vision_model, with_image
 
+from skv_export.analysis.pipeline import MeasureOptions, analyze
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.pretrained import load_model
 from skv_export.errors import SkvError
 from skv_export.export import pipeline, supported, vision_language
 from skv_export.integrations.transformers_model import SkvForCausalLM
 from skv_export.model_folder.skv_config import ModelConfig
+from skv_export.quantization.key_calibration import calibrate
+from skv_export.quantization.pipeline import Options, quantize
 from skv_export.runtime.session import Session
 from skv_export.spec.recipe import Recipe
 from skv_export.verification import graph_level
+from skv_export.verification.run import verify
 
 pytestmark = [
     pytest.mark.usefixtures("library"),
@@ -85,6 +89,11 @@ def test_tokens_their_embeddings_and_an_image_give_pytorchs_logits(
     got = session.run_embeds(padded, mask, None, session.cache(2, 60))[:, 0]
     np.testing.assert_allclose(got, [expected[0, 49], expected[1, 39]], atol=TOLERANCE, rtol=0)
 
+    half = torch.from_numpy(embeds).bfloat16().requires_grad_()
+    got = session.run_embeds(half, None, None, session.cache(2, 60))
+    want = session.run_embeds(half.detach().float().numpy(), None, None, session.cache(2, 60))
+    np.testing.assert_array_equal(got, want)
+
     merged, positions, logits = with_image(model, BEFORE, AFTER)
     assert not np.allclose(
         merged[0, 6, :64], model.get_input_embeddings()(torch.tensor([5]))[0].detach()
@@ -130,7 +139,7 @@ def test_folder_says_what_its_graph_takes_and_verify_holds_it_to_the_checkpoint(
     session = Session(folder)
     assert "inputs_embeds" not in [x.name for x in session.onnx.get_inputs()]  # it may be left out
     model = load_model(Source("safetensors", checkpoint))
-    count = sum(graph_level.step_counts(session.config.layers[0].key))
+    count = sum(graph_level.step_counts(session.config))
     ids = torch.randint(10, 320, (count,), generator=torch.Generator().manual_seed(3)).tolist()
     assert not graph_level.check(model, folder, ids).failures
 
@@ -154,6 +163,7 @@ def test_what_came_as_an_embedding_is_no_token(exported: Callable[[str], Exporte
         (np.zeros((2, 4, 64)), r"inputs_embeds: shape; got \[2, 4, 64\]"),
         (np.full((1, 4, 64), np.nan), "inputs_embeds; got infinite numbers or not-a-number"),
         ([["a"]], "inputs_embeds; .*expected numbers"),
+        (np.zeros((1, 4, 64), np.complex64), "inputs_embeds; .*expected numbers"),
     ],
 )
 def test_embeddings_that_do_not_fit_are_refused(embeds: Any, message: str, exported: Callable[[str], Exported]) -> None:
@@ -183,6 +193,27 @@ def test_without_the_flag_a_text_model_takes_tokens_only(tiny_checkpoint: Callab
     assert pipeline.plan(tiny_checkpoint("llama")).inputs_embeds == 0
     with pytest.raises(SkvError, match="hidden_size_per_layer_input"):
         pipeline.plan(tiny_checkpoint("gemma4_text"), inputs_embeds=True)
+
+
+def test_bits_of_a_towers_layers_are_chosen_and_its_keys_calibrated(
+    exported: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    """By text; the weights are not fitted to it, for images are read as well."""
+    source = Source("safetensors", exported("qwen2_vl").checkpoint)
+    text = "".join(chr(33 + i * i % 61) for i in range(1200))
+    (tmp_path / "text").write_text(text)
+    found = analyze(source, measure=MeasureOptions(tmp_path / "text", 1, 200, confirm_windows=0))
+    assert len(found.layers) == 2 and found.to_recipe().overrides
+    calibrate(source, text, windows=2, window=200).save(tmp_path / "keys.safetensors")
+    out = pipeline.export_model(
+        source, out=tmp_path / "out", recipe=EXACT.with_options(k_bits=2), calibration=tmp_path / "keys.safetensors",
+        progress=lambda *_: None,
+    )  # fmt: skip
+    report = verify(out, checkpoint=source.path, levels=["graph"])
+    assert report.failures == (), report.table()
+    with pytest.raises(SkvError, match=r"fitted to a text; got qwen2_vl, a vision-language checkpoint.*--weights int8"):
+        quantize(source, text, tmp_path / "weights", Options(window=200))
+    assert not (tmp_path / "weights").exists()
 
 
 @pytest.mark.parametrize(("kind", "reason"), [("mllama", "cross attention"), ("paligemma", "both directions")])

@@ -14,12 +14,13 @@ from onnx import helper
 
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.model_config import load_config
-from skv_export.checkpoints.pretrained import load_model
+from skv_export.checkpoints.pretrained import Placement, load_model
 from skv_export.errors import SkvError
 from skv_export.export import pipeline, weight_quantization
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.spec.recipe import Recipe
-from skv_export.verification import graph_variants
+from skv_export.verification import graph_level, graph_variants
+from skv_export.verification.run import load_original
 
 EXACT = Recipe().with_options(k_bits=16, v_bits=16, recent_type="float")
 
@@ -96,6 +97,31 @@ def test_export_computes_with_the_rounded_weights(
     session = graph_variants.plain(out)  # activations in 8 bits, as it is deployed
     close = session.run(ids.numpy(), None, None, session.cache(1, 20))[0, 0]
     assert np.corrcoef(close, expected)[0, 1] > 0.98
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_verify_rounds_as_a_graph_in_16_bits_is_rounded(
+    weights: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path, library: Path
+) -> None:
+    """Codes of the checkpoint's own numbers, and scales in the graph's number format: bit for bit."""
+    source = Source("safetensors", tiny_checkpoint("llama"))
+    recipe = Recipe().with_options(weights=weights, dtype="fp16", tile_tokens=32, recent_tokens=16, num_sink_tokens=2)
+    out = pipeline.export_model(source, out=tmp_path / "out", recipe=recipe, progress=lambda *_: None)
+    config, bits, name = ModelConfig.load(out), int(weights[3:]), "model.layers.1.mlp.gate_proj.weight"
+    graph = onnx.load(out / "model.onnx").graph
+    held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    node = next(n for n in graph.node if n.op_type == "MatMulNBits" and n.input[1].startswith(name))
+    codes, scales, zeros = (held[x] for x in node.input[1:4])
+    assert scales.dtype == np.float16
+    stored = weight_quantization.dequantize(codes, scales.astype(np.float32), zeros, bits, 64)
+    model = load_original(source, config, Placement())
+    with weight_quantization.rounded(model, graph_variants.quantized_weights(out), config):
+        np.testing.assert_array_equal(model.get_parameter(name).numpy(), stored)
+        norm = model.get_parameter("model.norm.weight")
+        assert torch.equal(norm, norm.half().float())
+        count = sum(graph_level.step_counts(config))
+        ids = torch.randint(3, 320, (count,), generator=torch.Generator().manual_seed(2)).tolist()
+        assert not graph_level.check(model, out, ids).failures
 
 
 def test_what_is_quantized(tiny_checkpoint: Callable[..., Path], tmp_path: Path, library: Path) -> None:

@@ -205,6 +205,9 @@ def test_what_it_can_not_do_is_an_error(model: SkvForCausalLM) -> None:
     model(**padded("left"), past_key_values=cache)
     with pytest.raises(SkvError, match="attention_mask: needed"):
         model(torch.tensor([[5], [5]]), past_key_values=cache)
+    for columns in (ids.shape[1] - 1, ids.shape[1] + 2):
+        with pytest.raises(SkvError, match=r"generate: attention_mask: shape; got \[1, \d+\]; expected \[1, \d+\]"):
+            model.generate(ids, attention_mask=torch.ones(1, columns, dtype=torch.int64), max_new_tokens=2)
 
 
 def test_folder_without_a_configuration_is_a_clear_error(tmp_path: Path) -> None:
