@@ -16,10 +16,11 @@ from pathlib import Path
 from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
 from skv_export.errors import SkvError
 from skv_export.evaluation import candidates, comparison
+from skv_export.evaluation.baselines import parse_baselines
 from skv_export.evaluation.text import read_text
 from skv_export.spec.recipe import Recipe
 
-RECIPES = "near-lossless,balanced,small,smallest,quarot,kvarn"
+RECIPES = "near-lossless,balanced,small,smallest,quarot,kvarn-like"
 PAIRS = ((4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2), (2, 4))
 FORMS: dict[str, dict[str, int | str]] = {
     "": {},
@@ -38,7 +39,7 @@ def everybody(baselines: str) -> list[candidates.Candidate]:
             candidate = candidates.of_recipe(f"K{k}V{v}{suffix}", recipe)
             if candidate.key not in {c.key for c in found}:
                 found.append(candidate)
-    return found + candidates.parse_baselines(baselines)
+    return found + parse_baselines(baselines)
 
 
 def chosen(everyone: list[candidates.Candidate], names: str) -> list[candidates.Candidate]:

@@ -38,7 +38,8 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 @click.option(
     "--baselines",
     default="",
-    help="Other systems' caches in the same run: kivi, hf-quanto, hf-hqq; or with bits: kivi-k4v2, hf-hqq-8.",
+    help="Other caches in the same run: kivi, kvquant, kvarn, squat, svdq, oscar, turboquant, turboquant-prod, "
+    "hf-quanto, hf-hqq; or with bits: kivi-k4v2, hf-hqq-8.",
 )
 @click.option(
     "--calibration", type=PathOf("--calibration"), help="What `calibrate` wrote: recipes with it, beside without."
@@ -113,6 +114,7 @@ def quality_command(
     from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
     from skv_export.checkpoints.pretrained import Placement, download
     from skv_export.evaluation import candidates, comparison, free_running, needle
+    from skv_export.evaluation.baselines import parse_baselines
     from skv_export.evaluation.html_report import html
     from skv_export.evaluation.text import read_text
     from skv_export.model_folder.output import write_text
@@ -123,7 +125,7 @@ def quality_command(
     calibrated = None if calibration is None else Calibration.load(calibration)
     bases = None if calibrated is None else calibrated.bases
     keep = candidates.parse_keep(keep_tokens)
-    wanted = [*candidates.parse_configs(configs, base, bases, keep), *candidates.parse_baselines(baselines)]
+    wanted = [*candidates.parse_configs(configs, base, bases, keep), *parse_baselines(baselines)]
     candidates.check_names(wanted)
     lengths = needle.parse_lengths(needle_lengths)
     asked = {"--weights": weights, "--needles": needles, "--generate": generate}

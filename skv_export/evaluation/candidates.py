@@ -1,4 +1,4 @@
-"""The cache quantizers that `skv-export quality` compares: recipes, and the caches of other systems, by name.
+"""The cache quantizers that `skv-export quality` compares: what a candidate is, and recipes, by name.
 
 A candidate predicts a window of text decode style: every token sees the cache that a decoder would have.
 """
@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import importlib.util
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, QuantizedCache
+from transformers import PreTrainedModel
 
-from skv_export.checkpoints.pretrained import input_device, own_attention
 from skv_export.errors import SkvError, did_you_mean
 from skv_export.evaluation.compaction import CompactedAttention
 from skv_export.evaluation.decode_simulation import Simulation, simulated_logits
@@ -25,16 +24,6 @@ from skv_export.paths import to_path
 from skv_export.spec.key_basis import KeyBasis, can_be_calibrated
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import BITS, Recipe, shipped_recipes
-
-BASELINES = ("kivi", "hf-quanto", "hf-hqq")
-"""Other systems: a name alone means its usual bit widths (``kivi``); ``kivi-k4v2`` and ``hf-quanto-4`` name one."""
-_PACKAGES = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq", "hqq")}
-_CACHE_BITS = {"quanto": (4, 2), "hqq": (8, 4, 2)}
-"""What works: hqq packs 3 bits into rows that it can't unpack to every length."""
-_PROMPT = {"quanto": 1, "hqq": 64}
-"""Tokens of the first call: hqq packs several groups into a row, and fails where they do not fill it."""
-_RESIDUAL, _GROUP = 128, 64
-"""Defaults of transformers' QuantizedCache: full-precision tokens, and numbers that share a scale and a zero point."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +39,9 @@ class Candidate(ABC):
     name: str
     key: str
     note: str
+
+    def prepare(self, tokenizer: Any) -> None:  # noqa: B027 - most have nothing to prepare
+        """Told of the model's tokenizer before the first ``logits``."""
 
     @abstractmethod
     def logits(self, model: PreTrainedModel, ids: torch.Tensor, prompt: int) -> torch.Tensor:
@@ -97,42 +89,6 @@ class Compacted(Simulated):
 
 
 @dataclass(frozen=True)
-class TransformersCache(Candidate):
-    """transformers' own QuantizedCache, its code untouched.
-
-    It quantizes the first call's tokens at once, then whenever 128 more have come, all of them anew. A first call and
-    then calls of 128 leave what decoding token by token leaves: within a call every new token is exact. The first call
-    has one token, with hqq 64, which then are a prompt.
-    """
-
-    backend: str
-    bits: int
-
-    def logits(self, model: PreTrainedModel, ids: torch.Tensor, prompt: int = 0) -> torch.Tensor:
-        """Calls that end where the cache flushes."""
-        axis = 0 if self.backend == "quanto" else 1
-        cache = QuantizedCache(
-            backend=self.backend,
-            config=model.config,
-            nbits=self.bits,
-            axis_key=axis,
-            axis_value=axis,
-            q_group_size=_GROUP,
-            residual_length=_RESIDUAL,
-        )
-        ids = ids.to(input_device(model))
-        with own_attention(model):
-            first = _PROMPT[self.backend]
-            parts = [ids[:first], *torch.split(ids[first:], _RESIDUAL)]
-            return torch.cat([model(p[None], past_key_values=cache, use_cache=True).logits[0].float() for p in parts])
-
-    def effective_bits(self, context_length: int) -> float:
-        """Codes, a float16 scale and zero point per group, and room for the exact tokens."""
-        held = max(0, context_length - _RESIDUAL)
-        return (held * (self.bits + 32 / _GROUP) + (context_length - held) * 16) / context_length
-
-
-@dataclass(frozen=True)
 class OnOtherWeights(Candidate):
     """A cache of another form of the model, as of one whose weights are quantized; the given model is not run.
 
@@ -149,6 +105,10 @@ class OnOtherWeights(Candidate):
         """Returns a cache's candidate on the weights that ``label`` names and ``digest`` identifies."""
         key = hashlib.sha256(f"{inner.key} {digest}".encode()).hexdigest()[:16]
         return cls(f"{inner.name}{ON}{label}", key, inner.note, inner, model)
+
+    def prepare(self, tokenizer: Any) -> None:
+        """As the cache does; the other weights have the same tokenizer."""
+        self.inner.prepare(tokenizer)
 
     def logits(self, model: PreTrainedModel, ids: torch.Tensor, prompt: int) -> torch.Tensor:
         """As the cache computes them, on the other weights."""
@@ -257,49 +217,3 @@ def of_recipe(
     simulation = Simulation.of_recipe(recipe, bases, attention)
     key = f"{hashed.hexdigest()[:16]} keep {keep}"
     return Compacted(f"{name} keep {keep}", key, f"{note or name}; {keep} tokens kept", simulation, attention)
-
-
-def parse_baselines(text: str) -> list[Candidate]:
-    """Reads ``--baselines``.
-
-    Raises:
-        SkvError: An unknown name, or a package that is not installed.
-    """
-    found: list[Candidate] = []
-    for name in filter(None, (part.strip().lower() for part in text.split(","))):
-        kivi = re.fullmatch(r"kivi(?:-k(\d)v(\d))?", name)
-        cache = re.fullmatch(r"hf-(quanto|hqq)(?:-(\d))?", name)
-        if kivi:
-            pairs = [(int(kivi[1]), int(kivi[2]))] if kivi[1] else [(4, 4), (2, 2)]
-            found += [_kivi(*pair) for pair in pairs]
-        elif cache:
-            _require(cache[1])
-            widths = (int(cache[2]),) if cache[2] else (4, 2)
-            if not set(widths) <= set(_CACHE_BITS[cache[1]]):
-                raise SkvError(f"--baselines: {name}", expected=f"bits of {_CACHE_BITS[cache[1]]}")
-            found += [_transformers(cache[1], bits) for bits in widths]
-        else:
-            expected = ", ".join(BASELINES) + ", or one with its bits: kivi-k4v2, hf-quanto-4, hf-hqq-8"
-            raise SkvError(f"--baselines: {name}", expected=expected, fix=did_you_mean(name, BASELINES))
-    return found
-
-
-def _kivi(k_bits: int, v_bits: int) -> Simulated:
-    name = f"kivi-k{k_bits}v{v_bits}"
-    return Simulated(name, name, "KIVI's published cache", Simulation.of_kivi(k_bits, v_bits))
-
-
-def _transformers(backend: str, bits: int) -> TransformersCache:
-    name = f"hf-{backend}-{bits}"
-    return TransformersCache(name, name, f"transformers' QuantizedCache, {backend}", backend, bits)
-
-
-def _require(backend: str) -> None:
-    module, package = _PACKAGES[backend]
-    root = module.partition(".")[0]
-    if importlib.util.find_spec(root) is None or importlib.util.find_spec(module) is None:
-        raise SkvError(
-            f"--baselines: hf-{backend} needs the package {package}",
-            got="not installed",
-            fix=f"pip install {package}",
-        )

@@ -274,6 +274,8 @@ def run(
     else:
         tokenizer, dtype = load_tokenizer(source), workers.placement.torch_dtype
         measured = functools.partial(workers.map, _all_scores)
+    for candidate in candidates:
+        candidate.prepare(tokenizer)
     cut = torch.from_numpy(cut_windows(tokenizer, text, windows, window))
     digest = hashlib.sha256(cut.numpy().tobytes()).hexdigest()[:16]
     number_format = "" if dtype == torch.float32 else f":{dtype}"

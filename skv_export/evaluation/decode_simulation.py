@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -26,7 +26,7 @@ from skv_export.errors import SkvError
 from skv_export.spec.compaction import move_tokens
 from skv_export.spec.key_basis import KeyBasis, can_be_calibrated
 from skv_export.spec.layout import CacheLayout
-from skv_export.spec.quantizer import decode_tile, encode_tile, rotate, to_half
+from skv_export.spec.quantizer import decode_tile, encode_tile, rotate
 from skv_export.spec.recipe import Recipe
 from skv_export.spec.reference import stored
 
@@ -143,65 +143,6 @@ class FullCache:
     def effective_bits(self, context_length: int) -> float:
         """As a float16 cache has."""
         return 16.0
-
-
-@dataclass(frozen=True)
-class KiviCache:
-    """KIVI's published cache (arXiv 2402.02750 and its code): min-max in groups of 32, the last tokens exact, no sinks.
-
-    Keys: per channel over 32 tokens; up to ``residual`` exact ones, quantized together when that many have come.
-    Values: per token over 32 channels; the last ``residual`` tokens are exact.
-
-    Attributes:
-        bits: Of a code.
-        is_value: Values, not keys.
-        residual: Exact tokens, at most.
-        group_size: Numbers that share a scale and a minimum, both float16.
-        local_window_size: Tokens a query sees, itself included; 0 = all. Only these are held, as by our cache.
-    """
-
-    bits: int
-    is_value: bool
-    residual: int = 128
-    group_size: int = 32
-    local_window_size: int = 0
-    num_sink_tokens: int = 0
-
-    def quantized_tokens(self, length: int) -> int:
-        """Values leave one by one, keys ``residual`` at a time."""
-        return max(0, length - self.residual) if self.is_value else length // self.residual * self.residual
-
-    def exact(self, x: torch.Tensor) -> torch.Tensor:
-        """Rounds to float16."""
-        return x.half().float()
-
-    def quantized(self, x: torch.Tensor) -> torch.Tensor:
-        """Min-max over KIVI's groups."""
-        heads, tokens, dim = x.shape
-        g = self.group_size
-        if self.is_value:
-            groups = x.reshape(heads, tokens * dim // g, g, 1)
-        else:
-            groups = x[:, : tokens // g * g].reshape(heads, tokens // g, g, dim)
-        read = torch.from_numpy(_min_max(groups.half().float().cpu().numpy(), self.bits)).to(x.device)
-        out = read.reshape(heads, -1, dim)
-        return torch.cat([out, x[:, out.shape[1] :]], 1)
-
-    def effective_bits(self, context_length: int) -> float:
-        """Codes, a scale and a minimum per group, and room for the exact tokens."""
-        seen = min(context_length, self.local_window_size or context_length)
-        exact = min(seen, self.residual)
-        return ((seen - exact) * (self.bits + 32 / self.group_size) + exact * 16) / seen
-
-
-def _min_max(x: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
-    """``[..., T, D]`` on ``2**bits`` levels from the smallest to the largest of each T numbers, as read back."""
-    levels = np.float32(2**bits - 1)
-    low, high = x.min(-2, keepdims=True), x.max(-2, keepdims=True)
-    scale, offset = (to_half(y).astype(np.float32) for y in ((high - low) / levels, low))
-    codes = np.rint((x - offset) / np.where(scale > 0, scale, np.float32(1)))
-    read: NDArray[np.float32] = np.clip(codes, 0, levels) * scale + offset
-    return read
 
 
 States = tuple[torch.Tensor, torch.Tensor]
@@ -351,16 +292,6 @@ class Simulation:
     def full_precision(cls) -> Simulation:
         """Returns the simulation of the unquantized model."""
         return cls(lambda *_: (FullCache(), FullCache()))
-
-    @classmethod
-    def of_kivi(cls, k_bits: int, v_bits: int) -> Simulation:
-        """Returns the simulation of KIVI's cache."""
-
-        def make(index: int, head_dim: int, window: int) -> tuple[TensorCache, TensorCache]:
-            key, value = KiviCache(k_bits, False), KiviCache(v_bits, True)
-            return replace(key, local_window_size=window), replace(value, local_window_size=window)
-
-        return cls(make)
 
     @classmethod
     def of_recipe(

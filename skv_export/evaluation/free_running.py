@@ -190,6 +190,7 @@ def run(
     full = Simulated("full precision", "", "", Simulation.full_precision())
     rows = []
     for i, candidate in enumerate([full, *candidates]):
+        candidate.prepare(tokenizer)
         parted = [parting(candidate, model, ids, PROMPT_TOKENS) for ids in whole]
         right = {
             task: sum(parting(candidate, model, ids, start) == len(ids) - start for ids, start in asked)

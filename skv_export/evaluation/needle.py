@@ -106,6 +106,8 @@ def run(
     model, tokenizer = loaded
     full = Simulated("full precision", "", "", Simulation.full_precision())
     everybody: list[Candidate] = [full, *candidates]
+    for candidate in everybody:
+        candidate.prepare(tokenizer)
     rows: list[NeedleRow] = []
     for length in lengths:
         prompts = [[make_prompt(tokenizer, text, length, depth, trial) for trial in range(trials)] for depth in DEPTHS]

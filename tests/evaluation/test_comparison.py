@@ -20,7 +20,7 @@ from skv_export.checkpoints.checkpoint import resolve
 from skv_export.checkpoints.pretrained import own_attention
 from skv_export.cli.quality import quality_command
 from skv_export.errors import SkvError
-from skv_export.evaluation import candidates, comparison, needle
+from skv_export.evaluation import baselines, candidates, comparison, needle
 from skv_export.evaluation.comparison import CandidateResult, pareto
 from skv_export.evaluation.decode_simulation import Simulation, simulated_logits
 from skv_export.evaluation.html_report import html
@@ -192,7 +192,7 @@ def test_transformers_cache_in_calls_is_token_by_token(
     monkeypatch.setattr(cache_utils, "HQQQuantizedLayer", Layer)
     model, _ = loaded
     ids = torch.arange(300) * 37 % 300
-    candidate = candidates.TransformersCache("hf-hqq-4", "", "", "hqq", 4)
+    candidate = baselines.TransformersCache("hf-hqq-4", "", "", "hqq", 4)
     with torch.no_grad():
         got = candidate.logits(model, ids, 0)
         cache = cache_utils.QuantizedCache(backend="hqq", config=model.config, nbits=4, axis_key=1, axis_value=1)
@@ -210,8 +210,8 @@ def test_transformers_cache_in_calls_is_token_by_token(
     [
         (lambda: candidates.parse_configs("K4", SMALL), "--configs: K4; expected a bit pair such as K4V2"),
         (lambda: candidates.parse_configs("K7V2", SMALL), "k_bits; got 7"),
-        (lambda: candidates.parse_baselines("fp8"), "--baselines: fp8; expected kivi, hf-quanto, hf-hqq"),
-        (lambda: candidates.parse_baselines("kivi-k4"), "--baselines: kivi-k4; expected"),
+        (lambda: baselines.parse_baselines("fp8"), "--baselines: fp8; expected kivi, kvquant, "),
+        (lambda: baselines.parse_baselines("kivi-k4"), "--baselines: kivi-k4; expected"),
         (lambda: needle.parse_lengths("64"), "--needle-lengths; got 64"),
         (lambda: cut_windows(Letters(), "short", 2, 100), "text: too short; got 5 tokens"),
     ],
@@ -225,20 +225,20 @@ def test_a_baseline_whose_package_is_missing_names_it(monkeypatch: pytest.Monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     for backend, package in (("hf-hqq", "hqq"), ("hf-quanto-4", "optimum-quanto")):
         with pytest.raises(SkvError, match=f"needs the package {package}; got not installed. pip install {package}"):
-            candidates.parse_baselines(backend)
+            baselines.parse_baselines(backend)
 
 
 def test_bits_that_a_cache_does_not_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
     with pytest.raises(SkvError, match="--baselines: hf-hqq-3; expected bits of"):
-        candidates.parse_baselines("hf-hqq-3")
+        baselines.parse_baselines("hf-hqq-3")
 
 
 def test_names_become_candidates(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("k_bits = 3\nv_bits = 3\n")
     wanted = candidates.parse_configs(f"k4v2, {tmp_path}/*.toml, smallest", SMALL)
     assert [c.name for c in wanted] == ["K4V2", "mine", "smallest"]
-    names = [c.name for c in candidates.parse_baselines("kivi,kivi-k4v2")]
+    names = [c.name for c in baselines.parse_baselines("kivi,kivi-k4v2")]
     assert names == ["kivi-k4v4", "kivi-k2v2", "kivi-k4v2"]
     with pytest.raises(SkvError, match="got K4V2 twice"):
         comparison.run(resolve_none(), [wanted[0], wanted[0]], TEXT)

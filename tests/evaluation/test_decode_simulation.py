@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from skv_export.evaluation.decode_simulation import FullCache, KiviCache, LayoutCache, Simulation, attend
+from skv_export.evaluation.decode_simulation import FullCache, LayoutCache, Simulation, attend
+from skv_export.evaluation.literature.kivi import KiviKeys, KiviValues
 from skv_export.spec.conformance import Case, make_inputs
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig
@@ -108,9 +109,9 @@ def test_effective_bits_of_a_window_are_those_of_the_tokens_it_sees() -> None:
 
 def test_effective_bits_of_kivi_are_those_of_the_tokens_a_window_sees() -> None:
     """128 of the tokens are exact: of 512 that weighs far more than of 8,192."""
-    assert KiviCache(2, False).effective_bits(8192) == (8064 * 3 + 128 * 16) / 8192
-    assert KiviCache(2, True, local_window_size=512).effective_bits(8192) == (384 * 3 + 128 * 16) / 512
-    simulation = Simulation.of_kivi(4, 2)
+    assert KiviKeys(2, 64).effective_bits(8192) == (8064 * 3 + 128 * 16) / 8192
+    assert KiviValues(2, 64, local_window_size=512).effective_bits(8192) == (384 * 3 + 128 * 16) / 512
+    simulation = Simulation(lambda _, *shape: (KiviKeys(4, *shape), KiviValues(2, *shape)))
     for index, window in enumerate((0, 512)):
         simulation.layer(index, 1, 64, window)
     wide, narrow = (8064 * (5 + 3) + 128 * 32) / 2, (384 * (5 + 3) + 128 * 32) / 2
@@ -119,7 +120,7 @@ def test_effective_bits_of_kivi_are_those_of_the_tokens_a_window_sees() -> None:
 
 def test_kivi_quantizes_in_its_own_groups() -> None:
     x = torch.randn(2, 300, 64)
-    keys, values = KiviCache(2, False), KiviCache(2, True)
+    keys, values = KiviKeys(2, 64), KiviValues(2, 64)
     assert [keys.quantized_tokens(n) for n in (0, 127, 128, 255, 256)] == [0, 0, 128, 128, 256]
     assert [values.quantized_tokens(n) for n in (0, 128, 129, 300)] == [0, 0, 1, 172]
     groups = keys.quantized(x)[0, 32:64, 5]  # 32 tokens of one channel: at most 4 levels, its ends among them
@@ -127,4 +128,4 @@ def test_kivi_quantizes_in_its_own_groups() -> None:
     assert abs(groups.min() - x[0, 32:64, 5].min()) < 1e-3
     row = values.quantized(x)[1, 7, 32:]
     assert len(row.unique()) <= 4 and abs(row.max() - x[1, 7, 32:].max()) < 4e-3
-    assert torch.equal(keys.quantized(x)[:, 288:], x[:, 288:])  # no full group of tokens yet
+    assert torch.equal(keys.quantized(x)[:, 256:], x[:, 256:])  # not yet 128 tokens

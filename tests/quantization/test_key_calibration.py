@@ -128,13 +128,13 @@ def test_a_calibration_is_made_and_measured_beside_the_plain_form(
     calibration = Calibration.load(out)
     assert {layer: basis.key.shape for layer, basis in calibration.bases.items()} == {0: (2, 64, 64), 1: (2, 64, 64)}
     shown = run(
-        "quality", folder, "--configs", "K2V2,K16V2,turboquant", "--calibration", str(out), "--text", str(text),
+        "quality", folder, "--configs", "K2V2,K16V2,turboquant-like", "--calibration", str(out), "--text", str(text),
         "--windows", "2", "--window", "200", "--json", str(tmp_path / "q.json"),
     )  # fmt: skip
     assert shown.exit_code == 0, shown.output
     rows = {row["name"]: row for row in json.loads((tmp_path / "q.json").read_text())["rows"]}
     # Keys of 16 bits, or with a scale per token, have no calibrated form.
-    assert list(rows) == ["K2V2", "K2V2+cal", "K16V2", "turboquant"]
+    assert list(rows) == ["K2V2", "K2V2+cal", "K16V2", "turboquant-like"]
     assert rows["K2V2+cal"]["effective_bits"] == rows["K2V2"]["effective_bits"]
     assert rows["K2V2+cal"]["kld_mean"] != rows["K2V2"]["kld_mean"]
 
