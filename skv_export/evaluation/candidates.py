@@ -51,6 +51,10 @@ class Candidate(ABC):
     def effective_bits(self, context_length: int) -> float:
         """Bits per element of a cache of this length, everything counted; after the first ``logits``."""
 
+    def quantizes(self, tokens: int) -> bool:
+        """Whether so many tokens are enough for some to be quantized, if any are meant to be; after a ``logits``."""
+        return True
+
 
 @dataclass(frozen=True)
 class Simulated(Candidate):
@@ -65,6 +69,10 @@ class Simulated(Candidate):
     def effective_bits(self, context_length: int) -> float:
         """Over all layers."""
         return self.simulation.effective_bits(context_length)
+
+    def quantizes(self, tokens: int) -> bool:
+        """As the simulation says."""
+        return self.simulation.quantizes(tokens)
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,10 @@ class OnOtherWeights(Candidate):
     def effective_bits(self, context_length: int) -> float:
         """Of the cache."""
         return self.inner.effective_bits(context_length)
+
+    def quantizes(self, tokens: int) -> bool:
+        """As the cache does."""
+        return self.inner.quantizes(tokens)
 
 
 # By name.

@@ -320,6 +320,13 @@ def _scores(model: PreTrainedModel, job: _Job) -> Iterator[_Window]:
     reference = simulated_logits(model, job.ids, Simulation.full_precision()).log_softmax(-1)
     for candidate in job.candidates:
         logits = candidate.logits(model, job.ids, job.prompt)
+        if not candidate.quantizes(len(job.ids)):
+            raise SkvError(
+                f"{candidate.name}: window",
+                got=f"{len(job.ids)} tokens, of which none is quantized",
+                expected="more than stay exact: sinks, recent tokens and a tile",
+                fix="Raise --window or lower --recent-tokens.",
+            )
         yield _score(reference, logits, job.ids, candidate.effective_bits(BITS_CONTEXT), job.prompt)
 
 

@@ -36,6 +36,10 @@ BLOCK = 128
 """Queries handled together: bounds the scores held at once to ``[N, BLOCK, S]``."""
 
 
+_LONG = 1 << 20
+"""Tokens beside which those that stay exact do not count."""
+
+
 class TensorCache(Protocol):
     """How a cache represents one tensor, keys or values, of one layer; everything in the model's own basis."""
 
@@ -343,6 +347,12 @@ class Simulation:
             bits += sum(elements * cache.effective_bits(context_length) for cache in pair)
             total += 2 * elements
         return bits / total
+
+    def quantizes(self, tokens: int) -> bool:
+        """Whether so many tokens are enough for some to be quantized, if any are meant to be; after a window."""
+        caches = [cache for pair in self._caches.values() for cache in pair]
+        meant = [cache for cache in caches if cache.effective_bits(_LONG) < FullCache().effective_bits(_LONG)]
+        return not meant or any(cache.quantized_tokens(tokens) for cache in meant)
 
 
 def _hook(

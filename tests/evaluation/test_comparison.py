@@ -46,6 +46,16 @@ def resolve_none() -> Any:
     return type("Source", (), {"__str__": lambda _: "tiny"})()
 
 
+def test_windows_that_would_measure_nothing_are_refused(loaded: tuple[Any, Any]) -> None:
+    """Where no token is quantized every cache looks perfect; beyond its context a model has no positions."""
+    cache, exact = (candidates.parse_configs(name, SMALL) for name in ("K4V2", "K16V16"))
+    with pytest.raises(SkvError, match="K4V2: window; got 64 tokens, of which none is quantized"):
+        run(loaded, cache, windows=1, window=64)
+    assert run(loaded, exact, windows=1, window=64).rows[0].kld_mean < 1e-5
+    with pytest.raises(SkvError, match="window; got 600 tokens; expected at most 512, the model's context"):
+        run(loaded, cache, window=600)
+
+
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt_oss"])
 def test_a_window_in_one_pass_is_the_model_decoding_token_by_token(
     arch: str, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
