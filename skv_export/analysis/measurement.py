@@ -17,7 +17,6 @@ from torch import Tensor
 from skv_export.analysis.attention_capture import EXACT, DecodeModel, LayerActivations, grouped, tensor_cache
 from skv_export.analysis.geometry import MIDRISE_ERROR, REFERENCE_BITS, grid_error
 from skv_export.checkpoints.checkpoint import Source
-from skv_export.checkpoints.model_config import check_window, load_config
 from skv_export.checkpoints.pretrained import Placement, load_tokenizer
 from skv_export.errors import SkvError
 from skv_export.evaluation.decode_simulation import in_tiles
@@ -261,7 +260,6 @@ def measure(
     parts: list[Tensor] = []
     tick = progress or (lambda *_: None)
     if not complete:  # else the model need not even be loaded
-        check_window(load_config(source) if model is None else model.model.config, window)
         if workers is None:
             decoder = model or DecodeModel(source, placement)
             parts = decoder.windows(text, window, windows)

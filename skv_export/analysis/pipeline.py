@@ -114,7 +114,7 @@ class MeasureOptions:
     Attributes:
         text: Plain text to calibrate on; None = the shipped one.
         windows: Windows of it.
-        window: Tokens in each.
+        window: Tokens in each; the model's context where that is shorter.
         kl: Measure the logits' KL divergence layer by layer instead of estimating it.
         state: File that makes the measurement resumable.
         ray: Address of a Ray cluster that measures windows side by side; not with ``kl``.
@@ -204,6 +204,8 @@ def analyze(
     )
     cache = _limited(cache, target, opened)
     layers = _read(reader, cache.base, progress)
+    if measure is not None:
+        measure = replace(measure, window=min(measure.window, _context(opened.source)))
     measurement = _measure(opened.source, cache, measure, progress) if measure else None
 
     def recommended(limited: CacheBudget) -> Recommendation:
@@ -287,6 +289,12 @@ def _analyze_layer(weights: AttentionWeights, config: AttentionConfig, base: Lay
     v = norms(weights.v, config.num_key_value_heads, f"layer {index}: value projection")
     bias = float(np.linalg.norm(weights.k_bias)) if weights.k_bias is not None else 0.0
     return LayerAnalysis(index, q, k, v, geometry(weights, config, base), bias)
+
+
+def _context(source: Source) -> int:
+    from skv_export.checkpoints.model_config import context_length, load_config  # which loads transformers
+
+    return context_length(load_config(source).get_text_config())
 
 
 def _measure(source: Source, cache: CacheBudget, options: MeasureOptions, progress: Progress | None) -> Measurement:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from skv_export.checkpoints.checkpoint import Source
-from skv_export.checkpoints.model_config import check_window, load_config
+from skv_export.checkpoints.model_config import context_length, load_config
 from skv_export.checkpoints.pretrained import download, load_tokenizer
 from skv_export.checkpoints.snapshot import Snapshot
 from skv_export.errors import SkvError
@@ -54,7 +54,7 @@ class Options:
             nearest with scales in the norms; ``rtn``, without.
         form: Bits and size of the groups.
         windows: Windows of text; fewer if the text has no more.
-        window: Tokens per window.
+        window: Tokens per window; the model's context where that is shorter.
         head_bits: Of the input and output embedding: 16 = as they are, 8 = rounded to the nearest.
         budget: Bits per weight, scales and zero points included, over all matrices: those that need it most get 8.
             None = all as ``form`` says.
@@ -145,9 +145,8 @@ def quantize(
     tick = progress or (lambda *_: None)
     local = download(source)
     before = Snapshot.take(local)
-    check_window(load_config(local), options.window)
-    tokenizer = load_tokenizer(local)
-    windows = torch.from_numpy(cut_windows(tokenizer, text, options.windows, options.window))
+    length = min(options.window, context_length(load_config(local).get_text_config()))
+    windows = torch.from_numpy(cut_windows(load_tokenizer(local), text, options.windows, length))
     model = LayerByLayer(local, device, instead=_UNFITTED)
     if is_vision_language(model.config):
         raise SkvError(

@@ -225,13 +225,13 @@ def test_direct_kl(tiny_checkpoint: Callable[..., Path], tmp_path: Path, tokens:
     ("options", "said"),
     [
         ({"text": "/no/such/file"}, "no such file"),
-        ({"window": 4096}, "too short"),
+        ({"letters": 100}, "too short"),
         ({"window": 64}, "nothing would be quantized"),
     ],
 )
 def test_bad_measurements(
     options: dict[str, Any], said: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path, tokens: None
 ) -> None:
-    (tmp_path / "text").write_text(TEXT)
+    (tmp_path / "text").write_text(TEXT[: options.pop("letters", None)])
     with pytest.raises(SkvError, match=said):
         analyzed(tiny_checkpoint("llama"), options.pop("text", tmp_path / "text"), **options)

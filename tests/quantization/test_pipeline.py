@@ -278,7 +278,7 @@ def test_an_export_that_fits_its_weights_on_the_way(checkpoint: Callable[[str], 
 def test_command_and_comparison(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     folder = str(checkpoint("llama"))
-    text = ["--text", str(tmp_path / "text.txt"), "--windows", "2", "--window", "128"]
+    text = ["--text", str(tmp_path / "text.txt"), "--windows", "2", "--window", "160"]
     run = CliRunner().invoke
     result = run(
         main, ["quantize", folder, *text, "--group-size", "16", "--out", str(tmp_path / "int4"), "--json", "-"]
