@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from letters import TEXT, Letters
 from onnx.external_data_helper import load_external_data_for_model
 
 from skv_export.calibration.file import Calibration, fingerprint
@@ -20,6 +21,7 @@ from skv_export.errors import SkvError
 from skv_export.export.pipeline import export_model, plan
 from skv_export.model_folder.names import CALIBRATION_FILE
 from skv_export.model_folder.skv_config import ModelConfig
+from skv_export.quantization import key_calibration
 from skv_export.runtime.session import Session
 from skv_export.spec import reference
 from skv_export.spec.conformance import make_basis
@@ -80,6 +82,26 @@ def test_the_export_computes_what_pytorch_does_with_the_same_cache(
     result = graph_level.check(load_model(resolve(tiny_checkpoint(arch))), folder, tokens)
     assert not result.failures, result.failures
     assert result.quantized is not None and min(result.quantized.written) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "overrides"), [("qwen2", {"num_key_value_heads": 1}), ("gptj", {})])
+def test_biases_one_kv_head_and_rope_in_pairs(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str,
+    overrides: dict[str, int],
+) -> None:  # fmt: skip
+    """Calibrated, exported, held against PyTorch: keys of one head with a bias, and RoPE on neighbouring channels."""
+    monkeypatch.setattr(key_calibration, "load_tokenizer", lambda _: Letters())
+    checkpoint = tiny_checkpoint(arch, **overrides)
+    found = key_calibration.calibrate(resolve(checkpoint), TEXT, windows=2, window=160)
+    folder = export_model(
+        checkpoint, out=tmp_path / "x", recipe=SMALL, calibration=found, progress=lambda *_: None
+    )  # fmt: skip
+    config = ModelConfig.load(folder)
+    assert all(layer.calibrated for layer in config.layers)
+    prompt, steps = graph_level.step_counts(config.layers[0].key)
+    result = graph_level.check(load_model(resolve(checkpoint)), folder, (np.arange(prompt + steps) * 37 % 300).tolist())
+    assert not result.failures, result.failures
 
 
 def test_the_constants_change_what_is_computed_once_there_are_tiles(

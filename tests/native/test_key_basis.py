@@ -105,6 +105,12 @@ def test_attention_is_the_references(name: str) -> None:
     native.assert_attention_is_the_references(CASES[name])
 
 
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 96), (2, 32), (3, 64), (5, 160), (7, 256)])
+def test_groups_of_any_size_and_heads_of_any_width(heads: int, head_dim: int) -> None:
+    case = Case("x", SMALL, past_lengths=(150,), num_heads=heads, kv_num_heads=1, head_dim=head_dim, calibrated=True)
+    native.assert_attention_is_the_references(case)
+
+
 def test_threads_change_nothing() -> None:
     case = CASES["calibrated, ragged chunks"]
     inputs = make_inputs(case)

@@ -211,4 +211,44 @@ void Attend::score_rows(const Run& run) {
   }
 }
 
+// Queries in the basis of the tiles. What becomes of them is held to a tolerance, so products and sums are fused.
+
+// kRows rows [kRows][n] times kVectors registers of a matrix' columns.
+template <int kRows, int kVectors>
+void turn_columns(const float* columns, int n, const float* rows, float* turned) {
+  F sums[kRows][kVectors];
+  for (auto& row : sums) {
+    for (F& sum : row) sum = Simd::set(0);
+  }
+  for (int j = 0; j < n; j++) {
+    F factors[kVectors];
+    for (int v = 0; v < kVectors; v++) factors[v] = Simd::load(columns + int64_t{j} * n + v * kLanes);
+    for (int r = 0; r < kRows; r++) {
+      const F x = Simd::set(rows[r * n + j]);
+      for (int v = 0; v < kVectors; v++) sums[r][v] = Simd::fma(factors[v], x, sums[r][v]);
+    }
+  }
+  for (int r = 0; r < kRows; r++) {
+    for (int v = 0; v < kVectors; v++) Simd::store(turned + r * n + v * kLanes, sums[r][v]);
+  }
+}
+
+template <int kRows>
+void turn_rows(const float* matrix, int n, const float* rows, float* turned) {
+  constexpr int kWide = Simd::kAccumulators / kMaxQueryRows, kNarrow = 32 / kLanes;  // n is a multiple of 32
+  int i = 0;
+  for (; i + kWide * kLanes <= n; i += kWide * kLanes) turn_columns<kRows, kWide>(matrix + i, n, rows, turned + i);
+  if (i < n) turn_columns<kRows, smaller(kNarrow, kWide)>(matrix + i, n, rows, turned + i);
+}
+
+// The matrix is read once for the query heads of a group, up to kMaxQueryRows of them.
+void turn_queries(const float* matrix, int32_t n, const float* rows, int64_t count, float* turned) {
+  for (; count >= kMaxQueryRows; count -= kMaxQueryRows, rows += kMaxQueryRows * n, turned += kMaxQueryRows * n) {
+    turn_rows<kMaxQueryRows>(matrix, n, rows, turned);
+  }
+  if (count == 3) turn_rows<3>(matrix, n, rows, turned);
+  if (count == 2) turn_rows<2>(matrix, n, rows, turned);
+  if (count == 1) turn_rows<1>(matrix, n, rows, turned);
+}
+
 }  // namespace

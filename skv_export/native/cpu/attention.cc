@@ -196,7 +196,8 @@ void Attention::pass(int64_t first, int64_t count) {
   list_items(first, count);
   const int64_t heads = int64_t{c_.batch} * c_.kv_num_heads;
   queries_ = std::make_unique<Floats>(heads * count * groups_ * dim_);
-  const bool turned = c_.key_cache.basis.key != nullptr;
+  const bool turned =
+      c_.key_cache.basis.key && std::any_of(items_.begin(), items_.end(), [](const Item& item) { return item.tiles; });
   if (turned) tile_queries_ = std::make_unique<Floats>(heads * count * groups_ * dim_);
   partials_ = std::make_unique<Floats>(partial_floats_);
   const bool large = count * c_.batch * c_.num_heads * dim_ > 32768;
@@ -210,8 +211,8 @@ void Attention::pass(int64_t first, int64_t count) {
     }
     if (!turned) return;
     const int64_t first_row = i * count * groups_ * dim_;
-    unit().multiply(of_head(c_.key_cache.basis.query, k_, h), static_cast<int32_t>(dim_), queries_->get() + first_row,
-                    tokens * groups_, tile_queries_->get() + first_row);
+    unit().turn_queries(of_head(c_.key_cache.basis.query, k_, h), static_cast<int32_t>(dim_),
+                        queries_->get() + first_row, tokens * groups_, tile_queries_->get() + first_row);
   });
   parallel_for(threads_, items_.size(), true, [&](int64_t i) {
     const Item& item = items_[i];

@@ -73,6 +73,8 @@ struct Unit {
   // Rows [count][n] times a matrix [n][n], each product and sum rounded, in the order of the row; n is a multiple
   // of 32.
   void (*multiply)(const float* matrix, int32_t n, const float* rows, int64_t count, float* products);
+  // The same for few rows, rounded as is fastest.
+  void (*turn_queries)(const float* matrix, int32_t n, const float* rows, int64_t count, float* turned);
   // Normalized Walsh-Hadamard transform of each block of a row [n], in place.
   void (*rotate)(float* row, int32_t n, int32_t block);
   // n numbers of an SkvType to float, and back: to nearest even, float16 saturates.

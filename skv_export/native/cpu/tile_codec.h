@@ -77,44 +77,56 @@ void transpose_out(const float* strip, int dim, float* rows) {
   }
 }
 
-// A part of a strip's tokens that fits a register.
+// Numbers that fit a register, and how many rows of a product, two registers each, fit the registers.
 #if defined(__AVX512F__)
 typedef float Lanes __attribute__((vector_size(64)));
+constexpr int kProductRows = 8;
 #elif defined(__AVX__)
 typedef float Lanes __attribute__((vector_size(32)));
+constexpr int kProductRows = 4;
 #else
 typedef float Lanes __attribute__((vector_size(16)));
+constexpr int kProductRows = 4;
 #endif
+constexpr int kRegister = sizeof(Lanes) / sizeof(float), kPanel = 2 * kRegister;  // numbers of one and of two
 
-// So many rows times a matrix [n][n], so many registers of channels at a time.
-template <int kRows, int kVectors>
-void multiply_rows(const float* matrix, int n, const float* rows, float* products) {
-  constexpr int kLanes = sizeof(Lanes) / sizeof(float);
-  for (int i = 0; i < n; i += kVectors * kLanes) {
-    Lanes sums[kRows][kVectors] = {};
-    for (int j = 0; j < n; j++) {
-      Lanes factors[kVectors];
-      memcpy(factors, matrix + static_cast<int64_t>(j) * n + i, sizeof(factors));
-      for (int r = 0; r < kRows; r++) {
-        for (int v = 0; v < kVectors; v++) sums[r][v] += factors[v] * rows[r * n + j];
-      }
+Lanes load_lanes(const float* x) {
+  Lanes lanes;
+  memcpy(&lanes, x, sizeof(lanes));
+  return lanes;
+}
+
+void store_lanes(float* to, Lanes x) { memcpy(to, &x, sizeof(x)); }
+
+// kRows rows [kRows][n] times kPanel columns [n][kPanel] of a matrix.
+template <int kRows>
+void multiply_panel(const float* columns, int n, const float* rows, float* products) {
+  Lanes sums[kRows][2] = {};
+  for (int j = 0; j < n; j++) {
+    const Lanes left = load_lanes(columns + j * kPanel), right = load_lanes(columns + j * kPanel + kRegister);
+    for (int r = 0; r < kRows; r++) {
+      sums[r][0] += left * rows[r * n + j];
+      sums[r][1] += right * rows[r * n + j];
     }
-    for (int r = 0; r < kRows; r++) memcpy(products + r * n + i, sums[r], sizeof(sums[r]));
+  }
+  for (int r = 0; r < kRows; r++) {
+    store_lanes(products + r * n, sums[r][0]);
+    store_lanes(products + r * n + kRegister, sums[r][1]);
   }
 }
 
 // Rows [count][n] times a matrix [n][n], n a multiple of 32; each sum in the order of the row's numbers (reference:
-// _products).
+// _products). Columns are copied once for all rows: in the matrix they are a power of two apart, and evict each other.
 void multiply(const float* matrix, int32_t n, const float* rows, int64_t count, float* products) {
-  const auto step = [&](auto function, int64_t done) {
-    function(matrix, n, rows, products);
-    rows += done * n;
-    products += done * n;
-    count -= done;
-  };
-  while (count >= 8) step(multiply_rows<8, 1>, 8);
-  if (count >= 4) step(multiply_rows<4, 2>, 4);
-  while (count > 0) step(multiply_rows<1, 2>, 1);
+  alignas(64) float columns[skv::kMaxDim * kPanel];
+  for (int i = 0; i < n; i += kPanel) {
+    for (int j = 0; j < n; j++) memcpy(columns + j * kPanel, matrix + int64_t{j} * n + i, sizeof(float) * kPanel);
+    int64_t r = 0;
+    for (; r + kProductRows <= count; r += kProductRows) {
+      multiply_panel<kProductRows>(columns, n, rows + r * n, products + r * n + i);
+    }
+    for (; r < count; r++) multiply_panel<1>(columns, n, rows + r * n, products + r * n + i);
+  }
 }
 
 // Sum over `count` channels [count][kStrip] as a halving tree, count rounded up to a power of two by zeros; overwrites
@@ -368,37 +380,48 @@ void encode_means(const TileShape& s, const float* content, uint8_t* tile, float
   store16(tile + s.means + s.dim, 0, stored_unit);
 }
 
-// Codes of a strip [D][kStrip] in its tile's basis, channels from the last to the first; each is lowered by its share
-// of what those after it were rounded up (reference: _quantize_calibrated). `shift` holds a strip.
-//
-// Channels go in blocks: within one each takes its shares at once, those before it take them block by block.
-void quantize_with_feedback(const TileShape& s, const float* feedback, const float* strip, const float* scale,
-                            const float* offset, uint8_t* codes, float* shift) {
-  constexpr int kBlock = 4;
-  const float levels = static_cast<float>((1 << s.bits) - 1);
-  memset(shift, 0, sizeof(float) * s.dim * kStrip);
-  for (int first = s.dim - kBlock; first >= 0; first -= kBlock) {
-    float error[kBlock][kStrip];
-    const float* shares[kBlock];
-    for (int b = kBlock - 1; b >= 0; b--) {
-      const int j = first + b;
-      shares[b] = feedback + static_cast<int64_t>(j) * s.dim;
-      for (int t = 0; t < kStrip; t++) {
-        const float x = strip[j * kStrip + t];
-        const float code = round_clip(divide((x - shift[j * kStrip + t]) - offset[j], scale[j]), levels);
-        codes[j * kStrip + t] = static_cast<uint8_t>(code);
-        error[b][t] = (code * scale[j] + offset[j]) - x;
-      }
-      for (int d = first; d < j; d++) {
-        for (int t = 0; t < kStrip; t++) shift[d * kStrip + t] += shares[b][d] * error[b][t];
+// What the errors [D][kStrip] of channels from `end` on add to the kProductRows channels before it: sums
+// [kProductRows][kStrip], each from the last error to the first.
+void sum_feedback(const float* feedback, const float* errors, int dim, int end, float* sums) {
+  for (int t = 0; t < kStrip; t += kPanel) {
+    Lanes block[kProductRows][2] = {};
+    for (int j = dim - 1; j >= end; j--) {
+      const float *shares = feedback + int64_t{j} * dim + end - kProductRows, *error = errors + j * kStrip + t;
+      const Lanes left = load_lanes(error), right = load_lanes(error + kRegister);
+      for (int b = 0; b < kProductRows; b++) {
+        block[b][0] += left * shares[b];
+        block[b][1] += right * shares[b];
       }
     }
-    for (int d = 0; d < first; d++) {
-      float* to = shift + d * kStrip;
+    for (int b = 0; b < kProductRows; b++) {
+      store_lanes(sums + b * kStrip + t, block[b][0]);
+      store_lanes(sums + b * kStrip + t + kRegister, block[b][1]);
+    }
+  }
+}
+
+// Codes of a strip [D][kStrip] in its tile's basis, channels from the last to the first; each is lowered by its share
+// of what those after it were rounded up (reference: _quantize_calibrated). `errors` holds a strip.
+//
+// Channels go in blocks: first each takes its shares of the blocks behind, then, one by one, those within the block.
+void quantize_with_feedback(const TileShape& s, const float* feedback, const float* strip, const float* scale,
+                            const float* offset, uint8_t* codes, float* errors) {
+  const float levels = static_cast<float>((1 << s.bits) - 1);
+  for (int end = s.dim; end > 0; end -= kProductRows) {
+    const int first = end - kProductRows;
+    float shift[kProductRows * kStrip];
+    sum_feedback(feedback, errors, s.dim, end, shift);
+    for (int j = end - 1; j >= first; j--) {
+      const float *shares = feedback + int64_t{j} * s.dim, *below = shift + (j - first) * kStrip;
+      float* error = errors + j * kStrip;
       for (int t = 0; t < kStrip; t++) {
-        float sum = to[t];
-        for (int b = kBlock - 1; b >= 0; b--) sum += shares[b][d] * error[b][t];
-        to[t] = sum;
+        const float x = strip[j * kStrip + t];
+        const float code = round_clip(divide((x - below[t]) - offset[j], scale[j]), levels);
+        codes[j * kStrip + t] = static_cast<uint8_t>(code);
+        error[t] = (code * scale[j] + offset[j]) - x;
+      }
+      for (int d = first; d < j; d++) {
+        for (int t = 0; t < kStrip; t++) shift[(d - first) * kStrip + t] += shares[d] * error[t];
       }
     }
   }

@@ -4,5 +4,5 @@
 #include "cpu/attend_simd.h"
 
 namespace skv {
-const Unit kUnitAvx2 = {"avx2", attend, encode_tile, decode_tile, multiply, rotate, load_row, store_row};
+const Unit kUnitAvx2 = {"avx2", attend, encode_tile, decode_tile, multiply, turn_queries, rotate, load_row, store_row};
 }  // namespace skv

@@ -4,5 +4,6 @@
 #include "cpu/attend_simd.h"
 
 namespace skv {
-const Unit kUnitAvxVnni = {"avxvnni", attend, encode_tile, decode_tile, multiply, rotate, load_row, store_row};
+const Unit kUnitAvxVnni = {"avxvnni",    attend, encode_tile, decode_tile, multiply,
+                           turn_queries, rotate, load_row,    store_row};
 }  // namespace skv

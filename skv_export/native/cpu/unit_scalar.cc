@@ -66,5 +66,5 @@ void attend(const AttendJob* job) {
 }  // namespace
 
 namespace skv {
-const Unit kUnitScalar = {"scalar", attend, encode_tile, decode_tile, multiply, rotate, load_row, store_row};
+const Unit kUnitScalar = {"scalar", attend, encode_tile, decode_tile, multiply, multiply, rotate, load_row, store_row};
 }  // namespace skv
