@@ -79,9 +79,10 @@ class Decode:
         half, tokens_each, scale, softcap, not_finite = 0, 1, 0.0, 0.0, None
         numbers = half, batch, tokens_each, heads, kv_heads, scale, softcap, not_finite
         self.call = SkvAttention(*caches, *tokens, self.output.data_ptr(), *lengths_and_sink, *numbers)
-        self.context = SkvCudaContext(
-            torch.cuda.current_stream().cuda_stream, None, 0, length + 1, AUTO, -1, kernels.multiprocessors
-        )
+        kernels.load(caches)
+        own = kernels.multiprocessors, kernels.rows_bytes, kernels.architecture
+        stream = torch.cuda.current_stream().cuda_stream
+        self.context = SkvCudaContext(stream, None, 0, length + 1, AUTO, -1, *own)
         self.arguments = ctypes.byref(self.call), ctypes.byref(self.context)
         size = kernels.lib.skv_cuda_scratch_bytes(*self.arguments)
         scratch = torch.empty(size, dtype=torch.uint8, device=DEVICE)

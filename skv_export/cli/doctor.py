@@ -6,13 +6,18 @@ import dataclasses
 import os
 import platform
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skv_export import __version__
 from skv_export.errors import SkvError, install_hint
 from skv_export.provenance import package_version
+
+if TYPE_CHECKING:
+    from skv_export.native.library import Library
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tokenizers")
 _ORT_FLOOR = (1, 24)
@@ -55,21 +60,24 @@ class Diagnosis:
         return "\n".join(lines)
 
 
-def diagnose(folder: Path | None = None) -> Diagnosis:
+def diagnose(folder: Path | None = None, cuda_arch: Sequence[int] = ()) -> Diagnosis:
     """Looks at the machine; loads neither torch nor a model.
 
     Args:
         folder: An exported model, whose kernels on a GPU are named too.
+        cuda_arch: Architectures, such as 90, for which those that are not built in are compiled into the cache folder.
 
     Raises:
-        SkvError: It is none.
+        SkvError: It is none; or a kernel can't be compiled.
     """
+    if cuda_arch and folder is None:
+        raise SkvError("--cuda-arch: FOLDER", got="none", expected="the model whose kernels are to be compiled")
     versions = {name: package_version(name) for name in _PACKAGES}
     checks = [Check("skv-export", f"{__version__}, Python {sys.version.split()[0]}, {platform.machine()}")]
     checks += [Check(name, version) for name, version in versions.items() if version and "runtime" not in name]
     checks += [_onnxruntime(versions["onnxruntime"], versions["onnxruntime-gpu"]), *_library(), _providers(), _demo()]
     if folder is not None:
-        checks += _attention(folder)
+        checks += _attention(folder, cuda_arch)
     return Diagnosis(tuple(checks))
 
 
@@ -108,8 +116,8 @@ def _library() -> list[Check]:
     ]
 
 
-def _attention(folder: Path) -> list[Check]:
-    """Which kernels a model's decoding takes on a GPU, whether or not there is one."""
+def _attention(folder: Path, cuda_arch: Sequence[int]) -> list[Check]:
+    """Which kernels a model's decoding takes on a GPU, whether or not there is one, and where they come from."""
     from skv_export.model_folder.skv_config import ModelConfig
     from skv_export.native.library import load_library
     from skv_export.runtime.providers import gpu_kernels, without_tensor_cores
@@ -118,10 +126,29 @@ def _attention(folder: Path) -> list[Check]:
     config, library = ModelConfig.load(folder), load_library()
     if not library.cuda_build:
         return [Check(name, "unknown", "The library has no CUDA kernels.", required=False)]
+    found: Counter[tuple[str, str]] = Counter()
+    for path, layers in gpu_kernels(config, library).items():
+        for layouts in ((config.layers[i].key, config.layers[i].value) for i in layers):
+            if config.dtype == "fp32" or library.cuda_origin(layouts)[0] == "decode_simple":
+                found[path, without_tensor_cores(path)] += 1
+                continue
+            for architecture in cuda_arch:
+                library.cuda_compile(layouts, architecture)
+            for architecture in cuda_arch or (_architecture(library),):
+                origin, line = library.cuda_origin(layouts, architecture)
+                found[line, "Without it tensor cores are not used." if origin == "missing" else ""] += 1
     return [
-        Check(name, f"{path}: {len(layers)} of {len(config.layers)} layers", without_tensor_cores(path), required=False)
-        for path, layers in gpu_kernels(config, library).items()
+        Check(name, f"{line}: {count} of {len(config.layers)} layers", problem, required=False)
+        for (line, problem), count in found.items()
     ]
+
+
+def _architecture(library: Library) -> int:
+    """The first GPU's; 0 = there is none."""
+    try:
+        return library.cuda_architecture(0)
+    except SkvError:
+        return 0
 
 
 def _wanted(isa: str) -> str:

@@ -380,17 +380,25 @@ def verify(
 
 @main.command()
 @click.argument("folder", required=False, type=PathOf("exported folder"))
+@click.option(
+    "--cuda-arch",
+    type=int,
+    multiple=True,
+    metavar="ARCH",
+    help="Compile FOLDER's kernels that are not built in for such GPUs (90 = compute capability 9.0); needs none.",
+)
 @click.option("--library-path", is_flag=True, help="Print only where the native library is.")
 @json_option("the report")
 @debug_option
-def doctor(folder: Path | None, library_path: bool, json_file: Path | None) -> None:
+def doctor(folder: Path | None, cuda_arch: tuple[int, ...], library_path: bool, json_file: Path | None) -> None:
     """Say what is installed, which kernels will run, what is missing and how to fix it.
 
-    With FOLDER, which `skv-export model` wrote, also which kernels its layers take on a GPU.
+    With FOLDER, which `skv-export model` wrote, also which kernels its layers take on a GPU, and where they come from.
 
     \b
     skv-export doctor
     skv-export doctor llama
+    skv-export doctor llama --cuda-arch 90
     """
     from skv_export.cli import doctor as checks
 
@@ -399,7 +407,7 @@ def doctor(folder: Path | None, library_path: bool, json_file: Path | None) -> N
 
         click.echo(library.library_path())
         return
-    report = checks.diagnose(folder)
+    report = checks.diagnose(folder, cuda_arch)
     say(report.table(), json_file)
     write_json(json_file, report.to_dict())
     if not report.passed:

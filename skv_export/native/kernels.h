@@ -36,14 +36,6 @@ typedef struct SkvThreads {
   int32_t num_threads;
 } SkvThreads;
 
-// The constants of calibrated keys (docs/spec.md, Calibrated keys): float matrices [kv_num_heads][D][D], D = head_dim
-// padded. All null = none.
-typedef struct SkvKeyBasis {
-  const float* key;
-  const float* query;
-  const float* feedback;
-} SkvKeyBasis;
-
 // The blocks of a batch: block (b, h) starts at data + (b * kv_num_heads + h) * block_bytes, on a 16-byte boundary.
 typedef struct SkvCache {
   SkvLayout layout;

@@ -32,6 +32,14 @@ typedef struct SkvLayout {
   int32_t parameter_bits;  // of each scale and offset: 16, or with SKV_CHANNEL 8
 } SkvLayout;
 
+// The constants of calibrated keys (docs/spec.md, Calibrated keys): float matrices [kv_num_heads][D][D], D = head_dim
+// padded. All null = none.
+typedef struct SkvKeyBasis {
+  const float* key;
+  const float* query;
+  const float* feedback;
+} SkvKeyBasis;
+
 #ifdef __cplusplus
 static_assert(sizeof(SkvLayout) == 48, "SkvLayout is read through ctypes: keep it and spec/layout.py in step");
 

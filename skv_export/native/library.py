@@ -35,6 +35,9 @@ FILE_NAME = FILE_NAMES.get(sys.platform, FILE_NAMES["linux"])
 ENVIRONMENT = "SKV_OPS_LIBRARY"
 INSTRUCTION_SETS = ("scalar", "avx2", "avxvnni", "avx512vnni", "neon")
 """Of the CPU kernels; SKV_CPU_ISA in the environment names one."""
+ORIGINS = ("decode_simple", "built in", "kept", "to compile", "missing")
+"""Of the kernels that decode on a GPU: none of decode_mma; in the library; in the cache folder; compiled when a session
+is made; what compiles them was not found. ``SkvCudaOrigin`` of kernels_cuda.h numbers them in this order."""
 _FIX = "Install the package with `pip install .`, or build with cmake and set SKV_OPS_LIBRARY to the library in build/."
 
 # The enumerations of kv_layout.h number these names in this order.
@@ -115,6 +118,7 @@ class SkvCudaContext(ctypes.Structure):
         ("output_type", ctypes.c_int32),
         ("multiprocessors", ctypes.c_int32),
         ("rows_bytes", ctypes.c_int64),
+        ("architecture", ctypes.c_int32),
     ]
 
 
@@ -229,8 +233,51 @@ class Library:
         """
         self._check("synchronize", self._c.skv_cuda_synchronize(_DEFAULT_STREAM), "skv_cuda_last_error")
 
+    def cuda_architecture(self, device_id: int) -> int:
+        """The architecture of a GPU, such as 90 for compute capability 9.0.
+
+        Raises:
+            SkvError: It is not there, or can't run the library's kernels.
+        """
+        self.use_device(device_id)
+        multiprocessors, architecture = ctypes.c_int32(), ctypes.c_int32()
+        status = self._c.skv_cuda_device(ctypes.byref(multiprocessors), ctypes.byref(architecture))
+        self._check("device", status, "skv_cuda_last_error")
+        return architecture.value
+
+    def cuda_origin(self, layouts: tuple[CacheLayout, CacheLayout], architecture: int = 0) -> tuple[str, str]:
+        """Where the kernel comes from that decodes on a GPU, in fp16 and bf16.
+
+        Args:
+            layouts: Of keys and values.
+            architecture: The GPU's; 0 = any.
+
+        Returns:
+            One of ``ORIGINS``, and a line that names the kernel and its origin.
+        """
+        text = ctypes.c_char_p()
+        structures = (ctypes.byref(SkvLayout.of(layout)) for layout in layouts)
+        number = self._c.skv_cuda_origin(*structures, architecture, ctypes.byref(text))
+        return ORIGINS[number], (text.value or b"").decode()
+
+    def cuda_compile(self, layouts: tuple[CacheLayout, CacheLayout], architecture: int) -> None:
+        """Compiles the kernels that are not built in, with or without a GPU, into the cache folder.
+
+        Raises:
+            SkvError: What compiles was not found or failed, or the folder can't be written.
+        """
+        structures = (ctypes.byref(SkvLayout.of(layout)) for layout in layouts)
+        status = self._c.skv_cuda_compile(*structures, architecture)
+        self._check("compiling", status, "skv_cuda_last_error")
+
     def cuda_path(
-        self, layouts: tuple[CacheLayout, CacheLayout], num_heads: int, kv_num_heads: int, dtype: str, tokens: int = 1
+        self,
+        layouts: tuple[CacheLayout, CacheLayout],
+        num_heads: int,
+        kv_num_heads: int,
+        dtype: str,
+        tokens: int = 1,
+        architecture: int = 0,
     ) -> str:
         """The kernels that attention takes on a GPU, and why, such as ``decode_simple: 5-bit keys``.
 
@@ -240,6 +287,7 @@ class Library:
             kv_num_heads: N_kv.
             dtype: ``fp32``, ``fp16`` or ``bf16``.
             tokens: New tokens of a sequence.
+            architecture: The GPU's, for kernels that a session has loaded; 0 = those that are built in.
 
         Raises:
             SkvError: No kernel on a GPU takes such a call.
@@ -252,7 +300,7 @@ class Library:
             *blocks, *(SkvTokens(nowhere, width) for width in widths), nowhere, nowhere, None, None,
             _DTYPES[dtype], 1, tokens, num_heads, kv_num_heads,
         )  # fmt: skip
-        context = SkvCudaContext(max_length=1, output_type=-1, multiprocessors=1)
+        context = SkvCudaContext(max_length=1, output_type=-1, multiprocessors=1, architecture=architecture)
         path = self._c.skv_cuda_path(ctypes.byref(call), ctypes.byref(context))
         if path is None:
             raise SkvError("CUDA kernels: not for this model", got=self._text("skv_cuda_last_error"))

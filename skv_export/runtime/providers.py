@@ -158,12 +158,13 @@ def check_placement(session: Any, name: str, op_type: str) -> None:
         )
 
 
-def gpu_kernels(config: ModelConfig, library: Library) -> dict[str, list[int]]:
+def gpu_kernels(config: ModelConfig, library: Library, architecture: int = 0) -> dict[str, list[int]]:
     """Returns the kernels that decoding takes on a GPU, each with the layers that take it.
 
     Args:
         config: The model's.
         library: The native library, with CUDA.
+        architecture: The GPU's, where a session has loaded the kernels that are not built in; 0 = without those.
 
     Raises:
         SkvError: No kernel takes a layer's calls.
@@ -171,30 +172,34 @@ def gpu_kernels(config: ModelConfig, library: Library) -> dict[str, list[int]]:
     layers: dict[str, list[int]] = {}
     for i, layer in enumerate(config.layers):
         heads = layer.num_attention_heads, layer.num_key_value_heads
-        path = library.cuda_path((layer.key, layer.value), *heads, config.dtype)
+        path = library.cuda_path((layer.key, layer.value), *heads, config.dtype, architecture=architecture)
         layers.setdefault(path, []).append(i)
     return layers
 
 
 def without_tensor_cores(path: str) -> str:
-    """Advice on kernels of ``gpu_kernels``; empty for the fast ones."""
+    """Advice on kernels of ``gpu_kernels``; empty for the fast ones. Without a compiler ``path`` itself has the fix."""
     if not path.startswith("decode_simple"):
         return ""
-    return "Without tensor cores, many times slower: export with --dtype fp16 or bf16 and bits of 8, 4, 3 or 2."
+    slow = "Without tensor cores, many times slower"
+    return f"{slow}." if "NVRTC" in path else f"{slow}: export with --dtype fp16 or bf16 and bits of 8, 4, 3 or 2."
 
 
 def check_kernels(config: ModelConfig, name: str, library: Library) -> None:
     """Warns (RuntimeWarning) of layers whose decoding does not use tensor cores on a GPU, with the reason.
 
     Args:
-        config: The model's.
+        config: The model's, of which a session was made.
         name: ``cpu`` or ``cuda``.
         library: The native library.
 
     Raises:
         SkvError: No kernel on a GPU takes a layer's calls.
     """
-    for path, layers in gpu_kernels(config, library).items() if device_of(name)[0] == "cuda" else ():
+    provider, device_id = device_of(name)
+    if provider != "cuda":
+        return
+    for path, layers in gpu_kernels(config, library, library.cuda_architecture(device_id)).items():
         if problem := without_tensor_cores(path):
             said = f"attention of {len(layers)} of {len(config.layers)} layers takes {path}. {problem}"
             warnings.warn(said, RuntimeWarning, stacklevel=2)

@@ -25,7 +25,7 @@ try:
 except ImportError:  # a bare machine: only the number format's name is needed, and its cases are left out
     sys.modules["ml_dtypes"] = types.SimpleNamespace(bfloat16=np.float16)  # type: ignore[assignment]
     HAS_BFLOAT16 = False
-from harness import SOURCES, Array, Library  # noqa: E402
+from harness import COMPILER, SOURCES, Array, Library  # noqa: E402
 
 
 def can_pack(parameter_bits: int, recent_type: str) -> bool:
@@ -75,7 +75,7 @@ def require() -> str:
 def build(out: Path) -> Path:
     """Compiles all kernels for this card, once per content of the sources."""
     capability = "".join(map(str, torch.cuda.get_device_capability()))
-    files = sorted(SOURCES.glob("*.cu"))
+    files = [*sorted(SOURCES.glob("*.cu")), *COMPILER]
     digest = hashlib.sha256(capability.encode())
     for file in sorted([*SOURCES.glob("*.*"), *SOURCES.parent.glob("k*.h")]):
         digest.update(file.read_bytes())
@@ -84,6 +84,7 @@ def build(out: Path) -> Path:
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
     command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", f"-arch=sm_{capability}", "-Xcompiler=-fPIC"]
+    command.append(f'-DSKV_CUDA_SOURCES="{SOURCES}"')
 
     def compile_(file: Path) -> str:
         target = library.parent / f"{file.stem}.o"
@@ -101,4 +102,6 @@ def build(out: Path) -> Path:
 def load() -> Library:
     """The kernels on this card."""
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    return Library(build(SOURCES.parents[2] / "build" / "gpu"), DeviceMemory(), multiprocessors)
+    major, minor = torch.cuda.get_device_capability()
+    library = build(SOURCES.parents[2] / "build" / "gpu")
+    return Library(library, DeviceMemory(), multiprocessors, architecture=10 * major + minor)

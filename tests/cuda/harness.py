@@ -32,6 +32,7 @@ from skv_export.spec.reference import load
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "skv_export" / "native" / "cuda"
 SHIM = ROOT / "tests" / "cuda"
+COMPILER = sorted(SOURCES.glob("*.cc"))
 TYPES = {"float16": 0, "float": 1, "float32": 1, "bfloat16": 2}
 PIECE = 64
 """Tokens of a prompt that the op's shim gives to GroupQueryAttention at a time."""
@@ -99,12 +100,15 @@ class KernelError(Exception):
 
 
 class Library:
-    """The kernels' C interface on one kind of memory."""
+    """The kernels' C interface on one kind of memory; with an ``architecture``, of compiled kernels too."""
 
-    def __init__(self, path: Path, memory: Memory, multiprocessors: int = 4, rows_bytes: int = 0) -> None:
+    def __init__(
+        self, path: Path, memory: Memory, multiprocessors: int = 4, rows_bytes: int = 0, architecture: int = 0
+    ) -> None:
         self.memory = memory
         self.multiprocessors = multiprocessors
         self.rows_bytes = rows_bytes
+        self.architecture = architecture
         self.lib = ctypes.CDLL(str(path))
         self.lib.skv_cuda_last_error.restype = ctypes.c_char_p
         self.lib.skv_cuda_path.restype = ctypes.c_char_p
@@ -182,14 +186,22 @@ class Library:
             at["not_finite"],
         )
         context = SkvCudaContext(
-            None, None, 0, max(case.total_lengths), path, -1, self.multiprocessors, self.rows_bytes
+            None, None, 0, max(case.total_lengths), path, -1, self.multiprocessors, self.rows_bytes, self.architecture
         )
+        self.load(caches)
         size = self.lib.skv_cuda_scratch_bytes(ctypes.byref(call), ctypes.byref(context))
         if size < 0:
             self.check(-size)
         buffers["scratch"] = put(np.full(max(size, 1), 0xFF, np.uint8))
         context.scratch, context.scratch_bytes = address(buffers["scratch"]), size
         return buffers, call, context
+
+    def load(self, caches: Sequence[SkvCache]) -> None:
+        """Loads the kernels that are not built in for the library's ``architecture``, if it has one."""
+        if self.architecture:
+            layouts = (ctypes.byref(cache.layout) for cache in caches)
+            status = self.lib.skv_cuda_load(*layouts, self.architecture, None, None)
+            self.check(status if status != NOT_SUPPORTED else OK)
 
     def decode_tile(self, layout: CacheLayout, tile: Array) -> Array:
         """``[T, D]`` of one tile's bytes."""
@@ -330,22 +342,29 @@ def as_type(x: Array, dtype: str) -> Array:
     return x.astype(np.dtype(dtype))
 
 
-def build_shim(out: Path, *, flags: Sequence[str] = (), sources: Path = SOURCES, few: bool = False) -> Path:
+def build_shim(
+    out: Path, *, flags: Sequence[str] = (), sources: Path = SOURCES, few: bool = False, compiles: bool = False
+) -> Path:
     """Compiles the kernels and the shim.
 
     Args:
         out: The library stands in a folder below, named by a hash of sources and flags; built once.
         flags: More of them, such as ``-fsanitize=thread``.
         sources: The kernels' folder.
-        few: Only kernels for head_dim 64 and, of decode_mma, 4-bit keys and 2-bit values.
+        few: Only kernels for head_dim 64 and, of decode_mma, 4-bit keys and 2-bit values; else all there are.
+        compiles: NVRTC compiles what is not built in; what runs then is in compiled_kernels.cc.
 
     Returns:
         ``libskv_cuda_shim.so``.
     """
     left_out = ("runtime.cu", "decode_mma_128.cu", "decode_mma_256.cu") if few else ("runtime.cu",)
     files = [f for f in sorted(sources.glob("*.cu")) if f.name not in left_out]
-    flags = [*flags, "-DSKV_CUDA_FEW=64"] if few else flags
-    return build(out, "libskv_cuda_shim.so", [*files, SHIM / "cuda_shim.cc"], sources.parent, flags)
+    files += [SHIM / "cuda_shim.cc"]
+    files += (
+        [*COMPILER, SHIM / "loader_shim.cc", SHIM / "compiled_kernels.cc"] if compiles else [SHIM / "no_compiler.cc"]
+    )
+    flags = [*flags, "-DSKV_CUDA_FEW=64" if few else "-DSKV_CUDA_ALL"]
+    return build(out, "libskv_cuda_shim.so", files, sources.parent, flags)
 
 
 def build_ort_shim(out: Path, runtime: Path | None = None, instead: Path | None = None) -> Path:
@@ -354,7 +373,7 @@ def build_ort_shim(out: Path, runtime: Path | None = None, instead: Path | None 
     Args:
         out: As for ``build_shim``.
         runtime: The folder of ``build_runtime``: the library registers the op for both providers then, as the real one
-            does. None = for the CPU provider, with the host's memory for the device's.
+            does, and compiles what is not built in. None = for the CPU provider, on the host's memory, all built in.
         instead: A file that takes the place of the source of its name.
     """
     native = SOURCES.parent
@@ -364,13 +383,16 @@ def build_ort_shim(out: Path, runtime: Path | None = None, instead: Path | None 
     files += [native / "cpu" / f"{name}.cc" for name in ("attention", "cache", "checks", "unit_scalar")]
     files += [native / "ort" / f"{name}.cc" for name in ("attributes", "gqa", "op", "prepare", "runtime")]
     if runtime is not None:
-        files += [native / "ort" / "kernel_cpu.cc", native / "ort" / "prefill.cc"]
+        files += [native / "ort" / "kernel_cpu.cc", native / "ort" / "prefill.cc", SHIM / "compiled_kernels.cc"]
+        files += COMPILER
+    else:
+        files.append(SHIM / "no_compiler.cc")
     if instead is not None:
         files = [instead if f.name == instead.name else f for f in files]
     pieces = f"-DSKV_CUDA_PIECE={PIECE}"
     if runtime is None:
         provider = '-DSKV_CUDA_PROVIDER="CPUExecutionProvider"'
-        return build(out, "libskv_ops_shim.so", files, native, [pieces, provider])
+        return build(out, "libskv_ops_shim.so", files, native, [pieces, provider, "-DSKV_CUDA_ALL"])
     flags = [pieces, "-DSKV_WITH_CUDA", f"-I{cuda_headers()}"]
     return build(out, "libskv_ops_shim.so", files, native, flags, [str(runtime / CUDART)])
 
@@ -412,9 +434,11 @@ def build_runtime(out: Path, provider: Path) -> Path:
         if library in wanted or name.startswith("cu"):
             wanted[library or "libcuda.so.1"].add(name)
 
-    shim, memory = SHIM / "runtime_shim.cc", SHIM / "runtime_memory.h"
+    shim, *included = (SHIM / f"runtime_{name}" for name in ("shim.cc", "library.h", "memory.h"))
     source = "".join(f"{name} {' '.join(sorted(names))}\n" for name, names in sorted(wanted.items()))
-    folder = out / hashlib.sha256(shim.read_bytes() + memory.read_bytes() + source.encode()).hexdigest()[:16]
+    folder = (
+        out / hashlib.sha256(b"".join(f.read_bytes() for f in (shim, *included)) + source.encode()).hexdigest()[:16]
+    )
     if folder.exists():
         return folder
     partial = folder.with_suffix(f".{os.getpid()}")
@@ -458,6 +482,7 @@ def build(
             partial = target.with_suffix(f".{os.getpid()}")
             scheduler = TSAN in flags and file.name == "cuda_shim.cc"  # see there
             own = [f for f in flags if f != TSAN] + ["-DSHIM_TSAN"] if scheduler else flags
+            own = [*own, f'-DSKV_CUDA_SOURCES="{native / "cuda"}"'] if file.name == "kernel_sources.cc" else own
             subprocess.run([*command, *own, "-c", str(file), "-o", str(partial)], check=True)
             partial.rename(target)
         return target

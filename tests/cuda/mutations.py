@@ -33,9 +33,9 @@ MUTATIONS = (
     ),
     Mutation(
         "shared memory four bytes short",
-        "mma_shape.cuh",
-        "kSlabBytes : kMergeBytes);",
-        "kSlabBytes : kMergeBytes) - 4;",
+        "mma_form.h",
+        "(f.dim + 2) * 4)) {}",
+        "(f.dim + 2) * 4) - 4) {}",
         "address",
     ),
     Mutation(

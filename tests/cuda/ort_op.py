@@ -171,7 +171,7 @@ def test_a_length_beyond_the_capacity_is_an_error() -> None:
         ("fp16", 4, 1, "decode_mma K4V2 D64, keys channel, values token"),
         ("bf16", 4, 1, "decode_mma K4V2 D64, keys channel, values token"),
         ("bf16", 4, 40, "prefill D64"),
-        ("fp16", 5, 1, "decode_simple: no instance for these bits"),
+        ("fp16", 5, 1, "decode_simple: bits are not 2, 3, 4 or 8"),
         ("fp32", 4, 1, "decode_simple: float32 inputs"),
     ],
 )

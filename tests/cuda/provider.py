@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from tiny_models import TINY
 
 from skv_export.export.pipeline import export_model
 from skv_export.model_folder.names import ATTENTION_MASK, MODEL_FILE
-from skv_export.native.library import library_path
+from skv_export.native.library import library_path, load_library
 from skv_export.runtime.session import Session
 from skv_export.spec.conformance import Case
 from skv_export.spec.op import OP_NAME, OUTPUT_NAMES
@@ -33,6 +34,7 @@ from skv_export.spec.reference import quantized_kv_attention
 
 SMALL = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
 STEPS = 40  # a tile and more
+SHIM_ARCHITECTURE = 80
 # What may run on the CPU: arithmetic on shapes, which are there.
 SHAPE_OPS = {"Cast", "Concat", "Reshape", "Squeeze", "Sub"}
 
@@ -56,11 +58,12 @@ def decode(case: Case, provider_options: dict[str, str]) -> None:
     most = layout.capacity(int(np.prod(arrays["past_key"].shape[2:])))
     assert most is not None and most >= case.past_lengths[0] + STEPS
     arrays["total_sequence_length"] = np.array(most, np.int32)  # a bound: the sequence's own length is seqlens_k's
+    shapes = {name: ["batch", "tokens", arrays[name].shape[2]] for name in ("query", "key", "value")}  # as exports do
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.register_custom_ops_library(str(library_path()))
     session = ort.InferenceSession(
-        model_of(arrays, attributes_of(case.params, case.layouts)),
+        model_of(arrays, attributes_of(case.params, case.layouts), shapes),
         options,
         providers=[(PROVIDERS[0], provider_options)],
     )
@@ -93,6 +96,7 @@ def decode(case: Case, provider_options: dict[str, str]) -> None:
 CASES = [
     Case("two sequences", SMALL, past_lengths=(70, 3), dtype="float16"),
     Case("K8V8, per token", dataclasses.replace(SMALL, k_bits=8, v_bits=8, k_granularity="token"), dtype="float16"),
+    Case("K2V4, sixteen columns", dataclasses.replace(SMALL, k_bits=2, v_bits=4), 64, 12, 1, (70,), dtype="float16"),
     Case("a flush in the first step, which a capture runs three times", SMALL, past_lengths=(67,), dtype="float16"),
     Case("decode_simple", dataclasses.replace(SMALL, k_bits=5), past_lengths=(66,)),
 ]
@@ -103,6 +107,10 @@ def test_decoding_in_place(case: Case, shim: Any) -> None:
     before = shim.skv_shim_launches()
     decode(case, {})
     assert shim.skv_shim_launches() - before >= 3 * STEPS, "the CPU's kernel ran"
+    heads = case.num_heads, case.kv_num_heads
+    path = load_library().cuda_path(case.layouts, *heads, "fp16", architecture=SHIM_ARCHITECTURE)
+    if os.environ.get("SKV_NVRTC") or (case.config.k_bits, case.config.v_bits) == (4, 2):  # those are built in
+        assert path.startswith("decode_simple" if case.config.k_bits == 5 else "decode_mma")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -23,6 +23,7 @@
 #include <string>
 #include <vector>
 
+#include "runtime_library.h"
 #include "runtime_memory.h"
 
 namespace {
@@ -435,6 +436,24 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
   return cudaSuccess;
 }
 
+// Kernels from cubins. None is loaded while a stream is captured.
+
+void skv_shim_provide(const char* name, const void* kernel) { shim::provided()[name] = kernel; }
+
+cudaError_t cudaLibraryLoadData(cudaLibrary_t* library, const void* code, cudaJitOption*, void**, unsigned,
+                                cudaLibraryOption*, void**, unsigned) {
+  return unless_capturing([&] {
+    *library = reinterpret_cast<cudaLibrary_t>(shim::read_cubin(code));
+    return *library ? cudaSuccess : cudaErrorInvalidKernelImage;
+  });
+}
+cudaError_t cudaLibraryGetKernel(cudaKernel_t* kernel, cudaLibrary_t library, const char* name) {
+  const void* found = shim::kernel_of(*reinterpret_cast<shim::CudaLibrary*>(library), name);
+  *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(found));
+  return found ? cudaSuccess : result(cudaErrorSymbolNotFound);
+}
+cudaError_t cudaLibraryUnload(cudaLibrary_t) { return cudaSuccess; }  // streams may still run its kernels
+
 // ONNX Runtime's kernels: known by name, never run.
 
 void** __cudaRegisterFatBinary(void*) {
@@ -471,6 +490,7 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
   return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 cudaError_t cudaKernelSetAttributeForDevice(cudaKernel_t, cudaFuncAttribute, int, int) { return cudaSuccess; }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3, dim3, void**, size_t, cudaStream_t stream) {
   const std::string name = runtime().kernels[reinterpret_cast<const void*>(kernel)];

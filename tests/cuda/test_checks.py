@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness import ASAN, OK, ROOT, SOURCES, TSAN, build_ort_shim, build_shim
+from harness import ASAN, COMPILER, OK, ROOT, SOURCES, TSAN, build_ort_shim, build_shim
 from mutations import MUTATIONS, Mutation
 
 pytestmark = pytest.mark.slow
@@ -94,7 +94,10 @@ def test_nvcc_compiles_every_architecture_without_spills(tmp_path: Path) -> None
     mma = list(SOURCES.glob("decode_mma*.cu"))
     others = [source for source in SOURCES.glob("*.cu") if source not in mma]
     first, *rest = ARCHITECTURES
-    whole = [[str(source), f"-arch=sm_{first}", "-c", "-DSKV_CUDA_FEW=64"] for source in (*mma, *others)]
+    text = f'-DSKV_CUDA_SOURCES="{SOURCES}"'
+    whole = [
+        [str(source), f"-arch=sm_{first}", "-c", "-DSKV_CUDA_FEW=64", text] for source in (*mma, *others, *COMPILER)
+    ]
     codes = ",".join(f"sm_{architecture}" for architecture in ARCHITECTURES)
     jobs = [
         *whole,

@@ -60,6 +60,7 @@ def run(runtime: Path, library: Path, *arguments: str) -> subprocess.CompletedPr
         "LD_LIBRARY_PATH": str(runtime),
         "SKV_OPS_LIBRARY": str(library),
         "SKV_TEST_PROVIDER": "CUDAExecutionProvider",
+        "XDG_CACHE_HOME": str(OUT / "cache"),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)

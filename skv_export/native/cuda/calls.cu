@@ -8,7 +8,7 @@
 
 namespace skv::cuda {
 
-static thread_local char last_error[512];
+static thread_local char last_error[1024];
 
 int fail(int status, const char* format, ...) {
   va_list arguments;
@@ -24,7 +24,7 @@ constexpr int kMaxSplits = 256;
 constexpr int64_t kMaxGrid = 65535;                 // of a grid's y and z
 constexpr int64_t kRowsBytes = int64_t{256} << 20;  // of prefill, where the context names no other (docs/gpu.md)
 
-thread_local char path_text[256];
+thread_local char path_text[1024];
 
 int wrong(const char* what, int64_t got, const char* expected) {
   return fail(SKV_INVALID_ARGUMENT, "%s; got %lld; expected %s", what, static_cast<long long>(got), expected);
@@ -178,38 +178,14 @@ int prefill_splits(const Attention& a, const SkvCudaContext& context, int pairs)
 
 int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-MmaTable mma_table(int32_t dim) {
-  if (dim == 64) return decode_mma_64();
-#ifndef SKV_CUDA_FEW
-  if (dim == 128) return decode_mma_128();
-  if (dim == 256) return decode_mma_256();
-#endif
-  return {};
-}
-
-// The instance of decode_mma for a call; null, and the reason, where there is none.
-const MmaInstance* find_mma(const Attention& a, const char** reason) {
-  const SkvLayout &k = a.key.layout, &v = a.value.layout;
+// The kernel of decode_mma for a call, with the architecture that the context names; null, and the reason.
+const MmaInstance* mma_for(const Attention& a, const SkvCudaContext& context, const char** reason) {
+  MmaForm form;
   const bool in_float = a.query.type == SKV_FLOAT && a.output_type == SKV_FLOAT;
-  const bool k_per_token = k.granularity != SKV_CHANNEL, v_per_channel = v.granularity == SKV_CHANNEL;
-  *reason = in_float                                                  ? "float32 inputs"
-            : a.lengths.tokens > kMaxDecodeTokens                     ? "more than 8 new tokens"
-            : k.recent_type != SKV_FLOAT16                            ? "recent_type is not float16"
-            : k_per_token && k.group_size % 64                        ? "k_group_size is no multiple of 64"
-            : !v_per_channel && v.group_size % 64                     ? "v_group_size is no multiple of 64"
-            : a.key.dim != 64 && a.key.dim != 128 && a.key.dim != 256 ? "head_dim is not 64, 128 or 256"
-                                                                      : nullptr;
-  if (*reason) return nullptr;
-  const MmaTable table = mma_table(a.key.dim);
-  const MmaInstance* best = nullptr;
-  for (size_t i = 0; i < table.count; i++) {
-    const MmaInstance& m = table.instances[i];
-    if (m.k_bits != k.bits || m.v_bits != v.bits || m.k_per_token != k_per_token || m.v_per_channel != v_per_channel)
-      continue;
-    if (!best || a.columns > best->columns) best = &m;  // the narrowest that holds all columns, or the widest
-  }
-  if (!best) *reason = "no instance for these bits";
-  return best;
+  *reason = in_float                              ? "float32 inputs"
+            : a.lengths.tokens > kMaxDecodeTokens ? "more than 8 new tokens"
+                                                  : find_form(a.key.layout, a.value.layout, form);
+  return *reason ? nullptr : find_mma(form, context.architecture, a.columns, reason);
 }
 
 Plan plan(Attention& a, const SkvCudaContext& context) {
@@ -217,7 +193,7 @@ Plan plan(Attention& a, const SkvCudaContext& context) {
   const char* reason = "asked for";
   const bool in_float = a.query.type == SKV_FLOAT && a.output_type == SKV_FLOAT;
   const bool many = a.lengths.tokens > kMaxDecodeTokens && context.path == SKV_CUDA_AUTO;
-  if (context.path == SKV_CUDA_AUTO || context.path == SKV_CUDA_MMA) p.mma = find_mma(a, &reason);
+  if (context.path == SKV_CUDA_AUTO || context.path == SKV_CUDA_MMA) p.mma = mma_for(a, context, &reason);
   if ((many || context.path == SKV_CUDA_PREFILL) && prefill_covers(a.key.dim) && !in_float) {
     p.path = SKV_CUDA_PREFILL;
     const int64_t one = context.max_length * a.key.dim * int64_t{sizeof(half)};
@@ -393,8 +369,9 @@ const char* skv_cuda_path(const SkvAttention* call, const SkvCudaContext* contex
   if (p.path == SKV_CUDA_PREFILL) {
     snprintf(path_text, sizeof path_text, "prefill D%d", a.key.dim);
   } else if (p.mma) {
-    snprintf(path_text, sizeof path_text, "decode_mma K%dV%d D%d, keys %s, values %s", p.mma->k_bits, p.mma->v_bits,
-             p.mma->dim, kGranularities[a.key.layout.granularity], kGranularities[a.value.layout.granularity]);
+    const MmaForm& form = p.mma->form;
+    snprintf(path_text, sizeof path_text, "decode_mma K%dV%d D%d, keys %s, values %s", form.k_bits, form.v_bits,
+             form.dim, kGranularities[a.key.layout.granularity], kGranularities[a.value.layout.granularity]);
   } else {
     snprintf(path_text, sizeof path_text, "decode_simple: %s", p.reason);
   }

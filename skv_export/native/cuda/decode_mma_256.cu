@@ -1,9 +1,8 @@
-// The instances of decode_mma for head_dim 256.
-#define SKV_MMA_DIM 256
+// The kernels of decode_mma for head_dim 256 that are built in.
 #include "mma_instances.cuh"
 
 namespace skv::cuda {
 
-MmaTable decode_mma_256() { return {kInstances, sizeof kInstances / sizeof *kInstances}; }
+MmaTable decode_mma_256() { return built_in<256>(); }
 
 }  // namespace skv::cuda

@@ -1,9 +1,8 @@
-// The instances of decode_mma for head_dim 64.
-#define SKV_MMA_DIM 64
+// The kernels of decode_mma for head_dim 64 that are built in.
 #include "mma_instances.cuh"
 
 namespace skv::cuda {
 
-MmaTable decode_mma_64() { return {kInstances, sizeof kInstances / sizeof *kInstances}; }
+MmaTable decode_mma_64() { return built_in<64>(); }
 
 }  // namespace skv::cuda

@@ -3,10 +3,7 @@
 // A row of D channels lies in a warp as x[E], E = D / 32: lane l holds channels l, l + 32, ... Sums and rotations over
 // such a row take their operands in the order of spec/reference.py, with every operation rounded on its own.
 #pragma once
-#include <cmath>
-#include <type_traits>
-
-#include "kernels_cuda.h"
+#include "../kv_layout.h"
 #include "portable.cuh"
 
 namespace skv::cuda {
@@ -31,30 +28,6 @@ struct Cache {
   float rotation_scale;
   SkvKeyBasis basis;
 };
-
-inline Cache make_cache(const SkvCache& c) {
-  const SkvLayout& l = c.layout;
-  Cache r{};
-  r.layout = l;
-  r.data = c.data;
-  r.block_bytes = c.block_bytes;
-  r.tile_bytes = tile_bytes(l);
-  r.code_bytes = code_bytes(l);
-  r.rows_start = c.block_bytes - full_bytes(l);
-  r.parameter_bytes = int32_t(parameter_bytes(l));
-  const bool has_means = l.granularity == SKV_TOKEN_CHANNEL && l.bits != 16;
-  r.means = has_means ? int32_t(r.code_bytes) + 2 * num_groups(l) * l.tile_tokens : 0;
-  r.dim = padded_dim(l);
-  r.tiles = int32_t(tiles_in(l, c.block_bytes));
-  r.capacity = int32_t(capacity(l, c.block_bytes));
-  r.ring = ring_tokens(l);
-  r.groups = num_groups(l);
-  r.per_group = 65536 / (l.group_size / 32) + 1;
-  r.rotation_dim = l.rotation == SKV_HADAMARD ? rotation_dim(l) : 0;
-  r.rotation_scale = float(1.0 / std::sqrt(double(rotation_dim(l))));
-  r.basis = c.basis;
-  return r;
-}
 
 SKV_DEVICE int quantized(const SkvLayout& l, int length) {
   const int past_recent = length - l.num_sink_tokens - l.recent_tokens;
@@ -299,37 +272,6 @@ SKV_DEVICE bool load_position(const Cache& c, const uint8_t* block, int length, 
   }
   decode_token(c, block + tile_start(c, tile), (position - sinks) % c.layout.tile_tokens, x);
   return true;
-}
-
-// Calls body(std::integral_constant<int, E>) for the number of channels per lane of a cache. SKV_CUDA_FEW leaves all
-// but its head_dim out.
-template <class Body>
-cudaError_t with_channels(const Cache& c, Body body) {
-  switch (c.dim / 32) {
-#ifdef SKV_CUDA_FEW
-    case SKV_CUDA_FEW / 32:
-      return body(std::integral_constant<int, SKV_CUDA_FEW / 32>());
-#else
-    case 1:
-      return body(std::integral_constant<int, 1>());
-    case 2:
-      return body(std::integral_constant<int, 2>());
-    case 3:
-      return body(std::integral_constant<int, 3>());
-    case 4:
-      return body(std::integral_constant<int, 4>());
-    case 5:
-      return body(std::integral_constant<int, 5>());
-    case 6:
-      return body(std::integral_constant<int, 6>());
-    case 7:
-      return body(std::integral_constant<int, 7>());
-    case 8:
-      return body(std::integral_constant<int, 8>());
-#endif
-    default:
-      return cudaErrorNotSupported;
-  }
 }
 
 }  // namespace skv::cuda

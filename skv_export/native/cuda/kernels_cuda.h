@@ -30,8 +30,9 @@ typedef struct SkvCudaContext {
   int32_t path;         // SkvCudaPath
   int32_t output_type;  // SkvType of the output and of head_sink; -1 = the call's type
   int32_t multiprocessors;  // of the device: how far the context is split
-  int64_t rows_bytes;  // of a dequantized past that prefill holds at once: so many sequences and heads go at a time,
-                       // one at least; 0 = 256 MiB
+  int64_t rows_bytes;    // of a dequantized past that prefill holds at once: so many sequences and heads go at a time,
+                         // one at least; 0 = 256 MiB
+  int32_t architecture;  // of the device, for kernels that skv_cuda_load has loaded; 0 = those that are built in
 } SkvCudaContext;
 
 // New tokens before QK norm and RoPE; see the op's inputs of these names.
@@ -93,6 +94,27 @@ SKV_API int skv_cuda_dequantize(const SkvCache* cache, int32_t kv_num_heads, int
 SKV_API int skv_cuda_decode_tile(const SkvLayout* layout, const uint8_t* tile, float* out, void* stream);
 SKV_API int skv_cuda_rewind(const SkvCache* cache, int32_t kv_num_heads, int32_t b, int64_t length,
                             int64_t longest_length, int64_t new_length, void* stream);
+
+// Kernels that are not built in: decode_mma's for most layouts (docs/gpu.md, Kernels that are compiled). Layouts that
+// need none are SKV_OK.
+//
+// Loads those for these layouts onto the current device, of the architecture that skv_cuda_device gives: from the cache
+// folder, else compiled, which takes seconds. SKV_NOT_SUPPORTED: there are none, and calls take decode_simple.
+// `say`, which may be null, hears what is done the first time.
+typedef void (*SkvCudaSay)(void* log, int32_t is_warning, const char* text);
+SKV_API int skv_cuda_load(const SkvLayout* key, const SkvLayout* value, int32_t architecture, SkvCudaSay say,
+                          void* log);
+// Compiles them into the cache folder; needs no device.
+SKV_API int skv_cuda_compile(const SkvLayout* key, const SkvLayout* value, int32_t architecture);
+// Where they come from, and in text: the calling thread's, until its next call. Compiles nothing; architecture 0 = any.
+typedef enum SkvCudaOrigin {
+  SKV_CUDA_NO_KERNEL = 0,  // decode_mma has none for such layouts
+  SKV_CUDA_BUILT_IN = 1,
+  SKV_CUDA_KEPT = 2,        // in the cache folder
+  SKV_CUDA_TO_COMPILE = 3,  // by skv_cuda_load
+  SKV_CUDA_MISSING = 4,     // what compiles them was not found
+} SkvCudaOrigin;
+SKV_API int skv_cuda_origin(const SkvLayout* key, const SkvLayout* value, int32_t architecture, const char** text);
 
 // Whether the current device can run the kernels, its multiprocessors, and its architecture (80 = compute
 // capability 8.0).

@@ -1,6 +1,11 @@
 // Launchers, one function per kernel; arguments have been checked (calls.cu).
 #pragma once
-#include "device.cuh"
+#include <cmath>
+#include <type_traits>
+
+#include "attention.cuh"
+#include "kernels_cuda.h"
+#include "mma_form.h"
 
 namespace skv::cuda {
 
@@ -8,29 +13,60 @@ constexpr int kMaxDecodeTokens = 8;  // of a sequence, that decode_mma takes
 constexpr int kChunk = 32;           // tokens that one word of NotNumbers speaks of
 constexpr int kPieceLengths = 3;     // of a sequence, for each piece
 
-// One call's attention as its kernels take it, by value.
-struct Attention {
-  Cache key, value;
-  Tokens query, new_key, new_value;
-  Tokens tile_query;  // queries in the basis of the tiles; data = null: tiles have none of their own
-  Lengths lengths;
-  int32_t batch, num_heads, kv_num_heads;
-  int32_t columns;  // rows of queries per KV head: tokens * num_heads / kv_num_heads; column = token * group + head
-  int32_t window;   // 0 = none
-  float scale, softcap;
-  // Per KV head of a sequence, split and column: the unnormalized output [D], and (largest score, sum of weights).
-  float* partial;
-  float2* peaks;
-  int32_t splits;
-  // Of all sequences and heads, those that a launch of prefill works on: its blockIdx.y counts from the first.
-  int32_t first_pair, pairs;
-  bool in_model_basis;  // what stands in partial; else in the cache's
-  void* output;
-  const void* head_sink;
-  int32_t output_type;
+inline Cache make_cache(const SkvCache& c) {
+  const SkvLayout& l = c.layout;
+  Cache r{};
+  r.layout = l;
+  r.data = c.data;
+  r.block_bytes = c.block_bytes;
+  r.tile_bytes = tile_bytes(l);
+  r.code_bytes = code_bytes(l);
+  r.rows_start = c.block_bytes - full_bytes(l);
+  r.parameter_bytes = int32_t(parameter_bytes(l));
+  const bool has_means = l.granularity == SKV_TOKEN_CHANNEL && l.bits != 16;
+  r.means = has_means ? int32_t(r.code_bytes) + 2 * num_groups(l) * l.tile_tokens : 0;
+  r.dim = padded_dim(l);
+  r.tiles = int32_t(tiles_in(l, c.block_bytes));
+  r.capacity = int32_t(capacity(l, c.block_bytes));
+  r.ring = ring_tokens(l);
+  r.groups = num_groups(l);
+  r.per_group = 65536 / (l.group_size / 32) + 1;
+  r.rotation_dim = l.rotation == SKV_HADAMARD ? rotation_dim(l) : 0;
+  r.rotation_scale = float(1.0 / std::sqrt(double(rotation_dim(l))));
+  r.basis = c.basis;
+  return r;
+}
 
-  __host__ __device__ int group() const { return num_heads / kv_num_heads; }
-};
+// Calls body(std::integral_constant<int, E>) for the number of channels per lane of a cache. SKV_CUDA_FEW leaves all
+// but its head_dim out.
+template <class Body>
+cudaError_t with_channels(const Cache& c, Body body) {
+  switch (c.dim / 32) {
+#ifdef SKV_CUDA_FEW
+    case SKV_CUDA_FEW / 32:
+      return body(std::integral_constant<int, SKV_CUDA_FEW / 32>());
+#else
+    case 1:
+      return body(std::integral_constant<int, 1>());
+    case 2:
+      return body(std::integral_constant<int, 2>());
+    case 3:
+      return body(std::integral_constant<int, 3>());
+    case 4:
+      return body(std::integral_constant<int, 4>());
+    case 5:
+      return body(std::integral_constant<int, 5>());
+    case 6:
+      return body(std::integral_constant<int, 6>());
+    case 7:
+      return body(std::integral_constant<int, 7>());
+    case 8:
+      return body(std::integral_constant<int, 8>());
+#endif
+    default:
+      return cudaErrorNotSupported;
+  }
+}
 
 // QK norm and RoPE: rows [batch * tokens][(num_heads + 2 * kv_num_heads) * head_dim].
 cudaError_t prepare(const SkvCudaPreparation& preparation, float* rows, void* stream);
@@ -41,10 +77,10 @@ cudaError_t turn_queries(const Attention& attention, float* rows, void* stream);
 cudaError_t append(const Attention& attention, int32_t* not_finite, void* stream);
 
 cudaError_t decode_simple(const Attention& attention, void* stream);
-// An instance of decode_mma, and those of one head_dim.
+
+// A kernel of decode_mma, and several.
 struct MmaInstance {
-  int32_t dim, k_bits, v_bits;
-  bool k_per_token, v_per_channel;
+  MmaForm form;
   int32_t columns, threads, shared_bytes;
   void (*kernel)(Attention);
 };
@@ -52,9 +88,14 @@ struct MmaTable {
   const MmaInstance* instances;
   size_t count;
 };
+// Those of one head_dim that are built in.
 MmaTable decode_mma_64();
 MmaTable decode_mma_128();
 MmaTable decode_mma_256();
+// The form that calls with such layouts take, or why decode_mma takes none.
+const char* find_form(const SkvLayout& key, const SkvLayout& value, MmaForm& form);
+// Its kernel for so many columns of queries, built in or loaded for the architecture; null, and the reason.
+const MmaInstance* find_mma(const MmaForm& form, int architecture, int columns, const char** reason);
 
 // Merges the splits, adds the head sink, rotates back, writes the output.
 cudaError_t combine(const Attention& attention, void* stream);

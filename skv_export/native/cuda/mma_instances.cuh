@@ -1,52 +1,65 @@
-// The table of instances of decode_mma: included once per head_dim (decode_mma_64.cu ...), with SKV_MMA_DIM set.
+// The kernels of decode_mma that are built in; included once per head_dim (decode_mma_64.cu ...).
 //
-// Every pair of bits comes in four forms (keys per channel or token, values per token or channel), for 8 columns of
-// queries; the default form also for 16. What would spill registers on some architecture is left out: 16 columns of 8
-// bits or of head_dim 256 (two blocks of 8 instead), and, at head_dim 256, keys per token with 3-bit values per channel
-// (decode_simple). SKV_CUDA_FEW leaves all but the default bits out, for quick checks.
+// They are those of the recipes' bits in the default form, keys per channel and values per token. All other forms that
+// mma_form.h knows are compiled where they are needed (compiler.h). SKV_CUDA_ALL builds four forms of these and more
+// bits in; SKV_CUDA_FEW four forms of the default bits, for quick checks.
 #pragma once
-#include "decode_mma.cuh"
+#include <vector>
 
-// clang-format off
-#ifdef SKV_CUDA_FEW
-#define SKV_MMA_PAIRS(X) X(4, 2, SKV_MMA_WIDE, SKV_MMA_LAST)
-#else
-#define SKV_MMA_PAIRS(X)                 \
-  X(8, 8, SKV_MMA_NONE, SKV_MMA_LAST)   \
-  X(4, 4, SKV_MMA_WIDE, SKV_MMA_LAST)   \
-  X(4, 3, SKV_MMA_WIDE, SKV_MMA_LAST_3) \
-  X(4, 2, SKV_MMA_WIDE, SKV_MMA_LAST)   \
-  X(3, 3, SKV_MMA_WIDE, SKV_MMA_LAST_3) \
-  X(3, 2, SKV_MMA_WIDE, SKV_MMA_LAST)   \
-  X(2, 2, SKV_MMA_WIDE, SKV_MMA_LAST)
-#endif
-// clang-format on
+#include "decode_mma.cuh"
+#include "launchers.h"
 
 namespace skv::cuda {
 
+template <int K, int V>
+struct Bits {};
+template <class... Pairs>
+struct BitPairs {};
+
+#if defined(SKV_CUDA_FEW)
+using BuiltIn = BitPairs<Bits<4, 2>>;
+constexpr bool kFourForms = true;
+#elif defined(SKV_CUDA_ALL)
+using BuiltIn = BitPairs<Bits<8, 8>, Bits<4, 4>, Bits<4, 3>, Bits<4, 2>, Bits<3, 3>, Bits<3, 2>, Bits<2, 2>>;
+constexpr bool kFourForms = true;
+#else
+using BuiltIn = BitPairs<Bits<4, 4>, Bits<4, 2>, Bits<3, 2>, Bits<2, 2>>;
+constexpr bool kFourForms = false;
+#endif
+
 template <class S>
-constexpr MmaInstance instance() {
-  return {S::D,        S::KBits,        S::VBits,   S::KPerToken,         S::VPerChannel,
-          S::kColumns, S::kThreadCount, S::kShared, &decode_mma_kernel<S>};
+MmaInstance instance() {
+  return {S::kForm, S::kColumns, S::kThreadCount, S::kShared, &decode_mma_kernel<S>};
 }
 
-// clang-format off
-#define SKV_MMA_FORM(K, V, KPerToken, VPerChannel, Blocks) \
-  instance<MmaShape<SKV_MMA_DIM, K, V, KPerToken, VPerChannel, Blocks>>(),
-#define SKV_MMA_NONE(K, V)
-#define SKV_MMA_LAST(K, V) SKV_MMA_FORM(K, V, true, true, 1)
-#if SKV_MMA_DIM <= 128
-#define SKV_MMA_WIDE(K, V) SKV_MMA_FORM(K, V, false, false, 2)
-#define SKV_MMA_LAST_3 SKV_MMA_LAST
-#else
-#define SKV_MMA_WIDE SKV_MMA_NONE
-#define SKV_MMA_LAST_3 SKV_MMA_NONE
-#endif
-#define SKV_MMA_FORMS(K, V, Wide, Last)                                  \
-  SKV_MMA_FORM(K, V, false, false, 1) SKV_MMA_FORM(K, V, true, false, 1) \
-  SKV_MMA_FORM(K, V, false, true, 1) Wide(K, V) Last(K, V)
-// clang-format on
+template <int D, int K, int V, bool KPerToken, bool VPerChannel>
+void add_form(std::vector<MmaInstance>& to) {
+  constexpr int kBlocks = mma_blocks({D, K, V, KPerToken, VPerChannel});
+  if constexpr (kBlocks >= 1) to.push_back(instance<MmaShape<D, K, V, KPerToken, VPerChannel, 1>>());
+  if constexpr (kBlocks >= 2) to.push_back(instance<MmaShape<D, K, V, KPerToken, VPerChannel, 2>>());
+}
 
-constexpr MmaInstance kInstances[] = {SKV_MMA_PAIRS(SKV_MMA_FORMS)};
+template <int D, int K, int V>
+void add(std::vector<MmaInstance>& to, Bits<K, V>) {
+  if constexpr (D <= 128 || kFourForms) add_form<D, K, V, false, false>(to);
+  if constexpr (kFourForms) {
+    add_form<D, K, V, true, false>(to);
+    add_form<D, K, V, false, true>(to);
+    add_form<D, K, V, true, true>(to);
+  }
+}
+
+template <int D, class... Pairs>
+std::vector<MmaInstance> all_instances(BitPairs<Pairs...>) {
+  std::vector<MmaInstance> all;
+  (add<D>(all, Pairs()), ...);
+  return all;
+}
+
+template <int D>
+MmaTable built_in() {
+  static const std::vector<MmaInstance> all = all_instances<D>(BuiltIn());
+  return {all.data(), all.size()};
+}
 
 }  // namespace skv::cuda

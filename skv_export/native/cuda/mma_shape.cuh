@@ -1,7 +1,8 @@
-// The sizes of an instance of decode_mma, and the part of a sequence that each of its blocks works on.
+// The constants of a kernel of decode_mma, and the part of a sequence that each of its blocks works on.
 #pragma once
+#include "attention.cuh"
 #include "codes.cuh"
-#include "launchers.h"
+#include "mma_form.h"
 
 namespace skv::cuda {
 
@@ -14,7 +15,7 @@ constexpr int kResidentWarps = 16;
 #endif
 constexpr int kSlab = 32;  // tokens that a warp copies and works on at once
 
-// Sizes of one instance.
+// Of one kernel.
 template <int D_, int KBits_, int VBits_, bool KPerToken_, bool VPerChannel_, int Blocks_>
 struct MmaShape {
   static constexpr int D = D_, KBits = KBits_, VBits = VBits_, Blocks = Blocks_;
@@ -24,31 +25,19 @@ struct MmaShape {
   using V = Codes<VBits>;
   using Order = KeyOrder<KBits>;
 
-  // A slab in shared memory; scales per token have room for a tile's means behind them.
-  static constexpr int kScales = 64 * kChunks, kMeans = D + 16;
-  static constexpr int kKeyParameters = 4 * D * KBits;
-  static constexpr int kValueCodes = kKeyParameters + (KPerToken ? kScales + kMeans : 4 * D);
-  static constexpr int kValueParameters = kValueCodes + 4 * D * VBits;
-  static constexpr int kStage = kValueParameters + (VPerChannel ? 4 * D : kScales + kMeans);
-  static constexpr int kStages = 2;  // a slab takes longer than its copy; and two blocks fit in 100 KiB
-  static constexpr int kWarpCount = 4 * kStages * kStage <= 80 * 1024 ? 4 : 2;
-  static constexpr int kThreadCount = 32 * kWarpCount;
+  static constexpr MmaForm kForm{D, KBits, VBits, KPerToken, VPerChannel};
+  static constexpr MmaSizes kSizes{kForm, Blocks};
+  static constexpr int kScales = kSizes.scales, kMeans = kSizes.means, kKeyParameters = kSizes.key_parameters,
+                       kValueCodes = kSizes.value_codes, kValueParameters = kSizes.value_parameters,
+                       kStage = kSizes.stage, kStages = MmaSizes::kStages, kMaxNew = MmaSizes::kMaxNew,
+                       kQueryStride = kSizes.query_stride, kNewRows = kSizes.new_rows, kMeanScores = kSizes.mean_scores,
+                       kSlabs = kSizes.slabs, kShared = kSizes.shared;
+  static constexpr int kWarpCount = kSizes.warps, kThreadCount = 32 * kWarpCount;
   // Blocks that a multiprocessor's registers must hold: of 16 warps (128 registers a thread) where they suffice, else 8
   // (255).
   static constexpr bool kManyRegisters =
       D > 128 || Blocks > 1 || VPerChannel || (D == 128 && (KBits != 4 || VBits == 3));
   static constexpr int kMinBlocks = (kManyRegisters ? 8 : kResidentWarps) / kWarpCount;
-
-  // Shared memory: queries, new rows, each warp's means of the scores, then the slabs, whose place the warps' results
-  // take at the end.
-  static constexpr int kQueryStride = D + 8;  // halves; the 16 bytes keep rows off each other's banks
-  static constexpr int kNewRows = kColumns * kQueryStride * 2;
-  static constexpr int kMaxNew = 8;
-  static constexpr int kMeanScores = kNewRows + 2 * kMaxNew * D * 2;
-  static constexpr int kSlabs = kMeanScores + (KPerToken ? kWarpCount * kColumns * 4 : 0);
-  static constexpr int kSlabBytes = kWarpCount * kStages * kStage;
-  static constexpr int kMergeBytes = kWarpCount * kColumns * (D + 2) * 4;
-  static constexpr int kShared = kSlabs + (kSlabBytes > kMergeBytes ? kSlabBytes : kMergeBytes);
 };
 
 // Which part of a sequence a block works on; the same for all its threads.

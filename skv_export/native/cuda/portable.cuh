@@ -68,6 +68,7 @@ SKV_DEVICE void async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+#ifndef __CUDACC_RTC__
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void* stream,
                    Parameters... arguments) {
@@ -90,6 +91,7 @@ cudaError_t can_run(void (*kernel)(Parameters...)) {
   cudaFuncAttributes attributes;
   return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
 }
+#endif
 
 #else
 

@@ -6,6 +6,7 @@
 
 #include "errors.h"
 #include "kernels_cuda.h"
+#include "runtime.h"
 
 namespace {
 
@@ -17,6 +18,34 @@ int failed(const char* what, cudaError_t error, const char* fix) {
 }
 
 }  // namespace
+
+namespace skv::cuda {
+
+int load_kernels(const void* cubin, int count, const char* const* names, const void** kernels) {
+  cudaLibrary_t library = nullptr;
+  cudaError_t error = cudaLibraryLoadData(&library, cubin, nullptr, nullptr, 0, nullptr, nullptr, 0);
+  for (int i = 0; i < count && error == cudaSuccess; i++) {
+    cudaKernel_t kernel = nullptr;
+    error = cudaLibraryGetKernel(&kernel, library, names[i]);
+    kernels[i] = kernel;  // the runtime takes one where it takes a function of the program
+  }
+  if (error == cudaSuccess) return SKV_OK;
+  cudaGetLastError();  // it would be the next launch's
+  if (library) cudaLibraryUnload(library);
+  return fail(SKV_RUNTIME_ERROR, "CUDA: a compiled kernel can't be loaded; got %s", cudaGetErrorString(error));
+}
+
+int make_ready(const void* kernel, int shared_bytes) {
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess) return SKV_OK;
+  cudaGetLastError();
+  return fail(SKV_RUNTIME_ERROR, "CUDA: a compiled kernel does not run on this device; got %s",
+              cudaGetErrorString(error));
+}
+
+}  // namespace skv::cuda
 
 int skv_cuda_device(int32_t* multiprocessors, int32_t* architecture) {
   int device = 0, major = 0, minor = 0;

@@ -217,6 +217,12 @@ void Attributes::check_known_shapes(const OrtKernelInfo* info) const {
   }
 }
 
+int64_t Attributes::known_head_dim(const OrtKernelInfo* info) const {
+  const int64_t hidden = known_last_dimension(info, kQuery), kv_hidden = known_last_dimension(info, kKey);
+  const int64_t heads = kv_hidden > 0 ? num_heads : int64_t{num_heads} + 2 * int64_t{kv_num_heads};  // or packed
+  return hidden > 0 && hidden % heads == 0 ? hidden / heads : 0;
+}
+
 void Attributes::set_head_dim(int64_t head_dim) {
   if (head_dim < 1 || head_dim > kMaxHeadDim) {
     fail("head_dim (query's last dimension over the heads)", std::to_string(head_dim),

@@ -37,11 +37,11 @@ class CudaKernel : public Kernel {
  public:
   CudaKernel(const OrtKernelInfo* info, ElementType type)
       : attributes_(Attributes::read(info)), type_(type), log_(info), prefill_(info, attributes_, type, log_) {
-    int32_t architecture = 0;
-    check_kernel(skv_cuda_device(&multiprocessors_, &architecture));
+    check_kernel(skv_cuda_device(&multiprocessors_, &architecture_));
     flag_ = std::make_unique<Flag>();
-    log_.write(Severity::kInfo, "CUDA kernels on sm_" + std::to_string(architecture) + ", " +
+    log_.write(Severity::kInfo, "CUDA kernels on sm_" + std::to_string(architecture_) + ", " +
                                     std::to_string(multiprocessors_) + " multiprocessors");
+    if (type_ != ElementType::kFloat) load_kernels(info);
   }
 
   void compute(OrtKernelContext* context) override {
@@ -52,6 +52,7 @@ class CudaKernel : public Kernel {
     device.max_length = call.total_sequence_length.as<int32_t>()[0];
     device.output_type = kernel_type(type_);
     device.multiprocessors = multiprocessors_;
+    device.architecture = architecture_;
 
     const CacheBuffers caches(context, call);
     SkvAttention attention = describe(context, call, caches);
@@ -128,6 +129,21 @@ class CudaKernel : public Kernel {
     copy(attention.value_cache, call.past_value);
   }
 
+  // Those that are not built in, before any call: a call may be captured in a graph, and nobody waits for a compiler in
+  // the middle of a text.
+  void load_kernels(const OrtKernelInfo* info) {
+    const int64_t head_dim = attributes_.known_head_dim(info);
+    if (head_dim == 0) return log_.write(Severity::kInfo, "the graph does not tell head_dim: no kernels are compiled");
+    Attributes known = attributes_;
+    known.set_head_dim(head_dim);
+    const auto say = [](void* log, int32_t is_warning, const char* text) {
+      static_cast<Log*>(log)->write(is_warning ? Severity::kWarning : Severity::kInfo, text);
+    };
+    Log log = log_;
+    const int status = skv_cuda_load(&known.key_layout, &known.value_layout, architecture_, say, &log);
+    if (status != SKV_NOT_SUPPORTED) check_kernel(status);  // without them decode_simple runs, as was said
+  }
+
   void report_not_finite() {
     if (!flag_->is_set() || reported_not_finite_.exchange(true)) return;
     log_.write(
@@ -151,7 +167,7 @@ class CudaKernel : public Kernel {
   const ElementType type_;
   const Log log_;
   CudaPrefill prefill_;
-  int32_t multiprocessors_ = 0;
+  int32_t multiprocessors_ = 0, architecture_ = 0;
   std::unique_ptr<Flag> flag_;
   std::atomic<bool> reported_not_finite_{false};
   std::mutex mutex_;

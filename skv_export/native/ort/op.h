@@ -45,6 +45,9 @@ struct Attributes {
   // Throws Error: an attribute is missing, of another type, or has a value that can't be.
   static Attributes read(const OrtKernelInfo* info);
 
+  // head_dim as far as the graph tells it; 0 = not known before a call.
+  int64_t known_head_dim(const OrtKernelInfo* info) const;
+
   // Sets head_dim and the group sizes that follow from it. Throws Error where they don't fit each other.
   void set_head_dim(int64_t head_dim);
 
