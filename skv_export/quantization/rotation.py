@@ -130,11 +130,14 @@ def rotate(model: LayerByLayer, ids: Tensor) -> None:
         ids: A window of tokens ``[S]``, on which it is shown that the model computes the same.
 
     Raises:
-        SkvError: Something but linear layers behind norms without means reads the stream, or writes to it.
+        SkvError: Something but linear layers behind norms without means reads the stream, or writes to it; or the
+            model's logits are not finite.
     """
     ids = ids[:TOKENS]
     parts, weights = _Parts(), model.weights
     before = _logits(model, ids, parts)
+    if not before.isfinite().all():
+        raise SkvError(f"{model.config.model_type}: its logits are not finite", fix="Check it with `quality`.")
     model.weights = RotatedWeights(weights, parts, Basis(len(next(iter(parts.readers.values())))))
     model.config.tie_word_embeddings = False
     after = _logits(model, ids)

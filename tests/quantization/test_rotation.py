@@ -115,3 +115,12 @@ def test_what_cannot_be_rotated_is_refused_by_name(
     size = ["--group-size", "16", "--window", "128", "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(main, [*command, *size])
     assert result.exit_code == 1 and "can't be rotated" in result.output and not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_numbers_are_an_error(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = uneven(checkpoint("mistral"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SkvError, match="mistral: its logits are not finite"):
+        rotate(LayerByLayer(resolve(folder)), IDS)
