@@ -57,6 +57,10 @@ from skv_export.progress import Progress
 @click.option(
     "--cache", help="Recipe, a file or a shipped name, of the cache that the layers have meanwhile.  [default: exact]"
 )
+@click.option("--rotate", is_flag=True, help="Turn the residual stream first: no channel is much larger than others.")
+@click.option(
+    "--norm-tweaking", is_flag=True, help="Move each layer's norms until its output is distributed as it was."
+)
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--out", type=PathOf("--out"), help="Folder to write.  [default: NAME-METHOD-int4]")
 @click.option("--force", is_flag=True, help="Replace --out if this tool wrote it.")
@@ -75,6 +79,8 @@ def quantize_command(
     windows: int,
     window: int,
     cache: str | None,
+    rotate: bool,
+    norm_tweaking: bool,
     revision: str | None,
     out: Path | None,
     force: bool,
@@ -109,6 +115,8 @@ def quantize_command(
         head_bits=int(head_bits),
         budget=weight_bits_budget,
         cache=None if cache is None else Recipe.find(cache),
+        rotate=rotate,
+        norm_tweaking=norm_tweaking,
     )
     prose = read_text(text, CALIBRATION_TEXT)
     source = resolve(checkpoint or demo_checkpoint(), revision=revision, adapter=adapter)

@@ -88,14 +88,14 @@ class LayoutCache:
         """Rounds to ``recent_type``, in the cache's basis."""
         if not self.round_recent:
             return x
-        return self._to_model(stored(self.layout, x.cpu().numpy()).astype(np.float32), x.device)
+        return self._to_model(stored(self.layout, x.detach().cpu().numpy()).astype(np.float32), x)
 
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
         """Quantizes every full tile and reads it back."""
         layout = self.layout
         if self.basis is not None:
             self.basis.check(layout, x.shape[0])
-        rows = stored(layout, x.cpu().numpy())
+        rows = stored(layout, x.detach().cpu().numpy())
         first, t = layout.num_sink_tokens, layout.tile_tokens
         tiles = max(0, (rows.shape[1] - first) // t)
         span = slice(first, first + tiles * t)
@@ -104,7 +104,7 @@ class LayoutCache:
             content = rows[:, span].reshape(rows.shape[0], tiles, t, -1)
             read = decode_tile(layout, encode_tile(layout, content, self.basis), self.basis)
             out[:, span] = read.reshape(rows.shape[0], tiles * t, -1)
-        return self._to_model(out, x.device)
+        return self._to_model(out, x)
 
     def moved(self, x: torch.Tensor, chosen: NDArray[np.int64]) -> torch.Tensor:
         """Tokens ``[H, count]`` of whole tiles of ``x``, counted after the sinks, once they are tiles of their own."""
@@ -114,16 +114,18 @@ class LayoutCache:
         content = rows[:, : rows.shape[1] // t * t].reshape(heads, -1, t, layout.padded_dim)
         tiles = move_tokens(layout, encode_tile(layout, content, self.basis), chosen, self.basis)
         read = decode_tile(layout, tiles, self.basis).reshape(heads, chosen.shape[1], layout.padded_dim)
-        return self._to_model(read, x.device)
+        return self._to_model(read, x)
 
     def effective_bits(self, context_length: int) -> float:
         """All bytes of the block, over the tokens that a query can see: a sliding window has no use for more."""
         seen = min(context_length, self.layout.local_window_size or context_length)
         return self.layout.effective_bits(context_length) * context_length / seen
 
-    def _to_model(self, rows: Any, device: torch.device) -> torch.Tensor:
+    def _to_model(self, rows: Any, like: torch.Tensor) -> torch.Tensor:
+        """Rows in the model's basis; gradients pass to ``like``, which they stand for, as if nothing was rounded."""
         x = rotate(rows, self.layout.rotation_dim) if self.layout.rotation == "hadamard" else rows
-        return torch.from_numpy(np.ascontiguousarray(x[..., : self.layout.head_dim])).to(device)
+        made = torch.from_numpy(np.ascontiguousarray(x[..., : self.layout.head_dim])).to(like.device)
+        return like + (made - like.detach()) if like.requires_grad else made
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from skv_export.checkpoints.block_weights import BlockMatrix
 from skv_export.checkpoints.checkpoint import Source
 from skv_export.checkpoints.model_config import load_config
 from skv_export.checkpoints.pretrained import replace_attention
@@ -27,6 +28,25 @@ from skv_export.export.checkpoint_weights import Weights, separate_head
 from skv_export.export.latent_attention import LATENT
 from skv_export.export.repeat_layers import find_stack
 from skv_export.export.supported import attention_layers, check_config
+
+
+class ReadWeights(Protocol):
+    """What a layer is loaded from: a checkpoint's ``Weights``, or what is made of them."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the model has such a tensor."""
+
+    def canonical(self, name: str) -> str:
+        """The name under which a weight is read, of tied ones."""
+
+    def tensor(self, name: str) -> Tensor:
+        """Reads a weight."""
+
+    def held(self) -> dict[str, BlockMatrix]:
+        """The matrices that the checkpoint holds quantized."""
+
+    def release(self) -> None:
+        """Releases the memory of what was read last."""
 
 
 @dataclass
@@ -69,7 +89,7 @@ class LayerByLayer:
             )
         separate_head(source, self.config)
         self.model = empty_model.build(self.config, torch.float32).model
-        self.weights = Weights(source, self.model)
+        self.weights: ReadWeights = Weights(source, self.model)
         self.device = torch.device(device)
         found = find_stack(self.model, int(text.num_hidden_layers))
         if found is None:
@@ -138,9 +158,11 @@ class LayerByLayer:
             yield self._stack[index]
         self.weights.release()
 
-    @torch.no_grad()
     def run(self, index: int, hidden: Tensor, simulation: Simulation) -> Tensor:
-        """A loaded layer's output for one window ``[1, S, hidden]``, with the caches of a simulation."""
+        """A loaded layer's output for one window ``[1, S, hidden]``, with the caches of a simulation.
+
+        Gradients are kept only for parameters that ask for them; loaded ones do not.
+        """
         arguments = self._arguments[index]
         with simulation.active():
             out = self._stack[index](hidden, *arguments.positional, **arguments.named)

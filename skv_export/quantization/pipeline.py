@@ -31,6 +31,8 @@ from skv_export.quantization.checkpoint_writer import CheckpointWriter, packed
 from skv_export.quantization.error_propagation import fit_layer, run_exactly
 from skv_export.quantization.importance import token_importance
 from skv_export.quantization.layer_by_layer import LayerByLayer, SharedInputs, reading
+from skv_export.quantization.norm_tweaking import tweak
+from skv_export.quantization.rotation import rotate
 from skv_export.quantization.scaling import scale_inputs
 from skv_export.quantization.sensitivity import Unit, allocate, measure
 from skv_export.quantization.solver import Form, Grid, fit_grid, gptq
@@ -60,6 +62,8 @@ class Options:
             None = all as ``form`` says.
         cache: The recipe of the cache that the layers have while they read, as the exported model will; None =
             unquantized.
+        rotate: Turn the residual stream first, so that none of its channels is much larger than the others.
+        norm_tweaking: Move each quantized layer's norms until its output is distributed as it was.
 
     Raises:
         SkvError: Values that make no sense.
@@ -72,6 +76,8 @@ class Options:
     head_bits: int = 16
     budget: float | None = None
     cache: Recipe | None = None
+    rotate: bool = False
+    norm_tweaking: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -171,6 +177,8 @@ def quantize(
             expected=f"linear layers whose inputs are groups of {options.form.group_size}",
             fix="Pass a smaller --group-size; `model --weights int4` rounds to the nearest, other matrices too.",
         )
+    if options.rotate:
+        rotate(model, windows[0])
     units: list[Unit] = []
     sizes = {name: module.weight.numel() for name, module in _matrices(model, options.form)}
     forms = dict.fromkeys(sizes, options.form)
@@ -187,8 +195,9 @@ def quantize(
         writer = CheckpointWriter(folder)
         plain: dict[str, str] = {}
         count = 0
-        states = [] if options.method == "rtn" else model.embed(windows)  # rounding asks for no text
-        exact = states if options.method == "qep" else []
+        # Rounding asks for no text.
+        states = model.embed(windows) if options.method != "rtn" or options.norm_tweaking else []
+        exact = states if options.method == "qep" or options.norm_tweaking else []
         for index in model.layers:
             tick("quantizing layers", index, len(model.layers))
             with model.loaded(index) as layer:
@@ -204,6 +213,7 @@ def quantize(
         about |= {"windows": len(windows), "window": windows.shape[1]}
         if options.budget is not None:
             about["weight_bits_budget"] = options.budget
+        about |= {name: True for name in ("rotate", "norm_tweaking") if getattr(options, name)}
         about["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
         config = model.config.to_dict()
         config["architectures"] = [type(model.model).__name__]
@@ -268,9 +278,9 @@ def _quantize_layer(
     own = {name: forms[model.name(index, name)] for name in chosen}
     fitted: dict[str, tuple[Tensor, Grid]] = {}
     norms: dict[str, Tensor] = {}
+    runs = [run_exactly(model, index, chosen, hidden) for hidden in exact]
+    exact = [run.out for run in runs]
     if options.method == "qep":
-        runs = [run_exactly(model, index, chosen, hidden) for hidden in exact]
-        exact = [run.out for run in runs]
         fitted = fit_layer(model, index, chosen, runs, states, _simulation(options), own)
     elif options.method == "rtn":
         for name, module in chosen.items():
@@ -293,6 +303,9 @@ def _quantize_layer(
         whole = model.name(index, f"{name}.weight")
         chosen[name].weight.data = grid.values(codes)
         done[whole] = packed(whole, codes, grid)
+    if options.norm_tweaking:
+        norms = tweak(model, index, layer, states, exact, _simulation(options))
+        done |= {model.name(index, name): {model.name(index, name): tensor} for name, tensor in norms.items()}
     return done, plain, exact
 
 

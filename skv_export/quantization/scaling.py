@@ -43,7 +43,7 @@ def scale_inputs(
     """
     changed: dict[str, Tensor] = {}
     run = Simulation.full_precision()
-    for norm, names in _readers(model, index, layer, matrices, hidden).items():
+    for norm, names in readers_of_norms(model, index, layer, matrices, hidden).items():
         module = layer.get_submodule(norm)
         chosen = {name: matrices[name] for name in names}
         before = model.run(index, hidden, run)
@@ -67,10 +67,10 @@ def scale_inputs(
     return changed
 
 
-def _readers(
+def readers_of_norms(
     model: LayerByLayer, index: int, layer: torch.nn.Module, matrices: Matrices, hidden: Tensor
 ) -> dict[str, list[str]]:
-    """Norms, and the matrices that read their outputs."""
+    """Returns the norms of a loaded layer with the matrices that read their outputs, by their names in it."""
     outputs: dict[int, str] = {}
     found: dict[str, list[str]] = {}
     alive: list[Tensor] = []  # so that no two of the tensors have one id
@@ -122,8 +122,7 @@ def _best(chosen: Matrices, moments: Tensor, forms: Mapping[str, Form]) -> Tenso
 def _divide(norm: Any, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Divides a norm's output by scales, in a number format of the file; returns the scales that it has then."""
     weight: Tensor = norm.weight.data
-    # Gemma's norms multiply by one more than their weights.
-    more = 1.0 if _probe(norm).abs().max() > 0 else 0.0
+    more = offset(norm)
     new = ((weight + more) / scales - more).to(dtype).float()
     made = torch.where(new + more == 0, scales, (weight + more) / (new + more))
     norm.weight.data = new
@@ -132,14 +131,14 @@ def _divide(norm: Any, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
-def _probe(norm: Any) -> Tensor:
-    """What a norm whose weights are 0 makes of a vector, less its bias."""
+def offset(norm: Any) -> float:
+    """What a loaded norm adds to its weights before it multiplies by them: 1 in Gemma's, else 0."""
     weight: Tensor = norm.weight.data
     try:
         norm.weight.data = torch.zeros_like(weight)
         x = torch.linspace(-1, 2, len(weight), device=weight.device)[None, None]
         bias = getattr(norm, "bias", None)
-        made: Tensor = norm(x)[0, 0] - (0 if bias is None else bias.data)
-        return made
+        made = norm(x)[0, 0] - (0 if bias is None else bias.data)
+        return 1.0 if made.abs().max() > 0 else 0.0
     finally:
         norm.weight.data = weight

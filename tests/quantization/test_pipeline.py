@@ -12,8 +12,8 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from log_probabilities import divergence, logits
 from safetensors.torch import load_file, save_file
-from tiny_models import write_tokenizer
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -32,21 +32,6 @@ from skv_export.spec.recipe import Recipe
 TEXT = read_text(None, CALIBRATION_TEXT)[2000:6000]
 SMALL = Options(form=Form(4, 16), windows=3, window=128)
 Make = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function: the tiny model of an architecture with a tokenizer beside it, in a folder of its own."""
-    made: dict[str, Path] = {}
-
-    def make(arch: str) -> Path:
-        if arch not in made:
-            made[arch] = tmp_path_factory.mktemp("with-tokenizer") / arch
-            shutil.copytree(tiny_checkpoint(arch), made[arch])
-            write_tokenizer(made[arch], 320)
-        return made[arch]
-
-    return make
 
 
 # Layer by layer.
@@ -74,15 +59,6 @@ def test_layers_one_by_one_compute_what_the_whole_model_computes(arch: str, tiny
 
 
 # The checkpoint.
-
-
-def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return load_model(resolve(folder))(ids).logits.log_softmax(-1)
-
-
-def divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
-    return float((reference.exp() * (reference - other)).sum(-1).mean())
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt_neox"])  # norms of three kinds: w, 1 + w, with a bias
