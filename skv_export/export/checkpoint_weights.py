@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -63,6 +63,17 @@ class _Group:
     transform: WeightConverter | WeightRenaming
     target: str
     members: list[tuple[str, str]]
+
+
+def warn_of_rounding_again(source: Source, held: Collection[str]) -> None:
+    """Says that matrices of a checkpoint which are quantized already are about to be quantized anew; none: nothing."""
+    if held:
+        warnings.warn(
+            f"{source}: {len(held)} of its matrices are quantized already, and are rounded a second time, "
+            "which costs quality; --weights as-is exports them as they are",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 class Weights:
@@ -133,16 +144,6 @@ class Weights:
         """
         found = {name: self.quantized(name) for name in self._shapes if self.canonical(name) == name}
         return {name: matrix for name, matrix in found.items() if matrix is not None}
-
-    def warn_of_rounding_again(self) -> None:
-        """Says that weights which are quantized already are about to be quantized anew, where that is so."""
-        if held := self.held():
-            warnings.warn(
-                f"{self.source}: {len(held)} of its matrices are quantized already, and are rounded a second time, "
-                "which costs quality; --weights as-is exports them as they are",
-                RuntimeWarning,
-                stacklevel=2,
-            )
 
     def release(self) -> None:
         """Releases the memory of what was read last; tensors still referenced stay valid, and are read again."""

@@ -27,7 +27,7 @@ from skv_export.checkpoints.shared_caches import count_caches
 from skv_export.checkpoints.snapshot import Snapshot
 from skv_export.errors import SkvError
 from skv_export.export import empty_model, experts, latent_attention, repeat_layers, rope_by_length, vision_language
-from skv_export.export.checkpoint_weights import Weights, separate_head
+from skv_export.export.checkpoint_weights import Weights, separate_head, warn_of_rounding_again
 from skv_export.export.decoder import SkvDecoder
 from skv_export.export.empty_model import EmptyModel
 from skv_export.export.supported import attention_layers, check_config, check_windows
@@ -160,7 +160,7 @@ def _plan_of(
     weights = Weights(source, model.model)  # compares names and shapes in the files' headers, and reads no weight
     held = weights.held() if recipe.weights in ("", AS_IS) else {}
     if recipe.weight_bits:
-        weights.warn_of_rounding_again()
+        warn_of_rounding_again(source, weights.held())
     _tokens(text, generation_config(source, config))
     if sees:
         vision_language.warn_of_images(config)

@@ -23,6 +23,7 @@ from skv_export.checkpoints.snapshot import Snapshot
 from skv_export.errors import SkvError
 from skv_export.evaluation.decode_simulation import AttentionOptions, Simulation
 from skv_export.evaluation.text import cut_windows
+from skv_export.export.checkpoint_weights import warn_of_rounding_again
 from skv_export.export.vision_language import is_vision_language
 from skv_export.model_folder.output import check_target, output_folder
 from skv_export.model_folder.tokenizer import write_tokenizer
@@ -165,7 +166,7 @@ def quantize(
     if held and local.kind != "gguf":
         got = f"{len(held)} quantized matrices, {held[0]} among them"
         raise SkvError(f"{source}: its weights are quantized already", got=got, fix="Export it as it is.")
-    model.weights.warn_of_rounding_again()
+    warn_of_rounding_again(source, held)
     if not any(True for _ in _matrices(model, options.form)):
         linear = {m.in_features for m in model.model.modules() if isinstance(m, torch.nn.Linear)}
         got = (
