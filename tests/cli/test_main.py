@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -380,3 +381,15 @@ def test_a_termination_signal_removes_what_is_half_written(tmp_path: Path) -> No
             _, err = process.communicate()
         assert process.returncode == 128 + number and "Traceback" not in err
         assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_ends_with_the_commands_that_come_next(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, library: Path
+) -> None:
+    """As they have to be typed: a folder names its source, but not where that lies on this disk."""
+    checkpoint, out = tiny_checkpoint("llama"), tmp_path / "a folder"
+    result = CliRunner().invoke(main, ["model", str(checkpoint), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    commands = [shlex.split(line) for line in result.stdout.splitlines() if line.startswith("  skv-export ")]
+    assert commands[0] == ["skv-export", "verify", str(out), "--checkpoint", str(checkpoint)]
+    assert commands[1][:3] == ["skv-export", "generate", str(out)]
