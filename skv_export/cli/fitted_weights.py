@@ -33,7 +33,7 @@ def fitted_options(command: Any) -> Any:
             help="Text for --weight-method.  [default: shipped, on optics]",
         ),
         click.option(
-            "--weight-bits-budget", type=Number(), help="With --weight-method: bits per weight; see `quantize`."
+            "--weight-bits-budget", type=Number(0), help="With --weight-method: bits per weight; see `quantize`."
         ),
         click.option("--head-bits", type=click.Choice(["8", "16"]), help="With --weight-method: of the embeddings."),
         click.option("--weight-cache", is_flag=True, help="With --weight-method: fit with the cache of this export."),

@@ -331,9 +331,9 @@ def model(
 @json_option("the report")
 @click.option("--windows", default=8, show_default=True, type=click.IntRange(1), help="Quality: windows of text.")
 @click.option("--window-tokens", default=1024, show_default=True, type=click.IntRange(16), help="Tokens of each.")
-@click.option("--max-ppl-increase", default=0.05, show_default=True, type=Number(), help="Quality: fails above it.")
-@click.option("--max-kld-mean", type=Number(), help="Quality: fails above it, in nats.")
-@click.option("--max-kld-p99", type=Number(), help="Quality: fails above it, in nats.")
+@click.option("--max-ppl-increase", default=0.05, show_default=True, type=Number(-1), help="Quality: fails above it.")
+@click.option("--max-kld-mean", type=Number(0), help="Quality: fails above it, in nats.")
+@click.option("--max-kld-p99", type=Number(0), help="Quality: fails above it, in nats.")
 @click.option("--min-top1-agreement", type=Number(0, 1), help="Quality: fails below it.")
 @click.option("--execution-provider", default="cpu", show_default=True, type=Provider())
 @placement_options

@@ -48,7 +48,7 @@ from skv_export.progress import Progress
 )
 @click.option(
     "--weight-bits-budget",
-    type=Number(),
+    type=Number(0),
     help="Bits per weight, scales and zero points included: the matrices that need it most get 8.  [default: alike]",
 )
 @click.option("--text", type=PathOf("--text"), help="Text to read, UTF-8.  [default: shipped, on optics]")

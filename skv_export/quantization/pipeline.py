@@ -168,7 +168,8 @@ def quantize(
         raise SkvError(f"{source}: its weights are quantized already", got=got, fix="Export it as it is.")
     warn_of_rounding_again(source, held)
     if not any(True for _ in _matrices(model, options.form)):
-        linear = {m.in_features for m in model.model.modules() if isinstance(m, torch.nn.Linear)}
+        inside = (m for name, m in model.model.named_modules() if name.startswith(f"{model.path}."))
+        linear = {m.in_features for m in inside if isinstance(m, torch.nn.Linear)}
         got = (
             f"matrices with {', '.join(map(str, sorted(linear)))} inputs" if linear else "no torch.nn.Linear (GPT-2's)"
         )

@@ -383,6 +383,12 @@ def test_a_termination_signal_removes_what_is_half_written(tmp_path: Path) -> No
         assert list(tmp_path.iterdir()) == []
 
 
+def test_ranges_in_help_texts_have_ends() -> None:
+    for name in main.commands:
+        for line in run(name, "--help").output.splitlines():
+            assert "None" not in line, line
+
+
 def test_an_export_ends_with_the_commands_that_come_next(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, library: Path
 ) -> None:
