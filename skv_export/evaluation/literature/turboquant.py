@@ -79,7 +79,7 @@ def lloyd_max(x: torch.Tensor, weight: torch.Tensor, bits: int, rounds: int = 30
     """
     mass, moment = (torch.cat([w.new_zeros(1), w.cumsum(0)]) for w in (weight, weight * x))
     count = 2**bits
-    middles = (torch.arange(count, dtype=mass.dtype) + 0.5) / count * mass[-1]
+    middles = (torch.arange(count, dtype=mass.dtype, device=mass.device) + 0.5) / count * mass[-1]
     levels = x[torch.searchsorted(mass[1:], middles).clamp(max=len(x) - 1)]
     for _ in range(rounds):
         ends = torch.searchsorted(x, (levels[1:] + levels[:-1]) / 2)
