@@ -4,20 +4,24 @@
 
 OMP_NUM_THREADS=1 is fastest on a busy machine: threads wait for each other at every operation. With --state it goes on
 where it stopped, and --first 4 measures the first four windows only, so that slow candidates can have fewer. --only
-names candidates of the list. Markdown, fewest bits first; on the Pareto front of bits and KL divergence in bold.
+names candidates of the list; --calibration FILE adds each of them with calibrated keys, as NAME+cal. Markdown, fewest
+bits first; on the Pareto front of bits and KL divergence in bold.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+from skv_export.calibration.file import Calibration
 from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
 from skv_export.errors import SkvError
 from skv_export.evaluation import candidates, comparison
 from skv_export.evaluation.baselines import parse_baselines
 from skv_export.evaluation.text import read_text
+from skv_export.spec.key_basis import KeyBasis
 from skv_export.spec.recipe import Recipe
 
 RECIPES = "near-lossless,balanced,small,smallest,quarot,kvarn-like"
@@ -30,15 +34,19 @@ FORMS: dict[str, dict[str, int | str]] = {
 """What is put behind a pair's name, and what it stands for; keys of the default form are per channel, in 16 bits."""
 
 
-def everybody(baselines: str) -> list[candidates.Candidate]:
+def everybody(baselines: str, bases: Mapping[int, KeyBasis] | None = None) -> list[candidates.Candidate]:
     """The candidates: recipes, the pairs in each form (less what a recipe is already), the literature."""
-    found: list[candidates.Candidate] = [*candidates.parse_configs(RECIPES, Recipe())]
+    found: list[candidates.Candidate] = [*candidates.parse_configs(RECIPES, Recipe(), bases)]
     for suffix, options in FORMS.items():
         for k, v in PAIRS:
             recipe = Recipe().with_options(k_bits=k, v_bits=v, **options)
-            candidate = candidates.of_recipe(f"K{k}V{v}{suffix}", recipe)
-            if candidate.key not in {c.key for c in found}:
-                found.append(candidate)
+            name = f"K{k}V{v}{suffix}"
+            candidate = candidates.of_recipe(name, recipe)
+            if candidate.key in {c.key for c in found}:
+                continue
+            found.append(candidate)
+            if bases and recipe.default.k_granularity == "channel":
+                found.append(candidates.of_recipe(name + candidates.CALIBRATED, recipe, bases))
     return found + parse_baselines(baselines)
 
 
@@ -91,6 +99,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--baselines", default="kivi,kivi-k4v2")
     parser.add_argument("--only", default="", help="Candidates, separated by semicolons. Default: all.")
+    parser.add_argument("--calibration", type=Path, help="What `skv-export calibrate` wrote.")
     parser.add_argument("--state", type=Path)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -98,9 +107,10 @@ def main() -> None:
     def progress(name: str, done: int, total: int) -> None:
         print(f"{done}/{total} {name}", file=sys.stderr, flush=True)
 
+    bases = Calibration.load(given.calibration).bases if given.calibration else None
     result = comparison.run(
         resolve(given.checkpoint or demo_checkpoint()),
-        chosen(everybody(given.baselines), given.only),
+        chosen(everybody(given.baselines, bases), given.only),
         read_text(given.text),
         windows=given.windows,
         window=given.window,

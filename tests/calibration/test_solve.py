@@ -7,8 +7,9 @@ import pytest
 
 from skv_export.calibration.solve import geometric_mean_decomposition, key_basis
 from skv_export.errors import SkvError
+from skv_export.spec.key_basis import KeyBasis
 from skv_export.spec.layout import CacheLayout
-from skv_export.spec.quantizer import decode_tile, encode_tile
+from skv_export.spec.quantizer import decode_tile, dequantize, encode_tile, quantize
 from skv_export.spec.recipe import LayerConfig
 
 
@@ -88,3 +89,27 @@ def test_directions_that_were_never_seen_stay_bounded() -> None:
     few = rng.standard_normal((5, 64))
     basis = key_basis((few.T @ few)[None], (few.T @ few)[None], 64)
     assert np.abs(basis.key).max() < 100 and np.abs(basis.query).max() < 100
+
+
+def test_constants_of_keys_cost_little() -> None:
+    """A bias reaches every channel of the basis; offsets carry it, in 8 bits coarsely (docs/methods.md)."""
+    rng = np.random.default_rng(0)
+    mixed, read = (rng.standard_normal((64, 64)) * np.exp(0.7 * rng.standard_normal(64)) / 8 for _ in range(2))
+    keys = rng.standard_normal((1, 16, 64, 64)) @ mixed
+    around = keys - keys.mean(2, keepdims=True)
+    queries = (read.T @ read)[None]
+    basis = key_basis(queries, np.einsum("htsd,htse->hde", around, around), 64)
+
+    def loss(constant: float, parameter_bits: int, basis: KeyBasis | None) -> float:
+        layout = CacheLayout.pair(LayerConfig(k_bits=2, k_parameter_bits=parameter_bits), 64)[0]
+        tiles = keys.copy()
+        tiles[..., [5, 37, 50]] += constant * keys.std() * np.array([1, -1, 0.7])
+        tiles = tiles.astype(np.float32)
+        back = dequantize(layout, *quantize(layout, tiles, basis))
+        error = ((back if basis is None else basis.from_tile(back)) - tiles).reshape(-1, 64).astype(np.float64)
+        return float(np.einsum("ti,ij,tj->", error, queries[0], error))
+
+    without = loss(0, 16, basis)
+    assert loss(100, 16, basis) < 1.05 * without
+    assert loss(30, 8, basis) < 1.3 * without
+    assert loss(100, 8, basis) < loss(100, 8, None) / 3
