@@ -36,7 +36,7 @@ SHARD_BYTES = 2 << 30
 BLOCK = 1 << 23
 """Numbers that are made at once."""
 SAMPLE_SECONDS = 0.02
-EXPORT = [sys.executable, "-c", "from skv_export.cli.main import main; main()", "model"]
+EXPORT = [sys.executable, "-P", "-c", "from skv_export.cli.main import main; main()", "model"]
 
 
 # The checkpoint.
@@ -275,7 +275,7 @@ def convert(folder: Path) -> None:
     source = resolve(demo_checkpoint())
     model = load_model(source)
     model.hf_quantizer, model.is_quantized = None, False  # save_pretrained refuses what came from a GGUF file otherwise
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     model.save_pretrained(folder)
     load_tokenizer(source).save_pretrained(folder)
 

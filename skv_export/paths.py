@@ -57,3 +57,13 @@ def to_path(value: object, what: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise SkvError(f"{what}: no such user", got=text[:100], fix="Write the path out.") from error
+
+
+def is_onnx(source: str | Path) -> bool:
+    """Whether a path names an ONNX model: a ``.onnx`` file, or a folder with one and without safetensors or GGUF."""
+    path = to_path(source, "checkpoint")
+    if not path.is_dir():
+        return path.suffix == ".onnx"
+    if any(path.glob("*.safetensors")) or any(path.glob("*.gguf")):
+        return False
+    return any(path.glob("*.onnx")) or any(path.glob("onnx/*.onnx"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from skv_export.checkpoints.block_weights import BlockMatrix, check_numbers
 from skv_export.checkpoints.gguf_blocks import FORMATS, GgufMatrix
-from skv_export.checkpoints.tensor_files import MAX_TENSORS, LocalFile, TensorEntry, stamp
+from skv_export.checkpoints.tensor_files import MAX_TENSORS, LocalFile, TensorEntry, split_rows, stamp
 from skv_export.errors import SkvError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -34,6 +34,10 @@ class GgufEntry(TensorEntry):
     def blocks(self) -> BlockMatrix | None:
         """As ``TensorEntry`` says; its rows are still in the file's order."""
         return GgufMatrix(self, None, False) if self.dtype in FORMATS and len(self.shape) == 2 else None
+
+    def row_blocks(self, nbytes: int) -> Iterator[npt.NDArray[Any]]:
+        """As ``TensorEntry`` says; it is dequantized at once."""
+        return split_rows(self.array(), nbytes)
 
     def array(self) -> npt.NDArray[Any]:
         """Returns the tensor as float32 (a copy).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skv_export.checkpoints.block_weights import BlockMatrix, check_numbers
-from skv_export.checkpoints.tensor_files import TensorEntry
+from skv_export.checkpoints.tensor_files import TensorEntry, split_rows
 from skv_export.errors import SkvError
 
 Entries = Mapping[str, TensorEntry]
@@ -70,6 +70,10 @@ class PackedEntry(TensorEntry):
         dequantized = self.packing.dequantize(self)
         check_numbers(self.name, "weights", dequantized)
         return np.ascontiguousarray(dequantized.T) if self.transposed else dequantized
+
+    def row_blocks(self, nbytes: int) -> Iterator[NDArray[Any]]:
+        """As ``TensorEntry`` says; it is dequantized at once."""
+        return split_rows(self.array(), nbytes)
 
     def blocks(self) -> BlockMatrix | None:
         """Returns the matrix as a graph holds it; None where it can't be held but dequantized."""

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -238,6 +238,20 @@ class TensorEntry:
     def array(self) -> npt.NDArray[Any]:
         """Returns the tensor, read-only."""
         return np.frombuffer(self.file.read(self.start, self.stop), dtype=DTYPES[self.dtype]).reshape(self.shape)
+
+    def row_blocks(self, nbytes: int) -> Iterator[npt.NDArray[Any]]:
+        """Reads the tensor in blocks of rows of about so many bytes, or of one row; they are read-only."""
+        row_bytes = max(1, self.nbytes // max(1, self.shape[0]))
+        step = max(1, nbytes // row_bytes) * row_bytes
+        for start in range(self.start, self.stop, step):
+            data = self.file.read(start, min(start + step, self.stop))
+            yield np.frombuffer(data, DTYPES[self.dtype]).reshape(-1, *self.shape[1:])
+
+
+def split_rows(array: npt.NDArray[Any], nbytes: int) -> Iterator[npt.NDArray[Any]]:
+    """Returns an array in blocks of rows of about so many bytes, or of one row."""
+    step = max(1, nbytes // max(1, array[:1].nbytes))
+    return (array[i : i + step] for i in range(0, len(array), step))
 
 
 def read_header(file: ByteSource) -> dict[str, TensorEntry]:

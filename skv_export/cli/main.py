@@ -34,6 +34,7 @@ from skv_export.cli.options import (
 )
 from skv_export.cli.target import TARGET_OPTIONS, target_options
 from skv_export.errors import SkvError, did_you_mean
+from skv_export.paths import is_onnx
 from skv_export.spec.recipe import (
     ACCURACY_LEVELS,
     BITS,
@@ -236,6 +237,8 @@ def model(
     skv-export model ./Qwen3-0.6B --k-bits 3 --v-bits 2 --calibration calibration.safetensors
     skv-export model genai-folder/model.onnx --k-bits 4 --v-bits 4
     """
+    from skv_export.calibration.file import Calibration
+    from skv_export.checkpoints.checkpoint import resolve
     from skv_export.model_folder.output import check_target
 
     target = {name: options.pop(name) for name in (*TARGET_OPTIONS, "device")}
@@ -250,11 +253,6 @@ def model(
     for path in (folder, quantized) if not dry_run else ():
         if path is not None:
             check_target(path, force=force)
-    from skv_export.calibration.file import Calibration
-    from skv_export.export import pipeline as export
-    from skv_export.rewrite import pipeline as rewrite
-    from skv_export.rewrite.source import is_onnx
-
     rewriting = is_onnx(source)
     if rewriting and calibration is not None:
         raise SkvError("--calibration", got="an ONNX model", fix="Export the checkpoint itself, or leave it out.")
@@ -275,36 +273,26 @@ def model(
             adapter=adapter, device=target["device"], force=force, json_file=json_file,
         )  # fmt: skip
         source, adapter = str(quantized), None
+    planned: Any
     if rewriting:
-        plan: Any = rewrite.plan(source, resolved)
+        from skv_export.rewrite.pipeline import Rewrite
+
+        planned = Rewrite.read(source, resolved)
+        chosen = {"copy_weights": copy_weights}
     else:
-        plan = export.plan(
-            source,
-            resolved,
-            as_causal_lm=as_causal_lm,
-            adapter=adapter,
-            calibration=calibrated,
-            inputs_embeds=inputs_embeds,
+        opened = resolve(source, adapter=adapter)  # before torch is loaded: what is wrong with it shows at once
+        from skv_export.export.pipeline import Export
+
+        planned = Export.read(
+            opened, resolved, as_causal_lm=as_causal_lm, calibration=calibrated, inputs_embeds=inputs_embeds
         )
-    say(plan.table(), json_file)
+        chosen = {"all_logits": all_logits}
+    say(planned.plan.table(), json_file)
     if json_file:
-        write_json(json_file, plan.to_dict())
+        write_json(json_file, planned.plan.to_dict())
     if dry_run:
         return
-    if rewriting:
-        folder = rewrite.rewrite_model(source, out=folder, recipe=resolved, force=force, copy_weights=copy_weights)
-    else:
-        folder = export.export_model(
-            source,
-            out=folder,
-            recipe=resolved,
-            force=force,
-            all_logits=all_logits,
-            as_causal_lm=as_causal_lm,
-            adapter=adapter,
-            calibration=calibrated,
-            inputs_embeds=inputs_embeds,
-        )
+    folder = planned.write(folder, force=force, **chosen)
     name = f"./{folder}" if str(folder).startswith("-") else str(folder)
     verify = ["skv-export", "verify", name]
     recorded = rewriting or (checkpoint is None and quantized is None) or not Path(source).exists()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -63,6 +63,11 @@ class _Group:
     transform: WeightConverter | WeightRenaming
     target: str
     members: list[tuple[str, str]]
+
+    @property
+    def is_one_tensor(self) -> bool:
+        """Whether a tensor of the checkpoint is the parameter as it is."""
+        return isinstance(self.transform, WeightRenaming) and len(self.members) == 1
 
 
 def warn_of_rounding_again(source: Source, held: Collection[str]) -> None:
@@ -127,10 +132,25 @@ class Weights:
             raise unfit_tensors(self.source, [name], list(self._tensors.names()))
         return tensor
 
+    def row_blocks(self, name: str, nbytes: int) -> Iterator[torch.Tensor]:
+        """Reads a weight in blocks of rows of about so many bytes, or of one row.
+
+        Where one tensor of the file is the weight, only one block is in memory at a time.
+
+        Raises:
+            SkvError: As ``tensor`` does.
+        """
+        group = self._groups[self.canonical(name)]
+        if isinstance(self._tensors, _SafetensorsNames) and group.is_one_tensor and len(self._shapes[name]) > 1:
+            yield from self._tensors.row_blocks(group.members[0][0], nbytes)
+            return
+        tensor = self.tensor(name)
+        yield from torch.split(tensor, max(1, nbytes // max(1, tensor[0].nbytes))) if tensor.dim() else [tensor]
+
     def quantized(self, name: str) -> BlockMatrix | None:
         """Returns a weight as the checkpoint holds it quantized; None where it does not, or not in a graph's terms."""
         group = self._groups.get(self.canonical(name))
-        if group is None or not isinstance(group.transform, WeightRenaming) or len(group.members) != 1:
+        if group is None or not group.is_one_tensor:
             return None
         held = self._tensors.quantized(group.members[0][0])
         if held is not None and self._shapes[name] != (held.rows, held.inputs)[:: -1 if held.transposed else 1]:
@@ -231,6 +251,9 @@ class _SafetensorsNames:
 
     def read(self, name: str) -> torch.Tensor:
         return to_torch(self._checkpoint.tensor(name))
+
+    def row_blocks(self, name: str, nbytes: int) -> Iterator[torch.Tensor]:
+        return map(to_torch, self._checkpoint.entries[name].row_blocks(nbytes))
 
     def quantized(self, name: str) -> BlockMatrix | None:
         return self._checkpoint.entries[name].blocks()

@@ -1,7 +1,7 @@
 """The export pipeline: from a checkpoint to a folder with the graph, its weights, and the files that a runtime reads.
 
-``plan`` computes what would be written without reading weights, by running the model with fake parameters: its layers
-are those that the traced graph will have. ``export_model`` reads the weights and writes.
+``Export.read`` plans it without reading weights, by running the model with fake parameters: its layers are those that
+the traced graph will have. ``Export.write`` reads the weights and writes. ``plan`` and ``export_model`` are shorthands.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,7 @@ from skv_export.model_folder.output import check_target, output_folder
 from skv_export.model_folder.plan import Plan
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
 from skv_export.model_folder.tokenizer import write_tokenizer
-from skv_export.model_folder.writer import (
-    digest,
-    generation_config,
-    write_configs,
-)
+from skv_export.model_folder.writer import digest, generation_config, write_configs
 from skv_export.native.library import library_path
 from skv_export.paths import to_path
 from skv_export.progress import Progress as Shown
@@ -52,39 +49,120 @@ from skv_export.spec.key_basis import can_be_calibrated
 from skv_export.spec.recipe import AS_IS, Recipe, as_recipe
 from skv_export.spec.recipe import DTYPES as NUMBER_FORMATS
 
-PHASES = {"reading the configuration": 0.0, "opening the weights": 0.1, "building the graph": 0.15, "writing": 0.5}
-"""Phases of an export, and the fraction of its time that has passed when each starts."""
+PHASES = {"opening the weights": 0.0, "building the graph": 0.1, "writing": 0.6}
+"""Phases of writing, and the fraction of its time that has passed when each starts."""
 
 Progress = Callable[[str, float], None]
 """Called with a phase's name and the fraction of the whole that is done."""
 
 
-@checked
-def plan(
-    source: str | Path | Source,
-    recipe: Recipe | None = None,
-    *,
-    as_causal_lm: bool = False,
-    adapter: str | Path | None = None,
-    calibration: Calibration | None = None,
-    inputs_embeds: bool | None = None,
-) -> Plan:
-    """Plans an export: what it would write. Reads the configuration and the files' headers, and no weights.
+@dataclass(frozen=True)
+class Export:
+    """A checkpoint, planned: what would be written, and what that takes.
 
-    Args:
-        source: A folder with safetensors, a GGUF file, or a hub id.
-        recipe: The options; the defaults if not given.
-        as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
-        adapter: Folder of a LoRA adapter to merge into the weights.
-        calibration: Of keys; whether it is this checkpoint's is seen when the weights are there.
-        inputs_embeds: As ``export_model``'s.
-
-    Raises:
-        SkvError: The checkpoint, its architecture or the recipe can't be used; the message says why.
+    Attributes:
+        plan: What would be written.
+        model: The model without weights.
+        calibration: Of the layers that can have one.
+        before: The checkpoint's files as they were when it was planned; a hub id's are not there yet.
     """
-    resolved = resolve(source, adapter=adapter)
-    planned = _plan(resolved, as_recipe(recipe), as_causal_lm, inputs_embeds)[0]
-    return _calibrated(planned, calibration)[0]
+
+    plan: Plan
+    model: EmptyModel
+    calibration: Calibration | None
+    before: Snapshot
+
+    @classmethod
+    @checked
+    def read(
+        cls,
+        source: str | Path | Source,
+        recipe: Recipe | None = None,
+        *,
+        as_causal_lm: bool = False,
+        adapter: str | Path | None = None,
+        calibration: Calibration | str | Path | None = None,
+        inputs_embeds: bool | None = None,
+    ) -> Export:
+        """Plans an export. Reads the configuration and the files' headers, and no weights.
+
+        Args:
+            source: A folder with safetensors, a GGUF file, or a hub id.
+            recipe: The options; the defaults if not given.
+            as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
+            adapter: Folder of a LoRA adapter to merge into the weights.
+            calibration: Of keys: what ``skv-export calibrate`` wrote for this checkpoint; whether it did is seen when
+                the weights are there.
+            inputs_embeds: Whether the graph takes embeddings in the place of tokens too; None = of vision-language
+                models.
+
+        Raises:
+            SkvError: The checkpoint, its architecture or the recipe can't be used; the message says why.
+        """
+        if calibration is not None and not isinstance(calibration, Calibration):
+            calibration = Calibration.load(calibration)
+        resolved = resolve(source, adapter=adapter)
+        before = Snapshot.take(resolved)
+        planned, model = _plan(resolved, as_recipe(recipe), as_causal_lm, inputs_embeds)
+        planned, constants = _calibrated(planned, calibration)
+        return cls(planned, model, constants, before)
+
+    @checked
+    def write(
+        self,
+        out: str | Path,
+        *,
+        force: bool = False,
+        all_logits: bool = False,
+        progress: Progress | None = None,
+    ) -> Path:
+        """Exports what was planned.
+
+        Args:
+            out: Folder to write; it appears complete or not at all.
+            force: Replace ``out`` if it exists.
+            all_logits: Return the logits of every position, for evaluation.
+            progress: Told of each phase; a bar on standard error if not given.
+
+        Returns:
+            ``out``.
+
+        Raises:
+            SkvError: The checkpoint or ``out`` can't be used, or the disk is full.
+        """
+        target = to_path(out, "out")
+        check_target(target, force=force)
+        library_path()  # it goes into the folder: better none is written than one without it
+        with Shown() as shown:
+            phases = _Phases(progress or shown)
+            with output_folder(target, self.plan.weight_bytes, force=force) as folder:
+                self._write(folder, all_logits, phases)
+            phases.done()
+        return target
+
+    def _write(self, folder: Path, all_logits: bool, phases: _Phases) -> None:
+        planned, model = self.plan, self.model
+        phases.start("opening the weights")
+        local = download(planned.source)
+        before = self.before if planned.source.path else Snapshot.take(local)
+        if self.calibration is not None:
+            self.calibration.check(local)
+        write_tokenizer(local, folder)  # before the weights: what is wrong with it shows at once
+        ours = _model_config(planned, model.model.config, generation_config(local, model.model.config), all_logits)
+        weights = Weights(local, model.model)
+        phases.start("building the graph")
+        graph = _build(planned, model, weights, all_logits)
+        phases.start("writing")
+        label_nodes(graph.graph)
+        label_model(graph, ours, planned.recipe)
+        save(graph, folder, phases.advance, self.calibration)
+        _write_beside(folder, planned, local, model.model.config, ours)
+        before.check()
+
+
+def plan(source: str | Path | Source, recipe: Recipe | None = None, **options: Any) -> Plan:
+    """Plans an export: what it would write; arguments and errors are those of ``Export.read``."""
+    return Export.read(source, recipe, **options).plan
 
 
 def _calibrated(planned: Plan, calibration: Calibration | None) -> tuple[Plan, Calibration | None]:
@@ -236,37 +314,16 @@ def export_model(
     Raises:
         SkvError: The checkpoint, its architecture, the recipe or ``out`` can't be used, or the disk is full.
     """
-    target = to_path(out, "out")
-    check_target(target, force=force)
-    if calibration is not None and not isinstance(calibration, Calibration):
-        calibration = Calibration.load(calibration)
-    chosen, resolved = as_recipe(recipe), resolve(source, adapter=adapter)
-    library_path()  # it goes into the folder: better none is written than one without it
-    with Shown() as shown:
-        phases = _Phases(progress or shown)
-        phases.start("reading the configuration")
-        before = Snapshot.take(resolved)
-        planned, model = _plan(resolved, chosen, as_causal_lm, inputs_embeds)
-        planned, constants = _calibrated(planned, calibration)
-        with output_folder(target, planned.weight_bytes, force=force) as folder:
-            phases.start("opening the weights")
-            local = download(resolved)
-            before = before if resolved.path else Snapshot.take(local)
-            if constants is not None:
-                constants.check(local)
-            write_tokenizer(local, folder)  # before the weights: what is wrong with it shows at once
-            ours = _model_config(planned, model.model.config, generation_config(local, model.model.config), all_logits)
-            weights = Weights(local, model.model)
-            phases.start("building the graph")
-            graph = _build(planned, model, weights, all_logits)
-            phases.start("writing")
-            label_nodes(graph.graph)
-            label_model(graph, ours, chosen)
-            save(graph, folder, phases.advance, constants)
-            _write_beside(folder, planned, local, model.model.config, ours)
-            before.check()
-        phases.done()
-    return target
+    check_target(to_path(out, "out"), force=force)
+    planned = Export.read(
+        source,
+        recipe,
+        as_causal_lm=as_causal_lm,
+        adapter=adapter,
+        calibration=calibration,
+        inputs_embeds=inputs_embeds,
+    )
+    return planned.write(out, force=force, all_logits=all_logits, progress=progress)
 
 
 class _Phases:

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from skv_export.checkpoints.block_weights import SCALES, ZERO_POINTS, BlockFormat, BlockMatrix
 from skv_export.checkpoints.pretrained import DTYPES
 from skv_export.export.expert_gates import gate_of
-from skv_export.export.lazy_weights import TORCH_TYPES, Named, Reader
+from skv_export.export.lazy_weights import TORCH_TYPES, Named, Reader, whole
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.spec.recipe import WEIGHT_BITS, Recipe
 
@@ -77,7 +77,8 @@ def rounded_format(bits: int) -> BlockFormat:
 def _parts(source: Named, bits: int, rows: int, reader: Any) -> dict[str, torch.Tensor]:
     made: dict[str, NDArray[Any]] = {}
     start = 0
-    for slab in dataclasses.replace(source, dtype=ir.DataType.FLOAT).slabs(reader):
+    floats = dataclasses.replace(source, dtype=ir.DataType.FLOAT)
+    for slab in [whole(floats, reader)] if source.transposed else floats.slabs(reader):
         for part, piece in zip(rounded_format(bits).parts, quantize(slab.numpy(), bits), strict=True):
             if not start:
                 made[part] = np.empty((rows, *piece.shape[1:]), piece.dtype)

@@ -98,23 +98,67 @@ class Rewrite:
         config = dataclasses.replace(config, dtype=dtype, layers=tuple(LayerCache.of(layer.op) for layer in layers))
         return cls(opened, layers, config, hidden_size, dataclasses.replace(chosen, dtype=dtype))
 
+    @property
+    def plan(self) -> Plan:
+        """What would be written."""
+        return Plan(
+            source=Source("onnx", self.source.path),
+            recipe=self.recipe,
+            model_type=self.config.model_type,
+            layers=tuple(layer.op for layer in self.layers),
+            weight_bytes=self.source.weight_bytes or self.source.path.stat().st_size,
+            context_length=self.config.context_length,
+        )
+
+    @checked
+    def write(self, out: Path | str, *, force: bool = False, copy_weights: bool = False) -> Path:
+        """Writes what was planned, once: the graph in memory becomes the rewritten one.
+
+        Args:
+            out: Folder to write; it appears complete or not at all.
+            force: Replace ``out`` if it exists.
+            copy_weights: Copy files of weights that could be shared. Python's ``onnx.load`` reads no external data from
+                a file with several hard links, the source's then included; ONNX Runtime does.
+
+        Returns:
+            ``out``.
+
+        Raises:
+            SkvError: ``out`` can't be used.
+        """
+        target = to_path(out, "out")
+        check_target(target, force=force)
+        library_path()  # it goes into the folder: better none is written than one without it
+        source = self.source
+        if target.resolve() == source.path.parent.resolve():
+            raise SkvError(f"{target}: the source's own folder", fix="Pass another --out: the source is never changed.")
+        with output_folder(target, _bytes_to_write(self, target, copy_weights), force=force) as folder:
+            rewrite_graph(source.graph, self.layers)
+            label_attention(source.graph.graph)
+            label_model(source.graph, self.config, self.recipe)
+            onnx.save(ir.to_proto(source.graph), folder / MODEL_FILE)
+            for location, file in source.weights.items():
+                _share(file, folder / location, copy=copy_weights)
+            for file in source.companions:
+                place = folder / CHAT_TEMPLATES_FOLDER if file.parent.name == CHAT_TEMPLATES_FOLDER else folder
+                place.mkdir(exist_ok=True)
+                shutil.copyfile(file, place / file.name)
+            inputs = [str(value.name) for value in source.graph.graph.inputs]
+            licence = licence_of(source.path.parent)
+            write_configs(
+                folder, self.recipe, self.config, self.hidden_size, inputs, source.genai_config, licence=licence
+            )
+        return target
+
 
 @checked
 def plan(source: Path | str, recipe: Recipe | None = None) -> Plan:
-    """Plans a rewrite: what ``rewrite_model`` would write; see ``export.plan``.
+    """Plans a rewrite: what ``rewrite_model`` would write.
 
     Raises:
         SkvError: See ``Rewrite.read``.
     """
-    planned = Rewrite.read(source, recipe)
-    return Plan(
-        source=Source("onnx", planned.source.path),
-        recipe=planned.recipe,
-        model_type=planned.config.model_type,
-        layers=tuple(layer.op for layer in planned.layers),
-        weight_bytes=planned.source.weight_bytes or planned.source.path.stat().st_size,
-        context_length=planned.config.context_length,
-    )
+    return Rewrite.read(source, recipe).plan
 
 
 @checked
@@ -135,8 +179,7 @@ def rewrite_model(
         out: Folder to write; it appears complete or not at all.
         recipe: What the caches become; the defaults if not given. Its ``dtype`` becomes the source's.
         force: Replace ``out`` if it exists.
-        copy_weights: Copy files of weights that could be shared. Python's ``onnx.load`` reads no external data from a
-            file with several hard links, the source's then included; ONNX Runtime does.
+        copy_weights: Copy files of weights that could be shared; see ``Rewrite.write``.
 
     Returns:
         ``out``.
@@ -144,28 +187,8 @@ def rewrite_model(
     Raises:
         SkvError: The source can't be rewritten (the message names each node and its reason), or ``out`` can't be used.
     """
-    target = to_path(out, "out")
-    check_target(target, force=force)
-    rewrite = Rewrite.read(source, recipe)
-    library_path()  # it goes into the folder: better none is written than one without it
-    if target.resolve() == rewrite.source.path.parent.resolve():
-        raise SkvError(f"{target}: the source's own folder", fix="Pass another --out: the source is never changed.")
-    with output_folder(target, _bytes_to_write(rewrite, target, copy_weights), force=force) as folder:
-        rewrite_graph(rewrite.source.graph, rewrite.layers)
-        label_attention(rewrite.source.graph.graph)
-        label_model(rewrite.source.graph, rewrite.config, rewrite.recipe)
-        onnx.save(ir.to_proto(rewrite.source.graph), folder / MODEL_FILE)
-        for location, file in rewrite.source.weights.items():
-            _share(file, folder / location, copy=copy_weights)
-        for file in rewrite.source.companions:
-            place = folder / CHAT_TEMPLATES_FOLDER if file.parent.name == CHAT_TEMPLATES_FOLDER else folder
-            place.mkdir(exist_ok=True)
-            shutil.copyfile(file, place / file.name)
-        inputs = [str(value.name) for value in rewrite.source.graph.graph.inputs]
-        base = rewrite.source.genai_config
-        licence = licence_of(rewrite.source.path.parent)
-        write_configs(folder, rewrite.recipe, rewrite.config, rewrite.hidden_size, inputs, base, licence=licence)
-    return target
+    check_target(to_path(out, "out"), force=force)
+    return Rewrite.read(source, recipe).write(out, force=force, copy_weights=copy_weights)
 
 
 # What the configuration beside the graph says.

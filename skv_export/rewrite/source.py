@@ -102,16 +102,6 @@ class OnnxSource:
         return sum(file.stat().st_size for file in set(self.weights.values()))
 
 
-def is_onnx(source: Path | str) -> bool:
-    """Whether a path names an ONNX model: a ``.onnx`` file, or a folder with one and without safetensors or GGUF."""
-    path = to_path(source, "checkpoint")
-    if not path.is_dir():
-        return path.suffix == ".onnx"
-    if any(path.glob("*.safetensors")) or any(path.glob("*.gguf")):
-        return False
-    return any(path.glob("*.onnx")) or any(path.glob("onnx/*.onnx"))
-
-
 def find_onnx(source: Path | str) -> Path:
     """Returns the ``.onnx`` file that ``source`` names.
 

@@ -15,8 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from skv_export.errors import SkvError
 from skv_export.model_folder.names import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
 from skv_export.model_folder.skv_config import ModelConfig
+from skv_export.paths import is_onnx
 from skv_export.rewrite.pipeline import Rewrite
-from skv_export.rewrite.source import find_onnx, is_onnx
+from skv_export.rewrite.source import find_onnx
 from skv_export.runtime.graph import session_options
 from skv_export.runtime.providers import brief, load_error, ort_errors
 from skv_export.verification.graph_variants import read_with_exact_products

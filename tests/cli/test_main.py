@@ -28,16 +28,29 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(main, list(arguments))
 
 
-def test_help_answers_without_torch_transformers_or_onnxruntime() -> None:
+HELP = [[command, "--help"] for command in ("model", "verify", "generate", "doctor", "recipes", "analyze", "calibrate")]
+
+
+@pytest.mark.parametrize(
+    ("commands", "unneeded"),
+    [
+        ([["--help"], *HELP], {"torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "scipy", "numpy.random"}),
+        ([["doctor"]], {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "scipy"}),
+        ([["generate", "/nowhere", "--prompt", "x"]], {"torch", "transformers", "onnx", "onnx_ir", "scipy"}),
+        ([["model", "/nowhere"]], {"torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "scipy"}),
+    ],
+    ids=["help", "doctor", "generate", "model"],
+)
+def test_a_command_loads_only_what_it_needs(commands: list[list[str]], unneeded: set[str]) -> None:
+    """Help is there at once, and so is what is wrong with a path."""
     code = (
         "import sys\n"
         "from click.testing import CliRunner\n"
         "from skv_export.cli.main import main\n"
-        "commands = [['model'], ['verify'], ['generate'], ['doctor'], ['recipes'], ['analyze'], ['calibrate']]\n"
-        "for command in [[], *commands]:\n"
-        "    result = CliRunner().invoke(main, [*command, '--help'])\n"
-        "    assert result.exit_code == 0, (command, result.output)\n"
-        "heavy = {'torch', 'transformers', 'onnxruntime', 'onnx'} & set(sys.modules)\n"
+        f"for command in {commands}:\n"
+        "    result = CliRunner().invoke(main, command)\n"
+        "    assert result.exit_code == ('/nowhere' in command), (command, result.output)\n"
+        f"heavy = {unneeded} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -52,20 +65,20 @@ def test_every_command_is_listed() -> None:
 @pytest.fixture
 def exported(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Stands in for the exporter and keeps what it was called with."""
-    from skv_export.export import pipeline
+    from skv_export.export.pipeline import Export
 
     calls: dict[str, Any] = {}
 
-    def plan(source: str, recipe: Recipe, **_: Any) -> Any:
+    def write(out: Path, **options: Any) -> Path:
+        calls.update(options, exported=calls["source"], out=out)
+        return out
+
+    def read(source: str, recipe: Recipe, **_: Any) -> Any:
         calls.update(source=source, recipe=recipe)
-        return SimpleNamespace(table=lambda: "the plan")
+        return SimpleNamespace(plan=SimpleNamespace(table=lambda: "the plan"), write=write)
 
-    def export_model(source: str, **options: Any) -> Path:
-        calls.update(options, exported=source)
-        return Path(options["out"])
-
-    monkeypatch.setattr(pipeline, "plan", plan)
-    monkeypatch.setattr(pipeline, "export_model", export_model)
+    monkeypatch.setattr(Export, "read", read)
+    monkeypatch.setattr("skv_export.checkpoints.checkpoint.resolve", lambda source, adapter: source)
     return calls
 
 
@@ -203,11 +216,19 @@ def test_recipes_are_listed_and_printed() -> None:
 
 
 def test_an_onnx_model_is_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from skv_export.rewrite import pipeline
+    from skv_export.rewrite.pipeline import Rewrite
 
     calls: dict[str, Any] = {}
-    monkeypatch.setattr(pipeline, "plan", lambda source, recipe: SimpleNamespace(table=lambda: "the plan"))
-    monkeypatch.setattr(pipeline, "rewrite_model", lambda source, **options: calls.update(options) or options["out"])
+
+    def write(out: Path, **options: Any) -> Path:
+        calls.update(options)
+        return out
+
+    def read(source: str, recipe: Recipe) -> Any:
+        calls.update(recipe=recipe)
+        return SimpleNamespace(plan=SimpleNamespace(table=lambda: "the plan"), write=write)
+
+    monkeypatch.setattr(Rewrite, "read", read)
     graph = tmp_path / "model.onnx"
     graph.write_bytes(b"")
     result = run("model", str(graph), "--k-bits", "3", "--out", "x", "--copy-weights")
@@ -301,13 +322,13 @@ def test_whatever_happens_is_one_message_and_an_exit_code(
 
 def test_what_cannot_be_written_is_found_out_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from skv_export.analysis import pipeline as analysis
-    from skv_export.export import pipeline
+    from skv_export.export.pipeline import Export
     from skv_export.verification import run as runner
 
     def work(*_: object, **__: object) -> None:
         raise AssertionError("work")
 
-    for module, name in ((pipeline, "plan"), (runner, "verify"), (analysis, "analyze")):
+    for module, name in ((Export, "read"), (runner, "verify"), (analysis, "analyze")):
         monkeypatch.setattr(module, name, work)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")

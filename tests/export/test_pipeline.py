@@ -297,6 +297,7 @@ def test_plan_reads_no_weights(tiny_checkpoint: Callable[..., Path], monkeypatch
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(TensorEntry, "array", fail)
+    monkeypatch.setattr(TensorEntry, "row_blocks", fail)
     monkeypatch.setattr(pretrained, "load_model", fail)
     planned = pipeline.plan(tiny_checkpoint("gemma2"), Recipe())
     assert [x.params.local_window_size for x in planned.layers] == [24, 0, 24, 0]

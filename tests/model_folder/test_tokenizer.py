@@ -137,7 +137,8 @@ def test_what_transformers_cannot_load_is_said_before_the_weights(
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr(pipeline.Weights, "tensor", fail)
+    for name in ("tensor", "row_blocks"):
+        monkeypatch.setattr(pipeline.Weights, name, fail)
     (checkpoint / "tokenizer.json").unlink()
     (checkpoint / "tokenizer.model").write_bytes(b"\x0a\x00")
     configure(checkpoint, tokenizer_class="LlamaTokenizer")

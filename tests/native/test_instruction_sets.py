@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import native
@@ -30,6 +31,7 @@ from skv_export.spec.conformance import (
     token_channel_cases,
 )
 from skv_export.spec.key_basis import INPUTS
+from skv_export.spec.recipe import LayerConfig
 
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "skv_export" / "native"
@@ -151,12 +153,18 @@ def test_an_older_processor_gets_what_it_has(processor: str, isa: str, tmp_path:
     assert replay([emulator("qemu-x86_64"), "-cpu", processor], "c++", library_path(), tmp_path, cases) == isa
 
 
-@pytest.mark.slow
-def test_neon_kernels_under_emulation(tmp_path: Path) -> None:
+# Arm.
+
+ON_ARM = ("-cpu", "max", "-L", "/usr/aarch64-linux-gnu")
+
+
+@pytest.fixture(scope="module")
+def arm() -> tuple[str, Path]:
+    """A compiler for aarch64, and the folder that the library was built in with it."""
     compiler = shutil.which("aarch64-linux-gnu-g++")
     if compiler is None:
         pytest.skip("aarch64-linux-gnu-g++: not supported here (install g++-aarch64-linux-gnu)")
-    qemu, build = emulator("qemu-aarch64"), ROOT / "build" / "aarch64"
+    build = ROOT / "build" / "aarch64"
     configure = [
         "cmake",
         "-S",
@@ -171,11 +179,62 @@ def test_neon_kernels_under_emulation(tmp_path: Path) -> None:
     configure += [f"-DCMAKE_C_COMPILER={compiler.removesuffix('g++')}gcc"]
     for command in (configure, ["cmake", "--build", str(build), "--parallel", "2"]):
         subprocess.run(command, check=True, capture_output=True)
+    return compiler, build
+
+
+@pytest.mark.slow
+def test_neon_kernels_under_emulation(arm: tuple[str, Path], tmp_path: Path) -> None:
+    compiler, build = arm
     cases = [c for c in attention_cases() if any(word in c.name for word in EMULATED) and "prompt" not in c.name]
     cases += [*token_channel_cases()[:8], *byte_channel_cases()[:8], *calibrated_cases()[:8], *not_a_number_cases()]
     assert len(cases) > 70
-    command = [qemu, "-cpu", "max", "-L", "/usr/aarch64-linux-gnu"]
+    command = [emulator("qemu-aarch64"), *ON_ARM]
     assert replay(command, compiler, build / "libskv_ops.so", tmp_path, cases) == "neon"
+
+
+@pytest.fixture(scope="module")
+def neon_counter(arm: tuple[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], int]:
+    """Runs a case under qemu and counts the instructions of the NEON unit.
+
+    The library's own object files are linked without relocation, the unit's code in a section of its own, so that it is
+    known where it stands; qemu then logs each instruction that it runs there.
+    """
+    compiler, build = arm
+    qemu, folder = emulator("qemu-aarch64"), tmp_path_factory.mktemp("neon")
+    program, tool = folder / "replay", compiler.removesuffix("g++")
+    objects = {file.name: file for file in build.glob("**/skv_ops.dir/cpu/*.o")}
+    unit = folder / "unit.o"
+    subprocess.run(
+        [f"{tool}objcopy", "--rename-section", ".text=neon", str(objects.pop("unit_neon.cc.o")), str(unit)], check=True
+    )
+    link = [compiler, "-std=c++17", "-O1", "-static", "-I", str(NATIVE), "-o", str(program)]
+    sources = [Path(__file__).parent / "replay.cc", unit, *objects.values()]
+    subprocess.run([*link, *map(str, sources)], check=True)
+    sections = subprocess.run([f"{tool}readelf", "-SW", str(program)], capture_output=True, text=True, check=True)
+    place = next(line.partition("PROGBITS")[2].split() for line in sections.stdout.splitlines() if " neon " in line)
+    usage = subprocess.run([qemu, "-help"], capture_output=True, text=True, check=False).stdout
+    one_by_one = "-one-insn-per-tb" if "one-insn-per-tb" in usage else "-singlestep"
+    logging = [one_by_one, "-d", "exec,nochain", "-dfilter", f"0x{place[0]}+0x{place[2]}", "-D", str(folder / "log")]
+
+    def count(case: Case) -> int:
+        record([case], folder / "in")
+        run = [qemu, *ON_ARM, *logging, str(program), str(folder / "in"), str(folder / "out")]
+        subprocess.run(run, check=True, capture_output=True)
+        with (folder / "log").open("rb") as log:
+            return sum(line.startswith(b"Trace") for line in log)
+
+    return count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "limit"), [(1, 215), (4, 640)], ids=["no grouping", "four queries a head"])
+def test_neon_instructions_per_token(rows: int, limit: int, neon_counter: Callable[[Case], int]) -> None:
+    """Of a decode step: what eight more tiles of K4V2 cost; GCC 12 makes 207 and 618 (benchmarks/RESULTS.md)."""
+    short, long = (
+        Case("counted", LayerConfig(), 128, rows, 1, past_lengths=(tokens,)) for tokens in (500, 500 + 8 * 64)
+    )
+    per_token = (neon_counter(long) - neon_counter(short)) / (8 * 64)
+    assert 0.8 * limit < per_token <= limit
 
 
 # Other platforms, by zig.

@@ -19,7 +19,8 @@ from tiny_models import tiny_config
 from skv_export.errors import SkvError
 from skv_export.model_folder import genai_config
 from skv_export.model_folder.skv_config import LayerCache, ModelConfig
-from skv_export.rewrite import pipeline, source
+from skv_export.paths import is_onnx
+from skv_export.rewrite import pipeline
 from skv_export.rewrite.pipeline import Rewrite, rewrite_model
 from skv_export.runtime.session import Session
 from skv_export.spec import compaction
@@ -405,10 +406,10 @@ def test_plan_says_what_will_be_written(tmp_path: Path) -> None:
 
 def test_what_is_an_onnx_model(tmp_path: Path) -> None:
     path = SourceGraph().write(tmp_path / "source")
-    assert source.is_onnx(path) and source.is_onnx(path.parent)
-    assert not source.is_onnx(tmp_path) and not source.is_onnx("org/name")
+    assert is_onnx(path) and is_onnx(path.parent)
+    assert not is_onnx(tmp_path) and not is_onnx("org/name")
     (path.parent / "model.safetensors").touch()
-    assert not source.is_onnx(path.parent) and source.is_onnx(path)
+    assert not is_onnx(path.parent) and is_onnx(path)
 
 
 # onnxruntime-genai's configuration and costs.

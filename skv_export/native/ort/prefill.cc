@@ -9,9 +9,11 @@ namespace skv::ort {
 namespace {
 
 // GroupQueryAttention may hold the scores of all its queries against all keys at once: queries go in chunks that keep
-// these below this size, and never fewer than the smallest chunk at a time.
+// these below this size, and never fewer than the smallest chunk at a time. Nor more than kChunk: it computes what the
+// mask hides, too, half a chunk of keys per query, and more scores than these fall out of a core's cache.
 constexpr int64_t kScoreBytes = int64_t{32} << 20;
 constexpr int64_t kSmallestChunk = 32;
+constexpr int64_t kChunk = 128;
 constexpr int64_t kLargestWindowChunk = 512;
 
 // How a sequence's queries are cut up, and how many positions GroupQueryAttention is shown at a time.
@@ -19,7 +21,7 @@ struct Plan {
   int64_t chunk;  // queries
   int64_t rows;   // positions
 
-  Plan(int64_t heads, int64_t window, int64_t total) : chunk(total), rows(total) {
+  Plan(int64_t heads, int64_t window, int64_t total) : chunk(kChunk), rows(total) {
     if (window > 0) {
       // It masks what the window hides only after computing it: show each chunk no more than its own windows.
       chunk = std::clamp(window / 2, kSmallestChunk, kLargestWindowChunk);
