@@ -102,7 +102,15 @@ class FromText(Candidate):
 
     def effective_bits(self, context_length: int) -> float:
         """Over all layers, of the model that ran last."""
-        return list(self.made.values())[-1][0].effective_bits(context_length)
+        return self._last.effective_bits(context_length)
+
+    def quantizes(self, tokens: int) -> bool:
+        """Whether any layer's cache does, of the model that ran last."""
+        return self._last.quantizes(tokens)
+
+    @property
+    def _last(self) -> Simulation:
+        return list(self.made.values())[-1][0]
 
 
 def seen(model: PreTrainedModel, windows: torch.Tensor) -> dict[int, Activations]:
