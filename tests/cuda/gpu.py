@@ -94,7 +94,7 @@ def build(out: Path) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_, files))
     partial = library.with_suffix(".partial")
-    subprocess.run([*command, "-shared", *objects, "-o", str(partial)], check=True)
+    subprocess.run([*command, "-shared", *objects, "-ldl", "-o", str(partial)], check=True)
     partial.rename(library)
     return library
 

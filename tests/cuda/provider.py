@@ -23,6 +23,7 @@ from op_nodes import PROVIDERS, arrays_of, attributes_of, model_of, session_of
 from tiny_graph import addresses
 from tiny_models import TINY
 
+from skv_export.cli.doctor import diagnose
 from skv_export.export.pipeline import export_model
 from skv_export.model_folder.names import ATTENTION_MASK, MODEL_FILE
 from skv_export.native.library import library_path, load_library
@@ -119,6 +120,26 @@ def test_decoding_as_a_cuda_graph(case: Case, shim: Any) -> None:
     before = shim.skv_shim_replays()
     decode(case, {"enable_cuda_graph": "1"})
     assert shim.skv_shim_replays() - before >= STEPS - 2
+
+
+def test_doctor_says_where_kernels_come_from(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an architecture it compiles into the cache folder first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    recipe = Recipe(dataclasses.replace(SMALL, k_bits=8, v_bits=4), dtype="fp16")
+    out = export_model(tiny_checkpoint("qwen3"), out=tmp_path / "model", recipe=recipe, progress=lambda *_: None)
+
+    def said(*architectures: int) -> list[str]:
+        return [x.found for x in diagnose(out, architectures).checks if x.name == "decoding on a GPU"]
+
+    (found,) = said()
+    assert found.startswith("decode_mma K8V4 D64, keys channel, values token: ")
+    if os.environ.get("SKV_NVRTC"):
+        assert "compiled when a session is made, by NVRTC" in found
+        (found,) = said(SHIM_ARCHITECTURE)
+        assert f"from {tmp_path}" in found and "K8V4-D64-channel-token-sm_80-" in found
+        assert said() == [found]  # the device's
 
 
 @pytest.mark.parametrize(
