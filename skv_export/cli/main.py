@@ -370,7 +370,7 @@ def verify(
 @click.argument("folder", required=False, type=PathOf("exported folder"))
 @click.option(
     "--cuda-arch",
-    type=int,
+    type=click.IntRange(80),
     multiple=True,
     metavar="ARCH",
     help="Compile FOLDER's kernels that are not built in for such GPUs (90 = compute capability 9.0); needs none.",

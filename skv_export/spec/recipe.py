@@ -292,14 +292,14 @@ class Recipe:
         )
 
     @classmethod
-    def find(cls, name: Path | str) -> Recipe:
+    def find(cls, recipe: Path | str) -> Recipe:
         """Reads a recipe by what a user calls it: a TOML file, or the name of one that ships with the package.
 
         Raises:
             SkvError: There is neither, or see ``load``.
         """
-        path = to_path(name, "recipe")
-        return cls.load(path if path.exists() else shipped_recipes().get(str(name), path))
+        path = to_path(recipe, "recipe")
+        return cls.load(path if path.exists() else shipped_recipes().get(str(recipe), path))
 
     @classmethod
     def load(cls, path: Path | str) -> Recipe:

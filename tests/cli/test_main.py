@@ -308,7 +308,7 @@ def test_whatever_happens_is_one_message_and_an_exit_code(
 ) -> None:
     from skv_export.cli import doctor
 
-    def fail(folder: object) -> None:
+    def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(doctor, "diagnose", fail)
@@ -386,7 +386,7 @@ def test_a_termination_signal_removes_what_is_half_written(tmp_path: Path) -> No
         "from skv_export.cli import doctor\n"
         "from skv_export.cli.main import main\n"
         "from skv_export.model_folder.output import output_folder\n"
-        "def write(folder):\n"
+        "def write(folder, *_):\n"
         "    with output_folder(folder / 'out', 0) as new:\n"
         "        (new / 'half').write_text('x')\n"
         "        print('ready', flush=True)\n"
