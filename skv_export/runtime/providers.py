@@ -178,11 +178,12 @@ def gpu_kernels(config: ModelConfig, library: Library, architecture: int = 0) ->
 
 
 def without_tensor_cores(path: str) -> str:
-    """Advice on kernels of ``gpu_kernels``; empty for the fast ones. Without a compiler ``path`` itself has the fix."""
+    """Advice on kernels of ``gpu_kernels``; empty for the fast ones. Other reasons in ``path`` have their fix beside."""
     if not path.startswith("decode_simple"):
         return ""
     slow = "Without tensor cores, many times slower"
-    return f"{slow}." if "NVRTC" in path else f"{slow}: export with --dtype fp16 or bf16 and bits of 8, 4, 3 or 2."
+    by_export = any(reason in path for reason in ("float32", "recent_type", "bits are"))
+    return f"{slow}: export with --dtype fp16 or bf16 and bits of 8, 4, 3 or 2." if by_export else f"{slow}."
 
 
 def check_kernels(config: ModelConfig, name: str, library: Library) -> None:

@@ -203,6 +203,11 @@ class Library:
             status = self.lib.skv_cuda_load(*layouts, self.architecture, None, None)
             self.check(status if status != NOT_SUPPORTED else OK)
 
+    def compile(self, layouts: Sequence[CacheLayout]) -> int:
+        """Compiles the kernels of keys and values that are not built in into the cache folder; returns the status."""
+        structures = (ctypes.byref(SkvLayout.of(layout)) for layout in layouts)
+        return int(self.lib.skv_cuda_compile(*structures, self.architecture))
+
     def decode_tile(self, layout: CacheLayout, tile: Array) -> Array:
         """``[T, D]`` of one tile's bytes."""
         source = self.memory.put(tile)

@@ -1,15 +1,15 @@
 #include "compiler.h"
 
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <chrono>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <system_error>
 
 #include "kernel_sources.h"
@@ -83,8 +83,14 @@ uint64_t checksum_of(const std::vector<char>& code) {
 
 // A file is the cubin and its checksum, eight bytes that readers of ELF pass over. Empty: none, or a damaged one.
 std::vector<char> read_kept(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::vector<char> code{std::istreambuf_iterator<char>(file), {}};
+  std::vector<char> code, part(1 << 16);
+  if (FILE* file = fopen(path.c_str(), "rb")) {
+    while (const size_t count = fread(part.data(), 1, part.size(), file)) {
+      code.insert(code.end(), part.begin(), part.begin() + std::ptrdiff_t(count));
+    }
+    if (ferror(file)) code.clear();
+    fclose(file);
+  }
   uint64_t checksum = 0;
   if (code.size() <= sizeof checksum) return {};
   memcpy(&checksum, code.data() + code.size() - sizeof checksum, sizeof checksum);
@@ -105,7 +111,9 @@ std::string keep(const fs::path& path, const std::vector<char>& code) {
   const uint64_t checksum = checksum_of(code);
   bool done = false;
   if (FILE* file = fdopen(descriptor, "wb")) {
-    done = fwrite(code.data(), 1, code.size(), file) == code.size() && fwrite(&checksum, sizeof checksum, 1, file) == 1;
+    done = fchmod(descriptor, 0644) == 0;  // who runs the model may be another user than who compiled for it
+    done = done && fwrite(code.data(), 1, code.size(), file) == code.size();
+    done = done && fwrite(&checksum, sizeof checksum, 1, file) == 1;
     done = fclose(file) == 0 && done;
   }
   if (done) fs::rename(partial, path, error);

@@ -39,6 +39,7 @@ const MmaInstance* narrowest(const MmaTable& table, const MmaForm& form, int col
 struct Loaded {
   std::vector<MmaInstance> instances;
   std::string reason;
+  bool may_change = false;  // the reason: a card without free memory, say
 };
 class LoadedKernels {
  public:
@@ -67,7 +68,8 @@ LoadedKernels& loaded_kernels() {
   return all;
 }
 
-// The kernels of a cubin, on the current device; none: the reason is in skv_cuda_last_error.
+// The kernels of a cubin, ready on the current device; none: the reason is in skv_cuda_last_error. Only when they are
+// made ready does the driver look at the code, where it loads lazily.
 std::vector<MmaInstance> instances_of(const MmaForm& form, const Cubin& cubin) {
   const int count = mma_blocks(form);
   const std::string name_texts[] = {kernel_name(form, 1), kernel_name(form, 2)};
@@ -78,6 +80,7 @@ std::vector<MmaInstance> instances_of(const MmaForm& form, const Cubin& cubin) {
   for (int i = 0; i < count; i++) {
     const MmaSizes sizes(form, i + 1);
     auto* kernel = reinterpret_cast<void (*)(Attention)>(const_cast<void*>(kernels[i]));
+    if (make_ready(kernels[i], sizes.shared)) return {};
     all.push_back({form, 8 * (i + 1), 32 * sizes.warps, sizes.shared, kernel});
   }
   return all;
@@ -100,7 +103,8 @@ Loaded load(const MmaForm& form, int architecture, const std::function<void(bool
     }
     return loaded;
   }
-  loaded.reason = cubin.code.empty() ? cubin.origin : skv_cuda_last_error();
+  loaded.may_change = !cubin.code.empty();
+  loaded.reason = loaded.may_change ? skv_cuda_last_error() : cubin.origin;
   say(true, name + ": " + loaded.reason + " Decoding takes decode_simple, many times slower.");
   return loaded;
 }
@@ -137,10 +141,11 @@ int skv_cuda_load(const SkvLayout* key, const SkvLayout* value, int32_t architec
   const std::lock_guard<std::mutex> lock(loaded_kernels().loading);
   const Loaded* loaded = loaded_kernels().find(form, architecture);
   if (!loaded) {
-    loaded =
-        loaded_kernels().add(form, architecture, load(form, architecture, [&](bool warns, const std::string& text) {
-                               if (say) say(log, warns, text.c_str());
-                             }));
+    Loaded made = load(form, architecture, [&](bool warns, const std::string& text) {
+      if (say) say(log, warns, text.c_str());
+    });
+    if (made.may_change) return fail(SKV_NOT_SUPPORTED, "%s", made.reason.c_str());  // the next session tries again
+    loaded = loaded_kernels().add(form, architecture, std::move(made));
   }
   if (loaded->instances.empty()) return fail(SKV_NOT_SUPPORTED, "%s", loaded->reason.c_str());
   for (const MmaInstance& m : loaded->instances) {

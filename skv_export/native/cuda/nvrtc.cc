@@ -2,9 +2,11 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <iterator>
 #include <type_traits>
 
 #include "kernel_sources.h"
@@ -96,6 +98,9 @@ const Nvrtc* nvrtc() {
   return found;
 }
 
+// Those of embedded boards, whose code other cards of the same major number don't run.
+constexpr int kEmbedded[] = {87, 88, 101};
+
 // The newest architecture that NVRTC compiles for and the card runs: of the same major number; 0 = none.
 int target_of(const Nvrtc& n, int architecture) {
   int count = 0, best = 0;
@@ -103,6 +108,8 @@ int target_of(const Nvrtc& n, int architecture) {
   std::vector<int> known(static_cast<size_t>(count));
   if (n.nvrtcGetSupportedArchs(known.data()) != 0) return 0;
   for (const int each : known) {
+    const bool embedded = std::find(std::begin(kEmbedded), std::end(kEmbedded), each) != std::end(kEmbedded);
+    if (embedded && each != architecture) continue;
     if (each / 10 == architecture / 10 && each <= architecture && each > best) best = each;
   }
   return best;

@@ -158,17 +158,19 @@ void set_head_dim(SkvLayout& layout, int32_t head_dim) {
        problem.expected);
 }
 
-// Size of an input's last dimension as far as the graph tells; -1 = absent or not known.
+constexpr int64_t kAbsent = -2;
+
+// Size of an input's last dimension as far as the graph tells; -1 = not known, kAbsent = there is no such input.
 int64_t known_last_dimension(const OrtKernelInfo* info, Input input) {
   OrtTypeInfo* type = nullptr;
   if (OrtStatus* status = api().KernelInfo_GetInputTypeInfo(info, input, &type)) {
     api().ReleaseStatus(status);
-    return -1;
+    return kAbsent;
   }
   const Handle<OrtTypeInfo> owner(type);
   const OrtTensorTypeAndShapeInfo* shape = nullptr;
   check(api().CastTypeInfoToTensorInfo(type, &shape));
-  if (shape == nullptr) return -1;
+  if (shape == nullptr) return kAbsent;
   size_t rank = 0;
   check(api().GetDimensionsCount(shape, &rank));
   std::vector<int64_t> sizes(rank);
@@ -219,6 +221,7 @@ void Attributes::check_known_shapes(const OrtKernelInfo* info) const {
 
 int64_t Attributes::known_head_dim(const OrtKernelInfo* info) const {
   const int64_t hidden = known_last_dimension(info, kQuery), kv_hidden = known_last_dimension(info, kKey);
+  if (kv_hidden <= 0 && kv_hidden != kAbsent) return 0;
   const int64_t heads = kv_hidden > 0 ? num_heads : int64_t{num_heads} + 2 * int64_t{kv_num_heads};  // or packed
   return hidden > 0 && hidden % heads == 0 ? hidden / heads : 0;
 }
