@@ -10,7 +10,7 @@ from skv_export.cli.options import OutputFile, PathOf, adapter_option, device_op
 from skv_export.progress import Progress
 
 _ADVICE = (
-    "Three bits suffice for these keys: on two models K3V3 lost half of what K4V2 loses without calibration, in as "
+    "Three bits may suffice for these keys: on two models K3V3 lost half of what K4V2 loses without calibration, in as "
     "many bits, and K3V2 about as much in half a bit less (docs/defaults.md); `quality --calibration` tells for "
     "this one."
 )

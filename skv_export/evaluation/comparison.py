@@ -320,7 +320,7 @@ def _scores(model: PreTrainedModel, job: _Job) -> Iterator[_Window]:
     reference = simulated_logits(model, job.ids, Simulation.full_precision()).log_softmax(-1)
     for candidate in job.candidates:
         logits = candidate.logits(model, job.ids, job.prompt)
-        if not candidate.quantizes(len(job.ids)):
+        if not candidate.quantizes(len(job.ids) - 2):  # what the last query that is scored sees
             raise SkvError(
                 f"{candidate.name}: window",
                 got=f"{len(job.ids)} tokens, of which none is quantized",

@@ -342,7 +342,10 @@ def _bytes(
     places: Sequence[tuple[ir.Value, ir.TensorProtocol, int]],
 ) -> Iterator[tuple[int, Iterator[tuple[int, memoryview]]]]:
     """Computes what stands in the data file: pieces of tensors, beside where in the file each tensor starts."""
-    for start, tensor in {start: tensor for _, tensor, start in reversed(places)}.items():
+    first: dict[int, ir.TensorProtocol] = {}
+    for _, tensor, start in places:  # tied weights share a place
+        first.setdefault(start, tensor)
+    for start, tensor in first.items():
         if isinstance(tensor, LazyWeight):
             for slab in tensor.slabs():
                 yield start, tensor.places(*slab)

@@ -160,9 +160,24 @@ class Export:
         before.check()
 
 
-def plan(source: str | Path | Source, recipe: Recipe | None = None, **options: Any) -> Plan:
+def plan(
+    source: str | Path | Source,
+    recipe: Recipe | None = None,
+    *,
+    as_causal_lm: bool = False,
+    adapter: str | Path | None = None,
+    calibration: Calibration | str | Path | None = None,
+    inputs_embeds: bool | None = None,
+) -> Plan:
     """Plans an export: what it would write; arguments and errors are those of ``Export.read``."""
-    return Export.read(source, recipe, **options).plan
+    return Export.read(
+        source,
+        recipe,
+        as_causal_lm=as_causal_lm,
+        adapter=adapter,
+        calibration=calibration,
+        inputs_embeds=inputs_embeds,
+    ).plan
 
 
 def _calibrated(planned: Plan, calibration: Calibration | None) -> tuple[Plan, Calibration | None]:

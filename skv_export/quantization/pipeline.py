@@ -192,7 +192,8 @@ def quantize(
         units = measure(model, windows, options.form, chosen, tick)
         forms = allocate(units, options.form, options.budget)
     bits = sum(forms[name].effective_bits * size for name, size in sizes.items())
-    with output_folder(out, _file_bytes(model, bits, sum(sizes.values())), force=force) as folder:
+    size = _file_bytes(model, bits, sum(sizes.values()), options.rotate and options.head_bits == 16)
+    with output_folder(out, size, force=force) as folder:
         write_tokenizer(local, folder)
         writer = CheckpointWriter(folder)
         plain: dict[str, str] = {}
@@ -231,10 +232,14 @@ def quantize(
     )  # fmt: skip
 
 
-def _file_bytes(model: LayerByLayer, bits: float, elements: int) -> int:
-    """About what the files will take: so many bits of so many weights, and 16 for what is not quantized."""
+def _file_bytes(model: LayerByLayer, bits: float, elements: int, rotated: bool) -> int:
+    """About what the files will take: so many bits of so many weights, and 16 for what is not quantized.
+
+    Rotated embeddings are two matrices in float32.
+    """
     every = sum(parameter.numel() for parameter in model.model.parameters())
-    return math.ceil(bits / 8) + 2 * (every - elements)
+    embedding: Any = model.model.get_input_embeddings()
+    return math.ceil(bits / 8) + 2 * (every - elements) + (6 * embedding.weight.numel() if rotated else 0)
 
 
 def _matrices(model: LayerByLayer, form: Form) -> Iterator[tuple[str, torch.nn.Linear]]:

@@ -23,6 +23,8 @@ TOKENS = 64
 """Tokens on which the rotated model is held to the other, at most."""
 TOLERANCE = 1e-3
 """Largest difference of their logits, as a share of the largest logit: sums in float32, in another order."""
+_ROWS = 1024
+"""That are turned at a time."""
 _WIDTH = 64
 """Of the largest Hadamard matrix that is multiplied as it is."""
 
@@ -49,10 +51,14 @@ class Basis:
 
     def turn(self, rows: Tensor) -> Tensor:
         """Returns ``rows @ Q`` of ``[..., size]``, in float32; computed in float64."""
-        x = rows.double().reshape(-1, rows.shape[-1]) * self._signs.to(rows.device)
+        parts = torch.split(rows.reshape(-1, rows.shape[-1]), _ROWS)  # an embedding in float64 would be eight times its file
+        return torch.cat([self._turned(part) for part in parts]).reshape(rows.shape)
+
+    def _turned(self, rows: Tensor) -> Tensor:
+        x = rows.double() * self._signs.to(rows.device)
         for factor in self._factors:  # each takes the first axis of a Kronecker product, and leaves it as the last
             x = (x.reshape(len(x), len(factor), -1).mT @ factor.to(x.device)).reshape(len(x), -1)
-        return x.reshape(rows.shape).float()
+        return x.float()
 
 
 def _hadamard(size: int) -> Tensor:

@@ -52,11 +52,11 @@ def checked(session: Session, inputs_embeds: ArrayLike, batch: int) -> NDArray[n
             fix="Export the checkpoint with --inputs-embeds.",
         )
     given: Any = inputs_embeds
-    if hasattr(given, "detach"):  # torch's, which numpy takes neither in bfloat16 nor with a gradient
-        given = given.detach().cpu().float()
     try:
-        if np.iscomplexobj(given):
+        if "complex" in str(getattr(given, "dtype", "")):
             raise TypeError("complex numbers")
+        if hasattr(given, "detach"):  # torch's, which numpy takes neither in bfloat16 nor with a gradient
+            given = given.detach().cpu().float()
         found = np.asarray(given, np.float32)
     except (ValueError, TypeError, RuntimeError) as error:
         raise SkvError("inputs_embeds", got=shown(inputs_embeds), expected="numbers, [B, S, hidden]") from error

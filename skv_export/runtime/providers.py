@@ -178,7 +178,7 @@ def gpu_kernels(config: ModelConfig, library: Library, architecture: int = 0) ->
 
 
 def without_tensor_cores(path: str) -> str:
-    """Advice on kernels of ``gpu_kernels``; empty for the fast ones. Other reasons in ``path`` have their fix beside."""
+    """Advice on kernels of ``gpu_kernels``; empty for the fast ones. Other reasons in ``path`` have a fix there."""
     if not path.startswith("decode_simple"):
         return ""
     slow = "Without tensor cores, many times slower"

@@ -43,7 +43,9 @@ if TYPE_CHECKING:
 
 STEPS_PAST_FLUSHES = 64
 """Steps after the second flush, at least."""
-MOST_TIES = 0.2
+NEAR_EXPERTS = 0.1
+"""Two experts are near whose scores differ by less than this share of what keys and values may differ by."""
+MOST_TIES = 0.1
 """Share of the steps that may differ because two experts were near to each other."""
 
 
@@ -160,10 +162,10 @@ class GraphResult:
 
 
 class _RouterMargins(TorchFunctionMode):
-    """While it is entered, notes how near the choices of experts are: routers choose by ``torch.topk``.
+    """While it is entered, notes how near the choices of experts are: routers choose by ``torch.topk``, in each row.
 
     Attributes:
-        least: The smallest distance between the last expert chosen and the first that is not, over the largest score.
+        least: The smallest distance between the last expert chosen and the first that is not, over the former's score.
     """
 
     def __init__(self) -> None:
@@ -174,10 +176,10 @@ class _RouterMargins(TorchFunctionMode):
         given = kwargs or {}
         if func in (torch.topk, torch.Tensor.topk):
             scores, count = args[0], int(args[1] if len(args) > 1 else given["k"])
-            if count < scores.shape[-1]:
-                best = func(scores, count + 1, dim=-1).values
-                margins = (best[..., -2] - best[..., -1]) / scores.abs().amax(-1).clamp_min(1e-30)
-                self.least = min(self.least, float(margins.min()))
+            if scores.dim() == 2 and count < scores.shape[-1]:  # three: a score for each group of experts
+                chosen, other = func(scores, count + 1, dim=-1).values[:, -2:].unbind(-1)
+                margins = ((chosen - other) / chosen.abs().clamp_min(1e-30))[other.isfinite()]  # masked ones are none
+                self.least = min(self.least, float(margins.min()) if len(margins) else math.inf)
         return func(*args, **given)
 
 
@@ -328,7 +330,7 @@ def compare_steps(
             decoder.adopt(cache)
         reference = decoder.run(ids)
         exported = session.run([ids], None, None, cache)[0, -1]
-        if decoder.margin <= rows and track.differs(reference, exported, decoder, cache):
+        if decoder.margin <= NEAR_EXPERTS * rows and track.differs(reference, exported, decoder, cache):
             track.ties.append(step)
             adopt = True  # what they hold of this step is not the same any more
             continue
@@ -364,7 +366,9 @@ class _Track:
         self, reference: NDArray[np.float32], exported: NDArray[np.float32], decoder: TorchDecoder, cache: Cache
     ) -> bool:
         """Whether a step's logits, or the keys and values that it wrote, are beyond the limits."""
-        if not np.abs(reference - exported).max() <= self.limit:
+        if not np.isfinite(exported).all():
+            return False  # no other expert makes it so
+        if np.abs(reference - exported).max() > self.limit:
             return True
         return any(off > self._most(layout) for _, _, layout, (_, _, off) in _written(decoder, cache))
 

@@ -76,7 +76,7 @@ def test_experts_are_transformers(arch: str, form: str, tmp_path: Path) -> None:
 
 def test_near_ties_of_experts_are_no_fault_of_an_export(tmp_path: Path) -> None:
     """Two experts whose routers are the same: rounding chooses between them, and not alike on both sides."""
-    checkpoint = checkpoint_of(tmp_path / "made", "mixtral", num_local_experts=16)
+    checkpoint = checkpoint_of(tmp_path / "made", "mixtral", num_local_experts=32)
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     for name, weight in model.named_parameters():
         if name.endswith("gate.weight"):
@@ -92,6 +92,17 @@ def test_near_ties_of_experts_are_no_fault_of_an_export(tmp_path: Path) -> None:
     assert any("rounding chose between two experts" in row for row in found.rows())
     model.get_parameter("model.layers.1.self_attn.o_proj.weight").data *= 1.05  # which is a fault, ties or not
     assert graph_level.check(model, out, ids).failures
+
+
+def test_how_near_experts_are_is_seen_in_what_a_router_chooses() -> None:
+    masked, plain = torch.tensor([[3.0, 2.0, -torch.inf]]), torch.tensor([[3.0, 2.0, 1.9], [9.0, 5.0, 1.0]])
+    with graph_level._RouterMargins() as margins:
+        torch.topk(masked, 2)  # the third can't be chosen
+        torch.topk(plain[None], 1, dim=-1)  # groups of experts
+        plain.topk(k=3)  # all are
+        assert margins.least == torch.inf
+        torch.topk(plain, 2, dim=-1, sorted=False)
+    assert margins.least == pytest.approx(0.05)
 
 
 def test_other_experts_and_other_formats_are_gathered(tmp_path: Path) -> None:

@@ -164,6 +164,7 @@ def test_what_came_as_an_embedding_is_no_token(exported: Callable[[str], Exporte
         (np.full((1, 4, 64), np.nan), "inputs_embeds; got infinite numbers or not-a-number"),
         ([["a"]], "inputs_embeds; .*expected numbers"),
         (np.zeros((1, 4, 64), np.complex64), "inputs_embeds; .*expected numbers"),
+        (torch.zeros(1, 4, 64, dtype=torch.complex64), "inputs_embeds; .*expected numbers"),
     ],
 )
 def test_embeddings_that_do_not_fit_are_refused(embeds: Any, message: str, exported: Callable[[str], Exported]) -> None:
