@@ -51,7 +51,7 @@ class Basis:
 
     def turn(self, rows: Tensor) -> Tensor:
         """Returns ``rows @ Q`` of ``[..., size]``, in float32; computed in float64."""
-        parts = torch.split(rows.reshape(-1, rows.shape[-1]), _ROWS)  # an embedding in float64 would be eight times its file
+        parts = torch.split(rows.reshape(-1, rows.shape[-1]), _ROWS)  # in float64 a whole embedding is large
         return torch.cat([self._turned(part) for part in parts]).reshape(rows.shape)
 
     def _turned(self, rows: Tensor) -> Tensor:
