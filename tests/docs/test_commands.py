@@ -99,7 +99,7 @@ PARSED = {
 QUICKER = {
     "analyze": ["--windows", "1", "--window", "192", "--choices", "2,4"],
     "calibrate": ["--windows", "1", "--window", "128"],
-    "quality": ["--windows", "1", "--window", "208"],
+    "quality": ["--windows", "1", "--window", "480"],
     "quantize": ["--windows", "1", "--window", "64", "--force"],
     "model": ["--force"],
     "verify": ["--windows", "1", "--window-tokens", "160", "--max-ppl-increase", "9", "--checkpoint", "CHECKPOINT"],

@@ -46,7 +46,7 @@ def checkpoint(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
 
 def test_workers_measure_what_is_measured_here(cluster: str, checkpoint: Path, tmp_path: Path) -> None:
     source, state = resolve(checkpoint), tmp_path / "state.jsonl"
-    options: dict[str, Any] = {"windows": 3, "window": 128}
+    options: dict[str, Any] = {"windows": 3, "window": 160}
     here = comparison.run(source, parse_configs("K4V2,K2V2", Recipe()), TEXT, **options)
     comparison.run(source, parse_configs("K4V2,K2V2", Recipe()), TEXT, first=1, state=state, **options)
     seen: list[int] = []
