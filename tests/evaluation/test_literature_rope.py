@@ -92,11 +92,11 @@ def test_only_the_rope_that_a_layer_applied_is_undone(arch: str, with_rope: set[
             assert torch.allclose(ropes[i].apply(before), keys, atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", ["gptj", "llama4_text"])
-def test_keys_after_a_rope_of_unknown_form_do_not_pass_for_keys_before_it(
-    arch: str, tiny_checkpoint: Callable[..., Path]
-) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(arch), dtype=torch.float32).eval()
+@pytest.mark.parametrize("arch", ["gptj", "llama4_text", "hunyuan_v1_dense"])
+def test_keys_after_a_rope_of_unknown_form_do_not_pass_for_keys_before_it(arch: str) -> None:
+    """Functions of other arguments; a norm after RoPE."""
+    model = AutoModelForCausalLM.from_config(tiny_config(arch) if arch in TINY else small_config(arch)).eval()
+    randomize(model)
     replace_attention(model, ATTENTION_NAME)
     candidates = [c for name in ("kvquant-k3v3", "oscar-k2v2") for c in parse_baselines(name)]
     for candidate in candidates:

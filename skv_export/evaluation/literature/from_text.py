@@ -166,10 +166,9 @@ def seen(model: PreTrainedModel, windows: torch.Tensor) -> dict[int, Activations
     for layer, of_windows in parts.items():
         *texts, moments = zip(*of_windows, strict=True)
         keys, values, key_gradients, value_gradients = (torch.cat(x, 1) for x in texts)
-        moment = torch.stack(moments).sum(0)
-        found[layer] = Activations(
-            keys, values, key_gradients, value_gradients, moment, windows.shape[1], ropes.get(layer)
-        )
+        moment, rope = torch.stack(moments).sum(0), ropes.get(layer)
+        rope = rope and rope.checked(texts[0][-1])
+        found[layer] = Activations(keys, values, key_gradients, value_gradients, moment, windows.shape[1], rope)
     _SEEN[model] = digest, found
     return found
 

@@ -26,6 +26,7 @@ class Rope:
         cos: ``[1, S, R]``.
         sin: The same.
         channels: First channels of a head, which the function is given; the others stay as they are.
+        turned: What it made of the text's keys, ``[H, S, channels]``; None where it is not known.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Rope:
     cos: torch.Tensor
     sin: torch.Tensor
     channels: int
+    turned: torch.Tensor | None = None
 
     def apply(self, keys: torch.Tensor) -> torch.Tensor:
         """Rotates keys ``[H, S, D]`` of the text's first S tokens, and scales them where the model does."""
@@ -54,6 +56,18 @@ class Rope:
         if not torch.allclose(self.apply(before), keys, rtol=1e-3, atol=1e-3 * float(keys.abs().max())):
             raise _refusal(self.name)
         return before
+
+    def checked(self, keys: torch.Tensor) -> Rope:
+        """Returns itself, or RoPE that can't be undone if the text's keys ``[H, S, D]`` are not what it made.
+
+        Some models norm keys after RoPE.
+        """
+        if self.turned is None:
+            return self
+        made, found = self.turned.to(keys), keys[..., : self.channels]
+        if made.shape == found.shape and torch.allclose(made, found, rtol=1e-2, atol=1e-2 * float(found.abs().max())):
+            return self
+        return _unknown(f"{self.name}, with other operations after it")
 
     def _turned(self, x: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         cos, sin = (t[:, : x.shape[1]].to(x) for t in (self.cos, sin))
@@ -97,9 +111,9 @@ def watched(model: PreTrainedModel, found: dict[int, Rope]) -> Iterator[None]:
     def telling(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            turned = function(*args, **kwargs)
-            found[running] = _rope(function, args, kwargs)  # once it is done: this one counts, not what it calls
-            return turned
+            output = function(*args, **kwargs)
+            found[running] = _rope(function, args, kwargs, output)  # once it is done: it counts, not what it calls
+            return output
 
         return call
 
@@ -124,7 +138,7 @@ def watched(model: PreTrainedModel, found: dict[int, Rope]) -> Iterator[None]:
         found.update({module.layer_idx: _unknown(str(model.config.model_type)) for module in layers})  # type: ignore[misc]
 
 
-def _rope(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rope:
+def _rope(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Rope:
     """What a call does, of functions of queries and keys, or of either, that take cos and sin as most models' do.
 
     ``unsqueeze_dim`` is what tells that the function takes heads before tokens unless told otherwise.
@@ -140,11 +154,16 @@ def _rope(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if names.index("sin") < names.index("cos") or len(tensors) not in (1, 2) or needed:
         return _unknown(name)
 
-    def turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        turned = function(*[keys] * len(tensors), cos=cos, sin=sin)
+    def of_keys(turned: Any) -> torch.Tensor:
         return turned if len(tensors) == 1 else turned[-1]
 
-    return Rope(name, turn, given["cos"], given["sin"], given[tensors[-1]].shape[-1])
+    def turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return of_keys(function(*[keys] * len(tensors), cos=cos, sin=sin))
+
+    turned = of_keys(output)[0].detach()
+    if given.get("unsqueeze_dim", 1) == 2:
+        turned = turned.transpose(0, 1)
+    return Rope(name, turn, given["cos"], given["sin"], turned.shape[-1], turned)
 
 
 def _has_rope(config: Any) -> bool:
