@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import sys
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,8 @@ def table(figures: dict[str, Any]) -> str:
     """All models side by side, the fewest bits of the first one first; on a Pareto front in bold."""
     names = list(figures)
     by_name = {name: {row["name"]: row for row in figures[name]["rows"]} for name in names}
-    fronts = {name: _front(figures[name]["rows"]) for name in names}
+    bits_and_loss = itemgetter("effective_bits", "kld_mean")
+    fronts = {name: {row["name"] for row in comparison.pareto(figures[name]["rows"], bits_and_loss)} for name in names}
     head = " | ".join(f"{name}: bits | KLD | perplexity" for name in names)
     lines = [f"| | {head} |", "|---" * (1 + 3 * len(names)) + "|"]
     order: dict[str, float] = {}
@@ -190,14 +192,6 @@ def windows_of(model: dict[str, Any]) -> int:
     return int(min(row["windows"] for row in model["rows"]))
 
 
-def _front(rows: list[dict[str, Any]]) -> set[str]:
-    found: list[dict[str, Any]] = []
-    for row in sorted(rows, key=lambda row: (row["effective_bits"], row["kld_mean"])):
-        if not found or row["kld_mean"] < found[-1]["kld_mean"]:
-            found.append(row)
-    return {row["name"] for row in found}
-
-
 def render(figures: dict[str, Any], drawing: Path, page: Path) -> None:
     """Writes the drawing, and the table between its marks of a page."""
     drawing.write_text(svg(figures), encoding="utf-8")
@@ -221,6 +215,8 @@ def main() -> None:
     parser.add_argument("--first", type=int, help="Measure only the first so many of them.")
     parser.add_argument("--state", type=Path)
     given = parser.parse_args()
+    if given.measure and not given.name:
+        parser.error("--measure: --name says where the figures go")
     if given.measure:
         measure(given)
     render(

@@ -75,7 +75,7 @@ def _patch_gpt_neo(module: Any, attend: Attend) -> None:
 
 def _patch_falcon(module: Any, attend: Attend) -> None:
     """Replaces ``forward``, whose scores have no function of their own, for models with RoPE."""
-    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
+    from transformers.models.falcon import modeling_falcon
 
     def forward(
         hidden_states: torch.Tensor,
@@ -90,7 +90,8 @@ def _patch_falcon(module: Any, attend: Attend) -> None:
             raise SkvError("falcon: positions are biases on the scores (ALiBi)", expected="a model with RoPE")
         fused = module.query_key_value(hidden_states).unflatten(-1, (-1, module.head_dim))
         query, key, value = (x.transpose(1, 2) for x in _split_falcon(module, fused))
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)  # type: ignore[no-untyped-call]
+        # Looked up at each call, as the model's own code does: who replaces the function is heard.
+        query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *position_embeddings)  # type: ignore[no-untyped-call]
         if layer_past is not None:
             key, value = layer_past.update(key, value, module.layer_idx)
         output, _weights = attend(module, query, key, value, attention_mask, scaling=module.head_dim**-0.5)

@@ -13,8 +13,9 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -142,11 +143,21 @@ class ComparisonResult:
         return "\n".join(lines)
 
 
-def pareto(rows: Sequence[CandidateResult]) -> list[CandidateResult]:
-    """Rows that no other row beats in both bits and mean KL divergence, fewest bits first."""
-    front: list[CandidateResult] = []
-    for row in sorted(rows, key=lambda row: (row.effective_bits, row.kld_mean)):
-        if not front or row.kld_mean < front[-1].kld_mean:
+_Row = TypeVar("_Row")
+
+
+def pareto(
+    rows: Sequence[_Row], key: Callable[[_Row], tuple[float, float]] = attrgetter("effective_bits", "kld_mean")
+) -> list[_Row]:
+    """Rows that no other row beats in both bits and mean KL divergence, fewest bits first.
+
+    Args:
+        rows: Of a table.
+        key: A row's bits and divergence.
+    """
+    front: list[_Row] = []
+    for row in sorted(rows, key=key):
+        if not front or key(row)[1] < key(front[-1])[1]:
             front.append(row)
     return front
 

@@ -54,3 +54,13 @@ def test_a_page_without_the_marks_is_left_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no <!-- literature"):
         literature.render(FIGURES, tmp_path / "literature.svg", page)
     assert page.read_text() == "nothing to replace"
+
+
+def test_a_measurement_without_a_name_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(literature, "measure", lambda _: pytest.fail("measured"))
+    monkeypatch.setattr("sys.argv", ["literature.py", "--measure", "somewhere"])
+    with pytest.raises(SystemExit):
+        literature.main()
+    assert "--name says where the figures go" in capsys.readouterr().err

@@ -11,18 +11,17 @@ from typing import Any
 import pytest
 import torch
 from letters import TEXT, Letters
-from transformers import AutoModelForCausalLM
 
 from skv_export.checkpoints.checkpoint import resolve
 from skv_export.errors import SkvError
 from skv_export.evaluation import comparison
 from skv_export.evaluation.baselines import LITERATURE, parse_baselines
 from skv_export.evaluation.decode_simulation import FullCache, Simulation, TensorCache, simulated_logits
+from skv_export.evaluation.literature import from_text as from_text_module
 from skv_export.evaluation.literature import kvquant, oscar, svdq
 from skv_export.evaluation.literature.from_text import _SEEN, Activations, FromText, seen
 from skv_export.evaluation.literature.kivi import KiviKeys, KiviValues
 from skv_export.evaluation.literature.kvarn import KvarnCache, balance, imbalance
-from skv_export.evaluation.literature.rope import Rope, watched
 from skv_export.evaluation.literature.squat import SquatKeys
 from skv_export.evaluation.literature.svdq import SvdqKeys
 from skv_export.evaluation.literature.tiled import TiledCache, hadamard
@@ -260,42 +259,6 @@ def test_heads_of_any_dimension_are_rotated() -> None:
 # On models.
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt_neox", "gemma2", "gpt2"])
-def test_keys_before_rope_are_those_that_the_model_had(arch: str, tiny_checkpoint: Callable[..., Path]) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(arch), dtype=torch.float32).eval()
-    ropes: dict[int, Rope] = {}
-    seen_keys: list[torch.Tensor] = []
-
-    def note(module: Any, args: Any, output: torch.Tensor) -> None:
-        seen_keys.append(output)
-
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if arch in ("llama", "gemma2"):
-        layers[1].self_attn.k_proj.register_forward_hook(note)
-    with torch.no_grad(), watched(model, ropes):
-        cache = model(torch.arange(40)[None] * 7 % 300, use_cache=True).past_key_values
-    if arch == "gpt2":
-        assert not ropes
-        return
-    keys = cache.layers[1].keys[0]
-    before = ropes[1].undo(keys)
-    assert torch.allclose(ropes[1].apply(before), keys, atol=1e-4)
-    assert torch.allclose(before[:, 0], keys[:, 0], atol=1e-5) and not torch.allclose(
-        before[:, 9], keys[:, 9], atol=0.1
-    )
-    if seen_keys:
-        expected = seen_keys[0][0].unflatten(-1, (len(keys), -1)).transpose(0, 1)
-        assert torch.allclose(before, expected, atol=1e-4)
-
-
-def test_what_is_no_rotation_is_refused() -> None:
-    def scaled(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return 2 * x * cos
-
-    with pytest.raises(SkvError, match="keys before RoPE can't be had"):
-        Rope(scaled, torch.ones(1, 4, 8), torch.zeros(1, 4, 8)).undo(torch.ones(1, 4, 8))
-
-
 @pytest.fixture(scope="module")
 def loaded(tiny_checkpoint: Callable[..., Path]) -> tuple[Any, Any]:
     with pytest.MonkeyPatch.context() as patch:
@@ -349,6 +312,37 @@ def test_sensitivity_is_the_gradient_of_the_loss(loaded: tuple[Any, Any]) -> Non
         losses.append(float(torch.nn.functional.cross_entropy(logits[:-1], ids[1:])))
     expected = 2e-2 * float(layer.value_gradients.norm())
     assert losses[0] - losses[1] == pytest.approx(expected, rel=0.3)
+
+
+def test_what_was_fitted_belongs_to_its_windows(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Others(Letters):
+        """The same letters under other numbers."""
+
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            return [i if i == 1 else 300 - i for i in super().encode(text, add_special_tokens)]
+
+    monkeypatch.setattr(from_text_module, "WINDOWS", 1)
+    model, tokenizer = loaded
+    ids = torch.arange(400) * 37 % 300
+    first, second = (parse_baselines("oscar-k2v2")[0] for _ in range(2))
+    with torch.no_grad():
+        first.prepare(tokenizer)
+        before = first.logits(model, ids, 0)
+        second.prepare(Others())
+        expected = second.logits(model, ids, 0)
+        first.prepare(Others())
+        assert torch.equal(first.logits(model, ids, 0), expected) and not torch.equal(before, expected)
+        first.prepare(tokenizer)
+        assert torch.equal(first.logits(model, ids, 0), before)
+
+
+def test_a_window_that_ends_with_the_prompt_quantizes_no_keys(loaded: tuple[Any, Any]) -> None:
+    ids = torch.arange(400) * 37 % 300
+    with torch.no_grad():
+        for candidate in parse_baselines("squat-k2v2,svdq-k2v2"):
+            for tokens, prompt, expected in ((200, 0, False), (256, 0, False), (257, 0, True), (120, 100, False)):
+                candidate.logits(loaded[0], ids[:tokens], prompt)
+                assert candidate.quantizes(tokens) == expected, (candidate.name, tokens)
 
 
 def test_a_whole_run(loaded: tuple[Any, Any]) -> None:

@@ -32,10 +32,12 @@ class PromptAttention:
 
     Attributes:
         prompt: Tokens of the prompt; set before a window is run.
+        keys: The last layer's cache of the last window.
     """
 
     def __init__(self) -> None:
         self.prompt = PROMPT_TOKENS
+        self.keys: TensorCache | None = None
 
     def __call__(
         self,
@@ -46,8 +48,8 @@ class PromptAttention:
         **options: Any,
     ) -> torch.Tensor:
         """As ``attend``."""
-        keys = caches[0].fitted(query[:, : self.prompt], key[:, : self.prompt])
-        return attend(query, key, value, (keys, caches[1]), **options)
+        self.keys = caches[0].fitted(query[:, : self.prompt], key[:, : self.prompt])
+        return attend(query, key, value, (self.keys, caches[1]), **options)
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,8 @@ class FromPrompt(Simulated):
         """One forward pass."""
         self.attention.prompt = prompt or PROMPT_TOKENS
         return simulated_logits(model, ids, self.simulation)
+
+    def quantizes(self, tokens: int) -> bool:
+        """Whether the last of so many tokens sees quantized keys: the prompt has run, and its keys fill a tile."""
+        keys = self.attention.keys
+        return keys is not None and tokens > self.attention.prompt and keys.quantized_tokens(tokens - 1) > 0

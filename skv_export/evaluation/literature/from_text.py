@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,23 +55,40 @@ Ropes = dict[int, Rope]
 """Each layer's RoPE on the text at hand."""
 Fit = Callable[[dict[int, Activations], Ropes], CacheFactory]
 """Makes caches from what the layers saw; the RoPE of a text is there while the text runs."""
-_SEEN: WeakKeyDictionary[PreTrainedModel, dict[int, Activations]] = WeakKeyDictionary()
-"""By model, so that all candidates share one calibration."""
+_SEEN: WeakKeyDictionary[PreTrainedModel, tuple[str, dict[int, Activations]]] = WeakKeyDictionary()
+"""By model the digest of the last windows and what was seen, so that all candidates share one calibration."""
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A cache fitted to a model and windows.
+
+    Attributes:
+        model: Held, so that no other model takes its identity.
+        windows: Their digest.
+        simulation: The cache.
+        ropes: What it looks at.
+    """
+
+    model: PreTrainedModel
+    windows: str
+    simulation: Simulation
+    ropes: Ropes
 
 
 @dataclass(frozen=True)
 class FromText(Candidate):
-    """A cache that is fitted to the calibration text, once per model.
+    """A cache that is fitted to the calibration text, once per model and tokenizer.
 
     Attributes:
         fit: Makes it.
-        windows: Of the calibration text, ``[W, S]``, put here by ``prepare``.
-        made: The simulation of each model, by identity, and the RoPE it looks at; the last is that of the last run.
+        windows: Of the calibration text, ``[W, S]``, put here by the last ``prepare``.
+        made: By the model's identity; the last is that of the last run.
     """
 
     fit: Fit
     windows: list[torch.Tensor] = field(default_factory=list)
-    made: dict[int, tuple[Simulation, Ropes]] = field(default_factory=dict)
+    made: dict[int, _Made] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str, note: str, fit: Fit) -> FromText:
@@ -79,9 +97,8 @@ class FromText(Candidate):
 
     def prepare(self, tokenizer: Any) -> None:
         """Cuts the calibration text."""
-        if not self.windows:
-            text = read_text(None, CALIBRATION_TEXT)
-            self.windows.append(torch.from_numpy(cut_windows(tokenizer, text, WINDOWS, WINDOW_TOKENS)))
+        text = read_text(None, CALIBRATION_TEXT)
+        self.windows[:] = [torch.from_numpy(cut_windows(tokenizer, text, WINDOWS, WINDOW_TOKENS))]
 
     def logits(self, model: PreTrainedModel, ids: torch.Tensor, prompt: int = 0) -> torch.Tensor:
         """One forward pass; the first time, passes over the calibration text before it.
@@ -91,14 +108,13 @@ class FromText(Candidate):
         """
         if not self.windows:
             raise SkvError(f"{self.name} has no calibration text", fix="Call prepare(tokenizer) first.")
-        made = self.made.pop(id(model), None)
-        if made is None:
+        made, digest = self.made.pop(id(model), None), _digest(self.windows[0])
+        if made is None or made.windows != digest:
             ropes: Ropes = {}
-            made = Simulation(self.fit(seen(model, self.windows[0]), ropes)), ropes
+            made = _Made(model, digest, Simulation(self.fit(seen(model, self.windows[0]), ropes)), ropes)
         self.made[id(model)] = made
-        simulation, ropes = made
-        with watched(model, ropes):
-            return simulated_logits(model, ids, simulation)
+        with watched(model, made.ropes):
+            return simulated_logits(model, ids, made.simulation)
 
     def effective_bits(self, context_length: int) -> float:
         """Over all layers, of the model that ran last."""
@@ -110,7 +126,7 @@ class FromText(Candidate):
 
     @property
     def _last(self) -> Simulation:
-        return list(self.made.values())[-1][0]
+        return list(self.made.values())[-1].simulation
 
 
 def seen(model: PreTrainedModel, windows: torch.Tensor) -> dict[int, Activations]:
@@ -119,8 +135,9 @@ def seen(model: PreTrainedModel, windows: torch.Tensor) -> dict[int, Activations
     The gradients are those of each window's loss against its own tokens: their squares are the diagonal of the
     empirical Fisher information.
     """
-    if model in _SEEN:
-        return _SEEN[model]
+    digest = _digest(windows)
+    if model in _SEEN and _SEEN[model][0] == digest:
+        return _SEEN[model][1]
     now: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def observe(layer: int, tensors: Any, options: AttentionOptions, output: torch.Tensor) -> None:
@@ -149,12 +166,15 @@ def seen(model: PreTrainedModel, windows: torch.Tensor) -> dict[int, Activations
     for layer, of_windows in parts.items():
         *texts, moments = zip(*of_windows, strict=True)
         keys, values, key_gradients, value_gradients = (torch.cat(x, 1) for x in texts)
-        moment = torch.stack(moments).sum(0)
-        found[layer] = Activations(
-            keys, values, key_gradients, value_gradients, moment, windows.shape[1], ropes.get(layer)
-        )
-    _SEEN[model] = found
+        moment, rope = torch.stack(moments).sum(0), ropes.get(layer)
+        rope = rope and rope.checked(texts[0][-1])
+        found[layer] = Activations(keys, values, key_gradients, value_gradients, moment, windows.shape[1], rope)
+    _SEEN[model] = digest, found
     return found
+
+
+def _digest(windows: torch.Tensor) -> str:
+    return hashlib.sha256(f"{tuple(windows.shape)}".encode() + windows.numpy().tobytes()).hexdigest()
 
 
 @contextmanager

@@ -128,15 +128,15 @@ def fit(k_bits: int, v_bits: int, seen: dict[int, Activations], ropes: Ropes) ->
     """Returns the caches of a model whose layers saw this."""
 
     def make(index: int, head_dim: int, window: int) -> tuple[KvquantKeys, KvquantValues]:
-        layer = seen[index]
+        layer, rope = seen[index], seen[index].rope
         # Without the first token of each window, which is exact.
         keys, values, k_gradients, v_gradients = (
-            torch.cat([(x if rope is None else rope.undo(x))[:, 1:] for x in torch.split(tensor, layer.window, 1)], 1)
-            for tensor, rope in (
-                (layer.keys, layer.rope),
-                (layer.values, None),
-                (layer.key_gradients, layer.rope),
-                (layer.value_gradients, None),
+            torch.cat([before(x)[:, 1:] for x in torch.split(tensor, layer.window, 1)], 1)
+            for tensor, before in (
+                (layer.keys, rope.undo if rope else as_it_is),
+                (layer.values, as_it_is),
+                (layer.key_gradients, rope.transposed if rope else as_it_is),
+                (layer.value_gradients, as_it_is),
             )
         )
         ends = keys.new_tensor([OUTLIERS / 2, 1 - OUTLIERS / 2])
@@ -153,6 +153,11 @@ def fit(k_bits: int, v_bits: int, seen: dict[int, Activations], ropes: Ropes) ->
         )  # fmt: skip
 
     return make
+
+
+def as_it_is(x: torch.Tensor) -> torch.Tensor:
+    """What stands for RoPE where there is none."""
+    return x
 
 
 def _scaled(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
