@@ -99,7 +99,7 @@ def test_biases_one_kv_head_and_rope_in_pairs(
     )  # fmt: skip
     config = ModelConfig.load(folder)
     assert all(layer.calibrated for layer in config.layers)
-    prompt, steps = graph_level.step_counts(config.layers[0].key)
+    prompt, steps = graph_level.step_counts(config)
     result = graph_level.check(load_model(resolve(checkpoint)), folder, (np.arange(prompt + steps) * 37 % 300).tolist())
     assert not result.failures, result.failures
 
