@@ -16,12 +16,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from skv_export import progress
@@ -37,6 +36,7 @@ from skv_export.spec.layout import Bytes, CacheLayout
 from skv_export.spec.op import options_of
 from skv_export.spec.recipe import LayerConfig
 from skv_export.verification import graph_variants
+from skv_export.verification.router_margins import RouterMargins
 
 if TYPE_CHECKING:
     from skv_export.verification.source_graph import SourceGraph
@@ -161,28 +161,6 @@ class GraphResult:
         ]
 
 
-class _RouterMargins(TorchFunctionMode):
-    """While it is entered, notes how near the choices of experts are: routers choose by ``torch.topk``, in each row.
-
-    Attributes:
-        least: The smallest distance between the last expert chosen and the first that is not, over the former's score.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.least = math.inf
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        if func in (torch.topk, torch.Tensor.topk):
-            scores, count = args[0], int(args[1] if len(args) > 1 else given["k"])
-            if scores.dim() == 2 and count < scores.shape[-1]:  # three: a score for each group of experts
-                chosen, other = func(scores, count + 1, dim=-1).values[:, -2:].unbind(-1)
-                margins = ((chosen - other) / chosen.abs().clamp_min(1e-30))[other.isfinite()]  # masked ones are none
-                self.least = min(self.least, float(margins.min()) if len(margins) else math.inf)
-        return func(*args, **given)
-
-
 class TorchDecoder:
     """The model in PyTorch with the reference as its attention and its own cache, for one sequence.
 
@@ -215,7 +193,7 @@ class TorchDecoder:
         tokens = torch.tensor([list(ids)], device=self._device)
         positions = torch.arange(self.length, total, device=self._device)[None]
         mask = torch.ones((1, total), dtype=torch.int64, device=self._device)
-        with torch.no_grad(), _RouterMargins() as margins:
+        with torch.no_grad(), RouterMargins() as margins:
             logits, *self._past = self._decoder(tokens, mask, positions, *self._past)
         self.length, self.margin = total, margins.least
         return logits[0, -1].float().cpu().numpy()

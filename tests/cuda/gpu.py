@@ -25,7 +25,8 @@ try:
 except ImportError:  # a bare machine: only the number format's name is needed, and its cases are left out
     sys.modules["ml_dtypes"] = types.SimpleNamespace(bfloat16=np.float16)  # type: ignore[assignment]
     HAS_BFLOAT16 = False
-from harness import COMPILER, SOURCES, Array, Library  # noqa: E402
+from builds import COMPILER, SOURCES  # noqa: E402
+from harness import Array, Library  # noqa: E402
 
 
 def can_pack(parameter_bits: int, recent_type: str) -> bool:

@@ -4,8 +4,6 @@
 #include "cuda/runtime.h"
 #include "runtime_library.h"
 
-extern "C" void skv_shim_provide(const char* name, const void* kernel) { shim::provided()[name] = kernel; }
-
 namespace skv::cuda {
 
 int load_kernels(const void* cubin, int count, const char* const* names, const void** kernels) {

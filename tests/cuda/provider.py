@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from harness import PIECE
+from builds import PIECE
 from op_nodes import PROVIDERS, arrays_of, attributes_of, model_of, session_of
 from tiny_graph import addresses
 from tiny_models import TINY

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import SOURCES, Array, HostMemory, Library
+from builds import SOURCES
+from harness import Array, HostMemory, Library
 from ptx_machine import Block, Counters, GlobalMemory, TrapError
 from ptx_program import Instruction, Kernel, kernels_of
 

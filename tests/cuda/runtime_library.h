@@ -46,3 +46,8 @@ inline const void* kernel_of(const CudaLibrary& library, const char* name) {
 }
 
 }  // namespace shim
+
+// For compiled_kernels.cc, which may be in another library.
+extern "C" __attribute__((used)) inline void skv_shim_provide(const char* name, const void* kernel) {
+  shim::provided()[name] = kernel;
+}

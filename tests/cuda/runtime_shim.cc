@@ -438,8 +438,6 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
 
 // Kernels from cubins. None is loaded while a stream is captured.
 
-void skv_shim_provide(const char* name, const void* kernel) { shim::provided()[name] = kernel; }
-
 cudaError_t cudaLibraryLoadData(cudaLibrary_t* library, const void* code, cudaJitOption*, void**, unsigned,
                                 cudaLibraryOption*, void**, unsigned) {
   return unless_capturing([&] {

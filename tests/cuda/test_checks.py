@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness import ASAN, COMPILER, OK, ROOT, SOURCES, TSAN, build_ort_shim, build_shim
+from builds import ASAN, COMPILER, ROOT, SOURCES, TSAN, build_ort_shim, build_shim
+from harness import OK
 from mutations import MUTATIONS, Mutation
 
 pytestmark = pytest.mark.slow

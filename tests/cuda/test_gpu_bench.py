@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import gpu_bench
 import pytest
 import torch
-from harness import ROOT, HostMemory, Library, build_shim
+from builds import ROOT, build_shim
+from harness import HostMemory, Library
 
 
 @pytest.mark.parametrize("bits", [32, 8])

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from builds import ROOT, SHIM, build_shim
 from check import cases
-from harness import MMA, ROOT, SHIM, HostMemory, KernelError, Library, build_shim, difference
+from harness import MMA, HostMemory, KernelError, Library, difference
 
 from skv_export.native.library import ORIGINS, SkvLayout
 from skv_export.spec.conformance import Case

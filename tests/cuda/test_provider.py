@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import ROOT, SOURCES, build_ort_shim, build_runtime, cuda_headers
+from builds import ROOT, SOURCES, build_ort_shim, build_runtime, cuda_headers
 
 OUT = ROOT / "build" / "cuda_shim"
 ORT_GPU = Path(os.environ.get("SKV_ORT_GPU", ""))

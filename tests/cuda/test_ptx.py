@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from builds import ROOT, build_shim
 from check import LONG, ROWS, cases
-from harness import AUTO, MMA, ROOT, SIMPLE, Library, build_shim, check_dense, difference
+from harness import AUTO, MMA, SIMPLE, Library, check_dense, difference
 from ptx_library import ALL_SOURCES, PtxLibrary, compile_ptx, keyed, ptx_of
 from ptx_memory import TrapError
 from ptx_operations import FRAGMENT_A, FRAGMENT_B, FRAGMENT_C, multiply_matrices

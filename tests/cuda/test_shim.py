@@ -11,19 +11,8 @@ import gpu_test
 import numpy as np
 import pytest
 import rewinding
-from harness import (
-    AUTO,
-    INVALID_ARGUMENT,
-    MMA,
-    ROOT,
-    SIMPLE,
-    TYPES,
-    HostMemory,
-    KernelError,
-    Library,
-    build_shim,
-    difference,
-)
+from builds import ROOT, build_shim
+from harness import AUTO, INVALID_ARGUMENT, MMA, SIMPLE, TYPES, HostMemory, KernelError, Library, difference
 
 from skv_export.native.library import SkvCache
 from skv_export.spec.conformance import (

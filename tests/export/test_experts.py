@@ -22,6 +22,7 @@ from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.runtime.providers import load_error
 from skv_export.spec.recipe import Recipe
 from skv_export.verification import graph_level, graph_variants
+from skv_export.verification.router_margins import RouterMargins
 from skv_export.verification.run import load_original
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -96,7 +97,7 @@ def test_near_ties_of_experts_are_no_fault_of_an_export(tmp_path: Path) -> None:
 
 def test_how_near_experts_are_is_seen_in_what_a_router_chooses() -> None:
     masked, plain = torch.tensor([[3.0, 2.0, -torch.inf]]), torch.tensor([[3.0, 2.0, 1.9], [9.0, 5.0, 1.0]])
-    with graph_level._RouterMargins() as margins:
+    with RouterMargins() as margins:
         torch.topk(masked, 2)  # the third can't be chosen
         torch.topk(plain[None], 1, dim=-1)  # groups of experts
         plain.topk(k=3)  # all are
