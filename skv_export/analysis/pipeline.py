@@ -205,7 +205,9 @@ def analyze(
     cache = _limited(cache, target, opened)
     layers = _read(reader, cache.base, progress)
     if measure is not None:
-        measure = replace(measure, window=min(measure.window, _context(opened.source)))
+        from skv_export.checkpoints.model_config import context_length, load_config  # which loads transformers
+
+        measure = replace(measure, window=min(measure.window, context_length(load_config(opened.source))))
     measurement = _measure(opened.source, cache, measure, progress) if measure else None
 
     def recommended(limited: CacheBudget) -> Recommendation:
@@ -289,12 +291,6 @@ def _analyze_layer(weights: AttentionWeights, config: AttentionConfig, base: Lay
     v = norms(weights.v, config.num_key_value_heads, f"layer {index}: value projection")
     bias = float(np.linalg.norm(weights.k_bias)) if weights.k_bias is not None else 0.0
     return LayerAnalysis(index, q, k, v, geometry(weights, config, base), bias)
-
-
-def _context(source: Source) -> int:
-    from skv_export.checkpoints.model_config import context_length, load_config  # which loads transformers
-
-    return context_length(load_config(source).get_text_config())
 
 
 def _measure(source: Source, cache: CacheBudget, options: MeasureOptions, progress: Progress | None) -> Measurement:

@@ -60,14 +60,15 @@ def _ropes(config: PreTrainedConfig) -> list[Mapping[str, Any]]:
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Returns the tokens that the exported model can attend to.
+    """Returns the tokens that the exported model, or its text tower, can attend to.
 
     YaRN reaches ``factor`` times its original length, whether or not ``max_position_embeddings`` was raised with it;
     dynamic NTK ``factor`` times ``max_position_embeddings``.
     """
-    full = int(getattr(config, "max_position_embeddings", None) or 2048)
+    text = config.get_text_config()
+    full = int(getattr(text, "max_position_embeddings", None) or 2048)
     reached = [full]
-    for rope in _ropes(config):
+    for rope in _ropes(text):
         factor, original = float(rope.get("factor") or 1.0), rope.get("original_max_position_embeddings")
         if rope.get("rope_type") == "yarn" and original:
             reached.append(int(int(original) * factor))
@@ -82,7 +83,7 @@ def check_window(config: PreTrainedConfig, window: int) -> None:
     Raises:
         SkvError: They are longer than its context.
     """
-    if window > (longest := context_length(config.get_text_config())):
+    if window > (longest := context_length(config)):
         raise SkvError("window", got=f"{window} tokens", expected=f"at most {longest}, the model's context")
 
 

@@ -152,7 +152,7 @@ def quantize(
     tick = progress or (lambda *_: None)
     local = download(source)
     before = Snapshot.take(local)
-    length = min(options.window, context_length(load_config(local).get_text_config()))
+    length = min(options.window, context_length(load_config(local)))
     windows = torch.from_numpy(cut_windows(load_tokenizer(local), text, options.windows, length))
     model = LayerByLayer(local, device, instead=_UNFITTED)
     if is_vision_language(model.config):
