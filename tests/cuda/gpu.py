@@ -45,6 +45,10 @@ class DeviceMemory:
         whole[self.guard : self.guard + data.size] = data
         return torch.from_numpy(whole).cuda(), array.dtype, array.shape
 
+    def set(self, buffer: tuple[torch.Tensor, np.dtype[Any], tuple[int, ...]], array: Array) -> None:
+        data = torch.from_numpy(np.ascontiguousarray(array).view(np.uint8).reshape(-1).copy())
+        buffer[0][self.guard : self.guard + data.numel()].copy_(data)
+
     def address(self, buffer: tuple[torch.Tensor, np.dtype[Any], tuple[int, ...]]) -> int:
         return int(buffer[0].data_ptr()) + self.guard
 

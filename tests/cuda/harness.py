@@ -36,6 +36,9 @@ class Memory(Protocol):
     def put(self, array: Array) -> Any:
         """Copies an array there."""
 
+    def set(self, buffer: Any, array: Array) -> None:
+        """Copies an array of the same shape and type over the one that is there."""
+
     def address(self, buffer: Any) -> int:
         """Its first byte."""
 
@@ -55,6 +58,9 @@ class HostMemory:
         inner = whole[start : start + data.size]
         inner[:] = data
         return whole, inner.view(array.dtype).reshape(array.shape)
+
+    def set(self, buffer: tuple[Array, Array], array: Array) -> None:
+        buffer[1][...] = array
 
     def address(self, buffer: tuple[Array, Array]) -> int:
         return buffer[1].ctypes.data

@@ -413,6 +413,7 @@ def test_the_gpu_test_itself(kernels: Library) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_test.gpu, "require", lambda: "shim")
         patch.setattr(gpu_test.gpu, "load", lambda: kernels)
+        patch.setattr(gpu_test, "captured", lambda call: lambda: call(None))
         patch.setattr(sys, "argv", ["gpu_test.py", "--short"])
         assert gpu_test.main() == 0
 

@@ -83,8 +83,11 @@ const Nvrtc* open() {
     if (read_interface(library, nvrtc) && nvrtc.nvrtcVersion(&major, &minor) == 0) {
       Dl_info where;
       const bool known = dladdr(reinterpret_cast<const void*>(nvrtc.nvrtcVersion), &where) && where.dli_fname;
-      nvrtc.name = "NVRTC " + std::to_string(major) + "." + std::to_string(minor) + " (" +
-                   (known ? where.dli_fname : path) + ")";
+      const std::filesystem::path file = known ? where.dli_fname : path;
+      const std::string version = std::to_string(major) + "." + std::to_string(minor);
+      // It asks the loader for a second library, by name; some versions find it beside themselves only if it is loaded.
+      dlopen((file.parent_path() / ("libnvrtc-builtins.so." + version)).c_str(), RTLD_NOW | RTLD_LOCAL);
+      nvrtc.name = "NVRTC " + version + " (" + file.string() + ")";
       return &nvrtc;
     }
     dlclose(library);
@@ -131,7 +134,9 @@ const std::string& nvrtc_name() {
 }
 
 const std::vector<std::string>& nvrtc_options() {
-  static const std::vector<std::string> options{"-std=c++17", "--ftz=false", "--prec-div=true", "--prec-sqrt=true"};
+  // NVRTC 13.0 takes a lambda without the names of its parameters' types for one of the host, in device code too.
+  static const std::vector<std::string> options{"-std=c++17", "--device-as-default-execution-space", "--ftz=false",
+                                                "--prec-div=true", "--prec-sqrt=true"};
   return options;
 }
 
