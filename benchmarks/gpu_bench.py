@@ -2,8 +2,10 @@
 
 ``python benchmarks/gpu_bench.py [--json FILE]``; needs only the source tree, nvcc, torch and numpy. Every row compares
 calls timed in the same run: the kernels (attention and append of one token per sequence) and torch's
-scaled_dot_product_attention with GQA over an fp16 cache of the same length. Where onnxruntime-gpu and onnx are at hand,
-ONNX Runtime's own GroupQueryAttention over fp16 and int8 caches has rows too.
+scaled_dot_product_attention with GQA over an fp16 cache of the same length, by the fastest of its kernels
+(FlashAttention, cuDNN). Where onnxruntime-gpu and onnx are at hand, ONNX Runtime's own GroupQueryAttention over fp16
+and int8 caches has rows too. A second table has the time of a layer when many are captured in one CUDA graph, as a
+session does.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ import importlib.util
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "cuda"))
 import gpu  # isort: skip
@@ -34,6 +37,10 @@ REPEATS = 50
 D = 128
 KV_HEADS = 8
 SHAPES = [(heads, batch, tokens) for heads in (32, 64) for batch in (1, 8) for tokens in (4096, 32768, 131072)]
+BITS = ((4, 2), (4, 4), (3, 2), (2, 2), (8, 8))
+LAYERS = 16
+IN_GRAPH = [(1, 1024), (1, 4096), (1, 32768), (1, 131072), (8, 4096), (8, 32768)]
+"""Batches and tokens of the second table."""
 DEVICE = "cuda"
 
 
@@ -81,8 +88,7 @@ class Decode:
         self.call = SkvAttention(*caches, *tokens, self.output.data_ptr(), *lengths_and_sink, *numbers)
         kernels.load(caches)
         own = kernels.multiprocessors, kernels.rows_bytes, kernels.architecture
-        stream = torch.cuda.current_stream().cuda_stream
-        self.context = SkvCudaContext(stream, None, 0, length + 1, AUTO, -1, *own)
+        self.context = SkvCudaContext(None, None, 0, length + 1, AUTO, -1, *own)
         self.arguments = ctypes.byref(self.call), ctypes.byref(self.context)
         size = kernels.lib.skv_cuda_scratch_bytes(*self.arguments)
         scratch = torch.empty(size, dtype=torch.uint8, device=DEVICE)
@@ -94,15 +100,47 @@ class Decode:
         self.bytes = batch * kv_heads * (sum(tiles) + sum(rows))
 
     def __call__(self) -> None:
+        self.context.stream = torch.cuda.current_stream().cuda_stream  # which a capture changes
         self.kernels.check(self.kernels.lib.skv_cuda_attention(*self.arguments))
 
 
-def fp16_us(batch: int, heads: int, kv_heads: int, length: int) -> float:
+class TorchAttention:
     """torch's attention of one token over an fp16 cache."""
-    query = torch.randn(batch, heads, 1, D, device=DEVICE, dtype=torch.half)
-    key, value = (torch.randn(batch, kv_heads, length, D, device=DEVICE, dtype=torch.half) for _ in range(2))
-    attention = torch.nn.functional.scaled_dot_product_attention
-    return median_us(lambda: attention(query, key, value, enable_gqa=True))
+
+    BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+
+    def __init__(self, batch: int, heads: int, kv_heads: int, length: int) -> None:
+        self.query = torch.randn(batch, heads, 1, D, device=DEVICE, dtype=torch.half)
+        self.key, self.value = (
+            torch.randn(batch, kv_heads, length, D, device=DEVICE, dtype=torch.half) for _ in range(2)
+        )
+
+    def __call__(self) -> torch.Tensor:
+        attention = torch.nn.functional.scaled_dot_product_attention
+        return attention(self.query, self.key, self.value, enable_gqa=True)
+
+
+def fastest(calls: Sequence[TorchAttention]) -> float:
+    """Median time of torch's attention by the fastest kernel, per call: of ``calls`` in a CUDA graph if several."""
+    times = []
+    for backend in TorchAttention.BACKENDS:
+        with sdpa_kernel(backend):
+            times.append(in_graph_us(calls) if len(calls) > 1 else median_us(calls[0]))
+    return min(times)
+
+
+def in_graph_us(calls: Sequence[Callable[[], object]]) -> float:
+    """Median time of a call when all are captured in one CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    return median_us(graph.replay) / len(calls)
 
 
 class GroupQueryAttention:
@@ -178,7 +216,7 @@ def contenders(
     kernels: Library, batch: int, heads: int, length: int, with_onnxruntime: bool
 ) -> Iterator[tuple[str, Decode | GroupQueryAttention]]:
     """Caches and calls for one shape, one at a time: together they would not fit."""
-    for k_bits, v_bits in ((4, 2), (4, 4), (8, 8)):
+    for k_bits, v_bits in BITS:
         config = dataclasses.replace(LayerConfig(), k_bits=k_bits, v_bits=v_bits)
         yield config.name, Decode(kernels, config, batch, heads, KV_HEADS, length)
     for bits, name in ((16, "fp16"), (8, "int8")) if with_onnxruntime else ():
@@ -200,7 +238,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     rows = []
     for heads, batch, length in SHAPES:
-        full = fp16_us(batch, heads, KV_HEADS, length)
+        full = fastest([TorchAttention(batch, heads, KV_HEADS, length)])
         for cache, call in contenders(kernels, batch, heads, length, with_onnxruntime):
             us = median_us(call)
             rate = call.bytes / us * 1e6
@@ -214,8 +252,19 @@ def main() -> None:
             )
             del call
         torch.cuda.empty_cache()
+    print(f"\nA layer of {LAYERS} in one CUDA graph, 32/{KV_HEADS} heads:\n")
+    print("| batch | tokens | K4V2 us | fp16 us | speedup |")
+    print("|---|---|---|---|---|")
+    layers = []
+    for batch, length in IN_GRAPH:
+        full = fastest([TorchAttention(batch, 32, KV_HEADS, length) for _ in range(LAYERS)])
+        us = in_graph_us([Decode(kernels, LayerConfig(), batch, 32, KV_HEADS, length) for _ in range(LAYERS)])
+        layers.append({"batch": batch, "tokens": length, "us": us, "fp16_us": full, "speedup": full / us})
+        print(f"| {batch} | {length} | {us:.1f} | {full:.1f} | {full / us:.2f} |", flush=True)
+        torch.cuda.empty_cache()
     if options.json:
-        options.json.write_text(json.dumps({"card": card, "copy_gb_s": copy / 1e9, "rows": rows}, indent=1))
+        figures = {"card": card, "copy_gb_s": copy / 1e9, "rows": rows, "layers": layers}
+        options.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

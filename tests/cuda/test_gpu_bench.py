@@ -47,6 +47,10 @@ def test_all_but_the_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         patch.setattr(gpu_bench, "DEVICE", "cpu")
         patch.setattr(gpu_bench, "KV_HEADS", 1)
         patch.setattr(gpu_bench, "SHAPES", [(4, 1, 400), (8, 2, 150)])
+        patch.setattr(gpu_bench, "IN_GRAPH", [(2, 150)])
+        patch.setattr(gpu_bench, "LAYERS", 2)
+        patch.setattr(gpu_bench, "in_graph_us", lambda calls: max(map(timed, calls)))
+        patch.setattr(gpu_bench.TorchAttention, "BACKENDS", (gpu_bench.SDPBackend.MATH,))
         patch.setattr(gpu_bench, "copy_bandwidth", lambda: 1e12)
         patch.setattr(gpu_bench, "median_us", timed)
         patch.setattr(gpu_bench, "has_onnxruntime", lambda: False)
@@ -57,9 +61,12 @@ def test_all_but_the_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         patch.setattr(gpu_bench.torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=None))
         patch.setattr(sys, "argv", ["gpu_bench.py", "--json", str(tmp_path / "gpu.json")])
         gpu_bench.main()
-    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    assert len(rows) == 2 * 3 and len(calls) == 2 * 4
+    figures = json.loads((tmp_path / "gpu.json").read_text())
+    rows = figures["rows"]
+    assert len(rows) == 2 * 5 and len(calls) == 2 * 6 + 2 * 2
     assert {row["path"] for row in rows} == {
-        f"decode_mma {bits} D128, keys channel, values token" for bits in ("K4V2", "K4V4", "K8V8")
+        f"decode_mma {bits} D128, keys channel, values token" for bits in ("K4V2", "K4V4", "K3V2", "K2V2", "K8V8")
     }
-    assert "| 4/1 | 1 | 400 | K4V2 | 2.0 |" in capsys.readouterr().out
+    assert figures["layers"] == [{"batch": 2, "tokens": 150, "us": 2.0, "fp16_us": 2.0, "speedup": 1.0}]
+    printed = capsys.readouterr().out
+    assert "| 4/1 | 1 | 400 | K4V2 | 2.0 |" in printed and "| 2 | 150 | 2.0 | 2.0 | 1.00 |" in printed

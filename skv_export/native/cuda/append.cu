@@ -2,18 +2,18 @@
 // in the full-precision rows. Writes the same bytes as reference.append.
 #include "launchers.h"
 
+#include "combine.cuh"
 #include "quantizer.cuh"
 
 namespace skv::cuda {
 namespace {
 
 struct Append {
-  Cache key, value;
-  Tokens new_key, new_value;
-  Lengths lengths;
-  int32_t kv_num_heads;
+  Attention call;
   int32_t* not_finite;
-  int32_t parts;  // blocks that share a tile
+  int32_t combined;  // columns whose splits are merged beside it
+  int32_t blocks;    // of keys, and as many of values
+  int32_t parts;     // blocks that share a tile
   bool tiles, rows;
 };
 
@@ -314,26 +314,33 @@ SKV_DEVICE void encode(const Target<E>& target, Shared<E>& shared, uint8_t* tile
   }
 }
 
-// Grid: the parts of the tiles that the call may fill (or a share of its rows), sequence and head, keys or values.
+// Grid: columns that are merged, then the parts of the tiles that the call may fill (or a share of its rows), for keys
+// and for values; sequence and head.
 template <int E>
 __global__ void __launch_bounds__(kThreads, 1) append_kernel(Append a) {
   SKV_DYNAMIC_SHARED(memory);
-  const int b = blockIdx.y / a.kv_num_heads, warp = threadIdx.x / 32;
-  const Sequence s = sequence(a.lengths, b, a.key, a.value);
+  if (int(blockIdx.x) < a.combined) {
+    combine_column<E>(a.call, blockIdx.x, reinterpret_cast<float*>(memory));
+    return;
+  }
+  const Attention& call = a.call;
+  const int b = blockIdx.y / call.kv_num_heads, warp = threadIdx.x / 32;
+  const Sequence s = sequence(call.lengths, b, call.key, call.value);
   if (!s.valid || s.fresh == 0) return;
-  const bool is_value = blockIdx.z != 0;
-  const Cache& c = is_value ? a.value : a.key;
+  const bool is_value = int(blockIdx.x) >= a.combined + a.blocks;
+  const int index = int(blockIdx.x) - a.combined - (is_value ? a.blocks : 0);
+  const Cache& c = is_value ? call.value : call.key;
   const SkvLayout& l = c.layout;
   uint8_t* block = block_of(c, blockIdx.y);
-  const int of_call = blockIdx.x / a.parts, head = blockIdx.y % a.kv_num_heads;
+  const int of_call = index / a.parts, head = blockIdx.y % call.kv_num_heads;
   const Target<E> target{c,
-                         is_value ? a.new_value : a.new_key,
+                         is_value ? call.new_value : call.new_key,
                          s,
                          block,
                          b,
                          head,
-                         a.lengths.tokens,
-                         int(blockIdx.x) - of_call * a.parts,
+                         call.lengths.tokens,
+                         index - of_call * a.parts,
                          a.parts,
                          a.not_finite};
   if (a.tiles) {
@@ -344,7 +351,7 @@ __global__ void __launch_bounds__(kThreads, 1) append_kernel(Append a) {
     }
   }
   if (!a.rows) return;
-  for (int position = s.past + blockIdx.x * kWarps + warp; position < s.total; position += gridDim.x * kWarps) {
+  for (int position = s.past + index * kWarps + warp; position < s.total; position += a.blocks * kWarps) {
     if (position >= l.num_sink_tokens && position < s.total - c.ring) continue;
     float x[E];
     target.stored(position, x);
@@ -354,26 +361,29 @@ __global__ void __launch_bounds__(kThreads, 1) append_kernel(Append a) {
 
 }  // namespace
 
-cudaError_t append(const Attention& call, int32_t* not_finite, void* stream) {
-  Append a{call.key, call.value, call.new_key, call.new_value, call.lengths, call.kv_num_heads, not_finite,
-           1,        true,       true};
-  const int tile_tokens = a.key.layout.tile_tokens, tokens = call.lengths.tokens;
-  const unsigned tiles = (tokens + tile_tokens - 1) / tile_tokens;
-  const unsigned heads = call.batch * call.kv_num_heads;
-  return with_channels(a.key, [&](auto channels) {
+cudaError_t append(const Attention& call, int32_t* not_finite, bool combines, void* stream) {
+  const int tile_tokens = call.key.layout.tile_tokens, tokens = call.lengths.tokens;
+  const int tiles = (tokens + tile_tokens - 1) / tile_tokens;
+  // A decoding step fills a tile once in tile_tokens steps, in all layers at once: many blocks share it then, eight
+  // tokens each. A prompt's tiles are many.
+  const int parts = tiles == 1 ? tile_tokens / 8 : 1;
+  // Rows are overwritten when all blocks have read them. One new token's is none of those that its tile is made from:
+  // it takes the row of the token a whole ring before it, which has left for the tile before.
+  Append a{call, not_finite, combines ? call.columns : 0, tiles * parts, parts, true, tokens == 1};
+  return with_channels(call.key, [&](auto channels) {
     constexpr int E = decltype(channels)::value;
-    // A decoding step fills a tile once in tile_tokens steps, in all layers at once: many blocks share it then, eight
-    // tokens each. A prompt's tiles are many.
-    if (tiles == 1) a.parts = tile_tokens / 8;
-    // Rows are overwritten when all blocks have read them. One new token's is none of those that its tile is made from:
-    // it takes the row of the token a whole ring before it, which has left for the tile before.
-    a.rows = tokens == 1;
-    cudaError_t error =
-        launch(append_kernel<E>, dim3(tiles * a.parts, heads, 2), kThreads, sizeof(Shared<E>), stream, a);
+    const auto run = [&](size_t shared_bytes) {
+      const dim3 grid(a.combined + 2 * a.blocks, call.batch * call.kv_num_heads);
+      return launch(append_kernel<E>, grid, kThreads, shared_bytes, stream, a);
+    };
+    const size_t merged = combines ? combine_bytes(call.splits, E) : 0;
+    const cudaError_t error = run(merged > sizeof(Shared<E>) ? merged : sizeof(Shared<E>));
     if (error != cudaSuccess || a.rows) return error;
+    a.combined = 0;
+    a.blocks = tiles;
     a.tiles = false;
     a.rows = true;
-    return launch(append_kernel<E>, dim3(tiles, heads, 2), kThreads, sizeof(Shared<E>), stream, a);
+    return run(sizeof(Shared<E>));
   });
 }
 

@@ -4,6 +4,8 @@
 
 namespace skv::cuda {
 
+constexpr int kMaxDecodeTokens = 8;  // of a sequence, that decode_mma takes
+
 // By value.
 struct Attention {
   Cache key, value;

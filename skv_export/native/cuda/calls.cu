@@ -156,13 +156,17 @@ struct Plan {
   int64_t partial_bytes, peak_bytes, query_bytes, rows_bytes, mask_bytes, scratch_bytes;
 };
 
-// Splits of the context, from shapes alone: four blocks per multiprocessor, and no more than there are pieces of work.
-int splits_for(const Attention& a, int multiprocessors, int columns_per_block) {
-  const int64_t blocks = int64_t{a.batch} * a.kv_num_heads * ((a.columns + columns_per_block - 1) / columns_per_block);
+// Splits of the context, from shapes alone: blocks for all places on the device; and of as many rounds of a block's
+// warps the fewest.
+int splits_for(const Attention& a, const SkvCudaContext& context, int columns_per_block, int resident, int warps) {
+  const int64_t groups = (a.columns + columns_per_block - 1) / columns_per_block;
+  const int64_t blocks = int64_t{a.batch} * a.kv_num_heads * groups;
   const int64_t pieces = a.key.tiles + (full_rows(a.key.layout) + a.lengths.tokens + 31) / 32;
-  const int64_t wanted = 4 * int64_t{multiprocessors < 1 ? 1 : multiprocessors} / (blocks < 1 ? 1 : blocks);
-  const int64_t most = pieces < kMaxSplits ? pieces : kMaxSplits;
-  return int(wanted < 1 ? 1 : wanted < most ? wanted : most);
+  const int64_t multiprocessors = context.multiprocessors < 1 ? 1 : context.multiprocessors;
+  const int64_t places = resident * multiprocessors / (blocks < 1 ? 1 : blocks);
+  const int64_t most = places < 1 ? 1 : places < kMaxSplits ? places : kMaxSplits;
+  const int64_t rounds = (pieces + most * warps - 1) / (most * warps);
+  return int((pieces + rounds * warps - 1) / (rounds * warps));
 }
 
 // The same for prefill: where its blocks alone fill the device twice, the context is not split; and a split has four
@@ -217,7 +221,12 @@ Plan plan(Attention& a, const SkvCudaContext& context) {
     p.path = SKV_CUDA_SIMPLE;
     p.reason = reason;
   }
-  a.splits = splits_for(a, context.multiprocessors, p.mma ? p.mma->columns : 4);
+  if (p.mma) {
+    const int resident = resident_blocks(p.mma->form, p.mma->columns / 8, context.architecture);
+    a.splits = splits_for(a, context, p.mma->columns, resident, p.mma->threads / 32);
+  } else {
+    a.splits = splits_for(a, context, 4, 4, 1);
+  }
   const int64_t rows = int64_t{a.batch} * a.kv_num_heads * a.splits * a.columns;
   p.partial_bytes = aligned(rows * a.key.dim * sizeof(float));
   p.peak_bytes = aligned(rows * sizeof(float2));
@@ -257,9 +266,13 @@ int attend_to_rows(Attention& a, const Plan& p, uint8_t* scratch, const SkvCudaC
   return finished(spread_not_numbers(a, found, true, context.stream), "spread_not_numbers");
 }
 
-int attend(Attention& a, const Plan& p, const SkvCudaContext& context) {
+// Attention, and the append behind it where the call `appends`.
+int attend(Attention& a, const Plan& p, const SkvAttention& call, bool appends, const SkvCudaContext& context) {
   uint8_t* scratch = static_cast<uint8_t*>(context.scratch);
-  if (p.path == SKV_CUDA_PREFILL) return attend_to_rows(a, p, scratch, context);
+  if (p.path == SKV_CUDA_PREFILL) {
+    if (const int status = attend_to_rows(a, p, scratch, context)) return status;
+    return appends ? finished(append(a, call.not_finite, false, context.stream), "append") : SKV_OK;
+  }
   a.partial = reinterpret_cast<float*>(scratch);
   a.peaks = reinterpret_cast<float2*>(scratch + p.partial_bytes);
   if (p.query_bytes) {
@@ -274,7 +287,21 @@ int attend(Attention& a, const Plan& p, const SkvCudaContext& context) {
   } else if (const int status = finished(decode_simple(a, context.stream), "decode_simple")) {
     return status;
   }
+  if (appends) return finished(append(a, call.not_finite, true, context.stream), "append");
   return finished(combine(a, context.stream), "combine");
+}
+
+int run(const SkvAttention& call, const SkvCudaContext& context, bool appends) {
+  if (const int status = check_call(call, context, true)) return status;
+  if (call.batch == 0 || call.tokens == 0) return SKV_OK;
+  Attention a = describe(call, context);
+  const Plan p = plan(a, context);
+  if (const int status = check_plan(a, p)) return status;
+  if (!context.scratch || context.scratch_bytes < p.scratch_bytes) {
+    return fail(SKV_INVALID_ARGUMENT, "scratch; got %lld bytes; expected %lld",
+                static_cast<long long>(context.scratch_bytes), static_cast<long long>(p.scratch_bytes));
+  }
+  return attend(a, p, call, appends, context);
 }
 
 }  // namespace
@@ -286,28 +313,14 @@ using skv::quantized_tokens;
 using skv::rewind_floor;
 using skv::ring_tokens;
 
-int skv_cuda_attend(const SkvAttention* call, const SkvCudaContext* context) {
-  if (const int status = check_call(*call, *context, true)) return status;
-  if (call->batch == 0 || call->tokens == 0) return SKV_OK;
-  Attention a = describe(*call, *context);
-  const Plan p = plan(a, *context);
-  if (const int status = check_plan(a, p)) return status;
-  if (!context->scratch || context->scratch_bytes < p.scratch_bytes) {
-    return fail(SKV_INVALID_ARGUMENT, "scratch; got %lld bytes; expected %lld",
-                static_cast<long long>(context->scratch_bytes), static_cast<long long>(p.scratch_bytes));
-  }
-  return attend(a, p, *context);
-}
+int skv_cuda_attend(const SkvAttention* call, const SkvCudaContext* context) { return run(*call, *context, false); }
 
-int skv_cuda_attention(const SkvAttention* call, const SkvCudaContext* context) {
-  if (const int status = skv_cuda_attend(call, context)) return status;
-  return skv_cuda_append(call, context);
-}
+int skv_cuda_attention(const SkvAttention* call, const SkvCudaContext* context) { return run(*call, *context, true); }
 
 int skv_cuda_append(const SkvAttention* call, const SkvCudaContext* context) {
   if (const int status = check_call(*call, *context, false)) return status;
   if (call->batch == 0 || call->tokens == 0) return SKV_OK;
-  return finished(append(describe(*call, *context), call->not_finite, context->stream), "append");
+  return finished(append(describe(*call, *context), call->not_finite, false, context->stream), "append");
 }
 
 int skv_cuda_dense_rows(const SkvAttention* call, const SkvCudaContext* context, int32_t b, int64_t rows, void* keys,

@@ -167,6 +167,22 @@ SKV_DEVICE void prepare_new_rows(const Attention& a, const Sequence& s, int b, i
   }
 }
 
+// Asks for the exact rows of a piece, which a warp reads after its tiles: each lane for one.
+template <class S>
+SKV_DEVICE void prefetch_rows(const Attention& a, const Work& work, int piece) {
+  const int index = (piece - work.tile_pieces) * kSlab + threadIdx.x % 32;
+  const int position = work.position(a.key.layout, index);
+  if (piece >= work.end || index >= work.exact || position >= work.s.past) return;
+  const int64_t row = int64_t{row_of(a.key, position)} * S::D * 2;
+  const uint8_t* key = block_of(a.key, blockIdx.y) + a.key.rows_start + row;
+  const uint8_t* value = block_of(a.value, blockIdx.y) + a.value.rows_start + row;
+#pragma unroll
+  for (int i = 0; i < 2 * S::D; i += 128) {
+    prefetch(key + i);
+    prefetch(value + i);
+  }
+}
+
 // The warps' results to the split's. All threads; `merged` takes the place of the slabs.
 template <class S>
 SKV_DEVICE void merge(const Attention& a, Warp<S>& warp, float* merged) {
@@ -193,7 +209,8 @@ SKV_DEVICE void merge(const Attention& a, Warp<S>& warp, float* merged) {
     }
   }
   __syncthreads();
-  for (int i = 0; i < S::kColumns && warp.first_column + i < a.columns; i++) {
+  const int lane = threadIdx.x % 32;
+  for (int i = w; i < S::kColumns && warp.first_column + i < a.columns; i += S::kWarpCount) {
     const float* rows = merged + i * kRow;
     float highest = -INFINITY, total = 0, share[S::kWarpCount];
     for (int v = 0; v < S::kWarpCount; v++) highest = fmaxf(highest, rows[v * S::kColumns * kRow + S::D]);
@@ -203,12 +220,13 @@ SKV_DEVICE void merge(const Attention& a, Warp<S>& warp, float* merged) {
       total += share[v] * row[S::D + 1];
     }
     const int64_t at = (int64_t{blockIdx.y} * a.splits + blockIdx.x) * a.columns + warp.first_column + i;
-    for (int d = threadIdx.x; d < S::D; d += S::kThreadCount) {
+#pragma unroll
+    for (int d = lane; d < S::D; d += 32) {
       float out = 0;
       for (int v = 0; v < S::kWarpCount; v++) out += share[v] * rows[v * S::kColumns * kRow + d];
       a.partial[at * S::D + d] = out;
     }
-    if (threadIdx.x == 0) a.peaks[at] = make_float2(highest * warp.unit * kLn2, total);
+    if (lane == 0) a.peaks[at] = make_float2(highest * warp.unit * kLn2, total);
   }
 }
 
@@ -227,19 +245,21 @@ __global__ void __launch_bounds__(S::kThreadCount, S::kMinBlocks) decode_mma_ker
     }
     return;
   }
-  half* queries = reinterpret_cast<half*>(shared);
-  prepare_queries<S>(a, a.tile_query.data ? a.tile_query : a.query, b, head, queries);
-  if (work.end > work.tile_pieces)
-    prepare_new_rows<S>(a, work.s, b, head, reinterpret_cast<half*>(shared + S::kNewRows));
-  __syncthreads();
-
   const int tiles_end = work.end < work.tile_pieces ? work.end : work.tile_pieces, from = work.begin + w;
   const int tiles = from < tiles_end ? (tiles_end - from + S::kWarpCount - 1) / S::kWarpCount : 0;
   uint8_t* stages = shared + S::kSlabs + w * S::kStages * S::kStage;
   const int per_tile = a.key.layout.tile_tokens / kSlab;
   Slabs<S> slabs(a, blockIdx.y, stages, work.first_tile + from, tiles * per_tile);
-  Warp<S> warp(a, work, shared);
   for (int i = 0; i < S::kStages - 1; i++) slabs.copy();
+  prefetch_rows<S>(a, work, from + tiles * S::kWarpCount);
+  half* queries = reinterpret_cast<half*>(shared);
+  prepare_queries<S>(a, a.tile_query.data ? a.tile_query : a.query, b, head, queries);
+  if (work.end > work.tile_pieces) {
+    prepare_new_rows<S>(a, work.s, b, head, reinterpret_cast<half*>(shared + S::kNewRows));
+  }
+  __syncthreads();
+
+  Warp<S> warp(a, work, shared);
   int stage = 0, position = a.key.layout.num_sink_tokens + (work.first_tile + from) * a.key.layout.tile_tokens;
   for (int i = 0; i < tiles; i++) {
     for (int j = 0; j < per_tile; j++) {

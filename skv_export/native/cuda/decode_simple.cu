@@ -2,6 +2,8 @@
 // fallback for layouts that they do not cover. Also the merge of the splits, which all of them share.
 #include "launchers.h"
 
+#include "combine.cuh"
+
 namespace skv::cuda {
 namespace {
 
@@ -108,72 +110,11 @@ __global__ void __launch_bounds__(kThreads, 1) decode_simple_kernel(Attention a)
   }
 }
 
-// Grid: columns, sequence and head. A block per output row, whose warps share the splits: there are few rows where a
-// context is split most.
+// Grid: columns, sequence and head.
 template <int E>
 __global__ void __launch_bounds__(kThreads, 1) combine_kernel(Attention a) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x;
-  const int pair = a.first_pair + blockIdx.y, b = pair / a.kv_num_heads, kv_head = pair % a.kv_num_heads;
-  const int token = column / a.group(), head = kv_head * a.group() + column % a.group();
-  const Sequence s = sequence(a.lengths, b, a.key, a.value);
-  const int head_dim = a.value.layout.head_dim;
-  float out[E];
-#pragma unroll
-  for (int e = 0; e < E; e++) out[e] = s.valid ? 0.f : NAN;
-  if (s.valid && token < s.fresh) {
-    const int64_t first = int64_t{blockIdx.y} * a.splits * a.columns + column;
-    const float sink = a.head_sink ? load(a.head_sink, head, a.output_type) : -INFINITY;
-    // Lanes over splits for the weights, then lanes over channels: no load waits for the one before it.
-    SKV_DYNAMIC_SHARED(shared);
-    float* weights = reinterpret_cast<float*>(shared) + warp * a.splits;  // the same in each warp: no barrier for them
-    float* sums = reinterpret_cast<float*>(shared) + kWarps * a.splits;
-    float highest = sink, total = 0;
-    for (int i = lane; i < a.splits; i += 32) highest = fmaxf(highest, a.peaks[first + int64_t{i} * a.columns].x);
-    for (int l = 16; l > 0; l /= 2) highest = fmaxf(highest, __shfl_xor_sync(kWarp, highest, l));
-    for (int i = lane; i < a.splits; i += 32) {
-      const float2 peak = a.peaks[first + int64_t{i} * a.columns];
-      weights[i] = peak.y != 0 ? expf(peak.x - highest) : 0.f;  // 0: no tokens, and nothing written
-      total += peak.y != 0 ? weights[i] * peak.y : 0.f;
-    }
-    for (int l = 16; l > 0; l /= 2) total += __shfl_xor_sync(kWarp, total, l);
-    if (a.head_sink) total += expf(sink - highest);
-    __syncwarp();
-    const float* partial = a.partial + first * 32 * E + lane;
-    const int64_t step = int64_t{a.columns} * 32 * E;
-#pragma unroll 4
-    for (int i = warp; i < a.splits; i += kWarps) {
-      const float weight = weights[i];
-#pragma unroll
-      for (int e = 0; e < E; e++) {
-        const float x = partial[i * step + 32 * e];
-        out[e] += weight > 0 ? weight * x : 0.f;
-      }
-    }
-#pragma unroll
-    for (int e = 0; e < E; e++) sums[(warp * E + e) * 32 + lane] = out[e];
-    __syncthreads();
-    if (warp > 0) return;
-#pragma unroll
-    for (int e = 0; e < E; e++) {
-      for (int w = 1; w < kWarps; w++) out[e] += sums[(w * E + e) * 32 + lane];
-      out[e] /= total;
-    }
-    if (a.lengths.tokens <= kMaxDecodeTokens && !a.in_model_basis) {
-      for (int t = a.window > 0 && token >= a.window ? token - a.window + 1 : 0; t <= token; t++) {
-        float x[E];
-        if (!load_not_numbers(a.new_value, int64_t{b} * a.lengths.tokens + t, kv_head, a.value, x)) continue;
-#pragma unroll
-        for (int e = 0; e < E; e++) out[e] = is_nan(x[e]) ? x[e] : out[e];
-      }
-    }
-    if (!a.in_model_basis) rotate(out, a.value);
-  }
-  if (warp > 0) return;
-  const int64_t row = (int64_t{b} * a.lengths.tokens + token) * a.num_heads + head;
-#pragma unroll
-  for (int e = 0; e < E; e++) {
-    if (lane + 32 * e < head_dim) store(a.output, row * head_dim + lane + 32 * e, a.output_type, out[e]);
-  }
+  SKV_DYNAMIC_SHARED(shared);
+  combine_column<E>(a, blockIdx.x, reinterpret_cast<float*>(shared));
 }
 
 }  // namespace
@@ -189,8 +130,7 @@ cudaError_t decode_simple(const Attention& a, void* stream) {
 cudaError_t combine(const Attention& a, void* stream) {
   return with_channels(a.key, [&](auto channels) {
     constexpr int E = decltype(channels)::value;
-    const size_t shared_bytes = kWarps * (a.splits + 32 * E) * sizeof(float);
-    return launch(combine_kernel<E>, dim3(a.columns, a.pairs), kThreads, shared_bytes, stream, a);
+    return launch(combine_kernel<E>, dim3(a.columns, a.pairs), kThreads, combine_bytes(a.splits, E), stream, a);
   });
 }
 

@@ -73,7 +73,8 @@ SKV_DEVICE void write_slab(const Cache& c, const uint8_t* tile, int first, int p
 }
 
 // Grid: groups of 32 positions, sequence and head. A block takes 32 positions at a time: first those in tiles, then the
-// others, a warp each. `length`: of the sequence, where the host knows it; -1 = the call's.
+// others, a warp each. `length`: of the sequence, where the host knows it; -1 = the call's. Of a call's past alone the
+// rows behind it become 0.
 template <int E, bool kHasBasis>
 __global__ void __launch_bounds__(kThreads, 1)
     dequantize_kernel(Attention a, Rows rows, bool is_value, bool with_new, int length) {
@@ -115,6 +116,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       to.row(position, x);
     }
   }
+  if (length >= 0 || with_new) return;
+  const float nothing[E] = {};
+  for (int64_t row = s.past + blockIdx.x * kWarps + threadIdx.x / 32; row < rows.head_stride; row += gridDim.x * kWarps)
+    to.row(row, nothing);
 }
 
 // Grid: groups of kWarps tokens of the tile.

@@ -135,8 +135,18 @@ template <int E>
 SKV_DEVICE void load_token(const Tokens& t, int64_t token, int head, float (&x)[E]) {
   const int lane = threadIdx.x % 32;
   const int64_t start = token * t.token_stride + int64_t{head} * t.head_dim;
+  if (t.type == SKV_FLOAT) {
+    const float* from = static_cast<const float*>(t.data) + start + lane;
 #pragma unroll
-  for (int e = 0; e < E; e++) x[e] = lane + 32 * e < t.head_dim ? load(t.data, start + lane + 32 * e, t.type) : 0.f;
+    for (int e = 0; e < E; e++) x[e] = lane + 32 * e < t.head_dim ? from[32 * e] : 0.f;
+    return;
+  }
+  const uint16_t* from = static_cast<const uint16_t*>(t.data) + start + lane;
+  uint16_t bits[E];  // all loads before the first is used
+#pragma unroll
+  for (int e = 0; e < E; e++) bits[e] = lane + 32 * e < t.head_dim ? from[32 * e] : uint16_t{0};
+#pragma unroll
+  for (int e = 0; e < E; e++) x[e] = load(bits, e, t.type);
 }
 
 // A new value in the cache's basis, of which a kernel takes for 0 what is not a number: its weight of 0 where it is not

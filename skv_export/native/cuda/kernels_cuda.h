@@ -64,7 +64,8 @@ SKV_API int skv_cuda_attend(const SkvAttention* call, const SkvCudaContext* cont
 SKV_API int skv_cuda_append(const SkvAttention* call, const SkvCudaContext* context);
 
 // For attention of somebody else's over dense rows, one sequence at a time and its tokens in pieces:
-// the past of sequence b, [kv_num_heads][rows][head_dim] of the output's type in keys and in values;
+// the past of sequence b, [kv_num_heads][rows][head_dim] of the output's type in keys and in values, and zeros behind
+// it, as there is attention (cuDNN's) that multiplies rows by weights of 0 which nobody has written;
 SKV_API int skv_cuda_dense_rows(const SkvAttention* call, const SkvCudaContext* context, int32_t b, int64_t rows,
                                 void* keys, void* values);
 // for each piece of so many tokens, and each sequence, [pieces][3][batch]: seqlens_k and query_seqlens of a call with

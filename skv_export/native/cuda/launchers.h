@@ -9,9 +9,8 @@
 
 namespace skv::cuda {
 
-constexpr int kMaxDecodeTokens = 8;  // of a sequence, that decode_mma takes
-constexpr int kChunk = 32;           // tokens that one word of NotNumbers speaks of
-constexpr int kPieceLengths = 3;     // of a sequence, for each piece
+constexpr int kChunk = 32;        // tokens that one word of NotNumbers speaks of
+constexpr int kPieceLengths = 3;  // of a sequence, for each piece
 
 inline Cache make_cache(const SkvCache& c) {
   const SkvLayout& l = c.layout;
@@ -74,7 +73,8 @@ cudaError_t prepare(const SkvCudaPreparation& preparation, float* rows, void* st
 // Queries in the basis of calibrated keys' tiles: rows [batch * tokens][num_heads][D], for tile_query.
 cudaError_t turn_queries(const Attention& attention, float* rows, void* stream);
 
-cudaError_t append(const Attention& attention, int32_t* not_finite, void* stream);
+// `combines`: and what combine does, in the same launch.
+cudaError_t append(const Attention& attention, int32_t* not_finite, bool combines, void* stream);
 
 cudaError_t decode_simple(const Attention& attention, void* stream);
 
@@ -114,8 +114,8 @@ inline Rows make_rows(void* data, int64_t head_stride, int64_t row_stride, int32
 }
 cudaError_t dequantize(const Cache& cache, const Rows& rows, int64_t sequence, int32_t kv_num_heads, int32_t head,
                        int32_t length, void* stream);
-// The past of the launch's sequences and heads, and where `with_new` the new tokens as they are behind it; the rows
-// begin with the first of them. New values that are not numbers become 0.
+// The past of the launch's sequences and heads, and behind it where `with_new` the new tokens as they are, else zeros;
+// the rows begin with the first of them. New values that are not numbers become 0.
 cudaError_t dequantize_all(const Attention& attention, const Rows& keys, const Rows& values, bool with_new,
                            void* stream);
 

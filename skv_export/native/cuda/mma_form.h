@@ -55,4 +55,25 @@ struct MmaSizes {
   static SKV_HD int larger(int a, int b) { return a > b ? a : b; }
 };
 
+// Of an architecture, ten times the compute capability: bytes of shared memory that a multiprocessor has for blocks,
+// each of which takes one KiB more than it asks for.
+SKV_HD int shared_of(int architecture) {
+  const bool is_small = architecture == 86 || architecture == 89 || architecture >= 120;
+  return (is_small ? 100 : architecture < 90 ? 164 : 228) * 1024;
+}
+// Warps of a kernel that a multiprocessor's registers are to hold: 16 of 128 registers a thread, or where a kernel
+// would spill, or shared memory has no room for more, 8 of 255.
+SKV_HD int warps_by_registers(const MmaForm& f, int blocks, int architecture) {
+  const bool is_wide = f.k_bits > 4 || f.v_bits == 3 || (f.k_bits == 3 && architecture < 86);
+  const bool spills = f.dim > 128 || blocks > 1 || f.v_per_channel || (f.dim == 128 && is_wide);
+  return spills || shared_of(architecture) < 128 * 1024 ? 8 : 16;
+}
+// Blocks of threads that a multiprocessor holds at a time.
+SKV_HD int resident_blocks(const MmaForm& f, int blocks, int architecture) {
+  const MmaSizes sizes(f, blocks);
+  const int by_registers = warps_by_registers(f, blocks, architecture) / sizes.warps;
+  const int by_shared = shared_of(architecture) / (sizes.shared + 1024);
+  return by_registers < by_shared ? by_registers : by_shared;
+}
+
 }  // namespace skv::cuda

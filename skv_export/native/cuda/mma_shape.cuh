@@ -7,11 +7,10 @@
 namespace skv::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-// Warps that a multiprocessor's shared memory has room for, at the default layout.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
-constexpr int kResidentWarps = 8;
+#ifdef __CUDA_ARCH__
+constexpr int kArchitecture = __CUDA_ARCH__ / 10;
 #else
-constexpr int kResidentWarps = 16;
+constexpr int kArchitecture = 80;
 #endif
 constexpr int kSlab = 32;  // tokens that a warp copies and works on at once
 
@@ -33,11 +32,7 @@ struct MmaShape {
                        kQueryStride = kSizes.query_stride, kNewRows = kSizes.new_rows, kMeanScores = kSizes.mean_scores,
                        kSlabs = kSizes.slabs, kShared = kSizes.shared;
   static constexpr int kWarpCount = kSizes.warps, kThreadCount = 32 * kWarpCount;
-  // Blocks that a multiprocessor's registers must hold: of 16 warps (128 registers a thread) where they suffice, else 8
-  // (255).
-  static constexpr bool kManyRegisters =
-      D > 128 || Blocks > 1 || VPerChannel || (D == 128 && (KBits != 4 || VBits == 3));
-  static constexpr int kMinBlocks = (kManyRegisters ? 8 : kResidentWarps) / kWarpCount;
+  static constexpr int kMinBlocks = warps_by_registers(kForm, Blocks, kArchitecture) / kWarpCount;
 };
 
 // Which part of a sequence a block works on; the same for all its threads.

@@ -62,6 +62,8 @@ SKV_DEVICE void async_copy16(void* shared, const void* global) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
 }
+// Asks for the line of 128 bytes at an address.
+SKV_DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 SKV_DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int Pending>
 SKV_DEVICE void async_wait() {
@@ -104,6 +106,7 @@ SKV_DEVICE float fast_exp2(float x) { return std::exp2(x); }
 SKV_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t rest) { return (a & mask) | rest; }
 SKV_DEVICE uint32_t in_register(uint32_t x) { return x; }
 SKV_DEVICE void async_copy16(void* shared, const void* global) { shim::async_copy(shared, global, 16); }
+SKV_DEVICE void prefetch(const void*) {}
 template <int Pending>
 SKV_DEVICE void async_wait() {
   shim::async_wait(Pending);

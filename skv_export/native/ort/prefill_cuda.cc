@@ -6,7 +6,8 @@
 //
 // GroupQueryAttention is given numbers only: where it splits the context, a key that is none takes its whole split out
 // of the sum, and a value that is none reaches rows that must not see it. The outputs that see such a token are made up
-// for at the end.
+// for at the end. Rows that are nobody's are 0: on Hopper and newer it takes cuDNN's attention, which multiplies them
+// by weights of 0.
 #include "ort/prefill_cuda.h"
 
 #include <algorithm>
