@@ -85,14 +85,22 @@ def test_cases(name: str, dtype: str) -> None:
     compare(case, *run(case, arrays_of(case)))
 
 
+@pytest.mark.parametrize("compute_capability", [8, 9])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prompts_go_through_onnxruntimes_attention(
-    name: str, packed: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    packed: bool,
+    compute_capability: int,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With the CPU provider its results; the CUDA provider's kernels don't run here, but are seen to be launched."""
+    """With the CPU provider its results; the CUDA provider's kernels don't run here, but are seen to be launched: on
+    Hopper, too, where cuDNN's attention would take what has no window.
+    """
     on_gpu = PROVIDERS[0] == "CUDAExecutionProvider"
     monkeypatch.setenv("SKV_SHIM_SKIP", "1")
+    monkeypatch.setenv("SKV_SHIM_MAJOR", str(compute_capability))
     case = dataclasses.replace(next(c for c in op_cases() if c.name == name), dtype="float16")
     arrays = arrays_of(case)
     if packed:
@@ -103,7 +111,11 @@ def test_prompts_go_through_onnxruntimes_attention(
     said = capfd.readouterr().err
     assert GQA in said and "GroupQueryAttention says" not in said
     if on_gpu:
-        assert "flash_fwd" in said
+        # Its kernel's causal and local template arguments.
+        found = re.search(r"flash_fwd\w*kernel\w*?EEEELb([01])ELb([01])", said)
+        assert found, said
+        causal, local = map(int, found.groups())
+        assert local == (case.local_window_size > 0 or compute_capability == 9) and causal != local
         outputs[0] = None
     compare(case, outputs, run(case, arrays_of(case))[1])
 

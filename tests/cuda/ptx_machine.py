@@ -357,6 +357,16 @@ def _copy(block: Block, place: int, instruction: Instruction) -> Step:
     return {"commit_group": commit, "wait_group": wait}.get(what, start)
 
 
+def _prefetch(block: Block, place: int, instruction: Instruction) -> Step:
+    """Changes nothing, but what is asked for must be there."""
+
+    def step(active: Array, _: bool) -> None:
+        if active.any():
+            block.memory.read(block.address(instruction.operands[0])[active], 1)
+
+    return step
+
+
 def _branch(block: Block, place: int, instruction: Instruction) -> Step:
     target = block.kernel.labels[instruction.operands[0]]
 
@@ -457,5 +467,5 @@ def _matrix(block: Block, place: int, instruction: Instruction) -> Step:
 
 _COMPILERS: Mapping[str, Callable[[Block, int, Instruction], Step]] = {
     "ld": _load_or_store, "st": _load_or_store, "cp": _copy, "bra": _branch, "ret": _return, "bar": _barrier,
-    "shfl": _shuffle, "vote": _vote, "mma": _matrix, "movmatrix": _matrix,
+    "shfl": _shuffle, "vote": _vote, "mma": _matrix, "movmatrix": _matrix, "prefetch": _prefetch,
 }  # fmt: skip

@@ -212,10 +212,14 @@ cudaError_t cudaSetDevice(int device) {
   current_device = device;
   return cudaSuccess;
 }
+static int compute_capability() {
+  const char* named = getenv("SKV_SHIM_MAJOR");
+  return named ? atoi(named) : 8;
+}
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   *p = {};
   strcpy(p->name, "shim");
-  p->major = 8;
+  p->major = compute_capability();
   p->multiProcessorCount = kMultiprocessors;
   p->totalGlobalMem = kMemory;
   p->warpSize = 32;
@@ -228,7 +232,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount      ? kMultiprocessors
-           : attribute == cudaDevAttrComputeCapabilityMajor ? 8
+           : attribute == cudaDevAttrComputeCapabilityMajor ? compute_capability()
                                                             : 0;
   return cudaSuccess;
 }

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.slow
 
 OUT = ROOT / "build" / "cuda_shim"
 NVRTC = os.environ.get("SKV_NVRTC", "")
+OLD = [path for path in os.environ.get("SKV_NVRTC_OLD", "").split(":") if Path(path).is_file()]
+"""The oldest releases of the majors that are looked for."""
 with_nvrtc = pytest.mark.skipif(not NVRTC, reason="SKV_NVRTC names no libnvrtc.so (.ci/install makes one)")
 SMALL = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
 PER_TOKEN = dataclasses.replace(SMALL, k_bits=8, v_bits=8, k_granularity="token")
@@ -110,6 +112,14 @@ def test_the_sources_in_the_library_compile(
     code = file.read_bytes()
     assert code[:4] == b"\x7fELF" and f"sm_{architecture}" in file.name
     assert set(re.findall(FRAME_SIZE, code, re.DOTALL)) == {bytes(4)}, "a register is spilled"
+
+
+@pytest.mark.parametrize("nvrtc", OLD)
+def test_the_oldest_compilers_take_the_sources(nvrtc: str, machine: Callable[[str], Path], tmp_path: Path) -> None:
+    """From a folder that the loader does not know of, as a package's is."""
+    compile_(machine(nvrtc))
+    (file,) = kept(tmp_path)
+    assert file.read_bytes()[:4] == b"\x7fELF"
 
 
 @with_nvrtc

@@ -10,9 +10,9 @@ Handle<OrtOpAttr> attribute(const char* name, const void* value, AttributeType t
   return Handle<OrtOpAttr>(made);
 }
 
-OrtStatus* create(const OrtKernelInfo* info, const Attributes& a, ElementType type, OrtOp** op) {
+OrtStatus* create(const OrtKernelInfo* info, const Attributes& a, ElementType type, int64_t no_window, OrtOp** op) {
   const int64_t num_heads = a.num_heads, kv_num_heads = a.kv_num_heads;
-  const int64_t window = a.key_layout.local_window_size > 0 ? a.key_layout.local_window_size : -1;
+  const int64_t window = a.key_layout.local_window_size > 0 ? a.key_layout.local_window_size : no_window;
   const Handle<OrtOpAttr> attributes[] = {
       attribute("num_heads", &num_heads, AttributeType::kInt),
       attribute("kv_num_heads", &kv_num_heads, AttributeType::kInt),
@@ -37,9 +37,10 @@ OrtStatus* create(const OrtKernelInfo* info, const Attributes& a, ElementType ty
 
 }  // namespace
 
-Handle<OrtOp> make_gqa(const OrtKernelInfo* info, const Attributes& attributes, ElementType type, const Log& log) {
+Handle<OrtOp> make_gqa(const OrtKernelInfo* info, const Attributes& attributes, ElementType type, const Log& log,
+                       int64_t no_window) {
   OrtOp* op = nullptr;
-  if (OrtStatus* status = create(info, attributes, type, &op)) {
+  if (OrtStatus* status = create(info, attributes, type, no_window, &op)) {
     log.write(Severity::kWarning,
               std::string("prompts take the slower path of the op's own kernel, as this ONNX Runtime gives no "
                           "GroupQueryAttention: ") +

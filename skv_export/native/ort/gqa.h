@@ -9,8 +9,9 @@ namespace skv::ort {
 enum GqaInput : size_t { kGqaSeqlensK = 5, kGqaTotalLength = 6, kGqaHeadSink = 11, kGqaInputs = 12 };
 constexpr int kGqaOutputs = 3;
 
-// With the node's heads, window, scale and softcap, on the node's provider. Null, and a warning in the log, where this
-// ONNX Runtime has none for the type.
-Handle<OrtOp> make_gqa(const OrtKernelInfo* info, const Attributes& attributes, ElementType type, const Log& log);
+// With the node's heads, window, scale and softcap, on the node's provider; a node without a window gets `no_window`.
+// Null, and a warning in the log, where this ONNX Runtime has none for the type.
+Handle<OrtOp> make_gqa(const OrtKernelInfo* info, const Attributes& attributes, ElementType type, const Log& log,
+                       int64_t no_window = -1);
 
 }  // namespace skv::ort

@@ -33,14 +33,21 @@ class Flag {
   int32_t* value_ = nullptr;
 };
 
+struct Device {
+  int32_t multiprocessors = 0, architecture = 0;
+  Device() { check_kernel(skv_cuda_device(&multiprocessors, &architecture)); }
+};
+
 class CudaKernel : public Kernel {
  public:
   CudaKernel(const OrtKernelInfo* info, ElementType type)
-      : attributes_(Attributes::read(info)), type_(type), log_(info), prefill_(info, attributes_, type, log_) {
-    check_kernel(skv_cuda_device(&multiprocessors_, &architecture_));
+      : attributes_(Attributes::read(info)),
+        type_(type),
+        log_(info),
+        prefill_(info, attributes_, type, device_.architecture, log_) {
     flag_ = std::make_unique<Flag>();
-    log_.write(Severity::kInfo, "CUDA kernels on sm_" + std::to_string(architecture_) + ", " +
-                                    std::to_string(multiprocessors_) + " multiprocessors");
+    log_.write(Severity::kInfo, "CUDA kernels on sm_" + std::to_string(device_.architecture) + ", " +
+                                    std::to_string(device_.multiprocessors) + " multiprocessors");
     if (type_ != ElementType::kFloat) load_kernels(info);
   }
 
@@ -51,8 +58,8 @@ class CudaKernel : public Kernel {
     check(api().KernelContext_GetGPUComputeStream(context, &device.stream));
     device.max_length = call.total_sequence_length.as<int32_t>()[0];
     device.output_type = kernel_type(type_);
-    device.multiprocessors = multiprocessors_;
-    device.architecture = architecture_;
+    device.multiprocessors = device_.multiprocessors;
+    device.architecture = device_.architecture;
 
     const CacheBuffers caches(context, call);
     SkvAttention attention = describe(context, call, caches);
@@ -140,7 +147,7 @@ class CudaKernel : public Kernel {
       static_cast<Log*>(log)->write(is_warning ? Severity::kWarning : Severity::kInfo, text);
     };
     Log log = log_;
-    const int status = skv_cuda_load(&known.key_layout, &known.value_layout, architecture_, say, &log);
+    const int status = skv_cuda_load(&known.key_layout, &known.value_layout, device_.architecture, say, &log);
     if (status != SKV_NOT_SUPPORTED) check_kernel(status);  // without them decode_simple runs, as was said
   }
 
@@ -166,8 +173,8 @@ class CudaKernel : public Kernel {
   const Attributes attributes_;
   const ElementType type_;
   const Log log_;
+  const Device device_;
   CudaPrefill prefill_;
-  int32_t multiprocessors_ = 0, architecture_ = 0;
   std::unique_ptr<Flag> flag_;
   std::atomic<bool> reported_not_finite_{false};
   std::mutex mutex_;

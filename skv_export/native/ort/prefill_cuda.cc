@@ -6,12 +6,12 @@
 //
 // GroupQueryAttention is given numbers only: where it splits the context, a key that is none takes its whole split out
 // of the sum, and a value that is none reaches rows that must not see it. The outputs that see such a token are made up
-// for at the end. Rows that are nobody's are 0: on Hopper and newer it takes cuDNN's attention, which multiplies them
-// by weights of 0.
+// for at the end. Rows that are nobody's are 0: there is attention (cuDNN's) that multiplies them by weights of 0.
 #include "ort/prefill_cuda.h"
 
 #include <algorithm>
 
+#include "layout_check.h"
 #include "ort/gqa.h"
 
 namespace skv::ort {
@@ -20,6 +20,11 @@ namespace {
 // Each sequence is a few launches of its own, some ten microseconds: with fewer tokens the op's own kernels take all
 // sequences at once.
 constexpr int64_t kFewestTokens = 64, kFewestPerSequence = 32;
+
+// From here on ONNX Runtime takes cuDNN's attention where there is no window, and builds a plan for each new shape in
+// each layer: 20 ms a layer on an H100, for every prompt of another length. A window that nothing is behind leaves it
+// to FlashAttention.
+constexpr int kCudnnArchitecture = 90;
 
 }  // namespace
 
@@ -64,8 +69,13 @@ Handle<OrtValue> DeviceScratch::tensor(ElementType type, const void* data, const
 }
 
 // The CUDA provider has none for float32.
-CudaPrefill::CudaPrefill(const OrtKernelInfo* info, const Attributes& attributes, ElementType type, const Log& log)
-    : op_(type == ElementType::kFloat ? nullptr : make_gqa(info, attributes, type, log)), type_(type), log_(log) {}
+CudaPrefill::CudaPrefill(const OrtKernelInfo* info, const Attributes& attributes, ElementType type, int architecture,
+                         const Log& log)
+    : op_(type == ElementType::kFloat
+              ? nullptr
+              : make_gqa(info, attributes, type, log, architecture < kCudnnArchitecture ? -1 : kMaxWindow)),
+      type_(type),
+      log_(log) {}
 
 bool CudaPrefill::can_run(const Call& call) const {
   const int64_t fewest = std::max(kFewestTokens, kFewestPerSequence * call.batch);

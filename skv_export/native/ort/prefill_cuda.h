@@ -47,7 +47,8 @@ class CudaPrefill {
   static constexpr int64_t kPiece = SKV_CUDA_PIECE;
 
   // Where ONNX Runtime has no GroupQueryAttention for the type, the log says so and can_run is false.
-  CudaPrefill(const OrtKernelInfo* info, const Attributes& attributes, ElementType type, const Log& log);
+  CudaPrefill(const OrtKernelInfo* info, const Attributes& attributes, ElementType type, int architecture,
+              const Log& log);
 
   // Many new tokens.
   bool can_run(const Call& call) const;
