@@ -28,8 +28,8 @@ MUTATIONS = (
     Mutation(
         "no barrier before the warps are merged",
         "decode_mma.cuh",
-        "  __syncthreads();\n  for (int i = 0; i < S::kColumns && warp",
-        "  for (int i = 0; i < S::kColumns && warp",
+        "  __syncthreads();\n  const int lane = threadIdx.x % 32;\n  for (int i = w;",
+        "  const int lane = threadIdx.x % 32;\n  for (int i = w;",
     ),
     Mutation(
         "shared memory four bytes short",
@@ -118,9 +118,21 @@ MUTATIONS = (
     Mutation(
         "rows overwritten while a tile is read from them",
         "append.cu",
-        "a.rows = tokens == 1;",
-        "a.rows = tokens <= 8;",
+        "parts, true, tokens == 1}",
+        "parts, true, tokens <= 8}",
         "thread",
+    ),
+    Mutation(
+        "the merge forgets the last split",
+        "combine.cuh",
+        "used = peak.y != 0 ? i + 1 : used;",
+        "used = peak.y != 0 ? i : used;",
+    ),
+    Mutation(
+        "blocks that append count from the first that merges",
+        "append.cu",
+        "int(blockIdx.x) - a.combined - (is_value",
+        "int(blockIdx.x) - (is_value",
     ),
     Mutation(
         "a block quantizes the tokens of another",

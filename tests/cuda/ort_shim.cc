@@ -1,6 +1,7 @@
 // The rest of the op's library in tests of its CUDA side on the shim. It replaces cpu/dispatch.cc; and, without a CUDA
 // provider, cuda/runtime.cu (on host memory) and ort/kernel_cpu.cc: it registers what ort/kernel_cuda.cc defines for
 // the CPU provider (built with SKV_CUDA_PROVIDER set).
+#include <cstdlib>
 #include <cstring>
 
 #include "cpu/isa.h"
@@ -16,7 +17,8 @@ extern "C" const char* skv_cuda_build(void) { return "shim"; }
 
 int skv_cuda_device(int32_t* multiprocessors, int32_t* architecture) {
   *multiprocessors = 4;
-  *architecture = 80;
+  const char* major = std::getenv("SKV_SHIM_MAJOR");
+  *architecture = major ? 10 * std::atoi(major) : 80;
   return SKV_OK;
 }
 int skv_cuda_use_device(int32_t) { return SKV_OK; }

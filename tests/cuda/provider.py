@@ -108,7 +108,7 @@ CASES = [
 def test_decoding_in_place(case: Case, shim: Any) -> None:
     before = shim.skv_shim_launches()
     decode(case, {})
-    assert shim.skv_shim_launches() - before >= 2 * STEPS, "the CPU's kernel ran"
+    assert shim.skv_shim_launches() - before == 2 * STEPS, "the CPU's kernel ran, or a launch more"
     heads = case.num_heads, case.kv_num_heads
     path = load_library().cuda_path(case.layouts, *heads, "fp16", architecture=SHIM_ARCHITECTURE)
     if os.environ.get("SKV_NVRTC") or (case.config.k_bits, case.config.v_bits) == (4, 2):  # those are built in

@@ -48,6 +48,20 @@ def check(case: Case, kernels: Library, path: int, tolerance: float = 0.0) -> st
     return taken
 
 
+@pytest.mark.parametrize("path", [SIMPLE, MMA])
+@pytest.mark.parametrize("head_sink", [False, True])
+def test_more_splits_than_a_warp_has_lanes(head_sink: bool, path: int) -> None:
+    """As a card with many multiprocessors makes them: the merge takes them in turns."""
+    kernels = Library(build_shim(ROOT / "build" / "cuda_shim"), HostMemory(), multiprocessors=100)
+    config = LayerConfig(num_sink_tokens=4, recent_tokens=32, tile_tokens=32)
+    past = (1500 if path == SIMPLE else 5000,)
+    case = Case("many splits", config, 64, 2, 1, past, dtype="float16", head_sink=head_sink, spare_tokens=300)
+    _, call, context = kernels.prepare(case, make_inputs(case), path)
+    rows = kernels.lib.skv_cuda_scratch_bytes(ctypes.byref(call), ctypes.byref(context)) // (2 * 64 * 4)
+    assert rows > 32
+    check(case, kernels, path, 0.0 if path == SIMPLE else 6e-3)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_simple_kernels_equal_the_reference(case: Case, kernels: Library) -> None:
     assert check(case, kernels, SIMPLE).startswith("decode_simple")

@@ -1,5 +1,6 @@
 // Append on the device: new tokens are rotated and rounded, tiles that leave the ring are quantized, the rest is stored
-// in the full-precision rows. Writes the same bytes as reference.append.
+// in the full-precision rows. Writes the same bytes as reference.append. A decoding step's splits are merged by other
+// blocks of the same launch.
 #include "launchers.h"
 
 #include "combine.cuh"

@@ -156,17 +156,16 @@ struct Plan {
   int64_t partial_bytes, peak_bytes, query_bytes, rows_bytes, mask_bytes, scratch_bytes;
 };
 
-// Splits of the context, from shapes alone: blocks for all places on the device; and of as many rounds of a block's
-// warps the fewest.
+// Splits of the context, from shapes alone: blocks for all places on the device, and no more than there are pieces for
+// their warps. What a length below the capacity leaves without work costs a peak each.
 int splits_for(const Attention& a, const SkvCudaContext& context, int columns_per_block, int resident, int warps) {
   const int64_t groups = (a.columns + columns_per_block - 1) / columns_per_block;
   const int64_t blocks = int64_t{a.batch} * a.kv_num_heads * groups;
   const int64_t pieces = a.key.tiles + (full_rows(a.key.layout) + a.lengths.tokens + 31) / 32;
   const int64_t multiprocessors = context.multiprocessors < 1 ? 1 : context.multiprocessors;
-  const int64_t places = resident * multiprocessors / (blocks < 1 ? 1 : blocks);
-  const int64_t most = places < 1 ? 1 : places < kMaxSplits ? places : kMaxSplits;
-  const int64_t rounds = (pieces + most * warps - 1) / (most * warps);
-  return int((pieces + rounds * warps - 1) / (rounds * warps));
+  const int64_t places = resident * multiprocessors / (blocks < 1 ? 1 : blocks), shares = (pieces + warps - 1) / warps;
+  const int64_t most = places < kMaxSplits ? places : kMaxSplits;
+  return int(most < 1 ? 1 : most < shares ? most : shares);
 }
 
 // The same for prefill: where its blocks alone fill the device twice, the context is not split; and a split has four

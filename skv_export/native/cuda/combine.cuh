@@ -15,7 +15,7 @@ SKV_DEVICE void combine_column(const Attention& a, int column, float* shared) {
   const int pair = a.first_pair + blockIdx.y, b = pair / a.kv_num_heads, kv_head = pair % a.kv_num_heads;
   const int token = column / a.group(), head = kv_head * a.group() + column % a.group();
   const int head_dim = a.value.layout.head_dim;
-  // Nothing that is read here waits for what was read before it, but for the weights, whose lanes are splits.
+  // Read at once: the peaks, the lengths and the new values. Only the partial rows wait, for the peaks.
   const int64_t first = int64_t{blockIdx.y} * a.splits * a.columns + column;
   const auto peak_at = [&](int i) {
     return i < a.splits ? a.peaks[first + int64_t{i} * a.columns] : make_float2(0, 0);

@@ -1,5 +1,6 @@
 // Attention on CUDA cores, one warp per token, for every layout and type: the reference of the fast kernels, and the
-// fallback for layouts that they do not cover. Also the merge of the splits, which all of them share.
+// fallback for layouts that they do not cover. Also the launch of the merge of the splits, where no append goes with
+// it.
 #include "launchers.h"
 
 #include "combine.cuh"

@@ -170,6 +170,7 @@ SKV_DEVICE void multiply(float (&x)[E], const float* matrix, int by_row, int by_
   float product[E] = {};
 #pragma unroll
   for (int from = 0; from < E; from++) {
+#pragma unroll 4  // whole, it takes more registers than there are
     for (int l = 0; l < 32; l++) {
       const float factor = __shfl_sync(kWarp, x[from], l);
       const float* row = matrix + (32 * from + l) * by_row;

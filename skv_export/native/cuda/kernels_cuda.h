@@ -32,7 +32,8 @@ typedef struct SkvCudaContext {
   int32_t multiprocessors;  // of the device: how far the context is split
   int64_t rows_bytes;    // of a dequantized past that prefill holds at once: so many sequences and heads go at a time,
                          // one at least; 0 = 256 MiB
-  int32_t architecture;  // of the device, for kernels that skv_cuda_load has loaded; 0 = those that are built in
+  int32_t architecture;  // of the device, for kernels that skv_cuda_load has loaded, and for how far the context is
+                         // split; 0 = those that are built in, and as on sm_80
 } SkvCudaContext;
 
 // New tokens before QK norm and RoPE; see the op's inputs of these names.
@@ -65,7 +66,7 @@ SKV_API int skv_cuda_append(const SkvAttention* call, const SkvCudaContext* cont
 
 // For attention of somebody else's over dense rows, one sequence at a time and its tokens in pieces:
 // the past of sequence b, [kv_num_heads][rows][head_dim] of the output's type in keys and in values, and zeros behind
-// it, as there is attention (cuDNN's) that multiplies rows by weights of 0 which nobody has written;
+// it: there is attention (cuDNN's) that multiplies rows which nobody has written by weights of 0;
 SKV_API int skv_cuda_dense_rows(const SkvAttention* call, const SkvCudaContext* context, int32_t b, int64_t rows,
                                 void* keys, void* values);
 // for each piece of so many tokens, and each sequence, [pieces][3][batch]: seqlens_k and query_seqlens of a call with

@@ -73,7 +73,7 @@ cudaError_t prepare(const SkvCudaPreparation& preparation, float* rows, void* st
 // Queries in the basis of calibrated keys' tiles: rows [batch * tokens][num_heads][D], for tile_query.
 cudaError_t turn_queries(const Attention& attention, float* rows, void* stream);
 
-// `combines`: and what combine does, in the same launch.
+// `combines`: and what combine does for all sequences and heads, in the same launch; not after prefill.
 cudaError_t append(const Attention& attention, int32_t* not_finite, bool combines, void* stream);
 
 cudaError_t decode_simple(const Attention& attention, void* stream);

@@ -64,7 +64,7 @@ SKV_HD int shared_of(int architecture) {
 // Warps of a kernel that a multiprocessor's registers are to hold: 16 of 128 registers a thread, or where a kernel
 // would spill, or shared memory has no room for more, 8 of 255.
 SKV_HD int warps_by_registers(const MmaForm& f, int blocks, int architecture) {
-  const bool is_wide = f.k_bits > 4 || f.v_bits == 3 || (f.k_bits == 3 && architecture < 86);
+  const bool is_wide = f.k_bits > 4 || f.v_bits == 3 || (f.k_bits == 3 && architecture < 90);
   const bool spills = f.dim > 128 || blocks > 1 || f.v_per_channel || (f.dim == 128 && is_wide);
   return spills || shared_of(architecture) < 128 * 1024 ? 8 : 16;
 }

@@ -85,7 +85,8 @@ const Nvrtc* open() {
       const bool known = dladdr(reinterpret_cast<const void*>(nvrtc.nvrtcVersion), &where) && where.dli_fname;
       const std::filesystem::path file = known ? where.dli_fname : path;
       const std::string version = std::to_string(major) + "." + std::to_string(minor);
-      // It asks the loader for a second library, by name; some versions find it beside themselves only if it is loaded.
+      // It asks the loader for a second library, by name, and some versions don't look beside themselves: loaded here,
+      // it is found.
       dlopen((file.parent_path() / ("libnvrtc-builtins.so." + version)).c_str(), RTLD_NOW | RTLD_LOCAL);
       nvrtc.name = "NVRTC " + version + " (" + file.string() + ")";
       return &nvrtc;

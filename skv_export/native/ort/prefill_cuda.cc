@@ -6,7 +6,8 @@
 //
 // GroupQueryAttention is given numbers only: where it splits the context, a key that is none takes its whole split out
 // of the sum, and a value that is none reaches rows that must not see it. The outputs that see such a token are made up
-// for at the end. Rows that are nobody's are 0: there is attention (cuDNN's) that multiplies them by weights of 0.
+// for at the end. Rows that are nobody's are 0: cuDNN's attention, which an environment variable still asks for,
+// multiplies them by weights of 0.
 #include "ort/prefill_cuda.h"
 
 #include <algorithm>
@@ -21,10 +22,13 @@ namespace {
 // sequences at once.
 constexpr int64_t kFewestTokens = 64, kFewestPerSequence = 32;
 
-// From here on ONNX Runtime takes cuDNN's attention where there is no window, and builds a plan for each new shape in
-// each layer: 20 ms a layer on an H100, for every prompt of another length. A window that nothing is behind leaves it
-// to FlashAttention.
+// From here on ONNX Runtime takes cuDNN's attention where there is no window, softcap or head sink, and builds a plan
+// for each new shape in each layer: 20 ms a layer on an H100, for every prompt of another length. A window that nothing
+// is behind leaves it to FlashAttention.
 constexpr int kCudnnArchitecture = 90;
+bool takes_cudnn(const Attributes& attributes, int architecture) {
+  return architecture >= kCudnnArchitecture && attributes.softcap == 0;
+}
 
 }  // namespace
 
@@ -73,7 +77,7 @@ CudaPrefill::CudaPrefill(const OrtKernelInfo* info, const Attributes& attributes
                          const Log& log)
     : op_(type == ElementType::kFloat
               ? nullptr
-              : make_gqa(info, attributes, type, log, architecture < kCudnnArchitecture ? -1 : kMaxWindow)),
+              : make_gqa(info, attributes, type, log, takes_cudnn(attributes, architecture) ? kMaxWindow : -1)),
       type_(type),
       log_(log) {}
 
