@@ -250,8 +250,16 @@ class Checkpoint:
         """The model's ``config.json``; for GGUF, what its metadata says, under the same names.
 
         Raises:
-            SkvError: No valid JSON; or metadata that are not understood.
+            SkvError: There is none; no valid JSON; or metadata that are not understood.
         """
+        try:
+            return self._config
+        except FileNotFoundError as error:
+            fix = "Put the model's config.json beside its weights."
+            raise SkvError(f"{self.source}: no config.json", fix=fix) from error
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
         if self.source.kind == "gguf":
             return gguf_config(*self._gguf, str(self.source))
         return self._json("config.json")
@@ -259,7 +267,7 @@ class Checkpoint:
     def config_if_any(self) -> dict[str, Any]:
         """The configuration; empty where there is none, which whoever needs it will say."""
         try:
-            return self.config
+            return self._config
         except FileNotFoundError:
             return {}
 

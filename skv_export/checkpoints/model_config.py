@@ -27,10 +27,7 @@ def load_config(source: Source) -> PreTrainedConfig:
         SkvError: There is none; transformers does not know its ``model_type`` or does not take its values; a GGUF
             file's metadata are not understood.
     """
-    try:
-        values = Checkpoint(source).config
-    except FileNotFoundError as error:
-        raise SkvError(f"{source}: no config.json", fix="Put the model's config.json beside its weights.") from error
+    values = Checkpoint(source).config
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise SkvError(

@@ -20,7 +20,9 @@ _ADVICE = (
 @click.argument("checkpoint", required=False)
 @adapter_option
 @click.option("--text", type=PathOf("--text"), help="Text to read, UTF-8.  [default: shipped, on optics]")
-@click.option("--windows", default=16, show_default=True, type=click.IntRange(1), help="Windows of text.")
+@click.option(
+    "--windows", default=16, show_default=True, type=click.IntRange(1), help="Windows of text; fewer if it has no more."
+)
 @click.option("--window", default=1024, show_default=True, type=click.IntRange(128), help="Tokens per window.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--out", default="calibration.safetensors", show_default=True, type=OutputFile(), help="File to write.")

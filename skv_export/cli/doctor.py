@@ -125,7 +125,11 @@ def _attention(folder: Path, cuda_arch: Sequence[int]) -> list[Check]:
     name = "decoding on a GPU"
     config, library = ModelConfig.load(folder), load_library()
     if not library.cuda_build:
-        return [Check(name, "unknown", "The library has no CUDA kernels.", required=False)]
+        fix = "Install with nvcc on the PATH and -C cmake.define.SKV_CUDA=on."
+        return [Check(name, "unknown", f"The library has no CUDA kernels. {fix}", required=bool(cuda_arch))]
+    if config.dtype == "fp32" and cuda_arch:
+        problem = "In float32 there are no kernels to compile: export with --dtype fp16 or bf16."
+        return [Check(name, "decode_simple", problem, required=True)]
     found: Counter[tuple[str, str]] = Counter()
     for path, layers in gpu_kernels(config, library).items():
         for layouts in ((config.layers[i].key, config.layers[i].value) for i in layers):

@@ -91,8 +91,8 @@ class Export:
             recipe: The options; the defaults if not given.
             as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
             adapter: Folder of a LoRA adapter to merge into the weights.
-            calibration: Of keys: what ``skv-export calibrate`` wrote for this checkpoint; whether it did is seen when
-                the weights are there.
+            calibration: Of keys: what ``skv-export calibrate`` wrote for this checkpoint; of a hub id whether it did is
+                seen when the weights are there.
             inputs_embeds: Whether the graph takes embeddings in the place of tokens too; None = of vision-language
                 models.
 
@@ -102,6 +102,8 @@ class Export:
         if calibration is not None and not isinstance(calibration, Calibration):
             calibration = Calibration.load(calibration)
         resolved = resolve(source, adapter=adapter)
+        if calibration is not None and resolved.path is not None:
+            calibration.check(resolved)
         before = Snapshot.take(resolved)
         planned, model = _plan(resolved, as_recipe(recipe), as_causal_lm, inputs_embeds)
         planned, constants = _calibrated(planned, calibration)

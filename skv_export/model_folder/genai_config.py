@@ -110,7 +110,13 @@ def advice(configs: Sequence[LayerConfig], layers: Sequence[Layouts], context_le
     """One or two lines for a plan: what a recipe costs in onnxruntime-genai, and which equal pair to take instead."""
     least = least_length(layers, context_length)
     held = capacity(layers, context_length)
-    short = f"give it a max_length of {least:,} or more" if least else f"its caches hold {held:,} tokens"
+    if held == 0:
+        return (
+            f"onnxruntime-genai: can't use this folder: at the model's context of {context_length:,} tokens its caches "
+            "hold none, as it allocates keys and values alike."
+        )
+    of_context = f" of the context's {context_length:,}" if held is not None and held < context_length else ""
+    short = f"give it a max_length of {least:,} or more" if least else f"its caches hold {held:,} tokens{of_context}"
     unequal = [(c, pair) for c, pair in zip(configs, layers, strict=True) if pair[0].width != pair[1].width]
     if not unequal:
         return f"onnxruntime-genai: runs this folder; {short}."

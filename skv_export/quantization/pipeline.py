@@ -97,6 +97,14 @@ class Options:
                 f"{self.form.group_size} with scales and zero points",
                 fix="Raise it, or take larger groups (--group-size).",
             )
+        most = replace(self.form, bits=8).effective_bits
+        if self.budget is not None and self.budget > most:
+            raise SkvError(
+                "weight_bits_budget",
+                got=f"{self.budget:g} bits per weight",
+                expected=f"at most {most:.3f}, with which all matrices have 8 bits",
+                fix="Lower it, or take --bits 8.",
+            )
 
 
 @dataclass(frozen=True)

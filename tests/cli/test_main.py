@@ -21,6 +21,7 @@ from tiny_graph import Tiny
 from skv_export.cli.main import main
 from skv_export.cli.options import default_name
 from skv_export.errors import SkvError
+from skv_export.native.library import load_library
 from skv_export.spec.recipe import Recipe
 
 
@@ -202,6 +203,22 @@ def test_doctor_of_a_folder(tmp_path: Path) -> None:
     assert "decoding on a GPU" not in run("doctor").output
     result = run("doctor", str(tmp_path))
     assert result.exit_code != 0 and "skv_config.json" in result.output
+
+
+def test_kernels_that_can_not_be_compiled_are_a_failure(tmp_path: Path) -> None:
+    """An image is filled by this command: a zero would be taken for kernels."""
+    result = run("doctor", str(Tiny().write(tmp_path / "model")), "--cuda-arch", "90")
+    expected = "export with --dtype fp16" if load_library().cuda_build else "cmake.define.SKV_CUDA=on"
+    assert result.exit_code == 1 and expected in result.output
+
+
+@pytest.mark.parametrize("command", ["model", "quality", "analyze", "calibrate", "quantize"])
+def test_weights_without_a_configuration(command: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    shutil.copy(tiny_checkpoint("llama") / "model.safetensors", folder)
+    result = run(command, str(folder))
+    assert result.exit_code == 1 and "no config.json. Put the model's config.json beside" in result.output
 
 
 def test_doctor_says_when_an_instruction_set_is_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -334,3 +334,9 @@ def test_a_budget_that_holds_no_codes_is_refused() -> None:
     with pytest.raises(SkvError, match=r"at least 5\.250.*larger groups"):
         Options(form=Form(4, 16), budget=5.0)
     assert Options(form=Form(4, 128), budget=4.25).budget == 4.25
+
+
+def test_a_budget_beyond_eight_bits_is_refused() -> None:
+    with pytest.raises(SkvError, match=r"got 50 bits.*at most 8\.750"):
+        Options(budget=50)
+    assert Options(budget=8.75).budget == 8.75

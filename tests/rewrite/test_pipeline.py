@@ -476,6 +476,10 @@ def test_pairs_offered_for_genai() -> None:
     assert "160 instead of 128 bytes" in advice and "K4V4" in advice and "K3V3" in advice and "in 3 of 3" in advice
     alike = genai_config.advice([free], [CacheLayout.pair(free, 128)], 8192)
     assert "instead" not in alike and "max_length of" in alike
+    part = genai_config.advice([config], [pair], 512)
+    assert "195 tokens of the context's 512" in part
+    none = genai_config.advice([config], [pair], 16)
+    assert "can't use this folder" in none and "16 tokens" in none and "runs" not in none
     assert genai_config.cache_widths(pair) == (80, None)
     assert genai_config.cache_widths(CacheLayout.pair(LayerConfig(2, 4), 128)) == (None, 80)
     assert genai_config.cache_widths(CacheLayout.pair(free, 128)) == (80, 80)
