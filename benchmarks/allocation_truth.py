@@ -28,7 +28,8 @@ from skv_export.analysis import pipeline
 from skv_export.analysis.budget import Pair
 from skv_export.analysis.pipeline import Allocation, Analysis, MeasureOptions, Target
 from skv_export.analysis.result import HeldOut
-from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
+from skv_export.checkpoints.checkpoint import resolve
+from skv_export.checkpoints.demo_model import demo_checkpoint
 from skv_export.errors import SkvError
 from skv_export.evaluation import candidates, comparison
 from skv_export.evaluation.text import read_text

@@ -269,7 +269,8 @@ def against_genai(precisions: Sequence[str], rounds: int, options: str, work: Pa
 
 def convert(folder: Path) -> None:
     """The demo model's GGUF file as safetensors, which genai's builder reads."""
-    from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
+    from skv_export.checkpoints.checkpoint import resolve
+    from skv_export.checkpoints.demo_model import demo_checkpoint
     from skv_export.checkpoints.pretrained import load_model, load_tokenizer
 
     source = resolve(demo_checkpoint())

@@ -13,7 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from skv_export.checkpoints.checkpoint import Checkpoint, demo_checkpoint, resolve
+from skv_export.checkpoints.checkpoint import Checkpoint, resolve
+from skv_export.checkpoints.demo_model import demo_checkpoint
 from skv_export.evaluation import candidates, comparison, needle
 from skv_export.evaluation.text import read_text
 from skv_export.spec.compaction import least_kept

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
+from skv_export.checkpoints.checkpoint import resolve
+from skv_export.checkpoints.demo_model import demo_checkpoint
 from skv_export.evaluation import comparison
 from skv_export.evaluation.decode_simulation import FullCache, LayoutCache, Simulation, simulated_logits
 from skv_export.evaluation.text import cut_windows, read_text

@@ -32,7 +32,7 @@ from skv_export.bench.attention_candidates import BASELINES, AttentionShape
 from skv_export.bench.model import bench_model
 from skv_export.bench.model_peers import PEERS
 from skv_export.bench.noise import CLOCKS, remark
-from skv_export.checkpoints.checkpoint import demo_checkpoint
+from skv_export.checkpoints.demo_model import demo_checkpoint
 from skv_export.evaluation.text import cut_windows, read_text
 from skv_export.provenance import versions
 from skv_export.runtime.prompts import load_tokenizer

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from skv_export.calibration.file import Calibration
-from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
+from skv_export.checkpoints.checkpoint import resolve
+from skv_export.checkpoints.demo_model import demo_checkpoint
 from skv_export.errors import SkvError
 from skv_export.evaluation import candidates, comparison
 from skv_export.evaluation.baselines import parse_baselines

@@ -44,7 +44,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 @pytest.fixture(scope="session")
 def demo_checkpoint() -> Path:
     """The demo model's GGUF file."""
-    from skv_export.checkpoints.checkpoint import demo_checkpoint as find
+    from skv_export.checkpoints.demo_model import demo_checkpoint as find
 
     return find()
 

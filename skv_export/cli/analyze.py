@@ -85,7 +85,7 @@ def analyze_command(
     skv-export analyze ./model --gpu rtx4090                 # and how long a context fits
     skv-export analyze ./model --max-loss 0.5%
     """
-    from skv_export.checkpoints.checkpoint import demo_checkpoint
+    from skv_export.checkpoints.demo_model import demo_checkpoint
 
     if plot is not None:
         require_module("matplotlib", "--plot")

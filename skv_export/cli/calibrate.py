@@ -51,7 +51,8 @@ def calibrate_command(
     skv-export calibrate ./Qwen3-8B --state qwen3.state --device cuda    # goes on where it was interrupted
     skv-export quality ./Qwen3-0.6B --configs K3V2,K2V2 --calibration qwen3.safetensors
     """
-    from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
+    from skv_export.checkpoints.checkpoint import resolve
+    from skv_export.checkpoints.demo_model import demo_checkpoint
     from skv_export.checkpoints.pretrained import Placement
     from skv_export.evaluation.text import CALIBRATION_TEXT, read_text
     from skv_export.quantization.key_calibration import calibrate

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tokenizers")
 _ORT_FLOOR = (1, 24)
+_BUILD_CUDA = "install with nvcc on the PATH and -C cmake.define.SKV_CUDA=on."
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _library() -> list[Check]:
         Check(
             "CUDA kernels",
             cuda or "not built",
-            "" if cuda else "For NVIDIA GPUs: install with nvcc on the PATH and -C cmake.define.SKV_CUDA=on.",
+            "" if cuda else f"For NVIDIA GPUs: {_BUILD_CUDA}",
             required=False,
         ),
     ]
@@ -125,8 +126,8 @@ def _attention(folder: Path, cuda_arch: Sequence[int]) -> list[Check]:
     name = "decoding on a GPU"
     config, library = ModelConfig.load(folder), load_library()
     if not library.cuda_build:
-        fix = "Install with nvcc on the PATH and -C cmake.define.SKV_CUDA=on."
-        return [Check(name, "unknown", f"The library has no CUDA kernels. {fix}", required=bool(cuda_arch))]
+        problem = f"The library has no CUDA kernels: {_BUILD_CUDA}"
+        return [Check(name, "unknown", problem, required=bool(cuda_arch))]
     if config.dtype == "fp32" and cuda_arch:
         problem = "In float32 there are no kernels to compile: export with --dtype fp16 or bf16."
         return [Check(name, "decode_simple", problem, required=True)]
@@ -177,7 +178,7 @@ def _providers() -> Check:
 
 
 def _demo() -> Check:
-    from skv_export.checkpoints.checkpoint import demo_checkpoint
+    from skv_export.checkpoints.demo_model import demo_checkpoint
 
     try:
         return Check("demo model", str(demo_checkpoint()))

@@ -448,7 +448,7 @@ def _checkpoint_or_demo(checkpoint: str | None, json_file: Path | None = None) -
     """The given checkpoint, or the demo model's GGUF file, saying so."""
     if checkpoint is not None:
         return checkpoint
-    from skv_export.checkpoints.checkpoint import demo_checkpoint
+    from skv_export.checkpoints.demo_model import demo_checkpoint
 
     path = demo_checkpoint()
     say(f"No CHECKPOINT given: the demo model, {path.name}\n", json_file)

@@ -111,7 +111,8 @@ def quality_command(
     skv-export quality ./Qwen3-0.6B --configs K16V16,K4V2 --weights qwen3-int4
     """
     from skv_export.calibration.file import Calibration
-    from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
+    from skv_export.checkpoints.checkpoint import resolve
+    from skv_export.checkpoints.demo_model import demo_checkpoint
     from skv_export.checkpoints.pretrained import Placement, download
     from skv_export.evaluation import candidates, comparison, free_running, needle
     from skv_export.evaluation.baselines import parse_baselines

@@ -98,7 +98,8 @@ def quantize_command(
     skv-export quantize ./Qwen3-0.6B --weight-bits-budget 5.5 --out qwen3-int4
     skv-export model qwen3-int4 --k-bits 4 --v-bits 2
     """
-    from skv_export.checkpoints.checkpoint import demo_checkpoint, resolve
+    from skv_export.checkpoints.checkpoint import resolve
+    from skv_export.checkpoints.demo_model import demo_checkpoint
     from skv_export.checkpoints.pretrained import Placement
     from skv_export.evaluation.text import CALIBRATION_TEXT, read_text
     from skv_export.quantization.pipeline import Options, quantize

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skv_export.arguments import checked
-from skv_export.checkpoints.checkpoint import Source, demo_checkpoint, resolve
+from skv_export.checkpoints.checkpoint import Source, resolve
+from skv_export.checkpoints.demo_model import demo_checkpoint
 from skv_export.errors import SkvError
 from skv_export.evaluation.text import cut_windows, read_text
 from skv_export.model_folder.skv_config import ModelConfig, describe

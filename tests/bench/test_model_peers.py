@@ -12,7 +12,7 @@ from tiny_graph import Tiny
 
 from skv_export.bench import model, model_peers
 from skv_export.bench.model_peers import Job, parse
-from skv_export.checkpoints.checkpoint import demo_checkpoint
+from skv_export.checkpoints.demo_model import demo_checkpoint
 from skv_export.errors import SkvError
 
 

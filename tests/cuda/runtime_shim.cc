@@ -212,10 +212,7 @@ cudaError_t cudaSetDevice(int device) {
   current_device = device;
   return cudaSuccess;
 }
-static int compute_capability() {
-  const char* named = getenv("SKV_SHIM_MAJOR");
-  return named ? atoi(named) : 8;
-}
+static int compute_capability() { return getenv("SKV_SHIM_MAJOR") ? atoi(getenv("SKV_SHIM_MAJOR")) : 8; }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   *p = {};
   strcpy(p->name, "shim");

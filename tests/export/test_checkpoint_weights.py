@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TINY, make_tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from skv_export.checkpoints.checkpoint import Source, demo_checkpoint, resolve
+from skv_export.checkpoints.checkpoint import Source, resolve
+from skv_export.checkpoints.demo_model import demo_checkpoint
 from skv_export.checkpoints.model_config import load_config
 from skv_export.checkpoints.pretrained import load_model
 from skv_export.errors import SkvError
