@@ -30,7 +30,9 @@ FIGURES = ROOT / "benchmarks" / "literature.json"
 OURS = "K2V2,K3V2,K4V2,K4V4"
 THEIRS = (
     "kivi-k2v2,kivi-k4v2,kivi-k4v4,kvquant-k2v2,kvquant-k3v3,kvquant-k4v4,kvarn-k2v2,kvarn-k4v2,squat-k2v2,squat-k4v4,"
-    "svdq-k2v2,svdq-k4v4,oscar-k2v2,oscar-k3v3,turboquant-k2v2,turboquant-k3v3,turboquant-k4v4,turboquant-prod-k4v4"
+    "svdq-k2v2,svdq-k4v4,oscar-k2v2,oscar-k3v3,turboquant-k2v2,turboquant-k3v3,turboquant-k4v4,turboquant-prod-k4v4,"
+    "rotatekv-k2v2,rotatekv-k4v4,rvq-k2v2,rvq-k3v3,polarquant-k3v3,polarquant-k4v4,decoquant-k2v2,decoquant-k4v4,"
+    "alignedkv"
 )
 WINDOW, PROMPT = 1024, 256
 BEGIN, END = "<!-- literature: written by benchmarks/literature.py -->", "<!-- end of literature -->"
@@ -84,10 +86,14 @@ LEGEND = {
     "squat": ("SQuat", "#e69f00"),
     "svdq": ("SVDq", "#7a5230"),
     "oscar": ("OSCAR", "#5e3c99"),
+    "rotatekv": ("RotateKV", "#b2182b"),
+    "rvq": ("residual VQ", "#1fb5ad"),
+    "polarquant": ("PolarQuant", "#8fbc2b"),
+    "decoquant": ("DecoQuant", "#f781bf"),
     "turboquant": ("TurboQuant", "#777777"),
     "turboquant-prod": ("TurboQuant, prod", "#222222"),
 }
-"""Methods: what they are called in the figure, and their colour."""
+"""Methods: what they are called in the figure, and their colour. AlignedKV stores 16 bits: it is in the table alone."""
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM, _GAP = 400, 300, 52, 26, 40, 14
 STYLE = (
     "text{font:12px sans-serif;fill:#222}.small{font-size:11px;fill:#555}"
@@ -104,6 +110,10 @@ def method(name: str) -> str:
 
 def svg(figures: dict[str, Any]) -> str:
     """KL divergence, on a logarithmic scale, against bits: a panel per model, a line per method."""
+    figures = {
+        name: {**model, "rows": [row for row in model["rows"] if method(row["name"]) in LEGEND]}
+        for name, model in figures.items()
+    }
     losses = [row["kld_mean"] for model in figures.values() for row in model["rows"]]
     decades = range(math.floor(math.log10(min(losses))), math.ceil(math.log10(max(losses))) + 1)
     shown = [key for key in LEGEND if any(method(r["name"]) == key for m in figures.values() for r in m["rows"])]

@@ -15,6 +15,7 @@ from skv_export.cli.options import (
     placement_options,
     progress_options,
     ray_option,
+    revision_option,
     say,
     write_json,
 )
@@ -28,6 +29,7 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 @click.command("quality")
 @click.argument("checkpoint", required=False)
 @adapter_option
+@revision_option
 @click.option("--text", type=PathOf("--text"), help="Text to predict, UTF-8.  [default: shipped prose]")
 @click.option(
     "--configs",
@@ -38,8 +40,8 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 @click.option(
     "--baselines",
     default="",
-    help="Other caches in the same run: kivi, kvquant, kvarn, squat, svdq, oscar, turboquant, turboquant-prod, "
-    "hf-quanto, hf-hqq; or with bits: kivi-k4v2, hf-hqq-8.",
+    help="Other caches in the same run: kivi, kvquant, kvarn, squat, svdq, oscar, rotatekv, rvq, polarquant, "
+    "decoquant, alignedkv, turboquant, turboquant-prod, hf-quanto, hf-hqq; or with bits: kivi-k4v2, hf-hqq-8.",
 )
 @click.option(
     "--calibration", type=PathOf("--calibration"), help="What `calibrate` wrote: recipes with it, beside without."
@@ -77,6 +79,7 @@ DEFAULT_CONFIGS = "K8V8,K4V4,K4V3,K3V4,K4V2,K3V3,K2V4,K3V2,K2V2"
 def quality_command(
     checkpoint: str | None,
     adapter: Path | None,
+    revision: str | None,
     text: Path | None,
     configs: str,
     baselines: str,
@@ -134,7 +137,7 @@ def quality_command(
         got = f"{', '.join(here)} too"
         raise SkvError("--ray", got=got, expected="windows of text alone", fix="Run these without it.")
     prose = read_text(text)
-    source = resolve(checkpoint or demo_checkpoint(), adapter=adapter)
+    source = resolve(checkpoint or demo_checkpoint(), revision=revision, adapter=adapter)
     if calibrated is not None:
         calibrated.check(download(source))
     with Progress() as shown, contextlib.ExitStack() as running:

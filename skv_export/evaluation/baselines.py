@@ -14,12 +14,14 @@ from transformers import PreTrainedModel, QuantizedCache
 from skv_export.checkpoints.pretrained import input_device, own_attention
 from skv_export.errors import SkvError, did_you_mean
 from skv_export.evaluation.candidates import Candidate, Simulated
-from skv_export.evaluation.decode_simulation import Simulation, TensorCache
-from skv_export.evaluation.literature import kvquant, oscar
+from skv_export.evaluation.decode_simulation import Simulation, TensorCache, attend
+from skv_export.evaluation.literature import alignedkv, kvquant, oscar, rotatekv, rvq
+from skv_export.evaluation.literature.decoquant import DecoquantCache
 from skv_export.evaluation.literature.from_prompt import FromPrompt
 from skv_export.evaluation.literature.from_text import FromText
 from skv_export.evaluation.literature.kivi import KiviKeys, KiviValues
 from skv_export.evaluation.literature.kvarn import KvarnCache
+from skv_export.evaluation.literature.polarquant import PolarKeys
 from skv_export.evaluation.literature.squat import SquatKeys
 from skv_export.evaluation.literature.svdq import SCHEDULES, SvdqKeys
 from skv_export.evaluation.literature.turboquant import TurboQuantCache
@@ -72,14 +74,42 @@ def _oscar(name: str, k_bits: int, v_bits: int) -> Candidate:
     return FromText.of(name, "OSCAR: attention-aware rotations", functools.partial(oscar.fit, k_bits, v_bits))
 
 
+def _rotatekv(name: str, k_bits: int, v_bits: int) -> Candidate:
+    return FromText.of(name, "RotateKV: heads rotated together", functools.partial(rotatekv.fit, k_bits, v_bits))
+
+
+def _rvq(name: str, k_bits: int, v_bits: int) -> Candidate:
+    return FromText.of(name, "residual vector quantization", functools.partial(rvq.fit, k_bits, v_bits))
+
+
+def _polarquant(name: str, k_bits: int, v_bits: int) -> Candidate:
+    return _tensor_by_tensor(name, "PolarQuant: radius and angle of keys", PolarKeys, KiviValues, k_bits, v_bits)
+
+
+def _decoquant(name: str, k_bits: int, v_bits: int) -> Candidate:
+    note = "DecoQuant: blocks decomposed into two tensors"
+    return _tensor_by_tensor(name, note, DecoquantCache, DecoquantCache, k_bits, v_bits)
+
+
+def _alignedkv(name: str, k_bits: int, v_bits: int) -> Candidate:
+    note, cache = "AlignedKV: bits read of a cache of 16", alignedkv.AlignedCache
+    return _tensor_by_tensor(name, note, cache, cache, k_bits, v_bits, alignedkv.attend)
+
+
 _MakeCache = Callable[..., TensorCache]
 """Bits, head_dim and sliding window to a cache of one tensor."""
 
 
 def _tensor_by_tensor(
-    name: str, note: str, keys: _MakeCache, values: _MakeCache, k_bits: int, v_bits: int
+    name: str,
+    note: str,
+    keys: _MakeCache,
+    values: _MakeCache,
+    k_bits: int,
+    v_bits: int,
+    attend: Callable[..., torch.Tensor] = attend,
 ) -> Simulated:
-    simulation = Simulation(lambda _, *shape: (keys(k_bits, *shape), values(v_bits, *shape)))
+    simulation = Simulation(lambda _, *shape: (keys(k_bits, *shape), values(v_bits, *shape)), attend=attend)
     return Simulated(name, f"{name} published", note, simulation)
 
 
@@ -113,6 +143,11 @@ LITERATURE = {
     "squat": _Method(_squat),
     "svdq": _Method(_svdq, ((4, 4), (2, 2)), k_bits=tuple(SCHEDULES)),
     "oscar": _Method(_oscar, ((2, 2),)),
+    "rotatekv": _Method(_rotatekv, ((4, 4), (2, 2)), k_bits=(2, 3, 4), v_bits=(2, 3, 4)),
+    "rvq": _Method(_rvq, ((3, 3), (2, 2)), k_bits=(1, 2, 3, 4), v_bits=(1, 2, 3, 4)),
+    "polarquant": _Method(_polarquant, ((4, 4), (3, 3)), k_bits=(2, 3, 4)),
+    "decoquant": _Method(_decoquant, k_bits=(2, 3, 4, 5, 6, 8), v_bits=(2, 3, 4, 5, 6, 8)),
+    "alignedkv": _Method(_alignedkv, ((16, 16),), k_bits=(16,), v_bits=(16,)),
 }
 """By name: ``kivi`` alone means its usual bits, ``kivi-k4v2`` names them."""
 BASELINES = (*LITERATURE, "hf-quanto", "hf-hqq")
@@ -169,7 +204,7 @@ def parse_baselines(text: str) -> list[Candidate]:
     """
     found: list[Candidate] = []
     for name in filter(None, (part.strip().lower() for part in text.split(","))):
-        with_bits = re.fullmatch(r"(.+)-k(\d)v(\d)", name)
+        with_bits = re.fullmatch(r"(.+)-k(\d+)v(\d+)", name)
         method = LITERATURE.get(with_bits[1] if with_bits else name)
         cache = re.fullmatch(r"hf-(quanto|hqq)(?:-(\d))?", name)
         if method:

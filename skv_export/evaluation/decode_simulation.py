@@ -202,19 +202,33 @@ def attend(
         for columns, late, difference in k_late:
             scores[..., columns] += (folded @ difference.mT).reshape(*q.shape[:3], -1).mul_(late)
         scores[..., own, own + start] = (q * key[:, None, start:stop]).sum(-1)
-        if softcap > 0:
-            scores = softcap * torch.tanh(scores / softcap)
-        _mask(scores, start, local_window_size)
-        if sink is None:
-            weights = scores.softmax(-1)
-        else:
-            weights = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
+        weights = weigh(scores, start, softcap, local_window_size, sink)
         block = (weights.flatten(1, 2) @ v).reshape(q.shape)
         for columns, late, difference in v_late:
             block += ((weights[..., columns] * late).flatten(1, 2) @ difference).view_as(block)
         block += weights[..., own, own + start, None] * (value - v_states[0])[:, None, start:stop]
         out[:, :, start:stop] = block
     return out.reshape(-1, tokens, dim)
+
+
+def weigh(
+    scores: torch.Tensor, start: int, softcap: float, local_window_size: int, sink: torch.Tensor | None
+) -> torch.Tensor:
+    """Scores ``[..., Q, S]`` of queries ``start ... start + Q - 1`` to the weights of the tokens that each sees.
+
+    Args:
+        scores: May be changed in place.
+        start: First query.
+        softcap: As in ``attend``.
+        local_window_size: The same.
+        sink: Of each head, ``[H, N, 1, 1]``.
+    """
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    _mask(scores, start, local_window_size)
+    if sink is None:
+        return scores.softmax(-1)
+    return torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
 
 
 def in_tiles(cache: TensorCache, tokens: int) -> torch.Tensor:

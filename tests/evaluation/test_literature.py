@@ -18,10 +18,12 @@ from skv_export.evaluation import comparison
 from skv_export.evaluation.baselines import LITERATURE, parse_baselines
 from skv_export.evaluation.decode_simulation import FullCache, Simulation, TensorCache, simulated_logits
 from skv_export.evaluation.literature import from_text as from_text_module
-from skv_export.evaluation.literature import kvquant, oscar, svdq
+from skv_export.evaluation.literature import kvquant, oscar, rotatekv, rvq, svdq
+from skv_export.evaluation.literature.decoquant import DecoquantCache
 from skv_export.evaluation.literature.from_text import _SEEN, Activations, FromText, seen
 from skv_export.evaluation.literature.kivi import KiviKeys, KiviValues
 from skv_export.evaluation.literature.kvarn import KvarnCache, balance, imbalance
+from skv_export.evaluation.literature.polarquant import PolarKeys
 from skv_export.evaluation.literature.squat import SquatKeys
 from skv_export.evaluation.literature.svdq import SvdqKeys
 from skv_export.evaluation.literature.tiled import TiledCache, hadamard
@@ -53,6 +55,12 @@ def fitted(cache: Any) -> Callable[[int], TensorCache]:
     return lambda bits: cache(bits, DIM).fitted(rows(100, 4), rows(100, 5))
 
 
+def decoquant_of_two_heads(bits: int) -> TensorCache:
+    cache = DecoquantCache(bits, DIM)
+    cache.read(rows(128))
+    return cache
+
+
 CACHES: dict[str, Callable[[int], TensorCache]] = {
     "kivi keys": lambda bits: KiviKeys(bits, DIM),
     "kivi values": lambda bits: KiviValues(bits, DIM),
@@ -66,6 +74,10 @@ CACHES: dict[str, Callable[[int], TensorCache]] = {
     "kvquant values": from_text(kvquant.fit, 1),
     "oscar keys": from_text(oscar.fit, 0),
     "oscar values": from_text(oscar.fit, 1),
+    "rotatekv keys": from_text(rotatekv.fit, 0),
+    "rotatekv values": from_text(rotatekv.fit, 1),
+    "polarquant": lambda bits: PolarKeys(bits, DIM),
+    "decoquant": decoquant_of_two_heads,
 }
 
 
@@ -99,6 +111,9 @@ def test_more_bits_lose_less_and_what_is_not_quantized_is_as_it_was(name: str) -
         ("svdq", {128: 128, 300: 256}),
         ("kvquant keys", {1: 0, 2: 1, 100: 99}),
         ("oscar values", {320: 0, 321: 1, 400: 80}),
+        ("rotatekv keys", {20: 0, 21: 1, 100: 80}),
+        ("polarquant", {127: 0, 128: 128, 255: 128}),
+        ("decoquant", {127: 0, 128: 128, 255: 128}),
     ],
 )
 def test_tokens_leave_the_exact_part_as_published(name: str, counts: dict[int, int]) -> None:
@@ -124,6 +139,10 @@ def test_keys_fitted_to_a_prompt_are_exact_until_it_has_run() -> None:
         ("kvquant keys", 2 + 0.32 + 32 / 128, 1, 0),
         ("kvquant values", 2 + 0.32 + 64 / 128, 1, 0),
         ("oscar keys", 2 + 32 / 64, 320, 0),
+        ("rotatekv keys", 2 + 32 / 128, 20, 0),
+        ("rotatekv values", 2 + 32 / 64, 20, 0),
+        ("polarquant", 2 + 64 / (2 * 128), 128, 0),
+        ("decoquant", 2 + 16 / 128 + 16 * 16 * 16 / (128 * 128), 128, 0),
     ],
 )
 def test_every_stored_bit_counts(name: str, stored: float, exact: int, fixed: float) -> None:
@@ -222,10 +241,10 @@ def test_oscar_makes_every_channel_matter_alike() -> None:
 
 def test_kvquant_keeps_one_number_in_a_hundred_apart() -> None:
     keys, values = kvquant.fit(2, 2, activations(), {})(0, DIM, 0)
-    x = rows(600, 7)
+    x = rows(600, 7).half().float()
     read = keys.quantized(x)
     outside = ((x < keys.low) | (x > keys.high))[:, 1:]
-    assert torch.equal(read[:, 1:][outside], x.half().float()[:, 1:][outside])
+    assert torch.equal(read[:, 1:][outside], x[:, 1:][outside])
     assert keys.outliers.share == pytest.approx(float(outside.float().mean())) and 0.004 < keys.outliers.share < 0.03
     assert keys.effective_bits(1 << 20) == pytest.approx(2 + 32 * keys.outliers.share + 32 / 128, abs=1e-4)
     values.quantized(x)
@@ -266,10 +285,14 @@ def loaded(tiny_checkpoint: Callable[..., Path]) -> tuple[Any, Any]:
         return comparison.load(resolve(tiny_checkpoint("qwen3")))
 
 
-def test_all_run_on_a_model_and_see_what_a_decoder_would(loaded: tuple[Any, Any]) -> None:
+def test_all_run_on_a_model_and_see_what_a_decoder_would(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rvq, "ENTRIES", 256)  # in an eighth of the time
     model, tokenizer = loaded
     wants = [p.requires_grad for p in model.parameters()]
-    wanted = parse_baselines(",".join(f"{name}-k3v3" for name in LITERATURE))
+    wanted = parse_baselines(",".join(f"{name}-k3v3" for name, method in LITERATURE.items() if 3 in method.k_bits))
+    assert len(wanted) == len(LITERATURE) - 1, "alignedkv has 16 bits"
     ids = torch.arange(420) * 37 % 300
     other = torch.cat([ids[:400], (ids[400:] + 1) % 300])
     with torch.no_grad():
@@ -368,6 +391,7 @@ def test_a_method_fitted_to_a_text_needs_one(loaded: tuple[Any, Any]) -> None:
         ("svdq-k5v2", r"--baselines: svdq-k5v2; got K5V2; expected bits of keys \(1, 2, 3, 4\)"),
         ("turboquant-prod-k1v1", "expected bits of keys"),
         ("kivi-k7v2", "got K7V2"),
+        ("alignedkv-k3v3", r"expected bits of keys \(16,\)"),
     ],
 )
 def test_names_and_bits_that_are_not_there_are_refused(name: str, message: str) -> None:

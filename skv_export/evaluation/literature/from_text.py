@@ -50,6 +50,11 @@ class Activations:
     window: int
     rope: Rope | None
 
+    def keys_before_rope(self) -> torch.Tensor:
+        """Keys ``[H, S, D]`` as they are before RoPE."""
+        windows = torch.split(self.keys, self.window, 1)
+        return torch.cat([self.rope.undo(x) if self.rope else x for x in windows], 1)
+
 
 Ropes = dict[int, Rope]
 """Each layer's RoPE on the text at hand."""

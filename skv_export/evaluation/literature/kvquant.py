@@ -23,6 +23,7 @@ import torch
 
 from skv_export.evaluation.decode_simulation import CacheFactory
 from skv_export.evaluation.literature.from_text import Activations, Ropes
+from skv_export.evaluation.literature.rope import KeysBeforeRope
 from skv_export.evaluation.literature.tiled import TiledCache, half
 from skv_export.evaluation.literature.turboquant import lloyd_max
 
@@ -75,27 +76,16 @@ class KvquantCache(TiledCache):
 
 
 @dataclass(frozen=True)
-class KvquantKeys(KvquantCache):
-    """Keys, before RoPE.
+class KvquantKeys(KvquantCache, KeysBeforeRope):
+    """Keys.
 
     Attributes:
         low: Thresholds ``[H, 1, D]``.
         high: The same.
-        index: The layer's.
-        ropes: RoPE of the text at hand, by layer.
     """
 
     low: torch.Tensor = field(default_factory=lambda: torch.zeros(1), repr=False)
     high: torch.Tensor = field(default_factory=lambda: torch.zeros(1), repr=False)
-    index: int = 0
-    ropes: Ropes = field(default_factory=dict, repr=False)
-
-    def quantized(self, x: torch.Tensor) -> torch.Tensor:
-        """Before RoPE, and RoPE again."""
-        rope = self.ropes.get(self.index)
-        before = x if rope is None else rope.undo(x)
-        read = torch.cat([before[:, :1], self.read(before[:, 1:])], 1)
-        return read if rope is None else rope.apply(read)
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
         """By the channels' thresholds."""

@@ -7,13 +7,14 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from skv_export.errors import SkvError
+from skv_export.evaluation.literature.tiled import TiledCache
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,30 @@ class Rope:
         return torch.cat([turned, x[..., self.channels :]], -1)
 
 
+@dataclass(frozen=True)
+class KeysBeforeRope(TiledCache):
+    """Keys that are quantized before RoPE, which every query's step applies to what it reads.
+
+    Attributes:
+        index: The layer's.
+        ropes: RoPE of the text at hand, by layer.
+    """
+
+    index: int = 0
+    ropes: dict[int, Rope] = field(default_factory=dict, repr=False)
+
+    def quantized(self, x: torch.Tensor) -> torch.Tensor:
+        """Before RoPE, and RoPE again."""
+        rope = self.ropes.get(self.index)
+        return super().quantized(x) if rope is None else rope.apply(super().quantized(rope.undo(x)))
+
+
 def _refusal(name: str) -> SkvError:
     return SkvError(
         "keys before RoPE can't be had from those after it",
         got=f"RoPE of {name}",
         expected="a rotation by the cos and sin of positions",
-        fix="Leave methods that quantize before RoPE (kvquant) out of --baselines.",
+        fix="Leave methods that quantize before RoPE (kvquant, rvq, rotatekv) out of --baselines.",
     )
 
 
