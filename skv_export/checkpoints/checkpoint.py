@@ -50,7 +50,7 @@ class Source:
         kind: ``safetensors`` (a local folder), ``gguf`` (a local file) or ``hub``.
         path: The folder; for ``gguf`` the one that holds the file; for ``hub`` its folder in the local cache, or None.
         repo_id: Hub id, for ``hub``.
-        revision: Branch, tag or commit, for ``hub``.
+        revision: Commit, for ``hub``; the branch or tag that was asked for until the hub has said which commit it is.
         gguf_file: File name inside ``path``, for ``gguf``; the first one's, if the model is cut into several.
         adapter: Folder of a LoRA adapter that is merged into the weights as they are read.
     """
@@ -114,11 +114,12 @@ def resolve(
                 fix="Pass the safetensors checkpoint that the adapter was trained on.",
             )
         source = replace(source, adapter=folder)
-    if validate:
-        opened = Checkpoint(source)
-        check_claims(opened.config_if_any(), opened.entries, str(source))
-        logger.info("%s: %s, %d tensors", source, source.kind, len(opened.entries))
-    return source
+    if not validate:
+        return source
+    opened = Checkpoint(source)
+    check_claims(opened.config_if_any(), opened.entries, str(opened.source))
+    logger.info("%s: %s, %d tensors", opened.source, source.kind, len(opened.entries))
+    return opened.source
 
 
 def _classify(text: str, revision: str | None) -> Source:
@@ -140,7 +141,9 @@ def _classify(text: str, revision: str | None) -> Source:
             expected="a folder with safetensors, a .gguf file or a hub id such as org/name",
             fix="Check the path.",
         )
-    return Source("hub", _cached(text, revision or "main"), repo_id=text, revision=revision or "main")
+    asked = Source("hub", repo_id=text, revision=revision or "main")
+    cached = _cached(text, revision or "main")
+    return asked if cached is None else replace(asked, path=cached, revision=_commit_of(cached) or asked.revision)
 
 
 def _cached(repo_id: str, revision: str) -> Path | None:
@@ -153,6 +156,11 @@ def _cached(repo_id: str, revision: str) -> Path | None:
     checkpoint = Checkpoint(Source("safetensors", Path(found).parent))
     complete = all((Path(found).parent / shard).is_file() for shard in checkpoint.shards())
     return Path(found).parent if complete else None
+
+
+def _commit_of(snapshot: Path) -> str:
+    """The commit that a folder of huggingface_hub's cache holds, which is its name."""
+    return snapshot.name if re.fullmatch(r"[0-9a-f]{40}", snapshot.name) else ""
 
 
 def _classify_folder(path: Path) -> Source:
@@ -227,7 +235,8 @@ class Checkpoint:
     """A checkpoint whose tensors are read one by one.
 
     Attributes:
-        source: What was opened.
+        source: What was opened; a hub id has one commit from the first answer on, so that nobody who pushes to its
+            branch meanwhile makes it a mix of two models.
         bytes_read: Bytes of tensors read so far.
     """
 
@@ -446,7 +455,10 @@ class Checkpoint:
             )
         url = hf_hub_url(self.source.repo_id, name, revision=self.source.revision, endpoint=hub_endpoint())
         token = get_token()
-        return RemoteFile(url, {"authorization": f"Bearer {token}"} if token else {}, f"{self.source}/{name}")
+        file = RemoteFile(url, {"authorization": f"Bearer {token}"} if token else {}, f"{self.source}/{name}")
+        if file.commit:
+            self.source = replace(self.source, revision=file.commit)
+        return file
 
     def _absent(self, name: str) -> SkvError:
         if self.source.kind == "hub" and name == SINGLE:

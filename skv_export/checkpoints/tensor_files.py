@@ -30,6 +30,8 @@ ATTEMPTS = 5
 """Requests for one byte range before giving up; each resumes where the last one broke off."""
 TIMEOUT_S = 30.0
 _FIRST_READ = 1 << 17
+_COMMIT = "X-Repo-Commit"
+"""The header in which the hub names the commit that a file is of."""
 _BLOCK_BYTES = 1 << 20
 
 DTYPES: Mapping[str, npt.DTypeLike] = {
@@ -125,6 +127,9 @@ class LocalFile:
 class RemoteFile:
     """A file behind HTTP, read by byte ranges through huggingface_hub's session (its proxies, tokens and redirects).
 
+    Attributes:
+        commit: Of the repository that the file came from, as the hub says it; empty where it does not.
+
     Raises:
         SkvError: The server has no such file, ignores ranges, or keeps dropping the connection.
         FileNotFoundError: The server answers 404.
@@ -134,6 +139,7 @@ class RemoteFile:
         self.name = name
         self._url = url
         self._headers = dict(headers)
+        self.commit = ""
         self.size = -1
         self._head = bytes(self._fetch(0, _FIRST_READ))
 
@@ -208,6 +214,9 @@ class RemoteFile:
                     fix="Download the checkpoint and pass its folder.",
                 )
             self.size = int(match[3])
+            # A large file is another server's, to which the hub redirects.
+            answers = [*response.history, response]
+            self.commit = next((a.headers[_COMMIT] for a in answers if _COMMIT in a.headers), "")
             for chunk in response.iter_raw():
                 data += chunk
                 if len(data) > stop - start:

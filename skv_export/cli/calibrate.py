@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from skv_export.cli.options import OutputFile, PathOf, adapter_option, device_option, progress_options
+from skv_export.cli.options import OutputFile, PathOf, adapter_option, device_option, progress_options, revision_option
 from skv_export.progress import Progress
 
 _ADVICE = (
@@ -24,7 +24,7 @@ _ADVICE = (
     "--windows", default=16, show_default=True, type=click.IntRange(1), help="Windows of text; fewer if it has no more."
 )
 @click.option("--window", default=1024, show_default=True, type=click.IntRange(128), help="Tokens per window.")
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@revision_option
 @click.option("--out", default="calibration.safetensors", show_default=True, type=OutputFile(), help="File to write.")
 @click.option("--state", type=OutputFile(), help="Keep finished layers here; go on from them.")
 @device_option

@@ -75,6 +75,7 @@ def fit_weights(
     recipe: Recipe,
     *,
     adapter: Path | None,
+    revision: str | None,
     device: str,
     force: bool,
     json_file: Path | None,
@@ -87,6 +88,7 @@ def fit_weights(
         given: The flags of ``FITTED_OPTIONS``.
         recipe: Of the export.
         adapter: A LoRA adapter to merge first.
+        revision: Of a hub id.
         device: Where layers run.
         force: Replace ``out``.
         json_file: Where figures go, for messages.
@@ -110,10 +112,9 @@ def fit_weights(
         cache=recipe if given["weight_cache"] else None,
     )
     prose = read_text(given["weight_text"], CALIBRATION_TEXT)
+    checkpoint = resolve(source, revision=revision, adapter=adapter)
     with Progress() as shown:
-        made = quantize(
-            resolve(source, adapter=adapter), prose, out, options, device=device, force=force, progress=shown
-        )
+        made = quantize(checkpoint, prose, out, options, device=device, force=force, progress=shown)
     said = f"{made.effective_bits:.3f} bits per weight with scales and zero points"
     say(f"{out}: {made.matrices} matrices by {options.method}, {said}", json_file)
     say(f"  `verify --checkpoint {out}` holds the export to it;", json_file)

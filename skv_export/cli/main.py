@@ -29,6 +29,7 @@ from skv_export.cli.options import (
     json_option,
     placement_options,
     progress_options,
+    revision_option,
     say,
     write_json,
 )
@@ -201,6 +202,7 @@ def _resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
     help="The graph takes embeddings in the place of tokens, too.  [default: of vision-language models]",
 )
 @adapter_option
+@revision_option
 @click.option("--copy-weights", is_flag=True, help="ONNX in: copy the weights instead of linking to them.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @json_option("the plan")
@@ -216,6 +218,7 @@ def model(
     as_causal_lm: bool,
     inputs_embeds: bool | None,
     adapter: Path | None,
+    revision: str | None,
     copy_weights: bool,
     dry_run: bool,
     json_file: Path | None,
@@ -234,7 +237,7 @@ def model(
     skv-export model ./Qwen3-0.6B --adapter ./my-lora    # merged into the weights
     skv-export model model.gguf --k-bits 8 --v-bits 4 --dtype fp16
     skv-export model ./Qwen3-0.6B --k-bits 4 --v-bits 2 --weights int4 --weight-method qep
-    skv-export model ./Qwen3-0.6B --k-bits 3 --v-bits 2 --calibration calibration.safetensors
+    skv-export model ./Qwen3-0.6B --auto --calibration calibration.safetensors
     skv-export model genai-folder/model.onnx --k-bits 4 --v-bits 4
     """
     from skv_export.calibration.file import Calibration
@@ -258,21 +261,22 @@ def model(
         raise SkvError("--calibration", got="an ONNX model", fix="Export the checkpoint itself, or leave it out.")
     calibrated = None if calibration is None else Calibration.load(calibration)
     if asked:
-        resolved = _recommended(source, resolved, options, {**target, "adapter": adapter}, as_causal_lm, json_file)
+        target |= {"adapter": adapter, "revision": revision, "calibration": calibrated}
+        resolved = _recommended(source, resolved, options, target, as_causal_lm, json_file)
     elif target["context"] is not None or target["measure"] is not None:
         raise SkvError("--context and --measure: nothing chooses bits", fix="Add --auto, or --budget and its like.")
-    if rewriting and (all_logits or options["dtype"] or options["weights"] or adapter or inputs_embeds):
+    if rewriting and (all_logits or options["dtype"] or options["weights"] or adapter or revision or inputs_embeds):
         raise SkvError(
-            "--all-logits, --dtype, --weights, --adapter and --inputs-embeds",
+            "--all-logits, --dtype, --weights, --adapter, --revision and --inputs-embeds",
             got="an ONNX model",
             fix="Leave them out: its weights stay as they are.",
         )
     if quantized is not None and not dry_run:
         resolved = fit_weights(
             source, quantized, fitted, resolved,
-            adapter=adapter, device=target["device"], force=force, json_file=json_file,
+            adapter=adapter, revision=revision, device=target["device"], force=force, json_file=json_file,
         )  # fmt: skip
-        source, adapter = str(quantized), None
+        source, adapter, revision = str(quantized), None, None
     planned: Any
     if rewriting:
         from skv_export.rewrite.pipeline import Rewrite
@@ -280,7 +284,8 @@ def model(
         planned = Rewrite.read(source, resolved)
         chosen = {"copy_weights": copy_weights}
     else:
-        opened = resolve(source, adapter=adapter)  # before torch is loaded: what is wrong with it shows at once
+        # Before torch is loaded: what is wrong with it shows at once.
+        opened = resolve(source, revision=revision, adapter=adapter)
         from skv_export.export.pipeline import Export
 
         planned = Export.read(
@@ -438,7 +443,8 @@ def _recommended(
     from skv_export.cli import analyze
 
     on_a_card = target["gpu"] or target["memory"]  # which the weights share with the cache
-    weights = (recipe.weights or usual_weights(Checkpoint.open(source), recipe.dtype)) if on_a_card else None
+    opened = Checkpoint.open(source, revision=target["revision"], adapter=target["adapter"])
+    weights = (recipe.weights or usual_weights(opened, recipe.dtype)) if on_a_card else None
     found, _ = analyze.run(source, recipe.default, {**target, "weights": weights}, as_causal_lm=as_causal_lm)
     say(f"{analyze.summary(found)}\n", json_file)
     return found.to_recipe(recipe)

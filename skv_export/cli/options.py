@@ -89,6 +89,11 @@ class OutputFile(click.ParamType[Any]):
         return check_file(value)
 
 
+def revision_option(command: _Command) -> _Command:
+    """Adds ``--revision``."""
+    return click.option("--revision", help="Branch, tag or commit of a hub id.  [default: main]")(command)
+
+
 def adapter_option(command: _Command) -> _Command:
     """Adds --adapter."""
     text = "Folder of a LoRA adapter (peft) to merge into CHECKPOINT's weights."
@@ -177,8 +182,7 @@ def _log_to_stderr(level: int) -> Iterator[None]:
 
 def exported_model(command: _Command) -> _Command:
     """Adds the argument of commands that run an exported model: a folder, or the hub id of one, with its --revision."""
-    command = click.option("--revision", help="Of a hub id: branch, tag or commit.  [default: main]")(command)
-    return click.argument("folder")(command)
+    return click.argument("folder")(revision_option(command))
 
 
 class TemplateOption(click.ParamType[Any]):

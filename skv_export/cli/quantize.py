@@ -14,6 +14,7 @@ from skv_export.cli.options import (
     device_option,
     json_option,
     progress_options,
+    revision_option,
     say,
     write_json,
 )
@@ -61,7 +62,7 @@ from skv_export.progress import Progress
 @click.option(
     "--norm-tweaking", is_flag=True, help="Move each layer's norms until its output is distributed as it was."
 )
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@revision_option
 @click.option("--out", type=PathOf("--out"), help="Folder to write.  [default: NAME-METHOD-int4]")
 @click.option("--force", is_flag=True, help="Replace --out if this tool wrote it.")
 @device_option
@@ -124,9 +125,10 @@ def quantize_command(
     target = out or Path(default_name(str(checkpoint or source), f"{method}-int{bits}"))
     with Progress() as shown:
         made = quantize(source, prose, target, options, device=device, force=force, progress=shown)
-    wide = f", {len(made.wide)} of them in {WIDE_BITS}" if made.wide else ""
+    counts = (made.matrices - len(made.wide), bits), (len(made.wide), WIDE_BITS)
+    parts = " and ".join(f"{count} matrices in {width} bits" for count, width in counts if count)
     said = f"{made.effective_bits:.3f} bits per weight with scales and zero points"
-    say(f"{source}: {made.matrices} matrices in {bits} bits by {method}{wide}: {said}", json_file)
+    say(f"{source}: {parts} by {method}: {said}", json_file)
     for name, reason in made.plain.items():
         say(f"  {name} stays as it is: {reason}", json_file)
     say(f"wrote {target} ({made.nbytes / 2**20:,.1f} MiB)", json_file)

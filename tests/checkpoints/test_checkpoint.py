@@ -197,10 +197,14 @@ def test_damaged_gguf(damage: Callable[[bytes], bytes], said: str, demo_checkpoi
 
 
 class Hub:
-    """A hub on 127.0.0.1: serves one folder as repository org/model, and misbehaves as told."""
+    """A hub on 127.0.0.1: serves one folder as repository org/model, and misbehaves as told.
+
+    With a commit, it says so, and has its files elsewhere, as the hub has large ones.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root, self.mode, self.log = root, "good", list[tuple[str, str | None]]()
+        self.commit = ""
         hub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -218,7 +222,14 @@ class Hub:
         path, wanted = request.path, request.headers.get("Range")
         self.log.append((path, wanted))
         file = self.root / path.rpartition("/")[2]
-        if not path.startswith("/org/model/resolve/main/") or not file.is_file():
+        revision = path.removeprefix("/org/model/resolve/").partition("/")[0]
+        if self.commit and revision in ("main", self.commit) and file.is_file():
+            request.send_response(302)
+            request.send_header("X-Repo-Commit", self.commit)
+            request.send_header("Location", f"/elsewhere/{file.name}")
+            request.end_headers()
+            return None
+        if not path.startswith(("/org/model/resolve/main/", "/elsewhere/")) or not file.is_file():
             return request.send_error(404)
         if self.mode == "refuse":
             return request.send_error(401)
@@ -303,6 +314,18 @@ def test_a_bad_hub_is_a_clear_error(mode: str, said: str, hub: Hub) -> None:
     assert len(hub.log) <= 2 * tensor_files.ATTEMPTS
 
 
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_branch_is_one_commit_from_the_first_answer_on(validate: bool, hub: Hub) -> None:
+    hub.commit = "0123456789abcdef" * 2 + "01234567"
+    source = resolve("org/model", validate=validate)
+    opened = Checkpoint.open(source)
+    assert opened.source.revision == hub.commit and opened.revision() == hub.commit
+    hub.log.clear()
+    opened.tensor("model.layers.0.self_attn.k_proj.weight")
+    assert Checkpoint(opened.source).config and hub.log
+    assert not any("/resolve/main/" in path for path, _ in hub.log)
+
+
 def test_a_hub_that_is_not_there(hub: Hub) -> None:
     hub.server.shutdown()
     hub.server.server_close()
@@ -321,7 +344,16 @@ def test_hub_without_safetensors(hub: Hub, folder: Path) -> None:
 def test_hub_prefers_its_cache(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(folder / "config.json"))
     source = resolve("org/model")
-    assert source.path == folder and source.pretrained == "org/model" and not hub.log
+    assert source.path == folder and source.pretrained == "org/model" and source.revision == "main" and not hub.log
+
+
+def test_a_cached_branch_is_the_commit_that_it_was(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "89abcdef" * 5
+    snapshot = shutil.copytree(folder, tmp_path / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(snapshot / "config.json"))
+    assert resolve("org/model").revision == commit and str(resolve("org/model")) == f"org/model@{commit}"
 
 
 def test_the_module_needs_no_torch() -> None:

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, pipeline
 from skv_export import SkvForCausalLM
 from skv_export.cli.main import main
 from skv_export.errors import SkvError
-from skv_export.export.pipeline import export_model
+from skv_export.export.pipeline import Export, export_model
 from skv_export.model_folder import hub as hub_module
 from skv_export.model_folder.skv_config import ModelConfig
 from skv_export.runtime.session import Session
@@ -365,3 +365,21 @@ def test_a_checkpoint_of_the_hub_is_exported_as_the_folder_it_was_pushed_from(
     assert (config.source["kind"], config.source["name"], config.eos_token_id) == ("hub", "me/qwen", (5,))
     assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.6
     assert not any(path.endswith(".bin") for _, path in hub.log)
+
+
+def test_what_is_pushed_after_the_plan_is_not_exported(
+    hub: Hub, tiny_checkpoint: Callable[..., Path], tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    planned_of, pushed = ({p.name: p.read_bytes() for p in tiny_checkpoint(a).iterdir()} for a in ("llama", "qwen3"))
+    hub.repos["me/moving"] = {"main": planned_of}
+    planned = Export.read("me/moving")
+    hub.repos["me/moving"] = {"main": pushed, "before": planned_of}
+    out = planned.write(tmp_path / "out", progress=lambda *_: None)
+    local = export_model(tiny_checkpoint("llama"), out=tmp_path / "local", progress=lambda *_: None)
+    assert (out / "model.onnx.data").read_bytes() == (local / "model.onnx.data").read_bytes()
+    assert ModelConfig.load(out).source["revision"] == sha(planned_of)
+    for revision, model_type in (("main", "qwen3"), ("before", "llama")):
+        shown = CliRunner().invoke(main, ["model", "me/moving", "--revision", revision, "--dry-run"])
+        assert shown.exit_code == 0 and f": {model_type}, 2 layers" in shown.output, shown.output
