@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from skv_export.evaluation.decode_simulation import (
     simulated_logits,
 )
 from skv_export.evaluation.text import cut_windows
+from skv_export.spec.key_basis import KeyBasis
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig
 
@@ -88,17 +90,26 @@ def grouped(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[0], dim=0)
 
 
-def tensor_cache(layout: CacheLayout) -> TensorCache:
-    """Returns the cache of one tensor that is to be measured: tiles quantized, everything else as it is."""
-    return FullCache(layout.num_sink_tokens) if layout.bits == EXACT else LayoutCache(layout, round_recent=False)
+def tensor_cache(layout: CacheLayout, basis: KeyBasis | None = None) -> TensorCache:
+    """Returns the cache of one tensor that is to be measured: tiles quantized, everything else as it is.
+
+    Args:
+        layout: Of keys or values.
+        basis: Of calibrated keys.
+    """
+    if layout.bits == EXACT:
+        return FullCache(layout.num_sink_tokens)
+    return LayoutCache(layout, round_recent=False, basis=basis)
 
 
-def layer_caches(config: LayerConfig | None, head_dim: int, window: int) -> tuple[TensorCache, TensorCache]:
+def layer_caches(
+    config: LayerConfig | None, head_dim: int, window: int, basis: KeyBasis | None = None
+) -> tuple[TensorCache, TensorCache]:
     """Returns the caches of a layer's keys and values; None = exact."""
     if config is None:
         return FullCache(), FullCache()
     key, value = CacheLayout.pair(config, head_dim, window)
-    return tensor_cache(key), tensor_cache(value)
+    return tensor_cache(key, basis), tensor_cache(value)
 
 
 class DecodeModel:
@@ -106,6 +117,7 @@ class DecodeModel:
 
     Attributes:
         bits: Per layer the cache's options; a layer that is not named is exact.
+        bases: Per layer the basis of calibrated keys.
     """
 
     def __init__(self, source: Source, placement: Placement | None = None) -> None:
@@ -113,6 +125,7 @@ class DecodeModel:
         self.model: Any = load_model(source, placement=placement)
         replace_attention(self.model, ATTENTION_NAME)
         self.bits: dict[int, LayerConfig] = {}
+        self.bases: Mapping[int, KeyBasis] = {}
 
     @property
     def layers(self) -> int:
@@ -133,7 +146,11 @@ class DecodeModel:
     @torch.no_grad()
     def log_probs(self, ids: Tensor) -> Tensor:
         """Returns ``[S, vocabulary]`` log-probabilities of the next token, with ``self.bits`` in force."""
-        simulation = Simulation(lambda layer, dim, window: layer_caches(self.bits.get(layer), dim, window))
+
+        def caches(layer: int, dim: int, window: int) -> tuple[TensorCache, TensorCache]:
+            return layer_caches(self.bits.get(layer), dim, window, self.bases.get(layer))
+
+        simulation = Simulation(caches)
         return simulated_logits(self.model, ids, simulation).log_softmax(-1).cpu()
 
     def capture(self, ids: Tensor, seed: int = 0) -> list[LayerActivations]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from skv_export.analysis.allocation import DEFAULT_CHOICES, allocate_options
 from skv_export.checkpoints.attention_weights import AttentionConfig
 from skv_export.errors import SkvError
+from skv_export.spec.key_basis import KeyBasis
 from skv_export.spec.layout import CacheLayout, cache_bytes
 from skv_export.spec.recipe import BITS, LayerConfig
 
@@ -60,6 +61,7 @@ class CacheBudget:
         context: Tokens per sequence.
         batch: Sequences.
         limit: Bytes for one sequence; negative = not set.
+        bases: Of calibrated keys, by layer: the bytes are the same, what they lose is less.
     """
 
     config: AttentionConfig
@@ -69,6 +71,7 @@ class CacheBudget:
     context: int
     batch: int
     limit: float = -1.0
+    bases: Mapping[int, KeyBasis] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(
@@ -80,6 +83,7 @@ class CacheBudget:
         pairs: Sequence[Pair] | None = None,
         context: int | None = None,
         batch: int = 1,
+        bases: Mapping[int, KeyBasis] | None = None,
     ) -> CacheBudget:
         """Checks the options and makes a budget without a limit.
 
@@ -92,7 +96,7 @@ class CacheBudget:
         check_count("context", tokens, MAX_CONTEXT)
         check_count("batch", batch, MAX_BATCH)
         order = sorted(set(pairs)) if pairs is not None else [(k, v) for k in sorted(widths) for v in sorted(widths)]
-        return cls(config, base, tuple(order), pairs is not None, tokens, batch)
+        return cls(config, base, tuple(order), pairs is not None, tokens, batch, bases=bases or {})
 
     def limited(self, budget: float | None, memory: int | None) -> CacheBudget:
         """Returns the same with a limit: effective bits, or bytes for the whole batch, or what the default pair takes.

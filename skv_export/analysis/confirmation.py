@@ -72,7 +72,7 @@ class HeldOutText:
         wanted = [found.allocation, *rivals(cache, found)]
         options = self._options
         new = [
-            candidates.of_recipe(a.name, Recipe.per_layer(list(a.bits), self._base))
+            candidates.of_recipe(a.name, Recipe.per_layer(list(a.bits), self._base), cache.bases)
             for a in wanted
             if a.bits not in self._known
         ]

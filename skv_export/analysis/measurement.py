@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from skv_export.evaluation.metrics import kl_divergence
 from skv_export.evaluation.ray_workers import RayWorkers
 from skv_export.evaluation.text import cut_windows
 from skv_export.spec import reference
+from skv_export.spec.key_basis import KeyBasis
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig
 
@@ -62,10 +63,13 @@ def options(choices: Sequence[int]) -> list[int]:
 
 
 @torch.no_grad()
-def layer_tables(seen: LayerActivations, base: LayerConfig, choices: Sequence[int]) -> Tables:
+def layer_tables(
+    seen: LayerActivations, base: LayerConfig, choices: Sequence[int], basis: KeyBasis | None = None
+) -> Tables:
     """Computes the errors of every bit pair of one layer from one window's activations.
 
-    The errors of keys and of values are added up as vectors; their product, second order, is left out.
+    The errors of keys and of values are added up as vectors; their product, second order, is left out. With a ``basis``
+    keys are calibrated, but for what the theory says of them, which is of keys as they are.
     """
     widths = options(choices)
     n, tokens, d = seen.q.shape
@@ -83,7 +87,7 @@ def layer_tables(seen: LayerActivations, base: LayerConfig, choices: Sequence[in
     for k_layout, _ in layouts:
         delta = value_parts
         if k_layout.bits != EXACT:
-            scores = torch.where(far, seen.scores(tensor_cache(k_layout).quantized(seen.k), rows), exact_scores)
+            scores = torch.where(far, seen.scores(tensor_cache(k_layout, basis).quantized(seen.k), rows), exact_scores)
             delta = value_parts + (seen.weights(scores, visible) @ v - exact)
         output.append(delta.pow(2).sum((1, 2, 3), dtype=torch.float64).tolist())
         divergence = (delta * gradient).sum(-1).pow(2).sum(1, dtype=torch.float64) / 2
@@ -224,6 +228,7 @@ def measure(
     *,
     base: LayerConfig,
     choices: Sequence[int],
+    bases: Mapping[int, KeyBasis] | None = None,
     windows: int = 4,
     window: int = 1024,
     kl: bool = False,
@@ -240,6 +245,7 @@ def measure(
         text: What to run it on.
         base: Granularities, sinks, recent tokens and tiles.
         choices: Bit widths.
+        bases: Of calibrated keys, by layer.
         windows: Windows of text.
         window: Tokens in each.
         kl: Also quantize each layer alone and compare logits; ``2 * choices`` forward passes per layer and window.
@@ -255,6 +261,8 @@ def measure(
     key = [METHOD, str(source), hashlib.sha256(text.encode()).hexdigest(), repr(base), list(choices), windows, window]
     if placement not in (None, Placement()):
         key.append(repr(placement))
+    bases = bases or {}
+    key += [f"layer {layer}: {basis.digest}" for layer, basis in sorted(bases.items())]
     done = FinishedSteps(state, hashlib.sha256(json.dumps(key).encode()).hexdigest(), exclusive=True)
     complete = not kl and "windows" in done and all(f"window {i}" in done for i in range(done["windows"]))
     parts: list[Tensor] = []
@@ -270,20 +278,21 @@ def measure(
     count = done["windows"]
     missing = [i for i in range(len(parts)) if f"window {i}" not in done]
     if workers is not None:
-        jobs = [(i, parts[i], base, choices) for i in missing]
+        jobs = [(i, parts[i], base, choices, bases) for i in missing]
         for finished, (number, tables) in enumerate(workers.map(lambda theirs, job: [*_tables(theirs, *job)], jobs)):
             done.save(f"window {missing[number]}", tables)
             tick("measuring windows", count - len(missing) + finished + 1, count)
     else:
         for i in missing:
             tables = []
-            for table in _tables(decoder, i, parts[i], base, choices):
+            for table in _tables(decoder, i, parts[i], base, choices, bases):
                 tables.append(table)
                 tick("measuring layers", i * decoder.layers + len(tables), count * decoder.layers)
             done.save(f"window {i}", tables)
     result = _combine([done[f"window {i}"] for i in range(count)], options(choices), window * count)
     if not kl:
         return result
+    decoder.bases = bases
     loss = _direct_loss(decoder, parts, base, options(choices), len(result.loss), done, tick)
     return replace(result, loss=loss, direct=True)
 
@@ -294,11 +303,16 @@ def ray_workers(address: str, source: Source, placement: Placement | None = None
 
 
 def _tables(
-    decoder: DecodeModel, number: int, ids: Tensor, base: LayerConfig, choices: Sequence[int]
+    decoder: DecodeModel,
+    number: int,
+    ids: Tensor,
+    base: LayerConfig,
+    choices: Sequence[int],
+    bases: Mapping[int, KeyBasis],
 ) -> Iterator[dict[str, Any]]:
     """A window's tables, layer by layer."""
-    for seen in decoder.capture(ids, seed=number):
-        yield vars(layer_tables(seen, base, choices))
+    for layer, seen in enumerate(decoder.capture(ids, seed=number)):
+        yield vars(layer_tables(seen, base, choices, bases.get(layer)))
 
 
 def _combine(windows: list[list[dict[str, Any]]], widths: list[int], tokens: int) -> Measurement:

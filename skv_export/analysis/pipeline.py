@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,11 +39,14 @@ from skv_export.analysis.recommend import (
 from skv_export.analysis.result import Allocation, Analysis, Recommendation
 from skv_export.analysis.scores import LayerAnalysis, compare, find_flags
 from skv_export.arguments import check_fields, checked
+from skv_export.calibration.file import Calibration
 from skv_export.checkpoints.attention_weights import AttentionConfig, AttentionReader, AttentionWeights
 from skv_export.checkpoints.checkpoint import Checkpoint, Source
 from skv_export.checkpoints.purpose import check_purpose
 from skv_export.errors import SkvError
 from skv_export.evaluation.text import CALIBRATION_TEXT, read_text
+from skv_export.spec.key_basis import KeyBasis, can_be_calibrated
+from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig
 
 if TYPE_CHECKING:
@@ -163,6 +166,7 @@ def analyze(
     score: str | None = None,
     optimal: bool = False,
     measure: MeasureOptions | None = None,
+    calibration: Calibration | str | Path | None = None,
     revision: str | None = None,
     as_causal_lm: bool = False,
     progress: Progress | None = None,
@@ -176,6 +180,7 @@ def analyze(
         score: What decides, one of ``recommend.SCORES``; by default the measurement, without one the measured defaults.
         optimal: Allocate by the norms with the optimum of the paper's objective instead of its greedy rule.
         measure: Run the model; None = weights only.
+        calibration: Of keys, which the export will have: what ``skv-export calibrate`` wrote for this checkpoint.
         revision: Of a hub id.
         as_causal_lm: Take a classifier, reward or embedding model for the language model that it was made from.
         progress: Called after each step.
@@ -201,6 +206,7 @@ def analyze(
         pairs=target.pairs,
         context=target.context,
         batch=target.batch,
+        bases=_bases(calibration, opened.source, base or LayerConfig()),
     )
     cache = _limited(cache, target, opened)
     layers = _read(reader, cache.base, progress)
@@ -243,6 +249,19 @@ def analyze(
         recommendation=found,
         measurement=measurement,
     )
+
+
+def _bases(
+    calibration: Calibration | str | Path | None, source: Source, base: LayerConfig
+) -> Mapping[int, KeyBasis] | None:
+    if calibration is None:
+        return None
+    found = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
+    if not can_be_calibrated(CacheLayout.pair(replace(base, k_bits=4), 64)[0]):
+        form = f"granularity {base.k_granularity}, rotation {base.k_rotation}"
+        raise SkvError("calibrated keys", got=form, expected="granularity channel, rotation none")
+    found.check(source)
+    return found.bases
 
 
 def _limited(cache: CacheBudget, target: Target, opened: Checkpoint) -> CacheBudget:
@@ -304,6 +323,7 @@ def _measure(source: Source, cache: CacheBudget, options: MeasureOptions, progre
             read_text(options.text, CALIBRATION_TEXT),
             base=cache.base,
             choices=cache.choices,
+            bases=cache.bases,
             windows=options.windows,
             window=options.window,
             kl=options.kl,

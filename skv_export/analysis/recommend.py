@@ -102,7 +102,8 @@ def _table(
     """Losses ``[layers, pairs]`` that sum up to the whole model's; None for scores that predict none."""
     if score == DEFAULTS:
         row = [
-            uniform_pairs.expected_loss(pair) if pair[0] in uniform_pairs.KEY_LOSS else math.inf for pair in cache.pairs
+            uniform_pairs.expected_loss(pair, bool(cache.bases)) if pair[0] in uniform_pairs.KEY_LOSS else math.inf
+            for pair in cache.pairs
         ]
         return np.tile(np.array(row) / len(layers), (len(layers), 1))
     tables = loss_tables(layers, cache, measurement)
@@ -253,6 +254,8 @@ def _reasons(
     if cache.fp16_fits:
         size = f"{cache.plain_memory(2 * cache.config.head_dim) / 2**20:.1f} MiB"
         reasons.insert(0, f"a cache in fp16 takes {size} and fits, too: nothing has to be quantized to have the room")
+    if cache.bases:
+        reasons.append("with calibrated keys: `model` needs the same --calibration to lose no more than is said here")
     if not fits:
         reasons.append(f"no uniform pair fits; the cheapest, {uniform.name}, takes {uniform.effective_bits:.2f}")
     elif best.loss is not None and uniform.loss is not None and best.loss < uniform.loss:

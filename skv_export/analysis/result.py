@@ -224,7 +224,8 @@ class Analysis:
         allocation = self.recommendation.allocation
         recipe = Recipe.per_layer(list(allocation.bits), recipe or Recipe(default=self.budget.base))
         description = f"{self.model}: {allocation.effective_bits:.2f} effective bits at {self.budget.context} tokens"
-        return replace(recipe, description=f"{description}, by {self.recommendation.score}")
+        calibrated = ", for calibrated keys" if self.budget.bases else ""
+        return replace(recipe, description=f"{description}, by {self.recommendation.score}{calibrated}")
 
     def to_preset(self, command: str) -> str:
         """Returns the recipe as TOML with what it rests on: model, revision, layers, the command and the evidence."""
@@ -272,6 +273,7 @@ class Analysis:
             "tensor_bytes": self.tensor_bytes,
             "context": self.budget.context,
             "batch": self.budget.batch,
+            "calibrated": bool(self.budget.bases),
             "layers": layers,
             "notes": {s.name: s.note for s in self.scores if s.note},
             "flags": list(self.flags),

@@ -19,12 +19,14 @@ VALUE_LOSS = {1: 0.026, 2: 0.0043, 3: 0.00105, 4: 0.0003, 5: 8e-5, 6: 2e-5, 8: 2
 """KL divergence in nats per token with keys or values of all layers in so many bits: means of SmolLM2-135M and Gemma 3
 270M, split so that their sums give the pairs measured (``benchmarks/RESULTS.md``) within a tenth. Above 4 bits by the
 quantizer's arithmetic. One-bit keys are not in it: without a measurement, keys have two bits at least."""
+CALIBRATED_KEY_LOSS = {2: 0.0099, 3: 0.0015, 4: 0.00027, 5: 7e-5, 6: 2e-5, 8: 1e-6, 16: 0.0}
+"""The same of calibrated keys (``benchmarks/RESULTS.md``, Calibrated keys)."""
 LEAST_KEY_BITS = min(KEY_LOSS)
 
 
-def expected_loss(pair: Pair) -> float:
+def expected_loss(pair: Pair, calibrated: bool = False) -> float:
     """Returns what a uniform pair is expected to lose, in nats per token."""
-    return KEY_LOSS[pair[0]] + VALUE_LOSS[pair[1]]
+    return (CALIBRATED_KEY_LOSS if calibrated else KEY_LOSS)[pair[0]] + VALUE_LOSS[pair[1]]
 
 
 def supported(pairs: Sequence[Pair]) -> list[Pair]:
@@ -42,7 +44,7 @@ def best_uniform(cache: CacheBudget) -> Pair:
     pairs = supported(cache.pairs)
     fitting = [pair for pair in pairs if cache.fits([pair] * layers)]
     if fitting:
-        return min(fitting, key=lambda pair: (expected_loss(pair), sum(pair)))
+        return min(fitting, key=lambda pair: (expected_loss(pair, bool(cache.bases)), sum(pair)))
     least = min((cache.effective_bits([pair] * layers) for pair in pairs), default=float("inf"))
     raise SkvError(
         f"budget: no uniform pair fits at {cache.context} tokens",
@@ -96,16 +98,19 @@ def mixed(cache: CacheBudget, order: Sequence[int]) -> tuple[Pair, ...]:
     steps = {pair: above(cache.pairs, pair) for pair in cache.pairs}
     left = cache.limit * (1 + 1e-12) - cache.bytes(bits)
 
+    def lost(pair: Pair) -> float:
+        return expected_loss(pair, bool(cache.bases))
+
     def best_step(layer: int) -> tuple[float, int, int, Pair] | None:
         """The layer's next step that fits, in the order of a heap: gain per byte, lowest bits, the layer's turn."""
         row, pair = costs[layer], bits[layer]
-        loss, size = expected_loss(pair), row[places[pair]]
+        loss, size = lost(pair), row[places[pair]]
         fitting = [p for p in steps[pair] if row[places[p]] - size <= left]
         if not fitting:
             return None
 
         def worth(p: Pair) -> float:
-            return (loss - expected_loss(p)) / max(row[places[p]] - size, 1)
+            return (loss - lost(p)) / max(row[places[p]] - size, 1)
 
         best = max(fitting, key=worth)
         return -worth(best), turns[layer], layer, best

@@ -16,17 +16,19 @@ from skv_export.analysis.recommend import SCORES
 from skv_export.cli.choice import Choice
 from skv_export.cli.options import (
     OutputFile,
+    PathOf,
     adapter_option,
     json_option,
     placement_options,
     progress_options,
+    revision_option,
     say,
     write_json,
 )
 from skv_export.cli.target import Numbers, Pairs, target_options
 from skv_export.errors import SkvError, require_module
 from skv_export.progress import Progress
-from skv_export.spec.recipe import AS_IS, GRANULARITIES, ROTATIONS, TILE_TOKENS, LayerConfig
+from skv_export.spec.recipe import AS_IS, GRANULARITIES, PARAMETER_BITS, ROTATIONS, TILE_TOKENS, LayerConfig
 
 if TYPE_CHECKING:
     from skv_export.analysis.pipeline import MeasureOptions
@@ -54,10 +56,19 @@ if TYPE_CHECKING:
 @click.option("--v-granularity", type=Choice(GRANULARITIES), help="Of values.  [default: token]")
 @click.option("--k-rotation", type=Choice(ROTATIONS), help="Of keys.  [default: none]")
 @click.option("--v-rotation", type=Choice(ROTATIONS), help="Of values.  [default: hadamard]")
+@click.option(
+    "--k-parameter-bits", type=Choice(PARAMETER_BITS), help="Of keys' scales and offsets per channel.  [default: 16]"
+)
+@click.option("--v-parameter-bits", type=Choice(PARAMETER_BITS), help="The same for values.  [default: 16]")
 @click.option("--num-sink-tokens", type=int, help="First tokens kept in full precision.  [default: 4]")
 @click.option("--recent-tokens", type=int, help="Last tokens kept in full precision.  [default: 64]")
 @click.option("--tile-tokens", type=Choice(TILE_TOKENS), help="Tokens quantized together.  [default: 64]")
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option(
+    "--calibration",
+    type=PathOf("--calibration"),
+    help="What `calibrate` wrote for CHECKPOINT: bits for an export that has it, too.",
+)
+@revision_option
 @click.option("--kl", is_flag=True, help="Measure the logits' KL divergence layer by layer (slow), not estimate it.")
 @click.option("--report", type=OutputFile(), help="HTML page to write.")
 @click.option("--plot", type=OutputFile(), help="PNG to write (extra `plots`).")
@@ -84,6 +95,7 @@ def analyze_command(
     skv-export analyze ./model --memory 24GiB --weights int4 --context 128k --batch 8
     skv-export analyze ./model --gpu rtx4090                 # and how long a context fits
     skv-export analyze ./model --max-loss 0.5%
+    skv-export analyze ./model --budget 3 --calibration calibration.safetensors
     """
     from skv_export.checkpoints.demo_model import demo_checkpoint
 
@@ -127,11 +139,15 @@ def run(
     """
     from skv_export.analysis.card import card_memory, room_for_cache, usual_weights
     from skv_export.analysis.pipeline import MeasureOptions, Target, analyze
+    from skv_export.calibration.file import Calibration
     from skv_export.checkpoints.checkpoint import Checkpoint
 
     given = dict(options)
     revision = given.pop("revision", None)
     gpu, weights = given.pop("gpu", None), given.pop("weights", None)
+    calibration = given.pop("calibration", None)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        calibration = Calibration.load(calibration)
     if gpu:
         if given["memory"] is not None:
             raise SkvError("--gpu and --memory", got="both", expected="one of them")
@@ -168,6 +184,7 @@ def run(
             target=target,
             base=base,
             measure=measure,
+            calibration=calibration,
             revision=revision,
             as_causal_lm=as_causal_lm,
             progress=progress,

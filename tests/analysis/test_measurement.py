@@ -12,9 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoConfig
 
 from skv_export.analysis import pipeline
+from skv_export.calibration.file import Calibration, fingerprint
+from skv_export.checkpoints.checkpoint import resolve
 from skv_export.errors import SkvError
+from skv_export.spec.conformance import make_basis
 from skv_export.spec.layout import CacheLayout
 from skv_export.spec.recipe import LayerConfig
 
@@ -79,6 +83,23 @@ def test_tables_are_the_errors_of_the_attention_output(activations: Any) -> None
         tolerance = {"rel": 1e-3} if 16 in (k, v) else {"rel": 0.25}
         assert tables.output[i][j] == pytest.approx(error, abs=1e-5, **tolerance)
         assert tables.fisher[i][j] == pytest.approx(fisher, abs=1e-5, **tolerance)
+
+
+def test_tables_of_calibrated_keys(activations: Any) -> None:
+    from skv_export.analysis.attention_capture import layer_caches
+    from skv_export.analysis.measurement import layer_tables
+    from skv_export.evaluation.decode_simulation import attend
+
+    basis, first = make_basis(2, 64, 64), 4 + 32 + 32
+    plain, calibrated = (layer_tables(activations, SMALL, (2, 4), b) for b in (None, basis))
+    exact = activations.output()
+    for i, bits in enumerate((2, 4)):
+        caches = layer_caches(dataclasses.replace(SMALL, k_bits=bits, v_bits=16), 64, 0, basis)
+        out = attend(activations.q, activations.k, activations.v, caches, scale=activations.scale)
+        error = (out - exact)[:, first:].double().pow(2).sum().item()
+        assert calibrated.output[i][2] == pytest.approx(error, rel=1e-3)
+        assert abs(plain.output[i][2] / error - 1) > 1e-2
+    assert calibrated.output[2] == plain.output[2]  # values alone
 
 
 def test_one_query_whose_gradient_explodes_counts_a_nat_and_no_more(activations: Any) -> None:
@@ -219,6 +240,29 @@ def test_direct_kl(tiny_checkpoint: Callable[..., Path], tmp_path: Path, tokens:
     assert found.measurement.direct and loss.shape == (2, 3, 3)
     assert (loss[:, 0, 0] > loss[:, 1, 1]).all() and (loss[:, 2, 2] == 0).all()
     assert "measured layer by layer" in " ".join(found.recommendation.reasons)
+
+
+def test_bits_for_calibrated_keys(tiny_checkpoint: Callable[..., Path], tmp_path: Path, tokens: None) -> None:
+    checkpoint, text, state = tiny_checkpoint("llama"), tmp_path / "text", tmp_path / "state.json"
+    text.write_text(TEXT)
+    config = AutoConfig.from_pretrained(checkpoint)
+    padded = CacheLayout.pair(SMALL, config.head_dim)[0].padded_dim
+    bases = {layer: make_basis(config.num_key_value_heads, config.head_dim, padded, layer) for layer in (0, 1)}
+    calibration = Calibration(bases, fingerprint(resolve(checkpoint)), {})
+    measure = pipeline.MeasureOptions(text=text, state=state, **RUN)
+    options: dict[str, Any] = {"target": TARGET, "base": SMALL, "measure": measure}
+    plain = analyzed(checkpoint, text)
+    found = pipeline.analyze(checkpoint, calibration=calibration, **options)
+    assert (np.abs(found.measurement.loss / plain.measurement.loss - 1)[:, 0, -1] > 1e-3).all()
+    np.testing.assert_allclose(found.measurement.loss[:, -1, 0], plain.measurement.loss[:, -1, 0], rtol=1e-4)
+    assert "with calibrated keys" in " ".join(found.recommendation.reasons)
+    assert found.to_recipe().description.endswith("for calibrated keys") and found.to_json()["calibrated"]
+    with pytest.raises(SkvError, match="belongs to another run"):
+        pipeline.analyze(checkpoint, **options)
+    with pytest.raises(SkvError, match="another checkpoint"):
+        pipeline.analyze(tiny_checkpoint("qwen2"), calibration=calibration, **options)
+    with pytest.raises(SkvError, match="granularity token, rotation none; expected granularity channel"):
+        pipeline.analyze(checkpoint, calibration=calibration, base=dataclasses.replace(SMALL, k_granularity="token"))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from skv_export.analysis.result import Allocation, Confirmation, HeldOut
 from skv_export.checkpoints.attention_weights import AttentionConfig
 from skv_export.errors import SkvError
 from skv_export.evaluation.text import CALIBRATION_TEXT, read_text
+from skv_export.spec.conformance import make_basis
 from skv_export.spec.recipe import BITS, LayerConfig
 
 
@@ -105,6 +106,16 @@ def test_keys_come_first_and_the_sums_give_the_pairs_measured() -> None:
     }  # fmt: skip
     for pair, loss in measured.items():
         assert uniform_pairs.expected_loss(pair) == pytest.approx(loss, rel=0.1)
+    calibrated = {(4, 4): 0.00057, (4, 2): 0.00433, (3, 3): 0.00259, (3, 2): 0.00567, (2, 2): 0.0142}
+    for pair, loss in calibrated.items():
+        assert uniform_pairs.expected_loss(pair, calibrated=True) == pytest.approx(loss, rel=0.1)
+
+
+def test_calibrated_keys_take_fewer_bits_for_more_of_values() -> None:
+    base = dataclasses.replace(LayerConfig(), k_parameter_bits=8)
+    for bases, pair in (({}, (4, 2)), ({0: make_basis(1, 64, 64)}, (3, 3))):
+        cache = CacheBudget.of(a_config([0] * 4, 1), base, context=32768, bases=bases).limited(3.34, None)
+        assert uniform_pairs.best_uniform(cache) == pair and set(uniform_pairs.mixed(cache, range(4))) == {pair}
 
 
 @pytest.mark.parametrize("arch", ["qwen3", "gemma3_text", "llama", "qwen2"])
@@ -291,9 +302,11 @@ def test_the_confirmation_runs_the_allocation_and_its_rivals_once_each(
     found = pipeline.analyze(tiny_checkpoint("llama"), target=Target(budget=5.9, context=4096))
     losses = {"K4V2": 0.005, "K3V2": 0.012}
     asked: list[str] = []
+    notes: list[str] = []
 
     def run(source: Any, contenders: Any, text: str, **_: Any) -> Any:
         asked.extend(c.name for c in contenders)
+        notes.extend(c.note for c in contenders)
         assert "Elliot" in text
         rows = []
         for c in contenders:
@@ -319,6 +332,10 @@ def test_the_confirmation_runs_the_allocation_and_its_rivals_once_each(
     misled = dataclasses.replace(r, uniform=Allocation("K1V5", ((1, 5),) * 2, 5.9, 0.001))
     rows = held_out.judge(found.budget, misled).rows
     assert [row.allocation.name for row in rows[:3]] == ["per layer", "K1V5", r.uniform.name]
+    assert not any("calibrated" in note for note in notes)
+    calibrated = dataclasses.replace(found.budget, bases={0: make_basis(2, 80, 96)})
+    HeldOutText(None, calibrated, MeasureOptions()).judge(calibrated, r)  # type: ignore[arg-type]
+    assert all("keys calibrated" in note for note in notes[-3:])
 
 
 def test_without_a_measurement_other_granularities_are_said_to_be_unmeasured(
