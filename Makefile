@@ -46,7 +46,8 @@ lint: setup  ## Style and types
 	$(BIN)/lint-imports
 	git ls-files '*.cc' '*.cu' '*.cuh' '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
 
-# Four minutes, on a machine that nothing else uses. Peers that are not installed are left out.
+# About a quarter of an hour, on a machine that nothing else uses. Peers that are not installed are left out. One part:
+# python benchmarks/peers.py --only batch
 bench: setup  ## Speed, memory and perplexity against other runtimes
 	$(BIN)/python benchmarks/peers.py --context 128,2048
 	$(BIN)/python benchmarks/peers.py --render benchmarks/peers.json

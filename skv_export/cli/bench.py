@@ -99,6 +99,12 @@ def attention(
     "transformers-hqq-4, skv.",
 )
 @click.option("--context", default="128,2048,7000", show_default=True, help="Prompt lengths, commas between.")
+@click.option(
+    "--sequences",
+    default="1",
+    show_default=True,
+    help="How many sequences decode together, each with a prompt of its own, commas between.",
+)
 @click.option("--rounds", default=2, show_default=True, type=click.IntRange(1), help="Processes each, in turns.")
 @click.option("--steps", default=32, show_default=True, type=click.IntRange(1), help="Decode steps per process.")
 @_THREADS
@@ -106,23 +112,32 @@ def attention(
 @_JSON
 @progress_options
 def bench_model_command(
-    folder: Path, against: tuple[str, ...], context: str, json_file: Path | None, **options: Any
+    folder: Path, against: tuple[str, ...], context: str, sequences: str, json_file: Path | None, **options: Any
 ) -> None:
     """Time prefill and decode of FOLDER, and its peak memory.
+
+    A step decodes a token of each sequence; prefill lasts until the logits of all prompts are there.
 
     \b
     skv-export bench model smollm2 --against smollm2-genai --context 128,2048,7000
     skv-export bench model smollm2 --against llama.cpp-q4_0=model.gguf --against openvino-u8=model.gguf
+    skv-export bench model smollm2 --against llama.cpp=model.gguf --sequences 1,2,4,8 --context 2000
     skv-export bench model smollm2-int4 --against smollm2-genai-int4 --threads 1 --clock cpu
     """
     from skv_export.bench import model, noise
+
+    lengths = _numbers("--context", context, "lengths such as 128,2048")
+    counts = _numbers("--sequences", sequences, "numbers such as 1,2,4,8")
+    rows = model.bench_model(folder, against=against, context=lengths, sequences=counts, **options)
+    _print(model.format_rows(rows), rows, noise.remark(rows), json_file)
+
+
+def _numbers(option: str, text: str, expected: str) -> list[int]:
     from skv_export.errors import SkvError
 
-    if not all(part.isdecimal() and int(part) > 0 for part in context.split(",")):
-        raise SkvError("--context", got=repr(context), expected="lengths such as 128,2048")
-    lengths = [int(part) for part in context.split(",")]
-    rows = model.bench_model(folder, against=against, context=lengths, **options)
-    _print(model.format_rows(rows), rows, noise.remark(rows), json_file)
+    if not all(part.isdecimal() and int(part) > 0 for part in text.split(",")):
+        raise SkvError(option, got=repr(text), expected=expected)
+    return [int(part) for part in text.split(",")]
 
 
 def _print(table: str, rows: Sequence[Any], noise: str, json_file: Path | None) -> None:

@@ -176,6 +176,8 @@ def test_command_line_prints_the_rows_and_how_to_repeat_them(tmp_path: Path, mon
     assert set(rows[0]) == {"name", "ms_median", "ms_min", "ms_max", "bytes", "gb_per_s", "speedup", "spread"}
     refused = CliRunner().invoke(main, ["bench", "model", str(tmp_path), "--context", "some"])
     assert refused.exit_code == 1 and "--context; got 'some'" in refused.output
+    refused = CliRunner().invoke(main, ["bench", "model", str(tmp_path), "--sequences", "0"])
+    assert refused.exit_code == 1 and "--sequences; got '0'; expected numbers such as 1,2,4,8" in refused.output
 
 
 def test_times_too_noisy_to_read_are_said_to_be() -> None:
