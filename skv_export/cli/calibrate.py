@@ -10,9 +10,9 @@ from skv_export.cli.options import OutputFile, PathOf, adapter_option, device_op
 from skv_export.progress import Progress
 
 _ADVICE = (
-    "Three bits may suffice for these keys: on two models K3V3 lost half of what K4V2 loses without calibration, in as "
-    "many bits, and K3V2 about as much in half a bit less (docs/defaults.md); `quality --calibration` tells for "
-    "this one."
+    "These keys need fewer bits: on two models K3V3 lost half of what K4V2 loses without calibration, in as many bits, "
+    "and K3V2 about as much in half a bit less (docs/defaults.md). `model --budget 3 --calibration FILE` chooses bits "
+    "per layer for them, `quality --calibration FILE` says what they lose."
 )
 
 

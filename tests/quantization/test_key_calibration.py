@@ -125,7 +125,7 @@ def test_a_calibration_is_made_and_measured_beside_the_plain_form(
     made = run("calibrate", folder, "--text", str(text), "--windows", "2", "--window", "200", "--out", str(out))
     assert made.exit_code == 0, made.output
     assert "2 layers of 2 KV heads, measured on 2 windows of 200 tokens" in made.output
-    assert made.output.rstrip().splitlines()[-1].startswith("Three bits may suffice for these keys")
+    assert made.output.rstrip().splitlines()[-1].startswith("These keys need fewer bits")
     calibration = Calibration.load(out)
     assert {layer: basis.key.shape for layer, basis in calibration.bases.items()} == {0: (2, 64, 64), 1: (2, 64, 64)}
     shown = run(
