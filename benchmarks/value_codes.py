@@ -186,7 +186,8 @@ def candidate(pair: str, name: str, bases: Mapping[int, KeyBasis] | None) -> Can
         values = LayoutCache(value) if name == "uniform" else CodedValues(value, code=code(name))
         return LayoutCache(key, basis=basis), values
 
-    return Simulated(f"{pair} {name}", f"{pair} {name} {bool(bases)}", "", Simulation(make))
+    digests = [bases[layer].digest for layer in sorted(bases)] if bases else []
+    return Simulated(f"{pair} {name}", " ".join([pair, name, *digests]), "", Simulation(make))
 
 
 def main() -> None:

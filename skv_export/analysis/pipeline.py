@@ -260,7 +260,9 @@ def _bases(
     if not can_be_calibrated(CacheLayout.pair(replace(base, k_bits=4), 64)[0]):
         form = f"granularity {base.k_granularity}, rotation {base.k_rotation}"
         raise SkvError("calibrated keys", got=form, expected="granularity channel, rotation none")
-    found.check(source)
+    from skv_export.checkpoints.pretrained import download
+
+    found.check(download(source))
     return found.bases
 
 

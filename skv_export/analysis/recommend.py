@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def recommend(
         uniforms = [u for u in uniforms if u.bits[0] in uniform_pairs.supported(cache.pairs)]
     fitting = [u for u in uniforms if cache.fits(u.bits)]
     # Where no uniform pair fits, the cheapest one stands in, so that the reader sees what it would take.
-    uniform = min(fitting or uniforms, key=(_rank if fitting else lambda u: u.effective_bits))
+    uniform = min(fitting or uniforms, key=(partial(_rank, cache) if fitting else lambda u: u.effective_bits))
     return Recommendation(
         best,
         uniform,
@@ -84,10 +85,11 @@ def recommend(
     )
 
 
-def _rank(a: Allocation) -> tuple[float, float]:
-    pair = a.bits[0]
-    known = pair[0] in uniform_pairs.KEY_LOSS
-    loss = a.loss if a.loss is not None else uniform_pairs.expected_loss(pair) if known else math.inf
+def _rank(cache: CacheBudget, a: Allocation) -> tuple[float, float]:
+    pair, loss = a.bits[0], a.loss
+    if loss is None:
+        known = pair[0] in uniform_pairs.KEY_LOSS
+        loss = uniform_pairs.expected_loss(pair, bool(cache.bases)) if known else math.inf
     return loss, a.effective_bits
 
 
@@ -234,7 +236,7 @@ def _neighbours(
             continue
         found.append(allocation(f"per layer, {step:+g} bits", bits))
     close = sorted(uniforms, key=lambda u: abs(u.effective_bits - best.effective_bits))[:12]
-    return found + sorted((u for u in close if u.name not in (uniform.name, best.name)), key=_rank)[:4]
+    return found + sorted((u for u in close if u.name not in (uniform.name, best.name)), key=partial(_rank, cache))[:4]
 
 
 def _reasons(
@@ -254,7 +256,7 @@ def _reasons(
     if cache.fp16_fits:
         size = f"{cache.plain_memory(2 * cache.config.head_dim) / 2**20:.1f} MiB"
         reasons.insert(0, f"a cache in fp16 takes {size} and fits, too: nothing has to be quantized to have the room")
-    if cache.bases:
+    if cache.bases and score in (DEFAULTS, MEASURE):
         reasons.append("with calibrated keys: `model` needs the same --calibration to lose no more than is said here")
     if not fits:
         reasons.append(f"no uniform pair fits; the cheapest, {uniform.name}, takes {uniform.effective_bits:.2f}")

@@ -25,7 +25,7 @@ from skv_export.checkpoints.gguf_config import gguf_config
 from skv_export.checkpoints.limits import check_claims
 from skv_export.checkpoints.packed_entry import PackedEntry
 from skv_export.checkpoints.packed_weights import unpack_checkpoint
-from skv_export.checkpoints.tensor_files import LocalFile, RemoteFile, TensorEntry, read_header
+from skv_export.checkpoints.tensor_files import COMMIT, LocalFile, RemoteFile, TensorEntry, read_header
 from skv_export.errors import SkvError
 from skv_export.paths import looks_like_path, to_path
 
@@ -50,7 +50,8 @@ class Source:
         kind: ``safetensors`` (a local folder), ``gguf`` (a local file) or ``hub``.
         path: The folder; for ``gguf`` the one that holds the file; for ``hub`` its folder in the local cache, or None.
         repo_id: Hub id, for ``hub``.
-        revision: Commit, for ``hub``; the branch or tag that was asked for until the hub has said which commit it is.
+        revision: Branch, tag or commit that was asked for, for ``hub``.
+        commit: What that is, once the hub or its cache has said.
         gguf_file: File name inside ``path``, for ``gguf``; the first one's, if the model is cut into several.
         adapter: Folder of a LoRA adapter that is merged into the weights as they are read.
     """
@@ -59,6 +60,7 @@ class Source:
     path: Path | None = None
     repo_id: str | None = None
     revision: str | None = None
+    commit: str | None = None
     gguf_file: str | None = None
     adapter: Path | None = None
 
@@ -67,11 +69,16 @@ class Source:
         """What transformers' ``from_pretrained`` takes as its first argument."""
         return self.repo_id or str(self.path)
 
+    @property
+    def pinned(self) -> str | None:
+        """The commit of a hub id; what was asked for where nobody has said which that is."""
+        return self.commit or self.revision
+
     def __str__(self) -> str:
         if self.adapter is not None:
             return f"{replace(self, adapter=None)} with {self.adapter}"
         if self.kind == "hub":
-            return f"{self.repo_id}@{self.revision}"
+            return f"{self.repo_id}@{self.pinned}"
         return str(self.path / self.gguf_file) if self.path and self.gguf_file else str(self.path)
 
 
@@ -104,6 +111,8 @@ def resolve(
     else:
         to_path(checkpoint, "checkpoint")  # what no file system holds is no hub id either
         source = _classify(str(checkpoint), revision)
+        if revision is not None and source.kind != "hub":
+            raise SkvError("--revision", got=str(source), expected="a hub id", fix="Leave it out.")
     if adapter is not None:
         folder = to_path(adapter, "adapter")
         adapter_module.read_config(folder)
@@ -119,7 +128,7 @@ def resolve(
     opened = Checkpoint(source)
     check_claims(opened.config_if_any(), opened.entries, str(opened.source))
     logger.info("%s: %s, %d tensors", opened.source, source.kind, len(opened.entries))
-    return opened.source
+    return _from_cache(opened.source) if source.path is None else source
 
 
 def _classify(text: str, revision: str | None) -> Source:
@@ -141,26 +150,20 @@ def _classify(text: str, revision: str | None) -> Source:
             expected="a folder with safetensors, a .gguf file or a hub id such as org/name",
             fix="Check the path.",
         )
-    asked = Source("hub", repo_id=text, revision=revision or "main")
-    cached = _cached(text, revision or "main")
-    return asked if cached is None else replace(asked, path=cached, revision=_commit_of(cached) or asked.revision)
+    return _from_cache(Source("hub", repo_id=text, revision=revision or "main"))
 
 
-def _cached(repo_id: str, revision: str) -> Path | None:
-    """Returns the folder of a hub id in huggingface_hub's cache, if its weights are there too."""
+def _from_cache(source: Source) -> Source:
+    """A hub id with its folder in huggingface_hub's cache, if its weights are there too; else as it is."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    found = try_to_load_from_cache(str(source.repo_id), "config.json", revision=source.pinned)
     if not isinstance(found, str):
-        return None
-    checkpoint = Checkpoint(Source("safetensors", Path(found).parent))
-    complete = all((Path(found).parent / shard).is_file() for shard in checkpoint.shards())
-    return Path(found).parent if complete else None
-
-
-def _commit_of(snapshot: Path) -> str:
-    """The commit that a folder of huggingface_hub's cache holds, which is its name."""
-    return snapshot.name if re.fullmatch(r"[0-9a-f]{40}", snapshot.name) else ""
+        return source
+    folder = Path(found).parent
+    complete = all((folder / shard).is_file() for shard in Checkpoint(Source("safetensors", folder)).shards())
+    commit = folder.name if COMMIT.fullmatch(folder.name) else source.commit
+    return replace(source, path=folder, commit=commit) if complete else source
 
 
 def _classify_folder(path: Path) -> Source:
@@ -235,8 +238,7 @@ class Checkpoint:
     """A checkpoint whose tensors are read one by one.
 
     Attributes:
-        source: What was opened; a hub id has one commit from the first answer on, so that nobody who pushes to its
-            branch meanwhile makes it a mix of two models.
+        source: What was opened; a hub id is one commit from the first answer on, so that it is no mix of two models.
         bytes_read: Bytes of tensors read so far.
     """
 
@@ -323,7 +325,7 @@ class Checkpoint:
         The hash is that of the first file of weights, read whole.
         """
         if self.source.kind == "hub":
-            return str(self.source.revision)
+            return str(self.source.pinned)
         assert self.source.path
         first = self.source.gguf_file or self.shards()[0]
         files = [self.source.path / first]
@@ -453,11 +455,10 @@ class Checkpoint:
                 got="HF_HUB_OFFLINE is set",
                 fix="Check the name, download the checkpoint first, or unset HF_HUB_OFFLINE.",
             )
-        url = hf_hub_url(self.source.repo_id, name, revision=self.source.revision, endpoint=hub_endpoint())
+        url = hf_hub_url(self.source.repo_id, name, revision=self.source.pinned, endpoint=hub_endpoint())
         token = get_token()
         file = RemoteFile(url, {"authorization": f"Bearer {token}"} if token else {}, f"{self.source}/{name}")
-        if file.commit:
-            self.source = replace(self.source, revision=file.commit)
+        self.source = replace(self.source, commit=file.commit or self.source.commit)
         return file
 
     def _absent(self, name: str) -> SkvError:

@@ -94,6 +94,8 @@ def _check_device(name: str) -> None:
 def download(source: Source) -> Source:
     """Returns a source whose files are on this disk: a hub id's are fetched into huggingface_hub's cache.
 
+    Where its branch is still the commit that the source is pinned to, the cache learns so, and knows the name offline.
+
     Raises:
         SkvError: The hub can't be reached, or stops answering.
     """
@@ -101,14 +103,14 @@ def download(source: Source) -> Source:
         return source
     if source.path is not None:
         return Source("safetensors", source.path, adapter=source.adapter)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
-    patterns = [*_DOWNLOADED, *Checkpoint(source).shards()]
+    patterns, hub, repo_id = [*_DOWNLOADED, *Checkpoint(source).shards()], HfApi(hub_endpoint()), str(source.repo_id)
     try:
-        folder = snapshot_download(
-            str(source.repo_id), revision=source.revision, allow_patterns=patterns, endpoint=hub_endpoint()
-        )
+        now = hub.model_info(repo_id, revision=source.revision).sha
+        revision = source.revision if source.commit in (None, now) else source.commit
+        folder = hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
     except (OSError, ValueError, HTTPError) as error:
         raise SkvError(f"{source}: can't be downloaded", got=str(error)[:500], fix="Check the connection.") from error
     return Source("safetensors", Path(folder), adapter=source.adapter)

@@ -30,8 +30,9 @@ ATTEMPTS = 5
 """Requests for one byte range before giving up; each resumes where the last one broke off."""
 TIMEOUT_S = 30.0
 _FIRST_READ = 1 << 17
-_COMMIT = "X-Repo-Commit"
-"""The header in which the hub names the commit that a file is of."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
+"""How git names one."""
+_COMMIT_HEADER = "X-Repo-Commit"
 _BLOCK_BYTES = 1 << 20
 
 DTYPES: Mapping[str, npt.DTypeLike] = {
@@ -215,8 +216,8 @@ class RemoteFile:
                 )
             self.size = int(match[3])
             # A large file is another server's, to which the hub redirects.
-            answers = [*response.history, response]
-            self.commit = next((a.headers[_COMMIT] for a in answers if _COMMIT in a.headers), "")
+            said = [answer.headers.get(_COMMIT_HEADER, "") for answer in (*response.history, response)]
+            self.commit = next((name for name in said if COMMIT.fullmatch(name)), "")
             for chunk in response.iter_raw():
                 data += chunk
                 if len(data) > stop - start:

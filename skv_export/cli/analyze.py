@@ -33,7 +33,7 @@ from skv_export.spec.recipe import AS_IS, GRANULARITIES, PARAMETER_BITS, ROTATIO
 if TYPE_CHECKING:
     from skv_export.analysis.pipeline import MeasureOptions
     from skv_export.analysis.result import Analysis
-    from skv_export.checkpoints.checkpoint import Checkpoint
+    from skv_export.checkpoints.checkpoint import Checkpoint, Source
 
 
 @click.command(name="analyze")
@@ -130,7 +130,7 @@ MEASURE_OPTIONS = ("text", "windows", "window", "state", "ray", "kl", "device", 
 
 
 def run(
-    checkpoint: str | Path, base: LayerConfig, options: dict[str, Any], *, as_causal_lm: bool = False
+    checkpoint: str | Path | Source, base: LayerConfig, options: dict[str, Any], *, as_causal_lm: bool = False
 ) -> tuple[Analysis, int]:
     """Analyzes as the flags say; what `analyze` and `model --budget` share.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +12,9 @@ from skv_export.cli.options import Number, PathOf, say
 from skv_export.errors import SkvError
 from skv_export.progress import Progress
 from skv_export.spec.recipe import AS_IS, WEIGHT_BITS, Recipe
+
+if TYPE_CHECKING:
+    from skv_export.checkpoints.checkpoint import Source
 
 METHODS = ("qep", "gptq", "rsq", "awq", "rtn")
 """As ``quantization.pipeline`` has them, which loads torch."""
@@ -69,13 +73,11 @@ def check_fitted(given: dict[str, Any], recipe: Recipe, calibration: Path | None
 
 
 def fit_weights(
-    source: str,
+    source: str | Source,
     out: Path,
     given: dict[str, Any],
     recipe: Recipe,
     *,
-    adapter: Path | None,
-    revision: str | None,
     device: str,
     force: bool,
     json_file: Path | None,
@@ -87,8 +89,6 @@ def fit_weights(
         out: Folder to write.
         given: The flags of ``FITTED_OPTIONS``.
         recipe: Of the export.
-        adapter: A LoRA adapter to merge first.
-        revision: Of a hub id.
         device: Where layers run.
         force: Replace ``out``.
         json_file: Where figures go, for messages.
@@ -112,11 +112,12 @@ def fit_weights(
         cache=recipe if given["weight_cache"] else None,
     )
     prose = read_text(given["weight_text"], CALIBRATION_TEXT)
-    checkpoint = resolve(source, revision=revision, adapter=adapter)
+    checkpoint = resolve(source)
     with Progress() as shown:
         made = quantize(checkpoint, prose, out, options, device=device, force=force, progress=shown)
     said = f"{made.effective_bits:.3f} bits per weight with scales and zero points"
     say(f"{out}: {made.matrices} matrices by {options.method}, {said}", json_file)
     say(f"  `verify --checkpoint {out}` holds the export to it;", json_file)
-    say(f"  `quality {source} --weights {out}` says what it costs", json_file)
+    name = checkpoint.repo_id or str(replace(checkpoint, adapter=None))
+    say(f"  `quality {name} --weights {out}` says what it costs", json_file)
     return recipe.with_options(weights=AS_IS)

@@ -9,7 +9,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -50,6 +50,9 @@ from skv_export.spec.recipe import (
     Recipe,
     shipped_recipes,
 )
+
+if TYPE_CHECKING:
+    from skv_export.checkpoints.checkpoint import Source
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -259,24 +262,27 @@ def model(
     rewriting = is_onnx(source)
     if rewriting and calibration is not None:
         raise SkvError("--calibration", got="an ONNX model", fix="Export the checkpoint itself, or leave it out.")
-    calibrated = None if calibration is None else Calibration.load(calibration)
-    if asked:
-        target |= {"adapter": adapter, "revision": revision, "calibration": calibrated}
-        resolved = _recommended(source, resolved, options, target, as_causal_lm, json_file)
-    elif target["context"] is not None or target["measure"] is not None:
-        raise SkvError("--context and --measure: nothing chooses bits", fix="Add --auto, or --budget and its like.")
     if rewriting and (all_logits or options["dtype"] or options["weights"] or adapter or revision or inputs_embeds):
         raise SkvError(
             "--all-logits, --dtype, --weights, --adapter, --revision and --inputs-embeds",
             got="an ONNX model",
             fix="Leave them out: its weights stay as they are.",
         )
+    calibrated = None if calibration is None else Calibration.load(calibration)
+    opened: str | Source = source
+    if asked:
+        target |= {"adapter": adapter, "revision": revision, "calibration": calibrated}
+        resolved, opened = _recommended(source, resolved, options, target, as_causal_lm, json_file)
+    elif target["context"] is not None or target["measure"] is not None:
+        raise SkvError("--context and --measure: nothing chooses bits", fix="Add --auto, or --budget and its like.")
+    if not rewriting:  # before torch is loaded: what is wrong with it shows at once
+        opened = resolve(opened, revision=revision, adapter=adapter)
     if quantized is not None and not dry_run:
         resolved = fit_weights(
-            source, quantized, fitted, resolved,
-            adapter=adapter, revision=revision, device=target["device"], force=force, json_file=json_file,
-        )  # fmt: skip
-        source, adapter, revision = str(quantized), None, None
+            opened, quantized, fitted, resolved, device=target["device"], force=force, json_file=json_file
+        )
+        source, adapter = str(quantized), None
+        opened = resolve(source)
     planned: Any
     if rewriting:
         from skv_export.rewrite.pipeline import Rewrite
@@ -284,8 +290,6 @@ def model(
         planned = Rewrite.read(source, resolved)
         chosen = {"copy_weights": copy_weights}
     else:
-        # Before torch is loaded: what is wrong with it shows at once.
-        opened = resolve(source, revision=revision, adapter=adapter)
         from skv_export.export.pipeline import Export
 
         planned = Export.read(
@@ -432,8 +436,8 @@ def _recommended(
     target: dict[str, Any],
     as_causal_lm: bool,
     json_file: Path | None,
-) -> Recipe:
-    """The recipe with the bits per layer that ``analyze`` recommends, saying why."""
+) -> tuple[Recipe, Source]:
+    """The recipe with the bits per layer that ``analyze`` recommends, saying why, and the commit that it looked at."""
     if options["k_bits"] or options["v_bits"]:
         raise SkvError(
             "--budget and --auto", got="--k-bits or --v-bits too", fix="Give one or the other: the budget chooses bits."
@@ -443,11 +447,13 @@ def _recommended(
     from skv_export.cli import analyze
 
     on_a_card = target["gpu"] or target["memory"]  # which the weights share with the cache
-    opened = Checkpoint.open(source, revision=target["revision"], adapter=target["adapter"])
-    weights = (recipe.weights or usual_weights(opened, recipe.dtype)) if on_a_card else None
+    weights = None
+    if on_a_card:
+        opened = Checkpoint.open(source, revision=target["revision"], adapter=target["adapter"])
+        weights = recipe.weights or usual_weights(opened, recipe.dtype)
     found, _ = analyze.run(source, recipe.default, {**target, "weights": weights}, as_causal_lm=as_causal_lm)
     say(f"{analyze.summary(found)}\n", json_file)
-    return found.to_recipe(recipe)
+    return found.to_recipe(recipe), found.source
 
 
 def _checkpoint_or_demo(checkpoint: str | None, json_file: Path | None = None) -> str:

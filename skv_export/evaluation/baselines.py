@@ -67,7 +67,7 @@ def _svdq(name: str, k_bits: int, v_bits: int) -> Candidate:
 
 
 def _kvquant(name: str, k_bits: int, v_bits: int) -> Candidate:
-    return FromText.of(name, "KVQuant: nuq and 1% outliers", functools.partial(kvquant.fit, k_bits, v_bits))
+    return FromText.of(name, "KVQuant: nuq and 1% outliers, of float16", functools.partial(kvquant.fit, k_bits, v_bits))
 
 
 def _oscar(name: str, k_bits: int, v_bits: int) -> Candidate:

@@ -457,7 +457,7 @@ def _model_config(
         source={
             "kind": source.kind,
             "name": source.repo_id or source.gguf_file or (source.path.resolve().name if source.path else ""),
-            "revision": source.revision,
+            "revision": source.pinned,
             "sha256": digest(source, config),
             **({"adapter": source.adapter.resolve().name} if source.adapter else {}),
         },

@@ -257,6 +257,14 @@ def test_bits_for_calibrated_keys(tiny_checkpoint: Callable[..., Path], tmp_path
     np.testing.assert_allclose(found.measurement.loss[:, -1, 0], plain.measurement.loss[:, -1, 0], rtol=1e-4)
     assert "with calibrated keys" in " ".join(found.recommendation.reasons)
     assert found.to_recipe().description.endswith("for calibrated keys") and found.to_json()["calibrated"]
+    for given, pair in (
+        (None, (4, 2)),
+        (calibration, (3, 3)),
+    ):  # a rule knows no losses: the pairs' own tell them apart
+        target = pipeline.Target(choices=(2, 3, 4), context=4096)
+        ruled = pipeline.analyze(checkpoint, target=target, base=SMALL, score="frobenius", calibration=given)
+        assert ruled.recommendation.uniform.bits[0] == pair
+        assert "calibrated" not in " ".join(ruled.recommendation.reasons)
     with pytest.raises(SkvError, match="belongs to another run"):
         pipeline.analyze(checkpoint, **options)
     with pytest.raises(SkvError, match="another checkpoint"):

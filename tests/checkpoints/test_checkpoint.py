@@ -319,7 +319,7 @@ def test_a_branch_is_one_commit_from_the_first_answer_on(validate: bool, hub: Hu
     hub.commit = "0123456789abcdef" * 2 + "01234567"
     source = resolve("org/model", validate=validate)
     opened = Checkpoint.open(source)
-    assert opened.source.revision == hub.commit and opened.revision() == hub.commit
+    assert (opened.source.revision, opened.source.commit, opened.revision()) == ("main", hub.commit, hub.commit)
     hub.log.clear()
     opened.tensor("model.layers.0.self_attn.k_proj.weight")
     assert Checkpoint(opened.source).config and hub.log
@@ -344,7 +344,7 @@ def test_hub_without_safetensors(hub: Hub, folder: Path) -> None:
 def test_hub_prefers_its_cache(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(folder / "config.json"))
     source = resolve("org/model")
-    assert source.path == folder and source.pretrained == "org/model" and source.revision == "main" and not hub.log
+    assert source.path == folder and source.pretrained == "org/model" and source.commit is None and not hub.log
 
 
 def test_a_cached_branch_is_the_commit_that_it_was(
@@ -353,7 +353,9 @@ def test_a_cached_branch_is_the_commit_that_it_was(
     commit = "89abcdef" * 5
     snapshot = shutil.copytree(folder, tmp_path / "snapshots" / commit)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(snapshot / "config.json"))
-    assert resolve("org/model").revision == commit and str(resolve("org/model")) == f"org/model@{commit}"
+    assert resolve("org/model").commit == commit and str(resolve("org/model")) == f"org/model@{commit}"
+    with pytest.raises(SkvError, match=r"--revision; got .*; expected a hub id"):
+        resolve(folder, revision="main")
 
 
 def test_the_module_needs_no_torch() -> None:

@@ -79,7 +79,7 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return SimpleNamespace(plan=SimpleNamespace(table=lambda: "the plan"), write=write)
 
     monkeypatch.setattr(Export, "read", read)
-    monkeypatch.setattr("skv_export.checkpoints.checkpoint.resolve", lambda source, adapter: source)
+    monkeypatch.setattr("skv_export.checkpoints.checkpoint.resolve", lambda source, revision, adapter: source)
     return calls
 
 
@@ -261,17 +261,18 @@ def test_a_budget_is_analyzed_first(exported: dict[str, Any], monkeypatch: pytes
 
     def recommend(source: str, base: Any, options: dict[str, Any], as_causal_lm: bool) -> Any:
         asked.update(options, source=source, base=base)
-        return SimpleNamespace(to_recipe=lambda base: Recipe.per_layer([(8, 2), (3, 2)], base)), 0
+        return SimpleNamespace(to_recipe=lambda base: Recipe.per_layer([(8, 2), (3, 2)], base), source="its commit"), 0
 
     monkeypatch.setattr(analyze, "run", recommend)
     monkeypatch.setattr(analyze, "summary", lambda analysis: "the reasons")
-    monkeypatch.setattr("skv_export.checkpoints.checkpoint.Checkpoint.open", lambda source: None)
+    monkeypatch.setattr("skv_export.checkpoints.checkpoint.Checkpoint.open", lambda source, revision, adapter: None)
     monkeypatch.setattr("skv_export.analysis.card.usual_weights", lambda opened, dtype: dtype)
     result = run("model", "some/checkpoint", "--budget", "3.25", "--recent-tokens", "128", "--out", "x")
     assert result.exit_code == 0, result.output
     assert "the reasons" in result.output
     assert (asked["source"], asked["budget"], asked["base"].recent_tokens) == ("some/checkpoint", 3.25, 128)
     assert [layer.k_bits for layer in exported["recipe"].layers(2)] == [8, 3]
+    assert exported["source"] == "its commit"  # what was measured is what is exported, whatever is pushed meanwhile
     assert "one or the other" in run("model", "some/checkpoint", "--budget", "3", "--k-bits", "4").output
     for flags in (["--auto"], ["--gpu", "rtx4090", "--weights", "int4"], ["--max-loss", "0.5%"], ["--memory", "2GiB"]):
         asked.clear()

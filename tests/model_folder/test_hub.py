@@ -23,6 +23,8 @@ from tiny_graph import SMALL, Tiny
 from transformers import AutoTokenizer, pipeline
 
 from skv_export import SkvForCausalLM
+from skv_export.checkpoints.checkpoint import resolve
+from skv_export.checkpoints.pretrained import download
 from skv_export.cli.main import main
 from skv_export.errors import SkvError
 from skv_export.export.pipeline import Export, export_model
@@ -383,3 +385,19 @@ def test_what_is_pushed_after_the_plan_is_not_exported(
     for revision, model_type in (("main", "qwen3"), ("before", "llama")):
         shown = CliRunner().invoke(main, ["model", "me/moving", "--revision", revision, "--dry-run"])
         assert shown.exit_code == 0 and f": {model_type}, 2 layers" in shown.output, shown.output
+
+
+def test_a_downloaded_checkpoint_is_known_offline_by_its_branch(
+    hub: Hub, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {path.name: path.read_bytes() for path in tiny_checkpoint("llama").iterdir()}
+    hub.repos["me/model"] = {"main": files}
+    online = resolve("me/model")
+    assert online.path is None and online.commit == sha(files)
+    folder = download(online).path
+    pushed = {**files, "config.json": files["config.json"] + b" "}
+    hub.repos["me/model"] = {"main": pushed, "before": files}
+    assert resolve("me/model", revision="before").path == folder  # by its commit, whatever the name
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    offline = resolve("me/model")
+    assert (offline.path, offline.commit) == (folder, sha(files))

@@ -123,13 +123,17 @@ def value_bits(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         -1, heaviest.indices * SAMPLES + torch.arange(SAMPLES, device=weights.device), heaviest.values
     )
     output = exponent(sampled @ cut(values, 8).abs()[:, None]) - 1
-    least = (output - exponent(values).amax(1)[:, None, None]).amin(-1, keepdim=True) + exponent(torch.ones(1))
+    least = (output - exponent(values).amax(1)[:, None, None]).amin(-1, keepdim=True) + _EXPONENT_OF_ONE
     return _bits((least - exponent(weights)).amin(1))
 
 
 def of_bits(left: torch.Tensor, bits: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Product ``[H, N, Q, C]`` of ``[H, N, Q, R]`` and a cache's ``[H, R, C]``, read with bits ``[H, 1, Q, R]``."""
     return torch.stack([(left * (bits == count)) @ cut(right, count)[:, None] for count in STEPS]).sum(0)
+
+
+_EXPONENT_OF_ONE = 15
+"""Of float16's bits."""
 
 
 def cut(x: torch.Tensor, bits: int) -> torch.Tensor:

@@ -98,7 +98,7 @@ class FromText(Candidate):
     @classmethod
     def of(cls, name: str, note: str, fit: Fit) -> FromText:
         """Returns the candidate of a method."""
-        return cls(name, f"{name} from {WINDOWS} windows of {WINDOW_TOKENS}", note, fit)
+        return cls(name, f"{name} ({note}) from {WINDOWS} windows of {WINDOW_TOKENS}", note, fit)
 
     def prepare(self, tokenizer: Any) -> None:
         """Cuts the calibration text."""
