@@ -34,7 +34,7 @@ import numpy as np
 
 from skv_export.bench.attention import DEFAULT_BASELINES, bench_attention
 from skv_export.bench.attention_candidates import BASELINES, AttentionShape
-from skv_export.bench.model import ModelRow, bench_model
+from skv_export.bench.model import bench_model
 from skv_export.bench.model_peers import PEERS
 from skv_export.bench.noise import CLOCKS, remark
 from skv_export.checkpoints.demo_model import demo_checkpoint
@@ -105,36 +105,23 @@ def models(file: Path, folders: dict[str, Path], given: argparse.Namespace) -> d
     """Prefill, decode and memory of whole models, in turns."""
     first, *others = folders.values()
     against = [str(folder) for folder in others] + [f"{name}={file}" for name in THEIRS if installed(name)]
-    rows = bench_model(
-        first,
-        against=against,
-        context=[int(part) for part in given.context.split(",")],
-        threads=given.threads,
-        rounds=given.rounds,
-        steps=given.steps,
-        clock=given.clock,
-    )
-    return _figures(rows, folders)
+    context = [int(part) for part in given.context.split(",")]
+    return _timed(folders, given, first, against=against, context=context, steps=given.steps)
 
 
 def batch(file: Path, folders: dict[str, Path], genai: Path | None, given: argparse.Namespace) -> dict[str, Any]:
     """The same where several sequences decode together: exports of the file's own weights, and the others."""
     first, second = (folders[name] for name in OURS if OURS[name]["weights"] == "as-is")
     against = [str(second), *([str(genai)] if genai else [])]
-    rows = bench_model(
-        first,
-        against=against + [f"{name}={file}" for name in TOGETHER if installed(name)],
-        context=[given.batch_context],
-        sequences=[int(part) for part in given.sequences.split(",")],
-        threads=given.threads,
-        rounds=given.rounds,
-        steps=given.batch_steps,
-        clock=given.clock,
+    against += [f"{name}={file}" for name in TOGETHER if installed(name)]
+    counts = [int(part) for part in given.sequences.split(",")]
+    return _timed(
+        folders, given, first, against=against, context=[given.batch_context], sequences=counts, steps=given.batch_steps
     )
-    return _figures(rows, folders)
 
 
-def _figures(rows: Sequence[ModelRow], folders: dict[str, Path]) -> dict[str, Any]:
+def _timed(folders: dict[str, Path], given: argparse.Namespace, first: Path, **what: Any) -> dict[str, Any]:
+    rows = bench_model(first, threads=given.threads, rounds=given.rounds, clock=given.clock, **what)
     names = {f"skv {folder.name}": f"K4V2, {name}" for name, folder in folders.items()}
     names |= {"skv": f"K4V2, {next(iter(folders))}", "genai": "genai, int4 weights"}
     return {"noise": remark(rows), "rows": [{**vars(row), "name": names.get(row.name, row.name)} for row in rows]}

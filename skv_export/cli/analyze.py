@@ -103,13 +103,13 @@ def analyze_command(
         require_module("matplotlib", "--plot")
     base = {f: options.pop(f) for f in LayerConfig.__dataclass_fields__ if f in options}
     layer = LayerConfig(**{key: value for key, value in base.items() if value is not None})
-    asked = {name: options[name] for name in ("memory", "gpu", "weights", "revision", "adapter")}
+    memory, gpu = options["memory"], options["gpu"]
     source = checkpoint or demo_checkpoint()
     found, room = run(source, layer, options)
     say(summary(found), json_file)
     if room:
         say(planner(found, room), json_file)
-        say(spending(source, found, asked), json_file)
+        say(spending(found, memory, gpu), json_file)
     from skv_export.model_folder.output import output_file, write_text
 
     write_json(json_file, _json(found))
@@ -139,15 +139,12 @@ def run(
     """
     from skv_export.analysis.card import card_memory, room_for_cache, usual_weights
     from skv_export.analysis.pipeline import MeasureOptions, Target, analyze
-    from skv_export.calibration.file import Calibration
     from skv_export.checkpoints.checkpoint import Checkpoint
 
     given = dict(options)
     revision = given.pop("revision", None)
     gpu, weights = given.pop("gpu", None), given.pop("weights", None)
     calibration = given.pop("calibration", None)
-    if calibration is not None and not isinstance(calibration, Calibration):
-        calibration = Calibration.load(calibration)
     if gpu:
         if given["memory"] is not None:
             raise SkvError("--gpu and --memory", got="both", expected="one of them")
@@ -185,7 +182,6 @@ def run(
             base=base,
             measure=measure,
             calibration=calibration,
-            revision=revision,
             as_causal_lm=as_causal_lm,
             progress=progress,
             **rest,
@@ -226,19 +222,19 @@ def planner(found: Analysis, room: int) -> str:
     return "\n".join(lines)
 
 
-def spending(source: str | Path, found: Analysis, asked: dict[str, Any]) -> str:
+def spending(found: Analysis, memory: int | None, gpu: str) -> str:
     """Returns what a card's memory holds, for each form of the weights: where a gigabyte is better spent.
 
     Args:
-        source: The checkpoint.
-        found: Its analysis.
-        asked: The flags ``memory`` and ``gpu``, of which one is given, ``revision`` and ``adapter``.
+        found: The analysis of a checkpoint.
+        memory: Bytes of the card; None = as ``gpu`` has.
+        gpu: The card's name.
     """
     from skv_export.analysis.card import card_memory, splits
     from skv_export.checkpoints.checkpoint import Checkpoint
 
-    memory = asked["memory"] or card_memory(asked["gpu"])
-    opened = Checkpoint.open(source, revision=asked["revision"], adapter=asked["adapter"])
+    memory = memory or card_memory(gpu)
+    opened = Checkpoint.open(found.source)
     budget = found.budget
     lines = [
         f"\nWeights or cache: what {memory / 2**30:.1f} GiB hold, activations counted, with {budget.batch} x "

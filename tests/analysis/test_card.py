@@ -77,7 +77,7 @@ def test_smaller_weights_leave_room_for_a_better_cache(tiny_checkpoint: Callable
     assert better[lines["fp16"].cache] < better["K4V4"] <= better[lines["int4"].cache]
     (none,) = {split.cache for split in card.splits(opened, found.budget, fixed)}
     assert none == ""
-    printed = spending(folder, found, {"memory": memory, "gpu": None, "revision": None, "adapter": None})
+    printed = spending(found, memory, "")
     assert "K4V4" in printed and "3 x 1,000 tokens" in printed
 
 
